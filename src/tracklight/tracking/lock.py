@@ -1,0 +1,80 @@
+"""A run folder's lock: held by the kernel for a living process, gone with it, however it died."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "run.lock"
+
+
+class Held(Exception):
+    """Another process holds the lock; `pid` is what it wrote there, or None."""
+
+    def __init__(self, pid: int | None):
+        super().__init__(pid)
+        self.pid = pid
+
+
+class RunLock:
+    """The lock file of one run folder, held from construction to `close` or `remove`.
+
+    The file outlives its holder: a lock file that nobody holds says that the run did not end
+    cleanly, which is what recovery looks for.
+
+    Args:
+        folder: The run's folder, which must exist.
+        note: Plain values to leave in the file; None keeps what is there.
+
+    Raises:
+        Held: Another process, or another object of this one, holds the lock.
+        FileNotFoundError: With `note` None, there is no lock file.
+        OSError: The folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, note: dict[str, Any] | None):
+        self._path = folder / FILE_NAME
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if note is not None else 0)
+        while True:
+            self._fd = os.open(self._path, flags, 0o644)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(self._fd)
+                raise Held(read_note(folder).get("pid")) from None
+            if self._is_current():
+                break
+            os.close(self._fd)  # the holder removed the file between our open and our lock
+        if note is not None:
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, json.dumps({"pid": os.getpid()} | note).encode(), 0)
+
+    def _is_current(self) -> bool:
+        try:
+            on_disk = self._path.stat()
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(on_disk, os.fstat(self._fd))
+
+    def moved(self, folder: Path) -> None:
+        """Say that the run folder was renamed."""
+        self._path = folder / FILE_NAME
+
+    def close(self) -> None:
+        """Let go and leave the file: the run has something left to recover."""
+        os.close(self._fd)
+
+    def remove(self) -> None:
+        """Remove the file, then let go: the run ended cleanly."""
+        self._path.unlink(missing_ok=True)
+        os.close(self._fd)
+
+
+def read_note(folder: Path) -> dict[str, Any]:
+    """What the lock file's last holder left in it; empty if there is no such file, or no sense."""
+    try:
+        note = json.loads((folder / FILE_NAME).read_text())
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}

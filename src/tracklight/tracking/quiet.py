@@ -1,0 +1,16 @@
+"""The one door to MLflow; its usage reporting, decided while it is imported, goes off first."""
+
+import logging
+import os
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+import mlflow  # noqa: E402
+import mlflow.entities  # noqa: E402
+import mlflow.exceptions  # noqa: E402
+
+# Every failed call is reported by us, once and in one line; these two print a traceback each time.
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+logging.getLogger("alembic").setLevel(logging.WARNING)
+
+__all__ = ["mlflow"]
