@@ -1,0 +1,165 @@
+"""The base of our data sets: each split is one tensor, resident on the training device.
+
+Shapes: `N` examples in a split, `B` minibatch size, `...` the example's own shape.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from pytorch_lightning import LightningDataModule
+from torch import Tensor
+
+EVALUATION_ROWS = (
+    2048  # rows of an evaluation batch: large enough to amortise overhead, small enough for caches
+)
+
+
+@dataclass(frozen=True)
+class Split:
+    """The examples of one split: `features` (N, ...) and `targets` (N, ...)."""
+
+    features: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def to(self, device: torch.device) -> "Split":
+        """Return this split on `device`; the same tensors where they already are there."""
+        return Split(self.features.to(device), self.targets.to(device))
+
+
+def epoch_order(num_examples: int, seed: int, epoch: int) -> Tensor:
+    """Return the order of an epoch, a pure function of (seed, epoch).
+
+    Args:
+        num_examples: `N`.
+        seed: Seed of the run.
+        epoch: Epoch, counted from 0.
+
+    Returns:
+        A permutation of 0..N-1, shape (N,), int64, on the CPU.
+    """
+    mixed = int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest())
+    return torch.randperm(num_examples, generator=torch.Generator().manual_seed(mixed >> 1))
+
+
+class TensorData(LightningDataModule):
+    """Splits held as tensors; subclasses read them in `load` and turn raw rows into inputs in `transform`.
+
+    Args:
+        batch_size: Examples in a training minibatch; None takes the whole training part at once,
+            in its natural order.
+        seed: Seed of the epochs' orders.
+    """
+
+    name: str
+    source: str
+    in_features: int
+    out_features: int
+    feature_names: list[str] | None = None
+    class_names: list[str] | None = None
+
+    def __init__(self, batch_size: int | None, seed: int):
+        super().__init__()
+        self.batch_size = batch_size
+        self.seed = seed
+        self.steps_per_block = 1
+
+    def load(self) -> dict[str, Split]:
+        """Read the splits: "train", and where they exist "val" and "test"."""
+        raise NotImplementedError
+
+    def transform(self, features: Tensor) -> Tensor:
+        """Turn gathered raw rows (B, ...) into model input."""
+        return features
+
+    @cached_property
+    def splits(self) -> dict[str, Split]:
+        """The splits, read at first use."""
+        return self.load()
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the raw bytes of every split, in order, hexadecimal."""
+        digest = hashlib.sha256()
+        for name, split in self.splits.items():
+            for tensor in (split.features, split.targets):
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.cpu().contiguous().numpy())
+        return digest.hexdigest()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the splits once."""
+        _ = self.splits
+
+    def train_dataloader(self) -> "Loader":
+        """Minibatches, or blocks of them, in the epoch's order."""
+        return Loader(self, "train", self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> "Loader | list":
+        """The validation part, in its natural order; nothing where there is none."""
+        return Loader(self, "val", EVALUATION_ROWS) if "val" in self.splits else []
+
+    def test_dataloader(self) -> "Loader | list":
+        """The test part, in its natural order; nothing where there is none."""
+        return Loader(self, "test", EVALUATION_ROWS) if "test" in self.splits else []
+
+
+class Loader:
+    """Walks a split in minibatches, or in blocks of several, as (inputs, targets).
+
+    In training a block is `data.steps_per_block` minibatches gathered and transformed at once: rows (k * B, ...).
+    With several processes each takes every `world_size`-th row; in training the order is padded from
+    its front so that all take equally many steps.
+    """
+
+    def __init__(self, data: TensorData, split: str, batch_size: int | None, shuffle: bool = False):
+        self.data = data
+        self.split = split
+        self.shuffle = shuffle
+        self.rank, self.world_size = _rank(data)
+        self.num_rows = math.ceil(
+            (len(data.splits[split]) - (0 if shuffle else self.rank)) / self.world_size
+        )
+        self.batch_size = min(batch_size or self.num_rows, self.num_rows)
+        self.rows_per_item = self.batch_size * (data.steps_per_block if shuffle else 1)
+
+    def __len__(self) -> int:
+        return math.ceil(self.num_rows / self.rows_per_item)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        data, device = self.data, _device(self.data)
+        split = data.splits[self.split] = data.splits[self.split].to(device)
+        rows = self._rows(len(split))
+        if rows is None:  # natural order: views, no gathering
+            for start in range(0, self.num_rows, self.rows_per_item):
+                end = start + self.rows_per_item
+                yield data.transform(split.features[start:end]), split.targets[start:end]
+        else:
+            for chosen in rows.to(device).split(self.rows_per_item):
+                yield data.transform(split.features[chosen]), split.targets[chosen]
+
+    def _rows(self, num_examples: int) -> Tensor | None:
+        whole = self.batch_size >= num_examples
+        if self.world_size == 1 and (whole or not self.shuffle):
+            return None
+        if not self.shuffle:
+            return torch.arange(self.rank, num_examples, self.world_size)
+        epoch = self.data.trainer.current_epoch if self.data.trainer else 0
+        order = epoch_order(num_examples, self.data.seed, epoch)
+        padding = self.num_rows * self.world_size - num_examples
+        return torch.cat([order, order[:padding]])[self.rank :: self.world_size]
+
+
+def _rank(data: TensorData) -> tuple[int, int]:
+    trainer = data.trainer
+    return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+
+
+def _device(data: TensorData) -> torch.device:
+    return data.trainer.strategy.root_device if data.trainer else torch.device("cpu")

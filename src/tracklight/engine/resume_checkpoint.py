@@ -1,0 +1,79 @@
+"""The checkpoint from which a run continues: taken between two epochs, apart from the best one."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Callback, Trainer
+
+from tracklight.engine.checkpoint import DurableCheckpointIO, checksum_path, newest_intact, sync_folder
+
+INTERVAL_S = 1.0  # commits of fast epochs are at least this far apart
+GENERATIONS = 2
+PATTERN = "step-*.ckpt"
+LAST = "last.ckpt"
+
+
+def resume_point(folder: Path) -> Path | None:
+    """Return the newest intact resume checkpoint of a run's checkpoint folder; None where there never was one.
+
+    Raises:
+        RunFailed: There are some, and none is intact.
+    """
+    return newest_intact([*folder.glob(PATTERN), *folder.glob(LAST)])
+
+
+class ResumeCheckpoint(Callback):
+    """Commits a resume checkpoint once an epoch is wholly over: at the start of the next, and at the end of training.
+
+    `on_train_epoch_end` comes before the epoch's train metrics are logged and the schedulers stepped, so a run
+    continued from there would lose both.
+
+    Args:
+        folder: Where checkpoints go.
+        io: Removes what is superseded.
+    """
+
+    def __init__(self, folder: Path, io: DurableCheckpointIO):
+        self.folder = folder
+        self.io = io
+        self.committed_at = time.monotonic()
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        progress = trainer.fit_loop.epoch_progress
+        if progress.total.ready <= 1 or trainer.current_epoch == self.first_epoch:
+            return
+        if trainer.world_size == 1 and time.monotonic() - self.committed_at < INTERVAL_S:
+            return
+        ready = progress.total.ready, progress.current.ready  # this epoch is counted already, but has not begun
+        progress.total.ready, progress.current.ready = progress.total.completed, progress.current.completed
+        try:
+            self._commit(trainer)
+        finally:
+            progress.total.ready, progress.current.ready = ready
+
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        self.first_epoch = trainer.current_epoch
+
+    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+        self._commit(trainer)
+
+    def _commit(self, trainer: Trainer) -> None:
+        path = self.folder / f"step-{trainer.global_step:09d}.ckpt"
+        trainer.save_checkpoint(path)
+        self.committed_at = time.monotonic()
+        if trainer.is_global_zero:
+            for old in sorted(self.folder.glob(PATTERN))[:-GENERATIONS]:
+                self.io.remove_checkpoint(old)
+
+
+def keep_last(folder: Path, io: DurableCheckpointIO) -> None:
+    """Leave of a finished run's resume checkpoints the newest alone, named `last.ckpt`."""
+    newest, *older = sorted(folder.glob(PATTERN), reverse=True) or [None]
+    if newest is None:
+        return
+    checksum_path(folder / LAST).write_bytes(checksum_path(newest).read_bytes())
+    newest.replace(folder / LAST)
+    sync_folder(folder)
+    for path in [newest, *older]:
+        io.remove_checkpoint(path)

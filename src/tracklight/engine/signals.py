@@ -1,0 +1,75 @@
+"""Ctrl-C and SIGTERM: the first stops at the next safe point, a second one leaves at once."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from pytorch_lightning import Callback, Trainer
+
+
+class Stopped(BaseException):
+    """The user or the system asked the process to stop; exit code 128 + `signum`."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class SafeStop(Callback):
+    """Raises `Stopped` before the next batch, where no file is half written and no hook half done.
+
+    Outside the training loop there is nothing to wait for: there the signal raises at once.
+    """
+
+    listens_by_block = True
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.in_loop = False
+
+    @contextmanager
+    def listening(self) -> Iterator["SafeStop"]:
+        """Handle SIGINT and SIGTERM until the block ends; only a main thread may."""
+        previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            os._exit(128 + signum)
+        self.received = signum
+        if not self.in_loop:
+            raise Stopped(signum)
+
+    def _check(self) -> None:
+        if self.received is not None:
+            self.in_loop = False
+            raise Stopped(self.received)
+
+    def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        self.in_loop = True
+        self._check()
+
+    def teardown(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        self.in_loop = False
+
+    def on_exception(self, *_: Any) -> None:
+        self.in_loop = False
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self._check()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._check()
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        self._check()
+
+    def on_test_batch_start(self, *_: Any) -> None:
+        self._check()

@@ -1,0 +1,57 @@
+"""Linear regression, trained by gradient descent and compared with the least-squares solution.
+
+Shapes: `B` minibatch size, `N` training examples, `F` features, `T` targets.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tracklight.models.supervised import Supervised
+
+
+class LinearRegression(Supervised):
+    """One linear layer under the mean squared error.
+
+    Args:
+        in_features: `F`.
+        out_features: `T`.
+        bias: Whether the layer has an intercept.
+    """
+
+    def __init__(self, in_features: int = 1, out_features: int = 1, bias: bool = True):
+        super().__init__()
+        self.save_hyperparameters()
+        self.linear = nn.Linear(in_features, out_features, bias=bias)
+
+    def forward(self, inputs: Tensor) -> Tensor:  # (B, F) -> (B, T)
+        return self.linear(inputs)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return functional.mse_loss(outputs, targets)
+
+    def reference(self, inputs: Tensor, targets: Tensor) -> dict[str, float]:
+        """Return how far the trained layer is from the closed-form least-squares solution.
+
+        Args:
+            inputs: Training inputs (N, F), standardised as in training.
+            targets: Training targets (N, T).
+
+        Returns:
+            `ols/loss`, the least mean squared error that any such layer reaches on these examples, and
+            `ols/gap`, the largest difference of a parameter from the least-squares one over the largest
+            least-squares parameter.
+
+        Source: minimum-norm least squares by singular value decomposition (LAPACK gelsd), in float64.
+        """
+        exact_inputs, exact_targets = inputs.cpu().double(), targets.cpu().double()
+        trained = self.linear.weight.detach().cpu().double().T  # (F, T)
+        if self.linear.bias is not None:
+            exact_inputs = torch.cat([exact_inputs, torch.ones(len(inputs), 1)], dim=1)  # (N, F + 1)
+            trained = torch.cat([trained, self.linear.bias.detach().cpu().double()[None]])
+        solution = torch.linalg.lstsq(exact_inputs, exact_targets, driver="gelsd").solution
+        gap = (trained - solution).abs().max() / solution.abs().max()
+        return {
+            "ols/loss": functional.mse_loss(exact_inputs @ solution, exact_targets).item(),
+            "ols/gap": gap.item(),
+        }
