@@ -1,0 +1,154 @@
+"""The command line: every way to end has its exit code, and bad input is one line."""
+
+import io
+import logging
+import os
+import signal
+import sys
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
+from typing import Any, NoReturn
+
+from tracklight.errors import BadInput, RunFailed
+
+Task = Callable[[Any], Any]
+
+# No usage reporting, no lines of advertising: set before any library is imported.
+QUIET = {
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+def main(task: Task) -> Any:
+    """Compose the config that the command line describes and run the task on it.
+
+    Returns:
+        What the task returns. Otherwise the process exits: 1 the run failed, 2 bad input (one line
+        on stderr), 130 Ctrl-C, 143 SIGTERM.
+    """
+    quiet()
+    signal.signal(signal.SIGTERM, _exit_terminated)  # until the engine's handlers take over
+    try:
+        return _run(task, sys.argv[1:])
+    except SystemExit:
+        raise
+    except BaseException as error:
+        sys.exit(exit_code(error))
+
+
+def quiet() -> None:
+    """Switch off usage reporting and advertising of every library, in child processes too."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    log = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    if _is_no_advertisement not in log.filters:
+        log.addFilter(_is_no_advertisement)
+
+
+def exit_code(error: BaseException) -> int:
+    """Say on stderr how the program ends, and return its exit code."""
+    from tracklight.redaction import redact
+
+    signals = sys.modules.get("tracklight.engine.signals")
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    if signals is not None and isinstance(error, signals.Stopped):
+        return 128 + int(getattr(error, "signum", signal.SIGTERM))
+    if isinstance(error, BadInput | RunFailed):
+        print(f"error: {redact(' '.join(str(error).split()))}", file=sys.stderr)
+        return 2 if isinstance(error, BadInput) else 1
+    print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")
+    return 1
+
+
+def _run(task: Task, argv: Sequence[str]) -> Any:
+    from tracklight.config import compose
+    from tracklight.overrides import read, split_for_resume
+
+    arguments = _parse(argv)
+    flags = {name: value for name, value in vars(arguments).items() if name != "overrides"}
+    many = arguments.multirun or "hydra.mode=multirun" in map(str.lower, arguments.overrides)
+    words = read(arguments.overrides, many=many)
+    if many or any(value not in (None, False) for value in flags.values()):
+        return _run_through_hydra(task, arguments, argv, words)
+    now, later = split_for_resume(words)
+    cfg = compose(now)
+    cfg.overrides = later
+    return task(cfg)
+
+
+def _run_through_hydra(
+    task: Task, arguments: Namespace, argv: Sequence[str], words: Sequence[str]
+) -> Any:
+    """Let Hydra act on its flags: -m, --help, --cfg, --config-dir and so on."""
+    import hydra
+    from hydra.errors import CompactHydraException, InstantiationException, SearchPathException
+
+    from tracklight.config import CONF, checked, redact, settled
+    from tracklight.overrides import told
+
+    outcome: list[Any] = []
+
+    def run_point(cfg: Any) -> Any:
+        return task(settled(cfg))
+
+    def keep(cfg: Any) -> None:
+        try:
+            outcome.append(checked(cfg))
+        except BadInput as error:  # raised here, Hydra would print a line of its own
+            outcome.append(error)
+
+    read = dict(zip(arguments.overrides, words, strict=True))
+    before, shown = sys.argv, io.StringIO()
+    sys.argv = [before[0], *(read.get(word, word) for word in argv)]
+    shows = arguments.help or arguments.hydra_help or arguments.cfg or arguments.info is not None
+    job = run_point if arguments.multirun else keep
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come out as they are
+    try:
+        with redirect_stdout(shown) if shows else nullcontext():
+            hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
+    except (CompactHydraException, SearchPathException) as error:
+        if isinstance(error, InstantiationException):
+            raise
+        raise BadInput(told(error)) from error
+    finally:
+        sys.argv = before
+        print(redact(shown.getvalue()), end="")
+    for cfg in outcome:
+        if isinstance(cfg, BadInput):
+            raise cfg
+        return task(cfg)
+    return None
+
+
+def _parse(argv: Sequence[str]) -> Namespace:
+    """Parse Hydra's flags; what is wrong with them is bad input like any other."""
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    for word in argv:
+        if word.startswith("--") and "." in word.partition("=")[0]:
+            raise BadInput(f"{word}: keys take no dashes; write {word.lstrip('-')}")
+
+    def fail(message: str) -> NoReturn:
+        raise BadInput(f"{message}; `python train.py --help` shows what can be given")
+
+    parser.error = fail
+    arguments = parser.parse_intermixed_args(list(argv))
+    if arguments.experimental_rerun is not None:
+        raise BadInput("--experimental-rerun would run a pickle; use scripts/reproduce.py RUN_ID")
+    return arguments
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("💡 Tip:")
+
+
+def _exit_terminated(signum: int, frame: Any) -> NoReturn:
+    sys.exit(128 + signum)

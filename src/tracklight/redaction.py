@@ -1,0 +1,31 @@
+"""Passwords are starred out of whatever is shown, logged or stored."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_WORDS = r"pass(?:word|wd|phrase)|secret|api_?key|private_?key|credential"
+_SECRET_KEY = re.compile(_WORDS, re.IGNORECASE)
+_TOKEN_KEY = re.compile("token", re.IGNORECASE)
+_PAIR_IN_TEXT = re.compile(rf"([\w-]*(?:{_WORDS}|token)[\w-]*=)[^\s&;,'\"]+", re.IGNORECASE)
+_USER_IN_URI = re.compile(r"(://)[^\s/@:]*(?::\S*)?@")
+
+
+def redact(tree: Any) -> Any:
+    """Star out secrets: of a text in URIs and `name=value` pairs, of a tree under telling keys."""
+    if isinstance(tree, str):
+        return _PAIR_IN_TEXT.sub(r"\1***", _USER_IN_URI.sub(r"\1***@", tree))
+    if isinstance(tree, Mapping):
+        return {
+            key: "***" if _is_secret(str(key), value) else redact(value)
+            for key, value in tree.items()
+        }
+    return [redact(value) for value in tree] if isinstance(tree, list | tuple) else tree
+
+
+def _is_secret(key: str, value: Any) -> bool:
+    if value is None or isinstance(value, Mapping | bool):
+        return False
+    if _TOKEN_KEY.search(key):
+        return not isinstance(value, int | float)  # max_tokens counts something
+    return _SECRET_KEY.search(key) is not None
