@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tracklight.tracking.address import redact
+from tracklight.tracking.patience import reason
+from tracklight.tracking.point_table import PointTable, is_known
 from tracklight.tracking.quiet import mlflow
 from tracklight.tracking.wal import Call, Points, WriteAhead, read
 
@@ -15,6 +16,7 @@ _log = logging.getLogger(__name__)
 
 _MAX_POINTS = 1000  # of one log_batch; mlflow.utils.validation.MAX_METRICS_PER_BATCH
 _PERIOD_S = 1.0
+_POLL_S = 0.2
 _MAX_BACK_OFF_S = 10.0
 
 
@@ -26,13 +28,23 @@ class Delivery:
         run_id: Which run.
         wal: The run's file.
         publish: Uploads the run's artifacts; called where the file says so.
+        database: MLflow's SQLite file, if that is where the client writes.
     """
 
-    def __init__(self, client: Any, run_id: str, wal: WriteAhead, publish: Callable[[], None]):
+    def __init__(
+        self,
+        client: Any,
+        run_id: str,
+        wal: WriteAhead,
+        publish: Callable[[], None],
+        database: Path | None,
+    ):
         self._client = client
         self._run_id = run_id
         self._wal = wal
         self._publish = publish
+        self._database = database if database is not None and is_known(database) else None
+        self._table: PointTable | None = None
 
     @property
     def pending(self) -> bool:
@@ -45,6 +57,7 @@ class Delivery:
         self._wal.sync()
         points: list[Points] = []
         count = 0
+        at = self._wal.sent
         for record, end in read(self._wal.path, self._wal.sent, self._wal.end):
             if isinstance(record, Call):
                 if not points:
@@ -56,17 +69,27 @@ class Delivery:
             points.append(record)
             count += len(record.steps)
             at = end
-        self._send(points)
+        if points:
+            self._send(points)
         self._wal.confirm(at)
 
     def _send(self, points: list[Points]) -> None:
-        metric = mlflow.entities.Metric
+        if self._database is not None:
+            if self._table is None:
+                self._table = PointTable(self._database, self._run_id)
+            self._table.write(points)
+            return
         metrics = [
-            metric(record.key, value, record.timestamp_ms, step)
+            mlflow.entities.Metric(record.key, value, record.timestamp_ms, step)
             for record in points
             for step, value in zip(record.steps, record.values, strict=True)
         ]
         self._client.log_batch(self._run_id, metrics=metrics)
+
+    def close(self) -> None:
+        """Close what this opened."""
+        if self._table is not None:
+            self._table.close()
 
     def _call(self, call: Call) -> None:
         try:
@@ -74,7 +97,7 @@ class Delivery:
         except mlflow.exceptions.MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE" or call.name == "status":
                 raise
-            _log.warning("MLflow refused %s of run %s: %s", call.name, self._run_id, error)
+            _log.warning("MLflow refused %s of %s: %s", call.name, self._run_id, reason(error))
 
     def _dispatch(self, call: Call) -> None:
         entities, client, arguments = mlflow.entities, self._client, call.arguments
@@ -157,12 +180,15 @@ class Feeder(threading.Thread):
         """Return whether all was sent; give up after `patience_s` without any progress."""
         self._draining = True
         start_s = time.monotonic()
-        self._idle.clear()
-        self._wake.set()
-        while self._delivery.pending:
-            if time.monotonic() > max(start_s, self._progress_s) + patience_s:
-                return False
-            self._idle.wait(0.05)
+        try:
+            while self._delivery.pending:
+                if time.monotonic() > max(start_s, self._progress_s) + patience_s:
+                    return False
+                self._idle.clear()
+                self._wake.set()
+                self._idle.wait(_POLL_S)
+        finally:
+            self._draining = False
         return True
 
     def stop(self) -> None:
@@ -170,9 +196,5 @@ class Feeder(threading.Thread):
         self._stopped = True
         self._wake.set()
         self.join(timeout=1)
-
-
-def reason(error: Exception) -> str:
-    """The gist of an error of MLflow's, SQLAlchemy's or urllib3's, in one short line."""
-    lines = str(error).strip().splitlines()
-    return redact(lines[0][:200]) if lines else type(error).__name__
+        if not self.is_alive():
+            self._delivery.close()

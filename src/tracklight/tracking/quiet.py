@@ -4,6 +4,8 @@ import logging
 import os
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# What it prints at the end of a run shows the password of a URI that has one.
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 import mlflow  # noqa: E402
 import mlflow.entities  # noqa: E402

@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning.loggers.logger import Logger
 
@@ -15,6 +15,9 @@ from tracklight.tracking.feeder import Delivery, Feeder
 from tracklight.tracking.lock import RunLock
 from tracklight.tracking.upload import Upload
 from tracklight.tracking.wal import WriteAhead
+
+if TYPE_CHECKING:
+    from tracklight.tracking.store import Store
 
 _log = logging.getLogger(__name__)
 
@@ -36,38 +39,28 @@ class Run(Logger):
         steps_completed: Optimizer steps completed so far; Lightning's own count starts at zero.
     """
 
-    def __init__(
-        self,
-        client: Any,
-        info: Any,
-        folder: Path,
-        lock: RunLock,
-        wal: WriteAhead,
-        where: str,
-        patience_s: float,
-        params: dict[str, str],
-    ):
+    def __init__(self, store: "Store", run: Any, folder: Path, lock: RunLock, wal: WriteAhead):
         super().__init__()
-        self.run_id: str = info.run_id
+        self.run_id: str = run.info.run_id
         self.folder = folder
         self.artifacts = folder / "artifacts"
         self.steps_completed: Callable[[], int] = lambda: 0
-        self._client = client
-        self._info = info
+        self._name = run.info.run_name
+        self._params: dict[str, str] = dict(run.data.params)
+        self._store = store
         self._lock = lock
         self._wal = wal
-        self._patience_s = patience_s
-        self._params = dict(params)
         self._names: set[str] = set()
         self._finished = False
-        self._upload = Upload(client, self.run_id, info.artifact_uri, self.artifacts)
-        self._feeder = Feeder(Delivery(client, self.run_id, wal, self._upload.all), where, wal.path)
+        self._upload = Upload(store.client, self.run_id, run.info.artifact_uri, self.artifacts)
+        delivery = Delivery(store.client, self.run_id, wal, self._upload.all, store.database)
+        self._feeder = Feeder(delivery, store.shown_uri, wal.path)
         self._feeder.start()
 
     @property
     def name(self) -> str:
         """The run's name, for Lightning."""
-        return self._info.run_name
+        return self._name
 
     @property
     def version(self) -> str:
@@ -186,19 +179,26 @@ class Run(Logger):
         self._finished = True
         self._wal.add_call("status", status=status, end_ms=time.time_ns() // 1_000_000)
         self._wal.sync()
-        drained = self._feeder.drain(self._patience_s)
-        self._feeder.stop()
-        self._wal.close()
-        if drained:
+        if self._feeder.drain(self._store.patience_s):
+            self._close()
             self._lock.remove()
         else:
-            self._lock.close()
+            self.abandon()
             _log.warning(
-                "MLflow did not take all of run %s; the rest waits in %s and is sent at the next "
-                "start",
+                "MLflow does not take the end of run %s; it waits in %s for the next start",
                 self.run_id,
                 self._wal.path,
             )
+
+    def abandon(self) -> None:
+        """Let go of the run as a killed process would: nothing more is sent, no status is set."""
+        self._finished = True
+        self._close()
+        self._lock.close()
+
+    def _close(self) -> None:
+        self._feeder.stop()
+        self._wal.close()
 
 
 def _check_key(kind: str, key: str) -> None:

@@ -1,0 +1,8 @@
+"""Names that this room gives to things on the disk and in the store."""
+
+FOLDER = "artifacts"  # in the tracking directory: one folder a run
+NEW = ".new-"  # prefix of a run's folder until the store has told its id
+POINTS = "points.wal"  # in a run's folder
+
+KEY_TAG = "tracklight.key"  # unique: finds a run whose creation was not confirmed
+IDENTITY_TAG = "tracklight.identity"

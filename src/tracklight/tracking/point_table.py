@@ -1,0 +1,115 @@
+"""Metric points straight into MLflow's SQLite tables: the rows of `log_batch` without its cost.
+
+`log_batch` builds an object a point and holds Python's lock meanwhile, which training then waits
+for; LOG.md has the numbers. Where the tables are not the ones known here, it is used all the same.
+"""
+
+import math
+import sqlite3
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from tracklight.tracking.wal import Points
+
+_BUSY_S = 20.0  # as MLflow's own sessions
+_MAX_FLOAT = 1.7976931348623157e308  # what MLflow stores for infinity
+_COLUMNS = {"key", "value", "timestamp", "run_uuid", "step", "is_nan"}
+_ROWS = 150  # of one statement: SQLite before 3.32 binds 999 values
+
+Row = tuple[str, float, int, int, bool]  # key, value, timestamp, step, is_nan
+
+
+class PointTable:
+    """The tables `metrics` and `latest_metrics`, for the points of one run.
+
+    Args:
+        path: The database file.
+        run_id: The run, which must be active.
+    """
+
+    def __init__(self, path: Path, run_id: str):
+        self._run_id = run_id
+        self._connection = sqlite3.connect(
+            path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
+        )
+        self._connection.execute("PRAGMA foreign_keys = ON")
+
+    def write(self, points: Sequence[Points]) -> None:
+        """Add the points; those that are there already stay as they are.
+
+        Raises:
+            sqlite3.Error: The database is locked, full or gone, or the run is not active in it.
+        """
+        rows = [row for record in points for row in _rows(record)]
+        latest: dict[str, Row] = {}
+        for row in rows:
+            best = latest.get(row[0])
+            if best is None or _age(row) > _age(best):
+                latest[row[0]] = row
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            self._check_active()
+            for at in range(0, len(rows), _ROWS):
+                self._insert("INSERT OR IGNORE INTO metrics", rows[at : at + _ROWS], "")
+            for row in latest.values():
+                self._insert("INSERT INTO latest_metrics", [row], _UPSERT)
+            self._connection.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
+
+    def _check_active(self) -> None:
+        stage = self._connection.execute(
+            "SELECT lifecycle_stage FROM runs WHERE run_uuid = ?", (self._run_id,)
+        ).fetchone()
+        if stage != ("active",):
+            raise sqlite3.IntegrityError(f"run {self._run_id} is deleted")
+
+    def _insert(self, insert: str, rows: list[Row], conflict: str) -> None:
+        # One statement for many rows: SQLite then works without holding Python's lock.
+        values = ",".join(["(?1,?,?,?,?,?)"] * len(rows))
+        self._connection.execute(
+            f"{insert} (run_uuid, key, value, timestamp, step, is_nan) VALUES {values}{conflict}",
+            [self._run_id, *(field for row in rows for field in row)],
+        )
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+
+_UPSERT = """
+    ON CONFLICT (key, run_uuid) DO UPDATE SET
+        value = excluded.value, timestamp = excluded.timestamp,
+        step = excluded.step, is_nan = excluded.is_nan
+    WHERE (excluded.step, excluded.timestamp, excluded.value)
+        > (latest_metrics.step, latest_metrics.timestamp, latest_metrics.value)"""
+
+
+def _rows(record: Points) -> list[Row]:
+    return [
+        (record.key, _stored(value), record.timestamp_ms, step, value != value)
+        for step, value in zip(record.steps, record.values, strict=True)
+    ]
+
+
+def _stored(value: float) -> float:
+    if math.isfinite(value):
+        return value
+    return 0.0 if value != value else math.copysign(_MAX_FLOAT, value)
+
+
+def _age(row: Row) -> tuple[int, int, float]:
+    _, value, timestamp, step, _ = row
+    return step, timestamp, value
+
+
+def is_known(path: Path) -> bool:
+    """Whether the database at `path` has the tables that this file knows how to fill."""
+    with closing(sqlite3.connect(path, timeout=_BUSY_S)) as connection:
+        return all(
+            {row[1] for row in connection.execute(f"PRAGMA table_info({table})")} == _COLUMNS
+            for table in ("metrics", "latest_metrics")
+        )
