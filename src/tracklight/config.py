@@ -144,12 +144,6 @@ def amend(stored: Mapping[str, Any], overrides: Sequence[str]) -> DictConfig:
 
 
 def deciding(cfg: Any) -> dict[str, Any]:
-    """Return, by dotted key, all that decides the result."""
-    leaves = _leaves(plain(cfg))
-    return {key: value for key, value in leaves.items() if not _is_below(key, NOT_IDENTITY)}
-
-
-def deciding(cfg: Any) -> dict[str, Any]:
     """Keep, by dotted key, what the result depends on."""
     leaves = _leaves(plain(cfg))
     return {key: value for key, value in leaves.items() if not _is_below(key, NOT_IDENTITY)}
@@ -162,7 +156,7 @@ def identity(cfg: Any) -> str:
 
 def targets(cfg: Any) -> list[str]:
     """List every class that a config names, each once, sorted."""
-    return sorted({node["_target_"] for _, node in described(plain(cfg))})
+    return sorted({node["_target_"] for _, node in described(plain(cfg), "")})
 
 
 def flatten(tree: Any) -> dict[str, str | int | float]:

@@ -42,16 +42,16 @@ def build(
     tree: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     check_targets(tree, allowed, where)
     outermost = None
-    for key, described in described(tree, where):
-        found = find_class(described["_target_"], allowed, _join(key, "_target_"))
-        if key == where:
-            outermost = found
-            if kind is not None and not issubclass(found, kind):
-                wanted = f"{kind.__module__}.{kind.__qualname__}"
-                raise BadInput(f"{_join(key, '_target_')}={described['_target_']} is no {wanted}")
-            _check_arguments(found, {**described, **kwargs}, partial, key)
-        else:
-            _check_arguments(found, described, bool(described.get("_partial_")), key)
+    for key, inner in described(tree, where):
+        found = find_class(inner["_target_"], allowed, _join(key, "_target_"))
+        if key != where:
+            _check_arguments(found, inner, bool(inner.get("_partial_")), key)
+            continue
+        outermost = found
+        if kind is not None and not issubclass(found, kind):
+            wanted = f"{kind.__module__}.{kind.__qualname__}"
+            raise BadInput(f"{_join(key, '_target_')}={inner['_target_']} is no {wanted}")
+        _check_arguments(found, {**inner, **kwargs}, partial, key)
     if outermost is None:
         return _instantiate(tree, where)
     factory = _instantiate({**tree, "_partial_": True}, where)
