@@ -95,9 +95,9 @@ def read_columns(
         BadInput: The file is not such a table; the message names line and column.
     """
     where = f"data.path={path}"
-    if path.exists() and not path.is_file():
-        raise BadInput(f"{where}: not a regular file; give a CSV file")
     try:
+        if path.exists() and not path.is_file():
+            raise BadInput(f"{where}: not a regular file; give a CSV file")
         rows = _rows(path, delimiter)
         _, header = next(rows, (0, []))
         if not header:

@@ -42,9 +42,9 @@ def read_idx(path: str | os.PathLike[str], shape: tuple[int, ...]) -> Tensor:
         BadInput: The file cannot be read or is anything but exactly such an IDX file.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
-        raise BadInput(f"{path}: not a regular file, expected an IDX file")
     try:
+        if path.exists() and not path.is_file():
+            raise BadInput(f"{path}: not a regular file, expected an IDX file")
         with path.open("rb") as file:
             if file.peek(2)[:2] != GZIP_MAGIC:
                 return _parse(path, file, shape, os.fstat(file.fileno()).st_size)

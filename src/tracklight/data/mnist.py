@@ -8,6 +8,7 @@ import importlib.util
 import math
 import socket
 import tempfile
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -186,7 +187,7 @@ def _download(root: Path) -> str:
             for name in FILES:
                 (Path(folder) / "MNIST" / "raw" / name).replace(raw / name)
         return ""
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, HTTPException) as error:
         if new and root.is_dir() and not any(root.iterdir()):
             root.rmdir()
         return f" (download failed: {' '.join(str(error).split())})"

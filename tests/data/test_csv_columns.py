@@ -1,0 +1,165 @@
+import csv
+import io
+import os
+from decimal import Decimal, InvalidOperation
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tracklight.data.csv_columns import read_columns
+from tracklight.errors import BadInput
+
+TABLE = "a,b,y\n1,2,3\n-4,5.5,6e3\n"
+VALUES = [[1, 2, 3], [-4, 5.5, 6000]]
+
+
+def read(path, content, target="y", features=None, delimiter=","):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_columns(path, target and [target], features, delimiter)
+
+
+@pytest.mark.parametrize(
+    ("content", "delimiter"),
+    [
+        (TABLE, ","),
+        (TABLE.encode("utf-8-sig"), ","),
+        (TABLE.encode("utf-16"), ","),
+        (b"\xfe\xff" + TABLE.encode("utf-16-be"), ","),
+        (TABLE.encode("utf-32"), ","),
+        (TABLE.replace("\n", "\r\n"), ","),
+        (TABLE.replace("\n", "\r"), ","),
+        (TABLE.replace("\n", "\n\n"), ","),
+        (TABLE.removesuffix("\n"), ","),
+        (TABLE.replace(",", " , "), ","),
+        (TABLE.replace(",", ";"), ";"),
+        (TABLE.replace(",", "\t"), "\t"),
+        ('"a","b",y\n"1",2,"3"\n-4,5.5,6e3\n', ","),
+    ],
+)
+def test_one_table_reads_the_same_in_every_dress(tmp_path, content, delimiter):
+    features, targets, values = read(tmp_path / "t.csv", content, delimiter=delimiter)
+    assert (features, targets) == (["a", "b"], ["y"])
+    assert values.tolist() == VALUES
+
+
+def test_chosen_columns_come_in_the_order_asked_for_and_others_may_hold_anything(tmp_path):
+    content = "name,y,b,a\nx,3,2,1\n,6,5,nan\n"
+    features, _, values = read(tmp_path / "t.csv", content, features=["b"])
+    assert features == ["b"]
+    assert values.tolist() == [[2, 3], [5, 6]]
+    features, targets, values = read(tmp_path / "t.csv", "a,b,y\n1,2,3\n", "a", ["y", "b"])
+    assert (features, targets, values.tolist()) == (["y", "b"], ["a"], [[3, 2, 1]])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "empty; expected a header"),
+        ("\n\n", "empty; expected a header"),
+        ("a,b,y\n", "a header only"),
+        ("a,b,y\n1,2,3\n4,nan,6\n", "line 3, column 'b': got 'nan', expected a finite number"),
+        ("a,b,y\n1,2,inf\n", "line 2, column 'y': got 'inf'"),
+        ("a,b,y\n1,2,1e39\n", "line 2, column 'y': got '1e39'"),
+        ("a,b,y\n1,two,3\n", "line 2, column 'b': got 'two'"),
+        ("a,b,y\n1,2_0,3\n", "line 2, column 'b': got '2_0'"),
+        ("a,b,y\n\n1, ,3\n", "line 3, column 'b': got an empty cell"),
+        ("a,b,y\n1,2,3\n4,5\n", "line 3 has 2 cells, expected 3"),
+        ("a,b,y\n1,2,3,4\n", "line 2 has 4 cells, expected 3"),
+        (
+            "a,b,price\n1,2,3\n",
+            "data.target names 'y', which is no column; have ['a', 'b', 'price']",
+        ),
+        ("a,b,yy\n1,2,3\n", "data.target names 'y', which is no column; did you mean 'yy'?"),
+        ("a,a,y\n1,2,3\n", "2 columns are named 'a'"),
+        ("a,,y\n1,2,3\n", "column 2 has no name"),
+        ("y\n1\n", "no feature column"),
+        ("a;b;y\n1;2;3\n", "try 'data.delimiter=\";\"'"),
+        ('a,b,y\n1,"2,3\n', "not a CSV file"),
+        ("a,b,y\n1,2,é\n".encode("latin-1"), "not UTF-8 text"),
+        (TABLE.encode("utf-16")[:-1], "not UTF-8 text"),
+        (TABLE.encode("utf-16-le"), "which is no column"),
+    ],
+)
+def test_a_bad_table_is_refused_in_one_line(tmp_path, content, message):
+    path = tmp_path / "t.csv"
+    with pytest.raises(BadInput) as error:
+        read(path, content)
+    assert str(error.value).startswith(f"data.path={path}: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("target", "features", "message"),
+    [
+        (None, None, "data.target is missing; name one of ['a', 'b', 'y']"),
+        ("y", ["a", "c"], "data.features names 'c', which is no column; have"),
+        ("y", [], "no feature column"),
+        ("y", ["a", "a"], "data.features names 'a' twice"),
+        ("y", ["a", "y"], "data.features holds the target 'y'"),
+        ("y", [1], "data.features names 1, which is no column"),
+    ],
+)
+def test_a_bad_choice_of_columns_is_refused(tmp_path, target, features, message):
+    with pytest.raises(BadInput) as error:
+        read(tmp_path / "t.csv", TABLE, target, features)
+    assert message in str(error.value)
+
+
+def test_a_path_that_is_no_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", tmp_path / "absent", tmp_path / ("long" * 100)):
+        with pytest.raises(BadInput, match=f"^data.path={path}: "):
+            read_columns(path, ["y"], None, ",")
+
+
+NUMBERS = st.one_of(
+    st.integers(-(10**30), 10**30).map(str),
+    st.floats(allow_nan=False, allow_infinity=False).map(repr),
+    st.decimals(-1000, 1000, places=3).map(str),
+)
+CELLS = st.one_of(NUMBERS, NUMBERS, NUMBERS, st.text(st.characters(codec="utf-8"), max_size=4))
+
+
+def as_number(cell: str) -> float | None:
+    """The cell's value by way of `Decimal`, None where it is no number that float32 holds."""
+    try:
+        value = Decimal(cell.strip())
+    except InvalidOperation:
+        return None
+    if "_" in cell or not value.is_finite() or abs(value) > (2 - Decimal(2) ** -23) * 2**127:
+        return None
+    return float(value)
+
+
+@given(
+    rows=st.lists(st.lists(CELLS, min_size=2, max_size=2), min_size=1, max_size=4),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
+    delimiter=st.sampled_from(",;\t"),
+)
+def test_a_grid_of_cells_is_read_right_or_refused(tmp_path_factory, rows, encoding, delimiter):
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter).writerows([["x", "y"], *rows])
+    path = tmp_path_factory.getbasetemp() / "grid.csv"
+    content = text.getvalue().encode(encoding)
+    expected = [[as_number(cell) for cell in row] for row in rows]
+    if any(number is None for row in expected for number in row):
+        with pytest.raises(BadInput) as error:
+            read(path, content, delimiter=delimiter)
+        assert len(str(error.value).splitlines()) == 1
+    else:
+        assert read(path, content, delimiter=delimiter)[2].tolist() == expected
+
+
+@given(content=st.one_of(st.binary(max_size=60), st.text('xy,;\n\r" 01.5e-\0', max_size=60)))
+def test_arbitrary_contents_give_finite_numbers_or_a_refusal(tmp_path_factory, content):
+    content = content if isinstance(content, bytes) else b"x,y\n" + content.encode()
+    try:
+        features, _, values = read(tmp_path_factory.getbasetemp() / "any.csv", content)
+    except BadInput as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert values.shape[1] == len(features) + 1
+        assert np.isfinite(values).all()
