@@ -1,0 +1,177 @@
+"""What a run says of its origin is true, and is said with and without git."""
+
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from tracklight.tracking.provenance import (
+    OWN_CODE,
+    Git,
+    Provenance,
+    code_digest,
+    collect,
+    git_state,
+    installed_packages,
+    machine,
+)
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=A", "-c", "user.email=a@b", "-c", "init.defaultBranch=trunk"]
+    command = ["git", *identity, *arguments]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    git(tmp_path, "init", "-q")
+    (tmp_path / "a.py").write_text("x = 1\n")
+    git(tmp_path, "add", "a.py")
+    git(tmp_path, "commit", "-qm", "first")
+    return tmp_path
+
+
+def test_clean_work_tree_is_named_by_its_commit_and_branch(repository):
+    commit = git(repository, "rev-parse", "HEAD").strip()
+    assert git_state(repository) == Git(commit, "trunk", dirty=False)
+
+
+def test_change_is_kept_as_a_patch_that_git_applies(repository):
+    (repository / "a.py").write_text("x = 2\n")
+    state = git_state(repository)
+    assert state.dirty
+    git(repository, "checkout", "-q", "a.py")
+    patch = repository / "diff.patch"
+    patch.write_text(state.diff)
+    git(repository, "apply", "diff.patch")
+    assert (repository / "a.py").read_text() == "x = 2\n"
+
+
+def test_untracked_files_are_listed_and_their_content_is_not_kept(repository):
+    (repository / "new file.txt").write_text("password")
+    state = git_state(repository)
+    assert (state.dirty, state.diff, state.untracked) == (False, "", ("new file.txt",))
+
+
+def test_diff_is_bounded(repository):
+    (repository / "a.py").write_text("x = 1  # long\n" * 200_000)
+    diff = git_state(repository).diff
+    assert len(diff) < 1_000_100
+    assert "bytes in all" in diff
+
+
+def test_git_is_asked_of_the_project_not_of_the_tree_a_hook_runs_in(repository, monkeypatch):
+    monkeypatch.setenv("GIT_DIR", str(repository / "elsewhere"))
+    assert git_state(repository).commit
+
+
+@pytest.mark.parametrize("state", ["no commit", "no repository", "no git", "no folder"])
+def test_provenance_is_told_without_a_commit(tmp_path, monkeypatch, state):
+    folder = tmp_path
+    if state == "no commit":
+        git(tmp_path, "init", "-q")
+    elif state == "no git":
+        monkeypatch.setenv("PATH", "")
+    elif state == "no folder":
+        folder = tmp_path / "missing"
+    found = collect(folder, "train.py", "0")
+    assert found.git.commit is None
+    assert not any(key.startswith("mlflow.source.git.commit") for key in found.tags())
+    assert found.texts()["provenance/packages.txt"]
+
+
+def test_tags_use_the_names_that_mlflow_shows():
+    git_facts = Git("c0ffee", "trunk", dirty=True, diff="-a\n+b\n", untracked=("n",))
+    found = Provenance(git_facts, {"b": "2", "a": "1"}, {"python": "3.12.1"}, "train.py x=1", "d1")
+    tags = found.tags()
+    tags.pop("mlflow.user", None)
+    assert tags == {
+        "mlflow.source.name": "train.py",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": "c0ffee",
+        "mlflow.source.git.branch": "trunk",
+        "mlflow.source.git.dirty": "true",
+        "tracklight.command": "train.py x=1",
+        "tracklight.code": "d1",
+        "tracklight.python": "3.12.1",
+    }
+    texts = found.texts()
+    assert texts["provenance/packages.txt"] == "a==1\nb==2\n"
+    assert texts["provenance/diff.patch"] == "-a\n+b\n"
+    assert texts["provenance/untracked.txt"] == "n\n"
+
+
+def test_no_tag_exceeds_what_mlflow_takes():
+    found = Provenance(Git(), {}, {"python": "3"}, "train.py " + "x" * 20_000, "d")
+    assert max(map(len, found.tags().values())) <= 8000
+
+
+def test_packages_are_those_installed():
+    packages = installed_packages()
+    for name in ("torch", "pytorch-lightning", "mlflow", "hydra-core"):
+        assert packages[name] == version(name)
+
+
+def test_machine_is_described_by_plain_values():
+    facts = machine()
+    assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert facts["cpu"]
+    assert isinstance(facts["usable_cores"], int)
+    assert facts["usable_cores"] >= 1
+
+
+def test_code_digest_follows_content_and_names_and_nothing_else(tmp_path):
+    for copy in ("one", "two"):
+        folder = tmp_path / copy / "pkg"
+        (folder / "sub").mkdir(parents=True)
+        (folder / "sub" / "a.py").write_text("x = 1\n")
+        (folder / "b.py").write_text("y = 1\n")
+    one, two = tmp_path / "one" / "pkg", tmp_path / "two" / "pkg"
+    first = code_digest(folders=[one])
+    assert first == code_digest(folders=[two])
+    (two / "__pycache__").mkdir()
+    (two / "__pycache__" / "a.cpython-311.pyc").write_bytes(b"1")
+    (two / ".b.py.swp").write_text("editor")
+    assert first == code_digest(folders=[two])
+    (two / "b.py").rename(two / "c.py")
+    assert first != code_digest(folders=[two])
+    (one / "b.py").write_text("y = 2\n")
+    assert first != code_digest(folders=[one])
+
+
+def test_code_digest_covers_the_file_of_a_foreign_target(tmp_path, monkeypatch):
+    package = tmp_path / "foreign_net"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "net.py").write_text("class Net: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = code_digest(["foreign_net.net.Net"])
+    assert before != code_digest()
+    (package / "net.py").write_text("class Net: depth = 2\n")
+    assert code_digest(["foreign_net.net.Net"]) != before
+
+
+@pytest.mark.parametrize(
+    "name", ["torch.optim.SGD", "json.JSONDecoder", "tracklight.errors.BadInput", "nowhere.Net"]
+)
+def test_installed_and_own_and_unknown_targets_add_nothing_to_the_code_digest(name):
+    assert code_digest([name]) == code_digest()
+
+
+def test_own_code_is_the_two_packages():
+    assert [folder.name for folder in OWN_CODE] == ["tracklight", "tracklight"]
+    assert (OWN_CODE[0] / "errors.py").is_file()
+
+
+def test_provenance_takes_less_than_a_tenth_of_a_second(repository):
+    (repository / "a.py").write_text("x = 2\n")
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        collect(repository, "train.py", code_digest())
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.1
