@@ -49,7 +49,7 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> Tensor:
 
 
 class TensorData(LightningDataModule):
-    """Splits held as tensors; subclasses read them in `load` and turn raw rows into inputs in `transform`.
+    """Splits held as tensors; subclasses state `load` and, for raw rows, `transform`.
 
     Args:
         batch_size: Examples in a training minibatch; None takes the whole training part at once,
@@ -113,9 +113,9 @@ class TensorData(LightningDataModule):
 class Loader:
     """Walks a split in minibatches, or in blocks of several, as (inputs, targets).
 
-    In training a block is `data.steps_per_block` minibatches gathered and transformed at once: rows (k * B, ...).
-    With several processes each takes every `world_size`-th row; in training the order is padded from
-    its front so that all take equally many steps.
+    In training a block is `data.steps_per_block` minibatches gathered and transformed at once: rows
+    (k * B, ...). With several processes each takes every `world_size`-th row; in training the order
+    is padded from its front so that all take equally many steps.
     """
 
     def __init__(self, data: TensorData, split: str, batch_size: int | None, shuffle: bool = False):

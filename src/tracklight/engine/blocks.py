@@ -1,8 +1,8 @@
 """Several optimizer steps for one turn of Lightning's loop.
 
-Lightning's hooks and bookkeeping around a batch cost several times the step of a small model. Where nobody listens to
-them, the engine hands Lightning a block of minibatches as one batch and takes the steps itself: the same arithmetic in
-the same order as the loop by hand.
+Lightning's hooks and bookkeeping around a batch cost several times the step of a small model. Where
+nobody listens to them, the engine hands Lightning a block of minibatches as one batch and takes the
+steps itself: the same arithmetic in the same order as the loop by hand.
 
 Shapes: `S` steps in a block, `B` minibatch size, `...` an example's own shape.
 """
@@ -15,6 +15,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loops.optimization.automatic import Closure, ClosureResult
 from torch import Tensor
+from typing_extensions import override
 
 from tracklight.data.tensor_data import TensorData
 from tracklight.engine.obstacles import obstacle
@@ -31,7 +32,7 @@ class NonFiniteLoss(RunFailed):
 
     def __init__(self, step: int, value: float):
         super().__init__(
-            f"train/loss is {value} at step {step}: stopped there; the best checkpoint is from before it."
+            f"train/loss is {value} at step {step}: stopped there; the best checkpoint is older."
             " Try a smaller optimizer.lr, or trainer.gradient_clip_val=1.0"
         )
         self.step = step
@@ -45,7 +46,7 @@ class SeriesLog(Protocol):
 
 
 class Blocks(Callback):
-    """Takes the optimizer steps of a block in place of Lightning, and tells Lightning that they happened.
+    """Takes the optimizer steps of a block in place of Lightning, and tells Lightning so.
 
     Where blocks may not be used, it only reseeds before each batch and checks each loss.
 
@@ -62,6 +63,7 @@ class Blocks(Callback):
         self.track: SeriesLog | None = None  # takes each step's loss; None where nothing is tracked
         self.walking = False
 
+    @override
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.trainer = trainer
         data = trainer.datamodule
@@ -75,11 +77,15 @@ class Blocks(Callback):
         else:
             self.tell(f"Steps are taken one by one (plain Lightning): {reason}")
 
+    @override
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
         if self.walking:
             del module.optimizer_step
 
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if self.walking:
             self.block = batch
         else:
@@ -88,10 +94,16 @@ class Blocks(Callback):
     def _optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Closure) -> None:
         with self.trainer.precision_plugin.train_step_context():
             self.losses = self._walk(*self.block)
-        closure._result = ClosureResult(closure_loss=None)  # Lightning asks the closure for what the steps gave
+        closure._result = ClosureResult(
+            closure_loss=None
+        )  # Lightning asks the closure for what the steps gave
 
     def _walk(self, inputs: Tensor, targets: Tensor) -> Tensor:  # (S * B, ...) -> losses (S,)
-        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs if config.interval == "step"]
+        schedulers = [
+            config.scheduler
+            for config in self.trainer.lr_scheduler_configs
+            if config.interval == "step"
+        ]
         first = self.trainer.global_step
         size = self.data.batch_size or len(targets)
         losses = []
@@ -113,8 +125,14 @@ class Blocks(Callback):
             counter.completed += further
         loop._batches_that_stepped += further
 
+    @override
     def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: tuple[Tensor, Tensor], batch_idx: int
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        outputs: Any,
+        batch: tuple[Tensor, Tensor],
+        batch_idx: int,
     ) -> None:
         if not self.walking:
             self._check_loss(outputs)
@@ -129,7 +147,9 @@ class Blocks(Callback):
         sizes = losses.new_full((len(losses),), self.data.batch_size or num_examples)
         sizes[-1] += num_examples - sizes.sum()
         mean = (losses * sizes).sum() / num_examples
-        module.log("train/loss", losses[-1], on_step=True, on_epoch=False, prog_bar=True, logger=False)
+        module.log(
+            "train/loss", losses[-1], on_step=True, on_epoch=False, prog_bar=True, logger=False
+        )
         module.log("train/loss_epoch", mean, on_step=False, on_epoch=True, batch_size=num_examples)
 
     def _log_steps(self, steps: range, values: list[float]) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints that survive a crash at any instant, and the one from which a run continues.
 
-A checkpoint is written beside its final name, synced, and renamed; the digest beside it is there before the rename, so
-whatever stands under the final name can be proved whole.
+A checkpoint is written beside its final name, synced, and renamed; the digest beside it is there
+before the rename, so whatever stands under the final name can be proved whole.
 """
 
 import hashlib
@@ -16,13 +16,14 @@ from typing import IO, Any
 import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch.serialization import MAP_LOCATION
+from typing_extensions import override
 
 from tracklight.errors import BadInput, RunFailed
 
 
 @dataclass(frozen=True)
 class Checksum:
-    """What may rightly stand under a checkpoint's name: the new content, or the one about to be replaced."""
+    """What may rightly stand under a checkpoint's name: the new content, or the one before."""
 
     sha256: list[str] = field(default_factory=list)
     step: int = -1
@@ -62,10 +63,16 @@ def load_plain(path: Path, map_location: MAP_LOCATION = "cpu") -> dict[str, Any]
         raise BadInput(f"checkpoint {path} does not exist") from None
     except Exception as error:
         if "weights_only" in str(error) or "Unsupported" in str(error):
-            raise BadInput(f"checkpoint {path}: unsafe content refused (plain values and tensors only)") from None
-        raise BadInput(f"checkpoint {path} cannot be read: empty, cut off, or no checkpoint at all") from None
+            raise BadInput(
+                f"checkpoint {path}: unsafe content refused (plain values and tensors only)"
+            ) from None
+        raise BadInput(
+            f"checkpoint {path} cannot be read: empty, cut off, or no checkpoint at all"
+        ) from None
     if not isinstance(loaded, dict) or not isinstance(loaded.get("state_dict"), dict):
-        raise BadInput(f"checkpoint {path} holds no `state_dict`; expected a checkpoint that Lightning wrote")
+        raise BadInput(
+            f"checkpoint {path} holds no `state_dict`; expected a checkpoint that Lightning wrote"
+        )
     return loaded
 
 
@@ -95,14 +102,17 @@ class DurableCheckpointIO(CheckpointIO):
     """Writes checkpoints so that power loss leaves the old one or the new one, never half.
 
     Args:
-        before_commit: Called once the content is on disk and before it takes its name: what the checkpoint builds on
-            (the metrics up to it) must be durable first.
+        before_commit: Called once the content is on disk and before it takes its name: what the
+            checkpoint builds on (the metrics up to it) must be durable first.
     """
 
     def __init__(self, before_commit: Callable[[], None] = lambda: None):
         self.before_commit = before_commit
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
         final = Path(path)
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = final.with_name(f".{final.name}.tmp")
@@ -122,25 +132,33 @@ class DurableCheckpointIO(CheckpointIO):
                 os.fsync(file.fileno())
             self.before_commit()
             accepted = [sink.digest.hexdigest(), *Checksum.of(final).sha256[:1]]
-            _write_durably(checksum_path(final), Checksum(accepted, checkpoint.get("global_step", -1)))
+            _write_durably(
+                checksum_path(final), Checksum(accepted, checkpoint.get("global_step", -1))
+            )
             temporary.replace(final)
             sync_folder(final.parent)
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise RunFailed(
-                f"checkpoint {final} ({num_bytes:,} bytes so far) could not be written: {error.strerror};"
-                " the previous one is untouched"
+                f"checkpoint {final} could not be written ({num_bytes:,} bytes so far):"
+                f" {error.strerror}; the previous one is untouched"
             ) from error
 
+    @override
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         if str(path).startswith(("http://", "https://")):
-            raise BadInput(f"checkpoint {path} is remote; only local files are loaded: download and check it first")
+            raise BadInput(
+                f"checkpoint {path} is remote; only local files are loaded: download it first"
+            )
         if checksum_path(Path(path)).exists() and not is_intact(Path(path)):
-            raise RunFailed(f"checkpoint {path} is damaged: its content does not match its checksum")
+            raise RunFailed(
+                f"checkpoint {path} is damaged: its content does not match its checksum"
+            )
         return load_plain(Path(path), map_location or "cpu")
 
+    @override
     def remove_checkpoint(self, path: str | Path) -> None:
         for file in (Path(path), checksum_path(Path(path))):
             file.unlink(missing_ok=True)
@@ -165,7 +183,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def newest_intact(checkpoints: Iterable[Path]) -> Path | None:
-    """Return the intact checkpoint of the highest step, judged by content and never by modification time.
+    """Return the intact checkpoint of the highest step, judged by content alone.
 
     Warns of each damaged one that is newer.
 
@@ -176,7 +194,9 @@ def newest_intact(checkpoints: Iterable[Path]) -> Path | None:
     for path in candidates:
         if is_intact(path):
             return path
-        warnings.warn(f"checkpoint {path} is damaged (checksum differs); using the one before", stacklevel=2)
+        warnings.warn(
+            f"checkpoint {path} is damaged (checksum differs); using the one before", stacklevel=2
+        )
     if candidates:
         raise RunFailed(f"no checkpoint in {candidates[0].parent} is intact; not starting afresh")
     return None

@@ -1,7 +1,13 @@
-"""When several steps may be taken in one turn of Lightning's loop: only where nobody could tell the difference."""
+"""When steps may be taken several at a time: only where nobody could tell the difference."""
 
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
-from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint, ProgressBar, Timer
+from pytorch_lightning.callbacks import (
+    BatchSizeFinder,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ProgressBar,
+    Timer,
+)
 from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.optim import LBFGS
@@ -35,17 +41,23 @@ CALLBACK_HOOKS = (
 )
 
 
-def obstacle(trainer: Trainer, module: LightningModule, data: LightningDataModule | None) -> str | None:
-    """Name the first setting for which every step must go through Lightning; None where blocks may be used."""
+def obstacle(
+    trainer: Trainer, module: LightningModule, data: LightningDataModule | None
+) -> str | None:
+    """Name the first setting that needs plain Lightning; None where blocks may be used."""
     if not isinstance(module, Supervised):
         return f"{type(module).__name__} is not a tracklight model (Supervised)"
     if not isinstance(data, TensorData):
         return f"{type(data).__name__} is not a tracklight data set (TensorData)"
-    return trainer_obstacle(trainer) or _hook_obstacle(trainer, module, data) or _optimizer_obstacle(trainer)
+    return (
+        trainer_obstacle(trainer)
+        or _hook_obstacle(trainer, module, data)
+        or _optimizer_obstacle(trainer)
+    )
 
 
 def trainer_obstacle(trainer: Trainer) -> str | None:
-    """Name the first Trainer argument under which an epoch is not simply all minibatches, each one step."""
+    """Name the first Trainer argument for which an epoch is not all minibatches, one step each."""
     required = {
         "devices": (trainer.world_size, (1,)),
         "precision": (trainer.precision, ("32-true", "64-true")),
@@ -60,19 +72,28 @@ def trainer_obstacle(trainer: Trainer) -> str | None:
         "check_val_every_n_epoch": (trainer.check_val_every_n_epoch is None, (False,)),
         "profiler": (type(trainer.profiler), (PassThroughProfiler,)),
         "detect_anomaly": (trainer._detect_anomaly, (False,)),
-        "strategy": (trainer.strategy.strategy_name if trainer.world_size == 1 else "", ("single_device", "auto")),
+        "strategy": (
+            trainer.strategy.strategy_name if trainer.world_size == 1 else "",
+            ("single_device", "auto"),
+        ),
     }
     for key, (value, allowed) in required.items():
-        # an int 1 of val_check_interval or limit_train_batches means one batch, the float 1.0 all of them
+        # the int 1 of val_check_interval or limit_train_batches means one batch, 1.0 all of them
         if value not in allowed or (isinstance(allowed[0], float) and not isinstance(value, float)):
             return f"trainer.{key}={getattr(trainer, key, value)}"
     return None
 
 
 def _hook_obstacle(trainer: Trainer, module: Supervised, data: TensorData) -> str | None:
-    if type(module).training_step is not Supervised.training_step or not module.automatic_optimization:
+    if (
+        type(module).training_step is not Supervised.training_step
+        or not module.automatic_optimization
+    ):
         return f"{type(module).__name__} takes its training steps in its own way"
-    for owner, base, hooks in ((module, LightningModule, MODULE_HOOKS), (data, LightningDataModule, MODULE_HOOKS[2:5])):
+    for owner, base, hooks in (
+        (module, LightningModule, MODULE_HOOKS),
+        (data, LightningDataModule, MODULE_HOOKS[2:5]),
+    ):
         for hook in hooks:
             if is_overridden(hook, owner, base):
                 return f"{type(owner).__name__} overrides {hook}"
@@ -98,7 +119,7 @@ def _optimizer_obstacle(trainer: Trainer) -> str | None:
         return "the optimizer needs a closure, or there are several"
     for config in trainer.lr_scheduler_configs:
         if config.interval == "step" and (config.reduce_on_plateau or config.frequency != 1):
-            return f"scheduler {type(config.scheduler).__name__} steps on a metric, or not at every step"
+            return (
+                f"scheduler {type(config.scheduler).__name__} steps on a metric or not every step"
+            )
     return None
-
-

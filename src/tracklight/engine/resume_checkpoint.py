@@ -5,8 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Callback, Trainer
+from typing_extensions import override
 
-from tracklight.engine.checkpoint import DurableCheckpointIO, checksum_path, newest_intact, sync_folder
+from tracklight.engine.checkpoint import (
+    DurableCheckpointIO,
+    checksum_path,
+    newest_intact,
+    sync_folder,
+)
 
 INTERVAL_S = 1.0  # commits of fast epochs are at least this far apart
 GENERATIONS = 2
@@ -15,7 +21,7 @@ LAST = "last.ckpt"
 
 
 def resume_point(folder: Path) -> Path | None:
-    """Return the newest intact resume checkpoint of a run's checkpoint folder; None where there never was one.
+    """Return a folder's newest intact resume checkpoint; None where there never was one.
 
     Raises:
         RunFailed: There are some, and none is intact.
@@ -24,41 +30,62 @@ def resume_point(folder: Path) -> Path | None:
 
 
 class ResumeCheckpoint(Callback):
-    """Commits a resume checkpoint once an epoch is wholly over: at the start of the next, and at the end of training.
+    """Commits a resume checkpoint once an epoch is wholly over: as the next starts, or at the end.
 
-    `on_train_epoch_end` comes before the epoch's train metrics are logged and the schedulers stepped, so a run
-    continued from there would lose both.
+    `on_train_epoch_end` comes before the epoch's train metrics are logged and the schedulers
+    stepped, so a run continued from there would lose both.
 
     Args:
-        folder: Where checkpoints go.
         io: Removes what is superseded.
     """
 
-    def __init__(self, folder: Path, io: DurableCheckpointIO):
-        self.folder = folder
+    def __init__(self, io: DurableCheckpointIO):
+        self.folder: Path | None = None  # set once the run's folder is known
         self.io = io
         self.committed_at = time.monotonic()
+        self.stopped_early = False
+        self.first_epoch = 0
 
+    @override
+    def state_dict(self) -> dict[str, bool]:
+        return {"stopped_early": self.stopped_early}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, bool]) -> None:
+        self.stopped_early = state_dict["stopped_early"]
+
+    @override
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         progress = trainer.fit_loop.epoch_progress
         if progress.total.ready <= 1 or trainer.current_epoch == self.first_epoch:
             return
         if trainer.world_size == 1 and time.monotonic() - self.committed_at < INTERVAL_S:
             return
-        ready = progress.total.ready, progress.current.ready  # this epoch is counted already, but has not begun
-        progress.total.ready, progress.current.ready = progress.total.completed, progress.current.completed
+        ready = (
+            progress.total.ready,
+            progress.current.ready,
+        )  # this epoch is counted already, but has not begun
+        progress.total.ready, progress.current.ready = (
+            progress.total.completed,
+            progress.current.completed,
+        )
         try:
             self._commit(trainer)
         finally:
             progress.total.ready, progress.current.ready = ready
 
+    @override
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
         self.first_epoch = trainer.current_epoch
+        trainer.should_stop |= self.stopped_early  # Lightning forgets it from one fit to the next
 
+    @override
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+        self.stopped_early = trainer.should_stop
         self._commit(trainer)
 
     def _commit(self, trainer: Trainer) -> None:
+        assert self.folder is not None
         path = self.folder / f"step-{trainer.global_step:09d}.ckpt"
         trainer.save_checkpoint(path)
         self.committed_at = time.monotonic()

@@ -1,7 +1,7 @@
 """Random numbers as a pure function of (seed, epoch) and (seed, step): reseeded, never saved.
 
-Resuming at an epoch's boundary therefore needs no generator's state, and dropout does not depend on how many steps
-are taken at a time.
+Resuming at an epoch's boundary therefore needs no generator's state, and dropout does not depend on
+how many steps are taken at a time.
 """
 
 import random
@@ -25,9 +25,12 @@ def mixed_seed(seed: int, stream: int, index: int) -> int:
         stream: Tells independent streams apart: steps from epochs.
         index: Global step or epoch, counted from 0.
 
-    Source: SplitMix64's finaliser (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators").
+    Source: SplitMix64's finaliser (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
+    generators").
     """
-    z = (seed * 0x9E3779B97F4A7C15 + (stream << 56) + index * 0xD1342543DE82EF95 + 0x9E3779B97F4A7C15) & MASK
+    z = (
+        seed * 0x9E3779B97F4A7C15 + (stream << 56) + index * 0xD1342543DE82EF95 + 0x9E3779B97F4A7C15
+    ) & MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
     return z ^ (z >> 31)
@@ -37,7 +40,7 @@ STEPS, EPOCHS = 1, 2
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Reseed PyTorch's global generators for one optimizer step; on the CPU that takes about a microsecond."""
+    """Reseed PyTorch's global generators for one optimizer step, in about a microsecond."""
     drawn = mixed_seed(seed, STEPS, step)
     torch.default_generator.manual_seed(drawn)
     if torch.cuda.is_initialized():
@@ -60,19 +63,23 @@ def seed_run(seed: int) -> None:
 def seed_epochs_of(owner: LightningModule | LightningDataModule, seed: int) -> None:
     """Make the order of a foreign data loader a pure function of (seed, epoch).
 
-    A shuffling sampler draws its order, and workers their seeds, from the global generator at `iter()`. Lightning
-    calls that before it tells a resumed run's first epoch to the sampler (upstream #21938), so the loaders
-    themselves reseed there.
+    A shuffling sampler draws its order, and workers their seeds, from the global generator at
+    `iter()`. Lightning calls that before it tells a resumed run's first epoch to the sampler
+    (upstream #21938), so the loaders themselves reseed there.
     """
     original: Callable[[], Any] = owner.train_dataloader
 
     def train_dataloader() -> Any:
-        return apply_to_collection(original(), DataLoader, lambda loader: _reseeding(loader, owner, seed))
+        return apply_to_collection(
+            original(), DataLoader, lambda loader: _reseeding(loader, owner, seed)
+        )
 
     owner.train_dataloader = train_dataloader
 
 
-def _reseeding(loader: DataLoader, owner: LightningModule | LightningDataModule, seed: int) -> DataLoader:
+def _reseeding(
+    loader: DataLoader, owner: LightningModule | LightningDataModule, seed: int
+) -> DataLoader:
     kind = type(loader)
 
     def reseed_and_iterate(self: DataLoader) -> Any:

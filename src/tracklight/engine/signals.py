@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any
 
 from pytorch_lightning import Callback, Trainer
+from typing_extensions import override
 
 
 class Stopped(BaseException):
@@ -33,7 +34,10 @@ class SafeStop(Callback):
     @contextmanager
     def listening(self) -> Iterator["SafeStop"]:
         """Handle SIGINT and SIGTERM until the block ends; only a main thread may."""
-        previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {
+            number: signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             yield self
         finally:
@@ -52,24 +56,31 @@ class SafeStop(Callback):
             self.in_loop = False
             raise Stopped(self.received)
 
+    @override
     def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         self.in_loop = True
         self._check()
 
+    @override
     def teardown(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         self.in_loop = False
 
+    @override
     def on_exception(self, *_: Any) -> None:
         self.in_loop = False
 
+    @override
     def on_train_epoch_start(self, *_: Any) -> None:
         self._check()
 
+    @override
     def on_train_batch_start(self, *_: Any) -> None:
         self._check()
 
+    @override
     def on_validation_batch_start(self, *_: Any) -> None:
         self._check()
 
+    @override
     def on_test_batch_start(self, *_: Any) -> None:
         self._check()

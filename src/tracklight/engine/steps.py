@@ -11,7 +11,7 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 
 def make_step(module: Supervised, optimizer: Optimizer) -> Step:
-    """Return a function that takes one optimizer step on a minibatch and returns its loss, detached."""
+    """Return what takes one optimizer step on a minibatch and returns its loss, detached."""
 
     def step(inputs: Tensor, targets: Tensor) -> Tensor:
         optimizer.zero_grad()

@@ -6,6 +6,7 @@ Shapes: `B` minibatch size, `N` training examples, `F` features, `T` targets.
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 from tracklight.models.supervised import Supervised
 
@@ -24,9 +25,11 @@ class LinearRegression(Supervised):
         self.save_hyperparameters()
         self.linear = nn.Linear(in_features, out_features, bias=bias)
 
+    @override
     def forward(self, inputs: Tensor) -> Tensor:  # (B, F) -> (B, T)
         return self.linear(inputs)
 
+    @override
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return functional.mse_loss(outputs, targets)
 
@@ -38,16 +41,19 @@ class LinearRegression(Supervised):
             targets: Training targets (N, T).
 
         Returns:
-            `ols/loss`, the least mean squared error that any such layer reaches on these examples, and
-            `ols/gap`, the largest difference of a parameter from the least-squares one over the largest
-            least-squares parameter.
+            `ols/loss`, the least mean squared error that any such layer reaches on these examples,
+            and `ols/gap`, the largest difference of a parameter from the least-squares one over the
+            largest least-squares parameter.
 
-        Source: minimum-norm least squares by singular value decomposition (LAPACK gelsd), in float64.
+        Source: minimum-norm least squares by singular value decomposition (LAPACK gelsd), in
+        float64.
         """
         exact_inputs, exact_targets = inputs.cpu().double(), targets.cpu().double()
         trained = self.linear.weight.detach().cpu().double().T  # (F, T)
         if self.linear.bias is not None:
-            exact_inputs = torch.cat([exact_inputs, torch.ones(len(inputs), 1)], dim=1)  # (N, F + 1)
+            exact_inputs = torch.cat(
+                [exact_inputs, torch.ones(len(inputs), 1)], dim=1
+            )  # (N, F + 1)
             trained = torch.cat([trained, self.linear.bias.detach().cpu().double()[None]])
         solution = torch.linalg.lstsq(exact_inputs, exact_targets, driver="gelsd").solution
         gap = (trained - solution).abs().max() / solution.abs().max()

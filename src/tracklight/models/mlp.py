@@ -8,14 +8,21 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 from tracklight.models.supervised import Supervised
 
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
+ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+}
 
 
 class MLP(Supervised):
-    """Flattens its input, then linear layers with an activation and dropout between them, under cross-entropy.
+    """Linear layers with an activation and dropout between them, under cross-entropy.
 
     Args:
         in_features: `F`, the values of one example.
@@ -40,7 +47,9 @@ class MLP(Supervised):
         hidden = list(hidden)
         self.save_hyperparameters()
         if activation not in ACTIVATIONS:
-            raise ValueError(f"model.activation={activation} must be one of {', '.join(ACTIVATIONS)}")
+            raise ValueError(
+                f"model.activation={activation} must be one of {', '.join(ACTIVATIONS)}"
+            )
         layers: list[nn.Module] = [nn.Flatten()]  # (B, ...) -> (B, F)
         for width_in, width_out in pairwise([in_features, *hidden]):
             layers += [nn.Linear(width_in, width_out), ACTIVATIONS[activation]()]
@@ -49,11 +58,14 @@ class MLP(Supervised):
         layers.append(nn.Linear([in_features, *hidden][-1], out_features))
         self.layers = nn.Sequential(*layers)
 
+    @override
     def forward(self, inputs: Tensor) -> Tensor:  # (B, ...) -> logits (B, K)
         return self.layers(inputs)
 
+    @override
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return functional.cross_entropy(outputs, targets)
 
+    @override
     def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         return {"accuracy": (outputs.argmax(dim=1) == targets).float().mean()}

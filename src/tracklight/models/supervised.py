@@ -9,15 +9,17 @@ from typing import Any
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
+from typing_extensions import override
 
 Factory = Callable[..., Any]
 
 
 class Supervised(LightningModule):
-    """Learns targets from inputs; a subclass states `forward`, `loss` and, where it has any, `metrics`.
+    """Learns targets from inputs; a subclass states `forward`, `loss` and perhaps `metrics`.
 
-    A subclass calls `save_hyperparameters()` first, with plain values only, so that its checkpoint reloads alone.
-    The optimizer and scheduler come as factories, which are no hyperparameters: without them, plain SGD.
+    A subclass calls `save_hyperparameters()` first, with plain values only, so that its checkpoint
+    reloads alone. The optimizer and scheduler come as factories, which are no hyperparameters:
+    without them, plain SGD.
     """
 
     def __init__(self) -> None:
@@ -33,6 +35,7 @@ class Supervised(LightningModule):
         """Return further scores of one batch, scalars: means over its examples."""
         return {}
 
+    @override
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         inputs, targets = batch
         loss = self.loss(self(inputs), targets)
@@ -40,9 +43,11 @@ class Supervised(LightningModule):
         self.log("train/loss_epoch", loss, on_step=False, on_epoch=True, batch_size=len(targets))
         return loss
 
+    @override
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate("val", batch)
 
+    @override
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate("test", batch)
 
@@ -54,6 +59,7 @@ class Supervised(LightningModule):
         several = self.trainer.world_size > 1
         self.log_dict(named, batch_size=len(targets), prog_bar=True, sync_dist=several)
 
+    @override
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.optimizer_factory(self.parameters())
         if self.scheduler_factory is None:

@@ -1,0 +1,298 @@
+"""One run, from its config to its score: the only file that joins all rooms."""
+
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.model_helpers import is_overridden
+
+from tracklight import assemble, config, report, resume
+from tracklight.data.tensor_data import TensorData
+from tracklight.engine.blocks import Blocks, NonFiniteLoss
+from tracklight.engine.checkpoint import DurableCheckpointIO, load_plain, remove_leftovers
+from tracklight.engine.resume_checkpoint import ResumeCheckpoint, keep_last, resume_point
+from tracklight.engine.signals import SafeStop, Stopped
+from tracklight.errors import BadInput, RunFailed
+from tracklight.models.linear_regression import LinearRegression
+from tracklight.tracking import provenance, query
+from tracklight.tracking.layout import IDENTITY_TAG
+from tracklight.tracking.model import log_model
+from tracklight.tracking.run import Run
+from tracklight.tracking.store import Store, connect
+
+
+def run(
+    cfg: DictConfig,
+    tags: Mapping[str, str] | None = None,
+    callbacks: Sequence[Callback] = (),
+    test: bool = True,
+) -> float | None:
+    """Train what a config describes, track it, test its best checkpoint once.
+
+    Args:
+        cfg: The composed config, checked.
+        tags: Further tags of the run.
+        callbacks: Further callbacks.
+        test: Whether to evaluate on the test part at the end; trials of a sweep are not.
+
+    Returns:
+        The best value of `score.metric`; None where no metric is named.
+
+    Raises:
+        BadInput: The config asks for what cannot be; no run was made.
+        RunFailed: The run began and could not end well.
+        Stopped: A signal ended it.
+    """
+    with SafeStop().listening() as stop:
+        return _Experiment(cfg, tags or {}, [*callbacks, stop]).run(test)
+
+
+class _Experiment:
+    """The parts of one run, made in the order in which one depends on the other."""
+
+    def __init__(self, cfg: DictConfig, tags: Mapping[str, str], callbacks: list[Callback]):
+        self.tags = dict(tags)
+        self.store = _open_store(cfg)
+        self.cfg, self.continued = (
+            (cfg, None) if self.store is None else resume.resolve(cfg, self.store)
+        )
+        _set_threads(self.cfg)
+        self.code = provenance.code_digest(config.targets(self.cfg))
+        self.data = assemble.build_data(self.cfg)
+        self.model = assemble.build_model(self.cfg, self.data)
+        self.weights_of = self._load_initial_weights()
+        self.io = DurableCheckpointIO()
+        self.blocks = Blocks(self.cfg.seed)
+        self.best = ModelCheckpoint(
+            filename="best",
+            monitor=self.cfg.score.metric,
+            mode=self.cfg.score.mode,
+            save_weights_only=True,
+            enable_version_counter=False,
+        )
+        self.last = ResumeCheckpoint(self.io)
+        self.trainer = self._build_trainer(callbacks)
+        self.tracked: Run | None = None
+
+    def _build_trainer(self, callbacks: list[Callback]) -> Trainer:
+        shown = report.progress(self.cfg.trainer.enable_progress_bar)
+        callbacks = [
+            *assemble.build_callbacks(self.cfg),
+            self.blocks,
+            *callbacks,
+            *([shown] if shown else []),
+        ]
+        tracked = self.store is not None
+        ours: dict[str, Any] = {"enable_checkpointing": tracked}
+        if isinstance(shown, report.EpochLines):
+            ours["enable_progress_bar"] = False
+        if isinstance(self.data, TensorData) and "val" not in self.data.splits:
+            ours["limit_val_batches"] = 0
+        saving = [self.last, self.best] if tracked else []
+        root = self.cfg.tracking.dir
+        return assemble.build_trainer(
+            self.cfg, [*callbacks, *saving], [self.io] if tracked else [], root, **ours
+        )
+
+    def _load_initial_weights(self) -> str | None:
+        if self.cfg.init_from is None:
+            return None
+        if self.store is None:
+            raise BadInput(
+                f"init_from={self.cfg.init_from} needs tracking=mlflow, where that run is"
+            )
+        run = query.find_run(self.store, str(self.cfg.init_from))
+        weights = load_plain(query.fetch(self.store, run, query.BEST))["state_dict"]
+        try:
+            self.model.load_state_dict(weights)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise BadInput(
+                f"init_from={self.cfg.init_from}: its weights do not fit this model: {reason}"
+            ) from None
+        return run.info.run_id
+
+    def run(self, test: bool) -> float | None:
+        """Open the run, last of all; then train, test, and close it as it really ended."""
+        started = time.perf_counter()
+        if self.store is None:
+            self._fit(None)
+            return self._close(test)
+        self.tracked = self._open_run(self.store)
+        status = "FAILED"
+        try:
+            self._fit(self._prepare_folder(self.tracked))
+            score = self._close(test)
+            status = "FINISHED"
+        except Stopped:
+            status = "KILLED"
+            raise
+        except NonFiniteLoss as error:
+            self.tracked.set_tags({resume.NON_FINITE_TAG: str(error.step)})
+            raise
+        finally:
+            self.tracked.finish(status)
+        print(self._summary(score, time.perf_counter() - started))
+        return score
+
+    def _open_run(self, store: Store) -> Run:
+        data = self.data.digest if isinstance(self.data, TensorData) else "unknown"
+        changes: list[str] = []
+        if self.continued:
+            changes = resume.check_changes(self.continued, self.code, data, self.cfg.allow_changes)
+        command = config.redact(shlex.join(sys.argv))
+        facts = provenance.collect(config.ROOT, command, self.code)
+        tags = facts.tags() | {
+            IDENTITY_TAG: config.identity(self.cfg),
+            resume.DATA_TAG: data,
+            resume.EPOCHS_TAG: str(self.cfg.trainer.max_epochs),
+        }
+        if self.weights_of:
+            tags["tracklight.init_from"] = self.weights_of
+        if changes:
+            tags[resume.CHANGES_TAG] = "; ".join(changes)
+        tags |= self.tags
+        if self.continued:
+            run = store.reopen(self.continued.run.info.run_id)
+            run.set_tags(tags)
+        else:
+            run = store.create(self.cfg.tracking.experiment, self.cfg.tracking.run_name, tags)
+        tree = config.redact(config.plain(self.cfg))
+        if not self.continued:
+            run.log_params(config.flatten(tree))
+            if isinstance(self.data, TensorData):
+                run.log_input(self.data.name, data, self.data.source, "training")
+        run.log_text(yaml.safe_dump(tree, sort_keys=False), resume.CONFIG)
+        for path, text in facts.texts().items():
+            run.log_text(text, path)
+        return run
+
+    def _prepare_folder(self, run: Run) -> Path | None:
+        """Point everything at the run's folder; return the checkpoint to continue from."""
+        folder = run.artifacts / query.CHECKPOINTS
+        remove_leftovers(folder)
+        run.steps_completed = lambda: self.trainer.global_step
+        self.trainer.logger = run
+        self.blocks.track = run
+        self.io.before_commit = run.sync
+        self.best.dirpath = str(folder)
+        self.last.folder = folder
+        return resume_point(folder) if self.continued else None
+
+    def _fit(self, checkpoint: Path | None) -> None:
+        began = time.perf_counter()
+        try:
+            self.trainer.fit(
+                self.model, datamodule=self.data, ckpt_path=str(checkpoint) if checkpoint else None
+            )
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            size = OmegaConf.select(self.cfg, "data.batch_size")
+            raise RunFailed(f"out of memory; make data.batch_size={size} smaller first") from error
+        except MisconfigurationException as error:
+            raise RunFailed(" ".join(str(error).split())) from error
+        self.fit_s = time.perf_counter() - began
+
+    def _close(self, test: bool) -> float | None:
+        """Test the best checkpoint once and log what the run leaves; return the score."""
+        tracked = self.tracked
+        score = (
+            self.best.best_model_score
+            if tracked
+            else self.trainer.callback_metrics.get(self.cfg.score.metric)
+        )
+        step = self.trainer.global_step
+        if (
+            tracked
+            and isinstance(self.model, LinearRegression)
+            and isinstance(self.data, TensorData)
+        ):
+            train = self.data.splits["train"]
+            tracked.log_metrics(
+                self.model.reference(self.data.transform(train.features), train.targets)
+            )
+        if tracked:
+            best = load_plain(Path(self.best.dirpath or "") / "best.ckpt")
+            self.model.load_state_dict(best["state_dict"])
+            step = best["global_step"]
+        if test and self._has_test() and not self.trainer.fast_dev_run:
+            self.trainer.test(self.model, datamodule=self.data, verbose=False)
+        if tracked:
+            keep_last(tracked.artifacts / query.CHECKPOINTS, self.io)
+            self._log_model(tracked, step)
+            tracked.publish()
+        return None if score is None else float(score)
+
+    def _has_test(self) -> bool:
+        if isinstance(self.data, TensorData):
+            return "test" in self.data.splits
+        owner = self.data or self.model
+        return is_overridden("test_step", self.model, LightningModule) and is_overridden(
+            "test_dataloader", owner
+        )
+
+    def _log_model(self, tracked: Run, step: int) -> None:
+        if self.store is None or not isinstance(self.data, TensorData):
+            return
+        rows = self.data.splits["train"].features[:2]
+        log_model(
+            self.store.client, tracked.run_id, self.model, self.data.transform(rows), step=step
+        )
+
+    def _summary(self, score: float | None, total_s: float) -> str:
+        assert self.tracked is not None
+        test = {
+            key: value
+            for key, value in self.trainer.callback_metrics.items()
+            if key.startswith("test/")
+        }
+        lines = {}
+        if score is not None:
+            lines["score"] = report.shown({self.cfg.score.metric: score}) + " (best epoch)"
+        if test:
+            lines["test"] = report.shown({key: float(value) for key, value in test.items()})
+        lines["time"] = f"{self.fit_s:.1f} s of training, {total_s:.1f} s in all" + self._speed()
+        lines["run"] = f"{self.tracked.run_id} ({self.tracked.name})"
+        lines["best"] = str(self.tracked.artifacts / query.BEST)
+        lines["look"] = (
+            "make ui" if self.cfg.tracking.uri is None else f"MLflow at {self.store.shown_uri}"
+        )
+        return report.summary(lines)
+
+    def _speed(self) -> str:
+        if (
+            not isinstance(self.data, TensorData)
+            or self.trainer.current_epoch == self.last.first_epoch
+        ):
+            return ""
+        examples = len(self.data.splits["train"]) * (
+            self.trainer.current_epoch - self.last.first_epoch
+        )
+        return f", {examples / self.fit_s:,.0f} examples/s"
+
+
+def _open_store(cfg: DictConfig) -> Store | None:
+    if not cfg.tracking.enabled:
+        if cfg.resume is not None:
+            raise BadInput(
+                f"resume={cfg.resume} needs tracking=mlflow: untracked runs leave nothing behind"
+            )
+        return None
+    store = connect(cfg.tracking.uri, Path(cfg.tracking.dir))
+    store.recover()
+    return store
+
+
+def _set_threads(cfg: DictConfig) -> None:
+    """Use the asked number of threads, and record the number used: it changes bits."""
+    if cfg.num_threads is not None:
+        torch.set_num_threads(cfg.num_threads)
+    cfg.num_threads = torch.get_num_threads()

@@ -1,0 +1,47 @@
+"""What a run prints: a bar on a terminal, one line an epoch elsewhere, a closing summary."""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import RichProgressBar
+from typing_extensions import override
+
+
+def progress(enabled: bool) -> Callback | None:
+    """Return what shows progress on this kind of screen."""
+    if not enabled:
+        return None
+    return RichProgressBar(leave=True) if sys.stdout.isatty() else EpochLines()
+
+
+class EpochLines(Callback):
+    """Prints one line an epoch: its metrics and its seconds."""
+
+    listens_by_block = True
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        self.started = time.perf_counter()
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        seconds = time.perf_counter() - self.started
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        done, total = trainer.current_epoch + 1, trainer.max_epochs
+        print(f"epoch {done}/{total}  {shown(metrics)}  {seconds:.2f} s", flush=True)
+
+
+def shown(metrics: Mapping[str, float]) -> str:
+    """Lay metrics out on a line, with five significant digits."""
+    return "  ".join(f"{key} {value:.5g}" for key, value in sorted(metrics.items()))
+
+
+def summary(lines: Mapping[str, str]) -> str:
+    """Lay out the closing summary, one aligned line an entry."""
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())

@@ -1,0 +1,100 @@
+"""Which run a command continues, and whether it may."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from tracklight import config
+from tracklight.assemble import depends_on_total
+from tracklight.errors import BadInput
+from tracklight.tracking.query import find_run, read_text
+from tracklight.tracking.store import Store
+
+CONFIG = "config.yaml"  # artifact that holds a run's resolved config
+CODE_TAG = "tracklight.code"
+DATA_TAG = "tracklight.data"
+EPOCHS_TAG = "tracklight.epochs"  # that the run was asked for
+NON_FINITE_TAG = "tracklight.non_finite_step"
+CHANGES_TAG = "tracklight.changes"
+OURS = (
+    "resume",
+    "allow_changes",
+    "tracking",
+    "allowed_targets",
+)  # of this command, never of the stored config
+
+
+@dataclass
+class Continued:
+    """A run to continue, and what differs from when it was started, one line a difference."""
+
+    run: Any
+    changes: list[str]
+
+
+def resolve(cfg: DictConfig, store: Store) -> tuple[DictConfig, Continued | None]:
+    """Return the config to run and the run to continue, if any.
+
+    Raises:
+        BadInput: There is no such run, or the command asks for what cannot be continued.
+    """
+    if cfg.resume is None:
+        return cfg, None
+    if cfg.resume == "auto":
+        unfinished = [
+            run
+            for run in store.find(config.identity(cfg))
+            if is_unfinished(run, cfg.trainer.max_epochs)
+        ]
+        return cfg, Continued(unfinished[0], []) if unfinished else None
+    run = find_run(store, str(cfg.resume))
+    stored = yaml.safe_load(read_text(store, run, CONFIG))
+    amended = config.amend(stored, cfg.overrides)
+    for key in OURS:
+        OmegaConf.update(amended, key, cfg[key], force_add=True)
+    config.check(amended)
+    changes = config.differences(config.deciding(stored), config.deciding(amended))
+    _check_epochs(stored, amended, run)
+    return amended, Continued(run, changes)
+
+
+def is_unfinished(run: Any, max_epochs: int) -> bool:
+    """Say whether a run has epochs left: stopped, dead, failed in passing, or asked for more."""
+    match run.info.status:
+        case "FAILED":
+            return NON_FINITE_TAG not in run.data.tags
+        case "FINISHED":
+            return max_epochs > int(run.data.tags.get(EPOCHS_TAG, max_epochs))
+        case _:
+            return True
+
+
+def check_changes(continued: Continued, code: str, data: str, allow: bool) -> list[str]:
+    """Return what changed since the run was started, where that is allowed.
+
+    Raises:
+        BadInput: Something changed and `allow_changes` is not set; the message shows the
+            differences.
+    """
+    changes = list(continued.changes)
+    for tag, now in ((CODE_TAG, code), (DATA_TAG, data)):
+        before = continued.run.data.tags.get(tag, now)
+        if before != now:
+            changes.append(f"{tag.partition('.')[2]}: digest {before[:12]} -> {now[:12]}")
+    if changes and not allow:
+        raise BadInput(
+            f"run {continued.run.info.run_id} was started otherwise ({'; '.join(changes)});"
+            " allow_changes=true continues all the same and records it"
+        )
+    return changes
+
+
+def _check_epochs(stored: dict[str, Any], amended: DictConfig, run: Any) -> None:
+    before, now = stored["trainer"]["max_epochs"], amended.trainer.max_epochs
+    if now != before and depends_on_total(amended.scheduler) and not amended.allow_changes:
+        raise BadInput(
+            f"trainer.max_epochs={now}: the schedule of run {run.info.run_id} spans its {before}"
+            " epochs and would change for the epochs already trained; start a new run"
+        )

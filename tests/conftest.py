@@ -1,0 +1,66 @@
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+ROOT = Path(__file__).resolve().parents[1]
+MNIST_ROOT = Path(os.environ.get("MNIST_ROOT", ROOT.parent / "shared" / "mnist"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not (MNIST_ROOT / "MNIST" / "raw").is_dir():
+        skip = pytest.mark.skip(
+            reason=f"needs the 70,000 images of MNIST in {MNIST_ROOT}, or MNIST_ROOT set"
+        )
+        for item in items:
+            if "full_mnist" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture
+def mnist_root() -> Path:
+    return MNIST_ROOT
+
+
+class Finished:
+    """A run of this process, as MLflow and its folder have it."""
+
+    def __init__(self, directory: Path, run_id: str, score: float | None):
+        self.client = MlflowClient(f"sqlite:///{directory / 'mlflow.db'}")
+        self.run = self.client.get_run(run_id)
+        self.folder = directory / "artifacts" / run_id / "artifacts"
+        self.score = score
+
+    def history(self, key: str) -> list[tuple[int, float]]:
+        points = self.client.get_metric_history(self.run.info.run_id, key)
+        return sorted((point.step, point.value) for point in points)
+
+    def checkpoint(self, name: str) -> dict[str, Any]:
+        import torch
+
+        return torch.load(self.folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Callable[..., Finished]:
+    """Train as the command line would, in this process, tracked below `tmp_path`."""
+
+    def train(*overrides: str) -> Finished:
+        from tracklight.config import compose
+        from tracklight.experiment import run
+
+        directory = tmp_path / "runs"
+        score = run(
+            compose([*overrides, f"tracking.dir={directory}", "trainer.enable_progress_bar=false"])
+        )
+        client = MlflowClient(f"sqlite:///{directory / 'mlflow.db'}")
+        experiments = [each.experiment_id for each in client.search_experiments()]
+        newest = client.search_runs(
+            experiments, order_by=["attributes.start_time DESC"], max_results=1
+        )
+        return Finished(directory, newest[0].info.run_id, score)
+
+    return train
