@@ -70,7 +70,7 @@ def checked(cfg: DictConfig) -> DictConfig:
     chosen = {key: name for key, name in hydra.runtime.choices.items() if "hydra" not in key}
     preset = chosen.pop("experiment", None)
     if preset is not None:
-        bare = compose("config", [f"{group}={shown(name)}" for group, name in chosen.items()])
+        bare = compose("config", [f"{group}={name}" for group, name in chosen.items() if name])
         _check_preset(preset, cfg, bare, chosen, list(hydra.overrides.task))
     return settled(cfg)
 
@@ -210,7 +210,7 @@ def _check_preset(
         choices: Group to chosen file.
         overrides: The command line's; what they add is wanted.
     """
-    added = [override.lstrip("+").partition("=")[0] for override in overrides]
+    added = [word.lstrip("+").partition("=")[0] for word in overrides if word.startswith("+")]
     there, here = dict(nodes(_written(bare))), dict(nodes(_written(cfg)))
     for key in here:
         group = key.partition(".")[0]

@@ -39,20 +39,28 @@ def read(words: Sequence[str], *, many: bool) -> list[str]:
         if key in seen:
             raise BadInput(f"{key} is given twice, as {seen[key]} and as {word}; keep one of them")
         seen[key] = word
-        if word.endswith("=") and "=" not in word[:-1] and not override.is_delete():
-            raise BadInput(
-                f"{word} has no value; write {key}=null for none, or '{key}=\"\"' for empty text"
-            )
-        owned = key.removeprefix("trainer.")
-        if owned != key and owned in OWNED:
-            raise BadInput(f"{word}: tracklight sets {key} itself; use {OWNED[owned]}")
-        if override.is_sweep_override() and not many:
+        _check_word(word, override, key, many)
+    return quoted
+
+
+def _check_word(word: str, override: Override, key: str, many: bool) -> None:
+    if override.is_delete():
+        return
+    if word.endswith("=") and "=" not in word[:-1]:
+        raise BadInput(f"{word} has no value; write {key}=null for none, '{key}=\"\"' for no text")
+    owned = key.removeprefix("trainer.")
+    if owned != key and owned in OWNED:
+        raise BadInput(f"{word}: tracklight sets {key} itself; use {OWNED[owned]}")
+    if override.is_sweep_override():
+        if not many:
             listed = word.partition("=")[2]
             raise BadInput(
                 f"{word} is a list of values; add -m to run each of them, "
                 f"or write '{key}=[{listed}]' for one value that is a list"
             )
-    return quoted
+    elif (CONF / key).is_dir() and not isinstance(override.value(), str | dict):
+        choices = sorted(file.stem for file in (CONF / key).glob("*.yaml"))
+        raise BadInput(f"{word} names no file of conf/{key}; {key} can be {', '.join(choices)}")
 
 
 def parse(words: Iterable[str]) -> list[Override]:
@@ -103,7 +111,7 @@ def told(error: Exception) -> str:
     """Say in one line what Hydra or OmegaConf objects to, and what would work."""
     if isinstance(error, OverrideParseException):
         reason = _first_line(str(error).removeprefix("LexerNoViableAltException: "))
-        return f"cannot read {error.override}: {reason}; write key=value, for a shell 'key=[1,2]'"
+        return f"cannot read {error.override}: {reason}; write key=value, text 'key=\"a, b\"'"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         options = list(error.options or [])

@@ -1,0 +1,240 @@
+"""The process: exit codes, one line, nothing heavy, nothing written."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from tracklight import cli
+from tracklight.config import ROOT
+from tracklight.errors import BadInput, RunFailed
+
+TRAIN = ROOT / "train.py"
+HEAVY = {"torch", "pytorch_lightning", "mlflow", "optuna", "numpy", "pandas", "sqlalchemy"}
+
+
+def train(*words, cwd=None, **env):
+    command = [sys.executable, str(TRAIN), *words]
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """Run `cli.main` in this process, as `python train.py WORDS` would, with another task."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def run(task, *words):
+        monkeypatch.setattr(sys, "argv", [str(TRAIN), *words])
+        return cli.main(task)
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def raising(error):
+    def task(cfg):
+        raise error
+
+    return task
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["optimizer.lrr=1"],
+        ["model=mpl"],
+        ["seed=1", "seed=2"],
+        ["seed=1,2"],
+        ["optimizer.lr=nan"],
+        ["model._target_=os.system"],
+        ["--nonsense"],
+        ["--optimizer.lr=1"],
+        ["-m", "optimizer.lrr=1,2"],
+        ["--experimental-rerun", "x.pickle"],
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(words, tmp_path):
+    before = sorted((ROOT / "mlruns").iterdir())
+    ended = train(*words, cwd=tmp_path)
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert len(ended.stderr.splitlines()) == 1
+    assert ended.stderr.startswith("error: ")
+    assert not list(tmp_path.iterdir())
+    assert sorted((ROOT / "mlruns").iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "word", ["optimizer.lrr=1", "optimizer.lr=abc", "model._target_=os.system"]
+)
+def test_bad_input_is_told_before_anything_heavy_is_imported(word):
+    code = f"""
+        import runpy, sys
+        sys.argv = ["train.py", {word!r}]
+        try:
+            runpy.run_path({str(TRAIN)!r}, run_name="__main__")
+        except SystemExit as end:
+            assert end.code == 2
+        print(*sorted({HEAVY!r} & set(sys.modules)))
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.split() == []
+
+
+def test_bad_input_is_told_within_a_second():
+    taken = []
+    for _ in range(3):
+        start = time.perf_counter()
+        train("optimizer.lrr=1")
+        taken.append(time.perf_counter() - start)
+    assert min(taken) < 1
+
+
+def test_without_its_environment_train_py_says_how_to_activate_it(tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-S", "-I", TRAIN],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert len(ended.stderr.splitlines()) == 1
+    assert "source .venv/bin/activate" in ended.stderr
+    assert "make train" in ended.stderr
+
+
+def test_the_entry_script_only_enters():
+    assert len(TRAIN.read_text().splitlines()) < 20
+
+
+def test_help_explains_the_groups_in_readable_form(tmp_path):
+    ended = train("--help", cwd=tmp_path)
+    assert ended.returncode == 0
+    for part in ("model: linear, mlp", "experiment=mnist_fast", "resume=auto", "optimizer:\n  "):
+        assert part in ended.stdout
+    assert max(map(len, ended.stdout.splitlines())) <= 120
+    assert not list(tmp_path.iterdir())
+
+
+def test_passwords_are_not_shown_by_the_flags_that_show_the_config():
+    ended = train("--cfg", "job", "--resolve", MLFLOW_TRACKING_URI="http://me:hunter2@host")
+    assert "uri: http://***@host" in ended.stdout
+    assert "hunter2" not in ended.stdout + ended.stderr
+
+
+def test_passwords_are_not_shown_in_errors(call, capsys):
+    with pytest.raises(SystemExit):
+        call(raising(BadInput("tracking.uri=ftp://me:hunter2@host\nis no server")))
+    assert capsys.readouterr().err == "error: tracking.uri=ftp://***@host is no server\n"
+    with pytest.raises(SystemExit):
+        call(raising(ZeroDivisionError("ftp://me:hunter2@host")))
+    assert "hunter2" not in capsys.readouterr().err
+
+
+def test_the_score_is_returned(call):
+    assert call(lambda cfg: cfg.optimizer.lr, "optimizer.lr=0.25") == 0.25
+
+
+def test_a_failed_run_is_one_line_and_exit_code_1(call, capsys):
+    with pytest.raises(SystemExit) as end:
+        call(raising(RunFailed("loss is nan")))
+    assert end.value.code == 1
+    assert capsys.readouterr().err == "error: loss is nan\n"
+
+
+def test_a_bug_keeps_its_traceback_and_is_exit_code_1(call, capsys):
+    with pytest.raises(SystemExit) as end:
+        call(raising(KeyError("bug")))
+    assert end.value.code == 1
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed
+    assert "KeyError: 'bug'" in printed
+
+
+def test_signals_have_their_exit_codes(call):
+    from tracklight.engine.signals import Stopped
+
+    for error, code in ((KeyboardInterrupt(), 130), (Stopped(15), 143), (Stopped(2), 130)):
+        with pytest.raises(SystemExit) as end:
+            call(raising(error))
+        assert end.value.code == code
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_before_training_ends_with_its_exit_code(number, code):
+    program = """
+        import time
+        from tracklight.cli import main
+        def task(cfg):
+            print("ready", flush=True)
+            time.sleep(30)
+        main(task)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(number)
+        assert process.wait(10) == code
+        assert process.stderr.read() == b""
+
+
+def test_a_stored_run_is_resumed_with_the_overrides_for_its_own_config(call):
+    cfg = call(lambda cfg: cfg, "resume=1234e567", "model.hidden=[9]", "trainer.max_epochs=7")
+    assert cfg.resume == "1234e567"
+    assert cfg.overrides == ["model.hidden=[9]", "trainer.max_epochs=7"]
+
+
+def test_a_config_folder_of_ones_own_is_searched_too(call, tmp_path):
+    (tmp_path / "optimizer").mkdir()
+    (tmp_path / "optimizer" / "mine.yaml").write_text("_target_: torch.optim.SGD\nlr: 0.125\n")
+    assert (
+        call(lambda cfg: cfg.optimizer.lr, "--config-dir", str(tmp_path), "optimizer=mine") == 0.125
+    )
+
+
+def test_bad_input_under_a_flag_is_bad_input_too(call, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        call(raising(AssertionError), "--config-dir", str(tmp_path), "optimizer.lr=-1")
+    assert end.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_usage_reporting_and_advertising_are_off(monkeypatch):
+    import logging
+
+    monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
+    cli.quiet()
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    log = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    tip = logging.LogRecord(
+        "x", logging.INFO, "", 0, "💡 Tip: For seamless cloud uploads", None, None
+    )
+    news = logging.LogRecord("x", logging.INFO, "", 0, "GPU available: False", None, None)
+    assert not log.filter(tip)
+    assert log.filter(news)
+
+
+def test_the_library_still_prints_its_tips_where_they_are_filtered():
+    import inspect
+
+    from pytorch_lightning.trainer.connectors.logger_connector import logger_connector
+    from pytorch_lightning.utilities import rank_zero
+
+    assert 'rank_zero_info(\n                "💡 Tip:' in inspect.getsource(logger_connector)
+    assert rank_zero.rank_zero_module.log.name == "pytorch_lightning.utilities.rank_zero"
