@@ -1,0 +1,85 @@
+# `make train` and `make test` need nothing but make and a Python 3.11 to 3.13 on PATH.
+# ARGS is handed on: make train ARGS="trainer.max_epochs=1", make test ARGS="-k resume".
+
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+CANDIDATES := $(PYTHON) python3.13 python3.12 python3.11 python3 python
+IN_RANGE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+PORT ?= 5001
+ARGS ?=
+
+.PHONY: help install train test ui check format bench torture clean
+
+help:
+	@echo 'make train    set up, then train the MNIST MLP, tracked'
+	@echo 'make test     set up, then run all tests'
+	@echo 'make ui       MLflow UI on 127.0.0.1:$(PORT) over mlruns/ (make ui PORT=8080)'
+	@echo 'make check    format, lint, types, tests: what CI runs'
+	@echo 'make format   format, and fix what lint can fix'
+	@echo 'make bench    the speed tables'
+	@echo 'make torture  kill runs at random instants and compare what comes out'
+	@echo 'make clean    remove the environment and caches; data and runs stay'
+
+install: $(INSTALLED)
+
+# A stamp, so that only a change of the declared or pinned packages installs again.
+# Some commands on PATH are shims that fail: each candidate has to run.
+$(INSTALLED): pyproject.toml constraints.txt
+	@if ! $(BIN)/python -c '$(IN_RANGE)' 2>/dev/null; then \
+	  found=; \
+	  for candidate in $(CANDIDATES); do \
+	    if "$$candidate" -c '$(IN_RANGE)' >/dev/null 2>&1; then found=$$candidate; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo 'No Python 3.11 to 3.13 with its venv module on PATH.' >&2; \
+	    echo 'Install one (Debian, Ubuntu: also python3-venv), or name it: make train PYTHON=/path/to/python3.12' >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "Setting up $(VENV) with $$("$$found" --version); the first time takes some minutes and 6 GB."; \
+	  "$$found" -m venv --clear $(VENV) || exit 1; \
+	fi
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable '.[table,sweep,dev]'
+	@touch $@
+
+train: $(INSTALLED)
+	@$(BIN)/python train.py model=mlp $(ARGS)
+	@echo
+	@echo 'Look at it:     make ui, then open http://127.0.0.1:$(PORT)'
+	@echo 'Run your own:   source $(BIN)/activate, then python train.py model=mlp optimizer.lr=0.1'
+
+test: $(INSTALLED)
+	@$(BIN)/python -m pytest $(ARGS)
+
+# The store is made by us where there is none: MLflow's own first start can be broken by a kill.
+ui: $(INSTALLED)
+	@test -f mlruns/mlflow.db || $(BIN)/python -c \
+	  'from pathlib import Path; from tracklight.tracking.store import connect; connect(None, Path("mlruns"))'
+	@echo 'MLflow UI: http://127.0.0.1:$(PORT) (Ctrl-C ends it)'
+	@MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true $(BIN)/python -m mlflow ui \
+	  --host 127.0.0.1 --port '$(PORT)' --workers 1 \
+	  --backend-store-uri 'sqlite:///$(CURDIR)/mlruns/mlflow.db' \
+	  --default-artifact-root '$(CURDIR)/mlruns/artifacts' $(ARGS)
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest $(ARGS)
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED)
+	@$(BIN)/python scripts/bench.py $(ARGS)
+
+torture: $(INSTALLED)
+	@$(BIN)/python scripts/torture.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis test-artifacts
+	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf src/*.egg-info
