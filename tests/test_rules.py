@@ -38,6 +38,7 @@ def changed(key, value):
         "compile": ["yes", 1],
         "resume": ["", "../../etc/passwd", "a\nb", float("inf"), "x" * 32, "a" * 33],
         "scheduler.interval": ["batch"],
+        "tracking.uri": ["ftp://host", "./mlruns", "file:///x", "", 5, "http://"],
     }.items(),
 )
 def test_a_value_out_of_range_is_named_with_its_key_and_a_cure(key, values):
@@ -60,6 +61,7 @@ def test_a_value_out_of_range_is_named_with_its_key_and_a_cure(key, values):
         "trainer.precision": [None, 16, "bf16-mixed"],
         "trainer.limit_val_batches": [None, 0, 10, 0.5, 1.0],
         "resume": [None, "auto", "abc", "0" * 32],
+        "tracking.uri": [None, "sqlite:////a b/ü%.db", "HTTP://h:1", "postgresql+psycopg2://h/d"],
     }.items(),
 )
 def test_the_edges_of_a_range_belong_to_it(key, values):
@@ -93,6 +95,18 @@ def test_the_keys_of_other_peoples_models_are_theirs():
 def test_values_that_contradict_each_other_are_told(words, says):
     with pytest.raises(BadInput, match=says):
         compose(["model=mlp", *words])
+
+
+def test_a_tracking_folder_must_be_one_and_writable(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    compose([f"tracking.dir={tmp_path}/new/folder"])
+    for inside in ("file", "file/below"):
+        with pytest.raises(BadInput, match="file is a file where a folder should be"):
+            compose([f"tracking.dir={tmp_path}/{inside}"])
+    monkeypatch.setattr(machine.os, "access", lambda *_: False)
+    with pytest.raises(BadInput, match="is not writable"):
+        compose([f"tracking.dir={tmp_path}/new"])
+    compose([f"tracking.dir={tmp_path}/new", "tracking=none"])
 
 
 def relations(accelerator, devices):

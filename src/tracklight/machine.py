@@ -1,4 +1,4 @@
-"""What this machine has to train on, told from its device files alone: torch is not imported."""
+"""What this machine has: GPUs by their device files, cores, folders; torch is not imported."""
 
 import os
 import platform
@@ -36,6 +36,23 @@ def check_machine(accelerator: str, devices: Any) -> None:
             f"trainer.devices={devices} asks for {asked} {kind}, but this machine has room for "
             f"{available}; try trainer.devices={available}"
         )
+
+
+def check_folder(key: str, folder: Path) -> None:
+    """Refuse a folder that cannot be written, or that cannot be made.
+
+    Raises:
+        BadInput: A file is in its place, or the nearest folder that exists is not writable.
+    """
+    there = folder.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise BadInput(
+            f"{key}={folder}: {there} is a file where a folder should be; try another {key}"
+        )
+    if not os.access(there, os.W_OK):
+        raise BadInput(f"{key}={folder}: {there} is not writable; try another {key}")
 
 
 def _devices_needed(devices: Any) -> int:

@@ -4,10 +4,11 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tracklight.errors import BadInput
-from tracklight.machine import check_machine
+from tracklight.machine import check_folder, check_machine
 
 LARGEST_SEED = 2**32 - 1  # what numpy and Lightning accept
 PRECISIONS = (
@@ -105,6 +106,10 @@ NOT_NEGATIVE = Values(lambda value: _is_number(value) and value >= 0, "a finite 
 FRACTION = Values(lambda value: _is_number(value) and 0 <= value < 1, "a number from 0 to below 1")
 RUN_ID = _text("[0-9a-f]{1,32}", "a run id (hexadecimal digits)")
 NAME = _text(r".*\S.*", "a name")
+STORE = _text(
+    r"(?i:sqlite:///|https?://|(postgresql|mysql|mssql)(\+\w+)?://).+",
+    "sqlite:///FILE, http(s)://HOST:PORT, a postgresql, mysql or mssql database",
+)
 LIMIT = Values(_is_limit, "a whole number of batches, or a fraction from 0.0 to 1.0")
 PART = Values(
     lambda value: _is_number(value) and (0 <= value < 1 or (type(value) is int and value >= 1)),
@@ -153,7 +158,7 @@ RULES = (
     Rule("trainer.gradient_clip_algorithm", _or_null(_one_of("norm", "value")), "norm"),
     Rule("trainer.detect_anomaly", SWITCH, "true"),
     Rule("tracking.enabled", SWITCH, "true"),
-    Rule("tracking.uri", _or_null(NAME, " for SQLite in tracking.dir"), "null"),
+    Rule("tracking.uri", _or_null(STORE, " for SQLite in tracking.dir"), "null"),
     Rule("tracking.dir", NAME, "mlruns"),
     Rule("tracking.experiment", NAME, "tracklight"),
     Rule("sweep.trials", _or_null(COUNT), "20"),
@@ -224,6 +229,8 @@ def check_relations(tree: Mapping[str, Any]) -> None:
             f"trainer.min_epochs={trainer['min_epochs']} must not be above trainer.max_epochs="
             f"{trainer['max_epochs']}; try trainer.max_epochs={trainer['min_epochs']}"
         )
+    if tree.get("tracking", {}).get("enabled") and "dir" in tree["tracking"]:
+        check_folder("tracking.dir", Path(tree["tracking"]["dir"]))
     check_machine(str(trainer.get("accelerator", "auto")), trainer.get("devices", 1))
 
 
