@@ -171,6 +171,15 @@ def test_too_few_rows_to_split_are_refused(tmp_path, rows, changes):
         table(path=str(path), target="y", **changes).setup()
 
 
+def test_an_outlier_that_float32_cannot_hold_once_standardised_is_refused(numbered, tmp_path):
+    outlier = rows_of(table(**numbered[1]))["test"][0]
+    path = tmp_path / "t.csv"
+    cells = [1e30 if i == outlier else i * 1e-30 for i in range(40)]
+    path.write_text("a,y\n" + "".join(f"{cell!r},1\n" for cell in cells))
+    with pytest.raises(BadInput, match="column 'a' reaches too far beyond its training part"):
+        table(path=str(path), target="y").setup()
+
+
 def test_a_table_without_a_target_is_refused(numbered):
     with pytest.raises(BadInput, match="data.target is missing; name one of .*'row'"):
         table(path=numbered[1]["path"]).setup()

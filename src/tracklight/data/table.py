@@ -95,7 +95,9 @@ class Table(TensorData):
         parts = dict(
             zip(("test", "val", "train"), order.split([*sizes.values(), num_train]), strict=True)
         )
-        rows = {name: values[parts[name].sort().values.numpy()] for name in ("train", "val", "test")}
+        rows = {
+            name: values[parts[name].sort().values.numpy()] for name in ("train", "val", "test")
+        }
         self._fit(rows["train"][:, : len(features)])
         return {
             name: Split(self.encode(part[:, : len(features)]), _float32(part[:, len(features) :]))
