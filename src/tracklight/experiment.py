@@ -12,7 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from tracklight import assemble, config, report, resume
@@ -165,7 +165,8 @@ class _Experiment:
             run = store.reopen(self.continued.run.info.run_id)
             run.set_tags(tags)
         else:
-            run = store.create(self.cfg.tracking.experiment, self.cfg.tracking.run_name, tags)
+            name = self.cfg.tracking.run_name or self._name()
+            run = store.create(self.cfg.tracking.experiment, name, tags)
         tree = config.redact(config.plain(self.cfg))
         if not self.continued:
             run.log_params(config.flatten(tree))
@@ -175,6 +176,11 @@ class _Experiment:
         for path, text in facts.texts().items():
             run.log_text(text, path)
         return run
+
+    def _name(self) -> str:
+        """Return what tells runs apart in a list; MLflow's own names repeat with the seed."""
+        data = getattr(self.data, "name", type(self.data).__name__)
+        return f"{type(self.model).__name__}-{data}-{time.strftime('%m%d-%H%M%S')}"
 
     def _prepare_folder(self, run: Run) -> Path | None:
         """Point everything at the run's folder; return the checkpoint to continue from."""

@@ -20,6 +20,8 @@ class LinearRegression(Supervised):
         bias: Whether the layer has an intercept.
     """
 
+    pure = True
+
     def __init__(self, in_features: int = 1, out_features: int = 1, bias: bool = True):
         super().__init__()
         self.save_hyperparameters()

@@ -35,6 +35,8 @@ class MLP(Supervised):
         ValueError: The activation is unknown.
     """
 
+    pure = True
+
     def __init__(
         self,
         in_features: int = 784,

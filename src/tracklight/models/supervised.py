@@ -22,6 +22,8 @@ class Supervised(LightningModule):
     without them, plain SGD.
     """
 
+    pure = False
+
     def __init__(self) -> None:
         super().__init__()
         self.optimizer_factory: Callable[[Iterable[nn.Parameter]], Optimizer] = SGD
