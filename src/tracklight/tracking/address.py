@@ -64,5 +64,5 @@ def sqlite_path(uri: str) -> Path | None:
 
 def redact(text: str) -> str:
     """`text` with the user and password of every URI in it replaced."""
-    text = re.sub(r"(?<=://)[^/\s'\"]*@", "***@", text)
+    text = re.sub(r"(?<=://)[^\s'\"]*@", "***@", text)
     return re.sub(r"(?i)\b(password|passwd|pwd|token|secret|key)=[^&\s]+", r"\1=***", text)

@@ -15,6 +15,7 @@ _log = logging.getLogger(__name__)
 _PASSING = ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED", "ABORTED")
 _QUIET_S = 5.0  # shorter waits are not worth a line
 _PAUSE_S = 0.5
+_MAX_CHARS = 300
 
 T = TypeVar("T")
 
@@ -23,10 +24,17 @@ def passes(error: Exception) -> bool:
     """Whether the same request may succeed later."""
     if isinstance(error, mlflow.exceptions.MlflowException):
         return error.error_code in _PASSING
-    return isinstance(error, OSError | sqlite3.OperationalError) or "is locked" in str(error)
+    return isinstance(error, OSError | sqlite3.OperationalError) or is_locked(error)
 
 
-def persist(call: Callable[[], T], patience_s: float) -> T:
+def is_locked(error: Exception) -> bool:
+    """Whether another process holds the database."""
+    return "is locked" in str(error)
+
+
+def persist(
+    call: Callable[[], T], patience_s: float, when: Callable[[Exception], bool] = passes
+) -> T:
     """The call's result, tried again while it fails with what passes, for `patience_s`.
 
     Raises:
@@ -39,7 +47,7 @@ def persist(call: Callable[[], T], patience_s: float) -> T:
             return call()
         except Exception as error:
             waited_s = time.monotonic() - start_s
-            if not passes(error) or waited_s > patience_s:
+            if not when(error) or waited_s > patience_s:
                 raise
             if waited_s > _QUIET_S and not told:
                 told = True
@@ -50,4 +58,4 @@ def persist(call: Callable[[], T], patience_s: float) -> T:
 def reason(error: BaseException) -> str:
     """The gist of an error of MLflow's, SQLAlchemy's or urllib3's: one short line, no passwords."""
     lines = str(error).strip().splitlines()
-    return redact(lines[0])[:200] if lines else type(error).__name__
+    return redact(lines[0])[:_MAX_CHARS] if lines else type(error).__name__

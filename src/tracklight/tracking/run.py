@@ -5,16 +5,16 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning.loggers.logger import Logger
 
-from tracklight.errors import BadInput
+from tracklight.errors import BadInput, RunFailed
 from tracklight.tracking.feeder import Delivery, Feeder
 from tracklight.tracking.lock import RunLock
 from tracklight.tracking.upload import Upload
-from tracklight.tracking.wal import WriteAhead
+from tracklight.tracking.wal import Points, WriteAhead, read
 
 if TYPE_CHECKING:
     from tracklight.tracking.store import Store
@@ -96,6 +96,16 @@ class Run(Logger):
             self._names.add(key)
         self._wal.add_points(key, steps, values)
 
+    def series(self) -> dict[str, tuple[list[int], list[float]]]:
+        """Return each metric's steps and values, as this run's file has them."""
+        found: dict[str, tuple[list[int], list[float]]] = {}
+        for record, _ in read(self._wal.path, 0, self._wal.end):
+            if isinstance(record, Points):
+                steps, values = found.setdefault(record.key, ([], []))
+                steps += record.steps
+                values += record.values
+        return found
+
     def sync(self) -> None:
         """Return once all that was logged is on the disk."""
         self._wal.sync()
@@ -147,15 +157,19 @@ class Run(Logger):
 
     def log_text(self, text: str, path: str) -> None:
         """Write an artifact; `path` is relative to the run's artifacts."""
-        target = self.artifacts / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
+        self._inside(path).write_text(text, encoding="utf-8")
 
     def log_file(self, path: Path, folder: str = "") -> None:
         """Copy a file into a folder of the run's artifacts."""
-        target = self.artifacts / folder
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target / path.name)
+        shutil.copyfile(path, self._inside(f"{folder}/{path.name}".lstrip("/")))
+
+    def _inside(self, path: str) -> Path:
+        """Where this artifact lies, its folder made."""
+        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+            raise BadInput(f"artifact {path!r} of run {self.run_id} would lie outside of the run")
+        target = self.artifacts / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target
 
     def publish(self) -> None:
         """Upload the artifacts if the store keeps them elsewhere; an outage puts it off."""
@@ -177,9 +191,13 @@ class Run(Logger):
         if self._finished:
             return
         self._finished = True
-        self._wal.add_call("status", status=status, end_ms=time.time_ns() // 1_000_000)
-        self._wal.sync()
-        if self._feeder.drain(self._store.patience_s):
+        end_ms = time.time_ns() // 1_000_000
+        ended = True
+        try:
+            self._wal.add_call("status", status=status, end_ms=end_ms)
+        except RunFailed:  # a full disk here need not be one where the store is
+            ended = self._feeder.drain(self._store.patience_s) and self._end_now(status, end_ms)
+        if ended and self._feeder.drain(self._store.patience_s):
             self._close()
             self._lock.remove()
         else:
@@ -189,6 +207,13 @@ class Run(Logger):
                 self.run_id,
                 self._wal.path,
             )
+
+    def _end_now(self, status: str, end_ms: int) -> bool:
+        try:
+            self._store.client.set_terminated(self.run_id, status, end_ms)
+        except Exception:
+            return False
+        return True
 
     def abandon(self) -> None:
         """Let go of the run as a killed process would: nothing more is sent, no status is set."""
@@ -202,7 +227,7 @@ class Run(Logger):
 
 
 def _check_key(kind: str, key: str) -> None:
-    if len(key) > _MAX_KEY_CHARS or not _KEY.fullmatch(key) or ".." in key.split("/"):
+    if len(key) > _MAX_KEY_CHARS or not _KEY.fullmatch(key) or {".", ".."} & {*key.split("/")}:
         raise BadInput(
             f"{kind} {key[:80]!r}: a name is at most {_MAX_KEY_CHARS} letters, digits and any of "
             "'_-.: /', without an empty part between slashes"

@@ -1,6 +1,5 @@
 """The tracking store: opened safely, and the runs in it made, continued and found again."""
 
-import contextlib
 import getpass
 import sys
 import time
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tracklight.errors import BadInput, RunFailed
 from tracklight.tracking import address, database, layout, recovery, server
 from tracklight.tracking.lock import Held, RunLock
-from tracklight.tracking.patience import passes, persist, reason
+from tracklight.tracking.patience import is_locked, passes, persist, reason
 from tracklight.tracking.quiet import mlflow
 from tracklight.tracking.wal import WriteAhead
 
@@ -52,7 +51,7 @@ def connect(uri: str | None, directory: Path) -> "Store":
         server.await_answer(full)
     patience_s = _PATIENCE_S["database" if path is not None else "server"]
     try:
-        client = persist(lambda: _open_client(full), patience_s)
+        client = persist(lambda: _open_client(full), patience_s, when=is_locked)
     except Exception as error:  # SQLAlchemy's, a driver's, MLflow's: none of them is for the user
         raise BadInput(
             f"cannot open tracking.uri={address.redact(full)}: {reason(error)}"
@@ -130,18 +129,26 @@ class Store:
         return self._open(run, lock)
 
     def _experiment(self, name: str) -> str:
-        experiment = persist(lambda: self.client.get_experiment_by_name(name), self.patience_s)
-        if experiment is None:
+        def get() -> Any:
+            return persist(lambda: self.client.get_experiment_by_name(name), self.patience_s)
+
+        def make() -> None:
             location = None if address.is_server(self.uri) else self._root.as_uri()
-            with contextlib.suppress(mlflow.exceptions.MlflowException):  # another was faster
-                persist(
-                    lambda: self.client.create_experiment(name, artifact_location=location),
-                    self.patience_s,
-                )
-            experiment = self.client.get_experiment_by_name(name)
+            self.client.create_experiment(name, artifact_location=location)
+
+        experiment = get()
+        if experiment is None:
+            try:
+                persist(make, self.patience_s)
+            except mlflow.exceptions.MlflowException as error:
+                if error.error_code == "INVALID_PARAMETER_VALUE":
+                    raise BadInput(f"tracking.experiment={name}: {reason(error)}") from None
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # then another was faster
+                    raise
+            experiment = get()
         if experiment is None or experiment.lifecycle_stage != "active":
             raise BadInput(
-                f"tracking.experiment={name} is deleted or not allowed; try another name"
+                f"tracking.experiment={name} is deleted; restore it, or try another name"
             )
         return experiment.experiment_id
 

@@ -1,0 +1,78 @@
+"""Stores, servers and processes for the tests of tracking."""
+
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from disturbances import Proxy, Server
+
+from tracklight.tracking import feeder
+from tracklight.tracking.store import Store, connect
+
+
+@pytest.fixture(scope="session")
+def processes() -> multiprocessing.context.ForkServerContext:
+    """Makes processes that have everything imported already: the first takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["serving", "tracklight.tracking.run"])
+    with pytest.MonkeyPatch.context() as patch:  # Python 3.11's does not take over sys.path
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        first = context.Process(target=int)
+        first.start()
+        first.join()
+    return context
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory) -> Path:
+    """A new database, to be copied: making one takes a second and a half."""
+    directory = tmp_path_factory.mktemp("template")
+    connect(None, directory)
+    return directory / "mlflow.db"
+
+
+@pytest.fixture
+def directory(tmp_path, template) -> Path:
+    """A tracking directory with an empty store."""
+    shutil.copy(template, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+@pytest.fixture
+def store(directory) -> Store:
+    return connect(None, directory)
+
+
+@pytest.fixture
+def swift(monkeypatch) -> None:
+    """The feeder's periods, shortened."""
+    monkeypatch.setattr(feeder, "_PERIOD_S", 0.05)
+    monkeypatch.setattr(feeder, "_MAX_BACK_OFF_S", 0.2)
+
+
+@pytest.fixture(scope="module")
+def shared_server(processes, template, tmp_path_factory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(template, folder / "mlflow.db")
+    server = Server(processes, folder)
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def proxy(shared_server) -> Iterator[Proxy]:
+    proxy = Proxy(shared_server.uri)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def short_requests(monkeypatch) -> None:
+    """MLflow's own waiting for a server, shortened."""
+    monkeypatch.setitem(os.environ, "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    monkeypatch.setitem(os.environ, "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    monkeypatch.setitem(os.environ, "MLFLOW_HTTP_REQUEST_TIMEOUT", "2")

@@ -1,0 +1,104 @@
+import shutil
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+from disturbances import wait_for
+
+from tracklight.errors import BadInput
+from tracklight.tracking.store import connect
+
+
+def open_and_create(directory, barrier):
+    barrier.wait(60)
+    run = connect(None, directory).create("together", None, {})
+    run.log_series("loss", [1, 2], [1.0, 2.0])
+    run.finish("FINISHED")
+
+
+def open_only(directory):
+    connect(None, directory)
+
+
+def test_many_processes_may_open_a_fresh_store_at_once(tmp_path, processes):
+    count = 4
+    barrier = processes.Barrier(count)
+    children = [
+        processes.Process(target=open_and_create, args=(tmp_path / "new", barrier))
+        for _ in range(count)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+    assert [child.exitcode for child in children] == [0] * count
+    store = connect(None, tmp_path / "new")
+    runs = store.search("attributes.status = 'FINISHED'")
+    assert len(runs) == count
+    assert all(run.data.metrics == {"loss": 2.0} for run in runs)
+    assert len(store.client.search_experiments(filter_string="name = 'together'")) == 1
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.5])
+def test_a_kill_while_the_store_is_made_leaves_nothing_broken(tmp_path, processes, delay_s):
+    child = processes.Process(target=open_only, args=(tmp_path,))
+    child.start()
+    wait_for(lambda: list(tmp_path.glob(".mlflow.db.new-*")))
+    time.sleep(delay_s)
+    child.kill()
+    child.join()
+    store = connect(None, tmp_path)
+    assert store.client.create_run("0").info.status == "RUNNING"
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names <= {"mlflow.db", "mlflow.db-journal", ".mlflow.db.lock", "artifacts"}
+
+
+def test_an_empty_file_is_taken_for_no_database(tmp_path):
+    (tmp_path / "mlflow.db").touch()
+    assert connect(None, tmp_path).client.create_run("0").info.status == "RUNNING"
+
+
+def test_what_is_no_mlflow_database_is_refused_in_one_line(tmp_path, template):
+    path = tmp_path / "x.db"
+
+    def refused() -> str:
+        start = time.monotonic()
+        with pytest.raises(BadInput) as caught:
+            connect(f"sqlite:///{path}", tmp_path / "mlruns")
+        assert time.monotonic() - start < 5
+        assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+        return str(caught.value)
+
+    path.write_text("these are not the bytes you are looking for")
+    assert "no SQLite database" in refused()
+    path.unlink()
+    sqlite3.connect(path).execute("CREATE TABLE alembic_version (version_num)").connection.close()
+    assert "half made" in refused()
+    path.unlink()
+    path.mkdir()
+    assert "directory" in refused()
+    path.rmdir()
+    shutil.copy(template, path)
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'e5e5'")
+    connection.close()
+    assert "mlflow db upgrade" in refused()
+
+
+@pytest.mark.parametrize("name", ["with space", "50% ü 漢字", "a#b&c", "it's"])
+def test_odd_characters_in_the_directory_work(tmp_path, template, name):
+    directory = tmp_path / name / "mlruns"
+    directory.mkdir(parents=True)
+    shutil.copy(template, directory / "mlflow.db")
+    store = connect(None, directory)
+    run = store.create("e", "n", {})
+    run.log_text("hello", "deep/er/file.txt")
+    run.log_series("loss", [1], [1.0])
+    run.finish("FINISHED")
+    assert [file.path for file in store.client.list_artifacts(run.run_id, "deep/er")] == [
+        "deep/er/file.txt"
+    ]
+    fetched = store.client.download_artifacts(run.run_id, "deep/er/file.txt")
+    assert Path(fetched).read_text() == "hello"
+    assert {path.name for path in tmp_path.iterdir()} == {name}

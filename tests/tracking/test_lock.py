@@ -1,0 +1,70 @@
+import os
+
+import pytest
+
+from tracklight.tracking.lock import FILE_NAME, Held, RunLock, read_note
+
+
+def hold(folder, ready, release):
+    lock = RunLock(folder, {})
+    ready.set()
+    release.wait(30)
+    lock.remove()
+
+
+def test_a_second_process_is_told_who_holds_the_lock(tmp_path, processes):
+    ready, release = processes.Event(), processes.Event()
+    holder = processes.Process(target=hold, args=(tmp_path, ready, release))
+    holder.start()
+    assert ready.wait(30)
+    with pytest.raises(Held) as caught:
+        RunLock(tmp_path, {})
+    assert caught.value.pid == holder.pid
+    release.set()
+    holder.join()
+    assert not (tmp_path / FILE_NAME).exists()
+
+
+def test_the_kernel_releases_the_lock_of_a_killed_process(tmp_path, processes):
+    ready, release = processes.Event(), processes.Event()
+    holder = processes.Process(target=hold, args=(tmp_path, ready, release))
+    holder.start()
+    assert ready.wait(30)
+    holder.kill()
+    holder.join()
+    assert read_note(tmp_path)["pid"] == holder.pid
+    RunLock(tmp_path, None).remove()
+
+
+def test_one_process_cannot_hold_a_lock_twice(tmp_path):
+    lock = RunLock(tmp_path, {"store": "here"})
+    with pytest.raises(Held) as caught:
+        RunLock(tmp_path, None)
+    assert caught.value.pid == os.getpid()
+    lock.close()
+    assert read_note(tmp_path) == {"pid": os.getpid(), "store": "here"}
+    RunLock(tmp_path, None).close()
+
+
+def test_a_lock_file_removed_between_open_and_lock_is_not_taken_for_the_lock(tmp_path, monkeypatch):
+    import fcntl
+
+    first = RunLock(tmp_path, {})
+    real = fcntl.flock
+
+    def remove_meanwhile(fd, operation):
+        monkeypatch.setattr(fcntl, "flock", real)
+        first.remove()
+        real(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_meanwhile)
+    second = RunLock(tmp_path, {})
+    with pytest.raises(Held):
+        RunLock(tmp_path, {})
+    second.remove()
+
+
+@pytest.mark.parametrize("text", ["", "7", "{", "[]"])
+def test_a_senseless_note_counts_as_none(tmp_path, text):
+    (tmp_path / FILE_NAME).write_text(text)
+    assert read_note(tmp_path) == {}

@@ -1,0 +1,112 @@
+import math
+import sqlite3
+
+import pytest
+from disturbances import locked
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tracklight.tracking import point_table
+from tracklight.tracking.point_table import PointTable, is_known
+from tracklight.tracking.quiet import mlflow
+from tracklight.tracking.wal import Points
+
+VALUES = st.sampled_from([0.1, -2.5, math.nan, math.inf, -math.inf, 1e300, 0.0])
+POINTS = st.builds(
+    lambda timestamp, key, points: Points(
+        timestamp, key, tuple(step for step, _ in points), tuple(value for _, value in points)
+    ),
+    st.integers(1, 3),
+    st.sampled_from(["loss", "val/accuracy"]),
+    st.lists(st.tuples(st.integers(-2, 4), VALUES), min_size=1, max_size=4),
+)
+
+
+def rows(database, table, run_id):
+    with sqlite3.connect(database) as connection:
+        found = connection.execute(
+            "SELECT key, value, typeof(value), timestamp, step, is_nan, typeof(is_nan) "
+            f"FROM {table} WHERE run_uuid = ? ORDER BY 1, 2, 4, 5, 6",
+            (run_id,),
+        ).fetchall()
+    connection.close()
+    return found
+
+
+def log_batch(store, run_id, records):
+    store.client.log_batch(
+        run_id,
+        metrics=[
+            mlflow.entities.Metric(record.key, value, record.timestamp_ms, step)
+            for record in records
+            for step, value in zip(record.steps, record.values, strict=True)
+        ],
+    )
+
+
+@given(batches=st.lists(st.lists(POINTS, min_size=1, max_size=4), min_size=1, max_size=3))
+@settings(
+    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_the_rows_are_those_that_log_batch_writes(store, batches):
+    theirs, ours = (store.client.create_run("0").info.run_id for _ in range(2))
+    table = PointTable(store.database, ours)
+    for batch in [*batches, batches[0]]:  # the first one sent twice, as after an outage
+        log_batch(store, theirs, batch)
+        table.write(batch)
+    table.close()
+    for name in ("metrics", "latest_metrics"):
+        assert rows(store.database, name, ours) == rows(store.database, name, theirs)
+
+
+def test_more_points_than_one_statement_holds_all_arrive(store):
+    run_id = store.client.create_run("0").info.run_id
+    table = PointTable(store.database, run_id)
+    table.write([Points(1, "loss", tuple(range(938)), tuple(i / 7 for i in range(938)))])
+    table.close()
+    history = store.client.get_metric_history(run_id, "loss")
+    assert [(m.step, m.value) for m in history] == [(i, i / 7) for i in range(938)]
+
+
+def test_a_batch_is_written_whole_or_not_at_all(store):
+    run_id = store.client.create_run("0").info.run_id
+    table = PointTable(store.database, run_id)
+    too_large = 2**63
+    with pytest.raises(OverflowError):
+        table.write(
+            [Points(1, "a", tuple(range(200)), (1.0,) * 200), Points(1, "b", (too_large,), (1.0,))]
+        )
+    assert rows(store.database, "metrics", run_id) == []
+    table.write([Points(1, "a", (1,), (1.0,))])
+    assert len(rows(store.database, "metrics", run_id)) == 1
+    table.close()
+
+
+def test_a_deleted_or_unknown_run_takes_no_points(store):
+    run_id = store.client.create_run("0").info.run_id
+    store.client.delete_run(run_id)
+    for unfit in (run_id, "0" * 32):
+        table = PointTable(store.database, unfit)
+        with pytest.raises(sqlite3.IntegrityError):
+            table.write([Points(1, "loss", (1,), (1.0,))])
+        assert rows(store.database, "metrics", unfit) == []
+        table.close()
+
+
+def test_another_writer_is_waited_for_a_bounded_time(store, monkeypatch):
+    monkeypatch.setattr(point_table, "_BUSY_S", 0.2)
+    run_id = store.client.create_run("0").info.run_id
+    table = PointTable(store.database, run_id)
+    with locked(store.database), pytest.raises(sqlite3.OperationalError, match="locked"):
+        table.write([Points(1, "loss", (1,), (1.0,))])
+    table.write([Points(1, "loss", (1,), (1.0,))])
+    table.close()
+    assert len(rows(store.database, "metrics", run_id)) == 1
+
+
+def test_tables_of_another_shape_are_not_touched(store):
+    assert is_known(store.database)
+    with sqlite3.connect(store.database) as connection:
+        connection.execute("ALTER TABLE metrics ADD COLUMN unit TEXT")
+    connection.close()
+    assert not is_known(store.database)

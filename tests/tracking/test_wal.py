@@ -1,0 +1,156 @@
+import math
+import os
+import struct
+import time
+from pathlib import Path
+
+import pytest
+from disturbances import full_disk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tracklight.errors import RunFailed
+from tracklight.tracking.wal import Call, Points, WriteAhead, read
+
+KEYS = st.text(min_size=1, max_size=12).filter(lambda key: key.isprintable())
+POINT = st.tuples(st.integers(-(2**63), 2**63 - 1), st.floats(width=64))
+BLOCKS = st.lists(st.tuples(KEYS, st.lists(POINT, min_size=1, max_size=5)), max_size=6)
+
+
+def bits(value: float) -> bytes:
+    return struct.pack("<d", value)
+
+
+def content(path: Path) -> list:
+    return [
+        (record.key, record.steps, tuple(map(bits, record.values)))
+        for record, _ in read(path)
+        if isinstance(record, Points)
+    ]
+
+
+def write(path: Path, blocks) -> list:
+    wal = WriteAhead(path)
+    for key, points in blocks:
+        wal.add_points(key, [step for step, _ in points], [value for _, value in points])
+    wal.close()
+    return [
+        (key, tuple(step for step, _ in points), tuple(bits(value) for _, value in points))
+        for key, points in blocks
+    ]
+
+
+@given(BLOCKS)
+@settings(deadline=None, max_examples=50)
+def test_every_point_comes_back_bit_for_bit(tmp_path_factory, blocks):
+    path = tmp_path_factory.mktemp("wal") / "points.wal"
+    written = write(path, blocks)
+    assert content(path) == written
+
+
+@given(BLOCKS, st.data())
+@settings(deadline=None, max_examples=150)
+def test_a_damaged_file_opens_as_what_was_written_before_the_damage(tmp_path_factory, blocks, data):
+    path = tmp_path_factory.mktemp("wal") / "points.wal"
+    written = write(path, blocks)
+    raw = bytearray(path.read_bytes())
+    ends = [end for _, end in read(path)]
+    at = data.draw(st.integers(0, max(0, len(raw) - 1)))
+    if raw and data.draw(st.booleans()):
+        raw[at] ^= 1 << data.draw(st.integers(0, 7))
+    else:
+        raw = raw[:at]
+    path.write_bytes(raw)
+    whole = sum(end <= at for end in ends)
+
+    wal = WriteAhead(path)
+    assert content(path) == written[:whole]
+    assert path.stat().st_size == wal.end
+    wal.add_points("after", [2**63 - 1], [1.0])
+    wal.close()
+    assert content(path) == [*written[:whole], ("after", (2**63 - 1,), (bits(1.0),))]
+
+
+def test_points_at_or_below_the_highest_step_of_their_key_are_skipped(tmp_path):
+    path = tmp_path / "points.wal"
+    write(path, [("a", [(1, 0.1), (3, 0.3), (2, 0.2)]), ("b", [(9, 9.0)])])
+    wal = WriteAhead(path)
+    wal.add_points("a", [2, 3, 4, 5], [-1.0, -1.0, 0.4, 0.5])
+    wal.add_points("a", [1, 2, 3], [-1.0, -1.0, -1.0])
+    wal.add_points("b", [8, 10], [-1.0, 10.0])
+    wal.add_points("c", [1], [1.0])
+    steps = [(key, steps) for key, steps, _ in content(path)][2:]
+    assert steps == [("a", (4, 5)), ("b", (10,)), ("c", (1,))]
+
+
+def test_the_filter_stands_as_of_opening(tmp_path):
+    wal = WriteAhead(tmp_path / "points.wal")
+    wal.add_points("a", [5], [5.0])
+    wal.add_points("a", [4], [4.0])
+    assert [steps for _, steps, _ in content(wal.path)] == [(5,), (4,)]
+
+
+def test_a_clock_that_jumps_backwards_leaves_timestamps_in_order(tmp_path, monkeypatch):
+    path = tmp_path / "points.wal"
+    clock = iter([2_000_000_000_000, 1_000_000_000_000, 1_500_000_000_000])
+    monkeypatch.setattr(time, "time_ns", lambda: next(clock) * 1_000_000)
+    wal = WriteAhead(path)
+    wal.add_points("a", [1], [1.0])
+    wal.add_points("a", [2], [2.0])
+    wal.close()
+    wal = WriteAhead(path)
+    wal.add_points("a", [3], [3.0])
+    assert [record.timestamp_ms for record, _ in read(path)] == [2_000_000_000_000] * 3
+
+
+def test_calls_keep_their_place_among_points(tmp_path):
+    wal = WriteAhead(tmp_path / "points.wal")
+    wal.add_points("a", [1], [math.nan])
+    wal.add_call("tags", values={"ä": "1"})
+    wal.add_points("a", [2], [math.inf])
+    first, call, last = (record for record, _ in read(wal.path))
+    assert isinstance(first, Points) and isinstance(last, Points)
+    assert isinstance(call, Call) and call.arguments == {"values": {"ä": "1"}}
+
+
+def test_a_full_disk_is_named_and_leaves_the_file_whole(tmp_path):
+    wal = WriteAhead(tmp_path / "points.wal")
+    with full_disk(2000), pytest.raises(RunFailed) as caught:
+        for block in range(100):
+            wal.add_points("train/loss", range(block * 10, block * 10 + 10), [0.5] * 10)
+    size = wal.path.stat().st_size
+    assert str(wal.path) in str(caught.value) and "bytes" in str(caught.value)
+    assert size == wal.end <= 2000
+    wal.add_points("train/loss", [10_000], [1.0])
+    assert [record.steps[-1] for record, _ in read(wal.path)][-2:] == [block * 10 - 1, 10_000]
+
+
+@pytest.mark.parametrize("stale", ["", "x", "7", "-3"])
+def test_a_senseless_confirmation_sends_all_again(tmp_path, stale):
+    path = tmp_path / "points.wal"
+    write(path, [("a", [(1, 1.0)])])
+    path.with_suffix(".sent").write_text(stale)
+    assert WriteAhead(path).sent == 0
+
+
+def test_the_confirmed_offset_survives_and_damage_before_it_is_told(tmp_path):
+    path = tmp_path / "points.wal"
+    write(path, [("a", [(1, 1.0)]), ("a", [(2, 2.0)])])
+    wal = WriteAhead(path)
+    wal.confirm(wal.end)
+    wal.close()
+    again = WriteAhead(path)
+    assert (again.sent, again.damaged) == (again.end, False)
+    os.truncate(path, again.end - 1)
+    assert WriteAhead(path).damaged
+
+
+def test_a_block_of_64_points_costs_the_training_thread_less_than_50_us(tmp_path):
+    wal = WriteAhead(tmp_path / "points.wal")
+    steps, values = range(64), [0.1 * i for i in range(64)]
+    costs = []
+    for _ in range(200):
+        start = time.perf_counter()
+        wal.add_points("train/loss", steps, values)
+        costs.append(time.perf_counter() - start)
+    assert sorted(costs)[len(costs) // 4] < 50e-6  # the machine may be busy with something else
