@@ -114,6 +114,15 @@ def _total(trainer: Trainer, interval: str) -> int:
     return int(total)
 
 
+def has_test(model: LightningModule, data: LightningDataModule | None) -> bool:
+    """Say whether there is a test part, and a model that can be tested on it."""
+    if isinstance(data, TensorData):
+        return "test" in data.splits
+    return is_overridden("test_step", model, LightningModule) and is_overridden(
+        "test_dataloader", data or model
+    )
+
+
 def build_callbacks(cfg: DictConfig) -> list[Callback]:
     """Build the callbacks that the config names."""
     return [

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities.model_helpers import is_overridden
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
 
 from tracklight import assemble, config, report, resume
+from tracklight.closing import leave
 from tracklight.data.tensor_data import TensorData
 from tracklight.engine.blocks import Blocks, NonFiniteLoss
 from tracklight.engine.checkpoint import DurableCheckpointIO, load_plain, remove_leftovers
@@ -25,7 +25,6 @@ from tracklight.errors import BadInput, RunFailed
 from tracklight.models.linear_regression import LinearRegression
 from tracklight.tracking import provenance, query
 from tracklight.tracking.layout import IDENTITY_TAG
-from tracklight.tracking.model import log_model
 from tracklight.tracking.run import Run
 from tracklight.tracking.store import Store, connect
 
@@ -229,29 +228,14 @@ class _Experiment:
             best = load_plain(Path(self.best.dirpath or "") / "best.ckpt")
             self.model.load_state_dict(best["state_dict"])
             step = best["global_step"]
-        if test and self._has_test() and not self.trainer.fast_dev_run:
+        if test and assemble.has_test(self.model, self.data) and not self.trainer.fast_dev_run:
             self.trainer.test(self.model, datamodule=self.data, verbose=False)
-        if tracked:
+        score = None if score is None else float(score)
+        if tracked and self.store:
             keep_last(tracked.artifacts / query.CHECKPOINTS, self.io)
-            self._log_model(tracked, step)
-            tracked.publish()
-        return None if score is None else float(score)
-
-    def _has_test(self) -> bool:
-        if isinstance(self.data, TensorData):
-            return "test" in self.data.splits
-        owner = self.data or self.model
-        return is_overridden("test_step", self.model, LightningModule) and is_overridden(
-            "test_dataloader", owner
-        )
-
-    def _log_model(self, tracked: Run, step: int) -> None:
-        if self.store is None or not isinstance(self.data, TensorData):
-            return
-        rows = self.data.splits["train"].features[:2]
-        log_model(
-            self.store.client, tracked.run_id, self.model, self.data.transform(rows), step=step
-        )
+            figures = test and self.cfg.tracking.figures
+            leave(self.store, tracked, self.model, self.data, step, score, test, figures)
+        return score
 
     def _summary(self, score: float | None, total_s: float) -> str:
         assert self.tracked is not None

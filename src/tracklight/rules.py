@@ -161,6 +161,9 @@ RULES = (
     Rule("tracking.uri", _or_null(STORE, " for SQLite in tracking.dir"), "null"),
     Rule("tracking.dir", NAME, "mlruns"),
     Rule("tracking.experiment", NAME, "tracklight"),
+    Rule("tracking.figures", SWITCH, "true"),
+    Rule("tracking.gradients", SWITCH, "true"),
+    Rule("tracking.system_metrics", SWITCH, "true"),
     Rule("sweep.trials", _or_null(COUNT), "20"),
     Rule("sweep.workers", COUNT, "1"),
 )

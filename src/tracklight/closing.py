@@ -1,0 +1,43 @@
+"""What a run leaves when it ends well: its score and, unless it is a mere trial, figures, model."""
+
+from pytorch_lightning import LightningDataModule, LightningModule
+
+from tracklight.data.tensor_data import TensorData
+from tracklight.illustrate import FOLDER, illustrate
+from tracklight.tracking.model import log_model
+from tracklight.tracking.run import Run
+from tracklight.tracking.store import Store
+
+SCORE = "score"  # metric: the best value of score.metric, one column for all runs in MLflow's UI
+
+
+def leave(
+    store: Store,
+    run: Run,
+    model: LightningModule,
+    data: LightningDataModule | None,
+    step: int,
+    score: float | None,
+    tested: bool,
+    figures: bool,
+) -> None:
+    """Log what a run leaves, then upload it where the store is elsewhere.
+
+    Args:
+        store: Holds the run.
+        run: Open.
+        model: With the best weights.
+        data: What it was trained on.
+        step: The optimizer step of the best weights.
+        score: The best value of the monitored metric.
+        tested: Whether the run was tested; trials of a sweep are not, and leave their score alone.
+        figures: Whether to draw.
+    """
+    if score is not None:
+        run.log_series(SCORE, (step,), (score,))
+    if figures:
+        illustrate(model, data, run.series(), run.artifacts / FOLDER, step, tested)
+    if tested and isinstance(data, TensorData):
+        rows = data.splits["train"].features[:2]
+        log_model(store.client, run.run_id, model, data.transform(rows), step=step)
+    run.publish()
