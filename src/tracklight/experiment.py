@@ -34,6 +34,7 @@ def run(
     tags: Mapping[str, str] | None = None,
     callbacks: Sequence[Callback] = (),
     test: bool = True,
+    into: str | None = None,
 ) -> float | None:
     """Train what a config describes, track it, test its best checkpoint once.
 
@@ -41,7 +42,9 @@ def run(
         cfg: The composed config, checked.
         tags: Further tags of the run.
         callbacks: Further callbacks.
-        test: Whether to evaluate on the test part at the end; trials of a sweep are not.
+        test: Whether to evaluate on the test part at the end and log the model; trials of a sweep
+            are not.
+        into: Id of a run of this very config to continue; the config's own `resume` is then moot.
 
     Returns:
         The best value of `score.metric`; None where no metric is named.
@@ -52,17 +55,19 @@ def run(
         Stopped: A signal ended it.
     """
     with SafeStop().listening() as stop:
-        return _Experiment(cfg, tags or {}, [*callbacks, stop]).run(test)
+        return _Experiment(cfg, tags or {}, [*callbacks, stop], into).run(test)
 
 
 class _Experiment:
     """The parts of one run, made in the order in which one depends on the other."""
 
-    def __init__(self, cfg: DictConfig, tags: Mapping[str, str], callbacks: list[Callback]):
+    def __init__(
+        self, cfg: DictConfig, tags: Mapping[str, str], callbacks: list[Callback], into: str | None
+    ):
         self.tags = dict(tags)
         self.store = _open_store(cfg)
         self.cfg, self.continued = (
-            (cfg, None) if self.store is None else resume.resolve(cfg, self.store)
+            (cfg, None) if self.store is None else resume.resolve(cfg, self.store, into)
         )
         _set_threads(self.cfg)
         self.code = provenance.code_digest(config.targets(self.cfg))

@@ -34,12 +34,21 @@ class Continued:
     changes: list[str]
 
 
-def resolve(cfg: DictConfig, store: Store) -> tuple[DictConfig, Continued | None]:
+def resolve(
+    cfg: DictConfig, store: Store, into: str | None = None
+) -> tuple[DictConfig, Continued | None]:
     """Return the config to run and the run to continue, if any.
+
+    Args:
+        cfg: The config of this command.
+        store: Where the runs are.
+        into: Id of a run known to be of this very config; it is continued, `resume` or not.
 
     Raises:
         BadInput: There is no such run, or the command asks for what cannot be continued.
     """
+    if into is not None:
+        return cfg, Continued(find_run(store, into), [])
     if cfg.resume is None:
         return cfg, None
     if cfg.resume == "auto":

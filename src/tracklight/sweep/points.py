@@ -1,0 +1,172 @@
+"""The points of a sweep: composed by Hydra, checked as single runs are, and identified."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from tracklight import config
+from tracklight.errors import BadInput
+from tracklight.sweep.space import Space
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a point: the point under one seed.
+
+    Args:
+        number: The trial's, counted from 0.
+        params: What varies, axis name to text.
+        cfg: The resolved config.
+        key: The point's and the seed's identity.
+    """
+
+    number: int
+    params: dict[str, str]
+    cfg: DictConfig
+    key: str
+
+    @property
+    def name(self) -> str:
+        """Tell the trial in a line: its number and what varies."""
+        seed = "" if "seed" in self.params else f" seed={self.cfg.seed}"
+        return f"{self.number} {shown(self.params)}{seed}"
+
+
+def shown(params: Mapping[str, str]) -> str:
+    """Lay out what varies, keys by their last part and numbers with five digits."""
+    last = [key.rpartition(".")[2] for key in params]
+    names = [
+        key if last.count(short) > 1 else short for key, short in zip(params, last, strict=True)
+    ]
+    return " ".join(f"{n}={_short(text)}" for n, text in zip(names, params.values(), strict=True))
+
+
+def _short(text: str) -> str:
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return text if len(text) < 8 else f"{number:.5g}"
+
+
+class Composer:
+    """Turns points into configs; what all points share is composed once.
+
+    Args:
+        loader: Hydra's.
+        master: The config of the whole command.
+        space: What varies.
+    """
+
+    def __init__(self, loader: ConfigLoader, master: DictConfig, space: Space):
+        self._loader = loader
+        self._master = master
+        self._space = space
+        self._parser = OverridesParser.create(config_loader=loader)
+        self._templates: dict[tuple[str, ...], tuple[DictConfig, DictConfig]] = {}
+        self._checked: set[tuple[str, ...]] = set()
+        self.threads: int | None = None  # what num_threads=null becomes
+
+    def job(self, number: int, params: Mapping[str, str], seed: int | None = None) -> Job:
+        """Compose one run of a point.
+
+        Args:
+            number: The trial's.
+            params: Axis name to text.
+            seed: How far to move the seed; None leaves it.
+
+        Raises:
+            BadInput: The point is no valid config.
+        """
+        words = self._space.words(params)
+        is_group = [self._is_group(word) for word in words]
+        groups = tuple(word for word, group in zip(words, is_group, strict=True) if group)
+        dotted = [word for word, group in zip(words, is_group, strict=True) if not group]
+        hydra, template = self._template(groups)
+        HydraConfig.instance().set_config(hydra)
+        cfg = copy.deepcopy(template)
+        parsed = self._parser.parse_overrides(dotted)
+        ConfigLoaderImpl._apply_overrides_to_config(parsed, cfg)  # as Hydra ends a composition
+        if seed:
+            cfg.seed += seed
+        if cfg.num_threads is None:
+            cfg.num_threads = self.threads
+        check = config.settled if groups in self._checked else config.checked
+        cfg = check(cfg)
+        self._checked.add(groups)
+        return Job(number, dict(params), cfg, _key(cfg, params))
+
+    def _is_group(self, word: str) -> bool:
+        key = word.partition("=")[0].lstrip("+~").partition("@")[0]
+        return "." not in key and bool(self._loader.get_group_options(key))
+
+    def _template(self, groups: tuple[str, ...]) -> tuple[DictConfig, DictConfig]:
+        if groups not in self._templates:
+            words = [*self._space.fixed, *groups]
+            full = self._loader.load_sweep_config(self._master, words)
+            template = copy.deepcopy(full)
+            with open_dict(template):
+                del template["hydra"]
+            self._templates[groups] = (full, template)
+        return self._templates[groups]
+
+
+def _key(cfg: DictConfig, params: Mapping[str, str]) -> str:
+    """Identify a run of a sweep by its resolved config: its identity, and what varies outside."""
+    decides = config.deciding(cfg)
+    beside = sorted((key, text) for key, text in params.items() if "." in key and key not in decides)
+    parts = [config.identity(cfg), cfg.trainer.max_epochs, beside]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def sweep_identity(master: DictConfig, space: Space, search: Mapping[str, Any] | None) -> str:
+    """Identify a sweep by what its points share and by what it varies.
+
+    A grid is the same whatever the values on its axes, so that it can be extended.
+
+    Args:
+        master: The config of the whole command.
+        space: What varies.
+        search: All that decides which trials a search runs; None for a grid.
+    """
+    cfg = copy.deepcopy(master)
+    with open_dict(cfg):
+        if "hydra" in cfg:
+            del cfg["hydra"]
+    names = [axis.name.partition("@")[0] for axis in space.axes]
+    for name in names:
+        if OmegaConf.select(cfg, name, throw_on_missing=False) is None and "." in name:
+            OmegaConf.update(cfg, name, 0, force_add=True)
+    tree = config.deciding(cfg) | {"trainer.max_epochs": cfg.trainer.max_epochs}
+    shared = {
+        key: value
+        for key, value in tree.items()
+        if not any(key == name or key.startswith(f"{name}.") for name in names)
+    }
+    varied: Any = sorted(names) if search is None else [space.written(), dict(search)]
+    return hashlib.sha256(json.dumps([shared, varied], sort_keys=True).encode()).hexdigest()
+
+
+def check_scores(jobs: list[Job]) -> tuple[str, str]:
+    """Return the metric and the mode by which all points are ranked.
+
+    Raises:
+        BadInput: They are scored by different metrics.
+    """
+    scores = dict.fromkeys((job.cfg.score.metric, job.cfg.score.mode) for job in jobs)
+    if len(scores) > 1:
+        told = ", ".join(f"{metric} ({mode})" for metric, mode in scores)
+        raise BadInput(
+            f"the points are scored by different metrics, {told}, and cannot be ranked; "
+            "set score.metric and score.mode for all of them"
+        )
+    return next(iter(scores))

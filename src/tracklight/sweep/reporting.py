@@ -1,0 +1,68 @@
+"""The callback that tells a sweep how a trial goes, and ends it when the sweep says so."""
+
+from collections.abc import Callable
+from typing import Any
+
+from pytorch_lightning import Callback, Trainer
+from typing_extensions import override
+
+from tracklight.sweep.trial import EPOCHS_RUN_TAG, OUTCOME_TAG, Epoch
+
+
+class Reporter(Callback):
+    """Reports the score after each epoch, and marks the run with how it ended.
+
+    With a pruner the answer is awaited before the epoch's checkpoint is taken, so that a continued
+    trial never has epochs behind it that the pruner did not see.
+
+    Args:
+        metric: The score's.
+        tell: Takes an epoch; says whether to stop.
+        asks: Whether an answer is awaited.
+        once: Whether to stop after the first epoch.
+    """
+
+    listens_by_block = True
+
+    def __init__(
+        self, metric: str, tell: Callable[[Epoch, bool], bool], asks: bool, once: bool = False
+    ):
+        self.metric = metric
+        self.tell = tell
+        self.asks = asks
+        self.once = once
+        self.pruned = False
+        self.run_id: str | None = None
+        self.metrics: set[str] = set()
+
+    @override
+    def state_dict(self) -> dict[str, bool]:
+        return {"pruned": self.pruned}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, bool]) -> None:
+        self.pruned = state_dict["pruned"]
+
+    @override
+    def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        self.run_id = getattr(trainer.logger, "run_id", None)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.metrics |= set(trainer.callback_metrics)
+        value = trainer.callback_metrics.get(self.metric)
+        if value is None or not trainer.is_global_zero:
+            return
+        self.pruned = self.tell(Epoch(trainer.current_epoch + 1, float(value)), self.asks)
+        if self.pruned or self.once:
+            trainer.should_stop = True
+
+    @override
+    def on_fit_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.logger is None:
+            return
+        tags = {
+            OUTCOME_TAG: "pruned" if self.pruned else "complete",
+            EPOCHS_RUN_TAG: str(trainer.current_epoch),
+        }
+        trainer.logger.set_tags(tags)  # pyright: ignore[reportAttributeAccessIssue]

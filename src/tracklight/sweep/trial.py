@@ -1,0 +1,172 @@
+"""One trial, as the process sees it that runs it: nothing heavy is imported with this file."""
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+PARENT_TAG = "mlflow.parentRunId"
+POINT_TAG = "tracklight.point"
+TRIAL_TAG = "tracklight.trial"
+OUTCOME_TAG = "tracklight.outcome"  # of a finished run: complete or pruned; of a failed one: failed
+EPOCHS_RUN_TAG = "tracklight.epochs_run"
+REASON_TAG = "tracklight.reason"
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a trial's process is told.
+
+    Args:
+        cfg: The resolved config as plain values.
+        tags: Of its run.
+        run_id: Run to continue; None for a new one.
+        asks: Whether the parent decides after each epoch if the trial goes on.
+        test: Whether to evaluate on the test part.
+        rehearse: Take one batch, untracked, to see which metrics are logged.
+        log: File for what the trial prints; None for nowhere.
+        slot: Which of the sweep's slots it fills, hence which GPU.
+        gpus: How many GPUs the slots share.
+    """
+
+    cfg: dict[str, Any]
+    tags: Mapping[str, str] = field(default_factory=dict)
+    run_id: str | None = None
+    asks: bool = False
+    test: bool = False
+    rehearse: bool = False
+    log: Path | None = None
+    slot: int = 0
+    gpus: int = 0
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Told by a trial after each epoch: its number, counted from 1, and `score.metric`."""
+
+    number: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a trial ended.
+
+    Args:
+        kind: `stopped` may be continued; the others are for good.
+        score: Best value of `score.metric`.
+        reason: Why it failed, one line.
+        run_id: Its run, if it came to have one.
+        is_input: Whether it failed by what the user asked for.
+        metrics: What a rehearsal found to be logged.
+    """
+
+    kind: Literal["complete", "pruned", "failed", "stopped"]
+    score: float | None = None
+    reason: str = ""
+    run_id: str | None = None
+    is_input: bool = False
+    metrics: tuple[str, ...] = ()
+
+
+def work(assignment: Assignment, line: Connection) -> None:
+    """Run a trial in a process of its own, and tell the parent of it over the line."""
+    os.setsid()  # Ctrl-C in the terminal is the parent's to handle
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    _redirect(assignment.log)
+    if assignment.gpus:
+        _take_gpu(assignment.slot, assignment.gpus)
+    outcome = run(assignment, line)
+    line.send(outcome)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the run is closed; tearing the interpreter down would keep the slot for longer
+
+
+def run(assignment: Assignment, line: Connection | None = None) -> Outcome:
+    """Run a trial in this process.
+
+    Args:
+        assignment: What to run.
+        line: To the parent; None where no parent listens.
+    """
+    from omegaconf import OmegaConf
+
+    from tracklight import experiment
+    from tracklight.errors import BadInput, RunFailed
+    from tracklight.experiment import Stopped
+    from tracklight.sweep.reporting import Reporter
+
+    cfg = OmegaConf.create(assignment.cfg)
+    OmegaConf.set_struct(cfg, True)
+    reporter = Reporter(cfg.score.metric, _teller(line), assignment.asks, assignment.rehearse)
+    try:
+        score = experiment.run(
+            cfg,
+            tags=assignment.tags,
+            callbacks=[reporter],
+            test=assignment.test,
+            into=assignment.run_id,
+        )
+    except Stopped:
+        outcome = Outcome("stopped")
+    except (BadInput, RunFailed) as error:
+        outcome = Outcome("failed", reason=_line(error), is_input=isinstance(error, BadInput))
+    except Exception as error:
+        traceback.print_exc()
+        outcome = Outcome("failed", reason=f"{type(error).__name__}: {_line(error)}")
+    else:
+        kind = "pruned" if reporter.pruned else "complete"
+        outcome = Outcome(kind, score, metrics=tuple(sorted(reporter.metrics)))
+        if score is not None and score != score:
+            outcome = Outcome("failed", reason=f"{cfg.score.metric} is nan")
+    if outcome.reason:
+        print(f"failed: {outcome.reason}", flush=True)
+    return replace(outcome, run_id=reporter.run_id or assignment.run_id)
+
+
+def _teller(line: Connection | None) -> Callable[[Epoch, bool], bool]:
+    """Return what tells the parent of an epoch and, if asked to, brings its answer: to stop?"""
+
+    def tell(epoch: Epoch, asks: bool) -> bool:
+        if line is None:
+            return False
+        line.send(epoch)
+        return bool(line.recv()) if asks else False
+
+    return tell
+
+
+def _die_with_parent() -> None:
+    """End this process and those it started once the parent is gone, however that came to be."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()  # returns when the kernel closes the parent's end of a pipe
+    os.killpg(0, signal.SIGKILL)
+
+
+def _redirect(log: Path | None) -> None:
+    descriptor = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def _take_gpu(slot: int, gpus: int) -> None:
+    """Let the trial see one of the GPUs that the sweep may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(index) for index in range(gpus)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = names[slot % len(names)].strip()
+
+
+def _line(error: BaseException) -> str:
+    from tracklight.config import redact
+
+    return redact(" ".join(str(error).split()))[:500]
