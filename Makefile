@@ -58,7 +58,8 @@ ui: $(INSTALLED)
 	@test -f mlruns/mlflow.db || $(BIN)/python -c \
 	  'from pathlib import Path; from tracklight.tracking.store import connect; connect(None, Path("mlruns"))'
 	@echo 'MLflow UI: http://127.0.0.1:$(PORT) (Ctrl-C ends it)'
-	@MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true $(BIN)/python -m mlflow ui \
+	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false PYTHONWARNINGS=ignore \
+	  $(BIN)/python -m mlflow ui \
 	  --host 127.0.0.1 --port '$(PORT)' --workers 1 \
 	  --backend-store-uri 'sqlite:///$(CURDIR)/mlruns/mlflow.db' \
 	  --default-artifact-root '$(CURDIR)/mlruns/artifacts' $(ARGS)
