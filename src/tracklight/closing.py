@@ -4,11 +4,10 @@ from pytorch_lightning import LightningDataModule, LightningModule
 
 from tracklight.data.tensor_data import TensorData
 from tracklight.illustrate import FOLDER, illustrate
+from tracklight.tracking.choice import SCORE
 from tracklight.tracking.model import log_model
 from tracklight.tracking.run import Run
 from tracklight.tracking.store import Store
-
-SCORE = "score"  # metric: the best value of score.metric, one column for all runs in MLflow's UI
 
 
 def leave(

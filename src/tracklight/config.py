@@ -154,6 +154,12 @@ def identity(cfg: Any) -> str:
     return hashlib.sha256(json.dumps(deciding(cfg), sort_keys=True).encode()).hexdigest()
 
 
+def setting(cfg: Any) -> str:
+    """Digest what the result depends on, seeds apart: runs that differ by chance alone share it."""
+    kept = {k: v for k, v in deciding(cfg).items() if k.rpartition(".")[2] != "seed"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
 def targets(cfg: Any) -> list[str]:
     """List every class that a config names, each once, sorted."""
     return sorted({node["_target_"] for _, node in described(plain(cfg), "")})

@@ -6,3 +6,6 @@ POINTS = "points.wal"  # in a run's folder
 
 KEY_TAG = "tracklight.key"  # unique: finds a run whose creation was not confirmed
 IDENTITY_TAG = "tracklight.identity"
+SETTING_TAG = "tracklight.setting"  # the identity without its seeds: runs to be averaged share it
+PARENT_TAG = "mlflow.parentRunId"  # MLflow's own
+DATA_TAG = "tracklight.data"  # digest of the data set

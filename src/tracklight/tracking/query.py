@@ -1,17 +1,23 @@
 """The reading side of the store: runs by id, and what they left."""
 
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from tracklight.errors import BadInput
+from tracklight.tracking.choice import WORDS, check_id, choose_id
+from tracklight.tracking.client_ledger import ClientLedger
+from tracklight.tracking.layout import IDENTITY_TAG
+from tracklight.tracking.ledger import Ledger
 from tracklight.tracking.quiet import mlflow
+from tracklight.tracking.sqlite_ledger import SqliteLedger
 from tracklight.tracking.store import Store
 
 CHECKPOINTS = "checkpoints"
 BEST = f"{CHECKPOINTS}/best.ckpt"
 LAST = f"{CHECKPOINTS}/last.ckpt"
+SWEEP_TAG = "tracklight.sweep"  # of a sweep's parent run
+BEST_TAG = "best.run"  # of a sweep's parent run: id of its best trial
 
 
 def find_run(store: Store, run_id: str) -> Any:
@@ -20,10 +26,7 @@ def find_run(store: Store, run_id: str) -> Any:
     Raises:
         BadInput: There is no such run, it is deleted, or several ids begin so.
     """
-    if not re.fullmatch(r"[0-9a-f]{4,32}", run_id):
-        raise BadInput(
-            f"run id {run_id[:60]!r} must be 4 to 32 hexadecimal digits, as MLflow shows it"
-        )
+    check_id(run_id)
     if len(run_id) == 32:
         try:
             run = store.client.get_run(run_id)
@@ -42,6 +45,43 @@ def find_run(store: Store, run_id: str) -> Any:
         what = "several runs begin" if found else "no run begins"
         raise BadInput(f"{what} with {run_id} in {store.shown_uri}; give the whole id")
     return found[0]
+
+
+def choose(store: Store, word: str, experiment: str | None = None) -> Any:
+    """Return the run that a word names: an id, the unique beginning of one, `last` or `best`.
+
+    Args:
+        store: Holds the run.
+        word: `last` is the newest run that training made; `best` the one with the best score among
+            those scored by the same metric on the same data as the newest.
+        experiment: Where `last` and `best` look; None for everywhere.
+
+    Raises:
+        BadInput: There is no such run.
+    """
+    if word in WORDS:
+        return find_run(store, choose_id(_ledger(store), word, experiment))
+    return find_run(store, word)
+
+
+def trained(store: Store, run: Any) -> Any:
+    """Return the run itself, or of a sweep the best of its trials.
+
+    Raises:
+        BadInput: The sweep has no best trial.
+    """
+    if SWEEP_TAG not in run.data.tags or IDENTITY_TAG in run.data.tags:
+        return run
+    best = run.data.tags.get(BEST_TAG)
+    if not best:
+        raise BadInput(f"run {run.info.run_id} is a sweep without a finished trial; name a run")
+    return find_run(store, best)
+
+
+def _ledger(store: Store) -> Ledger:
+    if store.database is not None:
+        return SqliteLedger(store.database)
+    return ClientLedger(store.client, store.shown_uri)
 
 
 def fetch(store: Store, run: Any, path: str) -> Path:

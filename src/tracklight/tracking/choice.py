@@ -1,0 +1,54 @@
+"""Which run a word means: an id, the beginning of one, `last` or `best`."""
+
+import re
+
+from tracklight.errors import BadInput
+from tracklight.tracking.layout import DATA_TAG
+from tracklight.tracking.ledger import Chosen, Ledger
+
+SCORE = "score"  # metric: the best value of the monitored one, of every run that ended well
+WORDS = ("best", "last")
+
+
+def check_id(word: str) -> None:
+    """Refuse what can be neither a run's id nor the beginning of one.
+
+    Raises:
+        BadInput: It is no such word.
+    """
+    if not re.fullmatch(r"[0-9a-f]{4,32}", word):
+        raise BadInput(
+            f"run id {word[:60]!r} must be 4 to 32 hexadecimal digits, as MLflow shows it"
+        )
+
+
+def choose_id(ledger: Ledger, word: str, experiment: str | None = None) -> str:
+    """Return the id of the run that a word names, as `choose` does.
+
+    Raises:
+        BadInput: There is no such run.
+    """
+    if word not in WORDS:
+        check_id(word)
+        found = ledger.ids(word)
+        if len(found) != 1:
+            what = "several runs begin" if found else "no run begins"
+            raise BadInput(f"{what} with {word} in {ledger.shown_uri}")
+        return found[0]
+    runs = ledger.scored(Chosen(experiment), SCORE)
+    if word == "best":  # of what is comparable with the newest run that came to a score
+        runs = [run for run in runs if run.value is not None]
+    if not runs:
+        where = "" if experiment is None else f" experiment {experiment} of"
+        raise BadInput(
+            f"there is no {word} run in{where} {ledger.shown_uri}; train something first"
+        )
+    if word == "last":
+        return runs[0].run_id
+    newest = ledger.entries([runs[0].run_id])[0]
+    tags = {key: newest.tags[key] for key in (DATA_TAG,) if key in newest.tags}
+    params = {"score.metric": newest.params["score.metric"]}
+    sign = 1 if newest.params["score.mode"] == "max" else -1
+    rivals = ledger.scored(Chosen(experiment, tags=tags, params=params), SCORE)
+    values = {run.run_id: sign * run.value for run in rivals if run.value is not None}
+    return max(values, key=values.__getitem__)
