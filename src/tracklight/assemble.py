@@ -33,6 +33,12 @@ def build_data(cfg: DictConfig) -> LightningDataModule | None:
     data = build(cfg.data, cfg.allowed_targets, LightningDataModule)
     if isinstance(data, TensorData):
         data.setup()
+        metric = str(cfg.score.metric)
+        if metric.startswith("val/") and "val" not in data.splits:
+            raise BadInput(
+                f"score.metric={metric}: {data.name} has no validation part here;"
+                " try score.metric=train/loss_epoch score.mode=min, or data.num_val=500"
+            )
     return data
 
 
@@ -58,7 +64,7 @@ def build_model(cfg: DictConfig, data: LightningDataModule | None) -> LightningM
     return model
 
 
-def _attach_optimizer(cfg: DictConfig, model: LightningModule) -> None:
+def _attach_optimizer(cfg: DictConfig, model: Any) -> None:
     if not isinstance(model, Supervised):
         if is_overridden("configure_optimizers", model):
             if any(word.startswith(("optimizer=", "optimizer.")) for word in sys.argv[1:]):
@@ -98,7 +104,7 @@ def depends_on_total(scheduler: Any) -> bool:
     return any(key in scheduler and scheduler[key] is None for key in TOTALS)
 
 
-def _total(trainer: Trainer, interval: str) -> int:
+def _total(trainer: Any, interval: str) -> int:
     if interval == "epoch":
         total = trainer.max_epochs
     elif isinstance(trainer.datamodule, TensorData) and trainer_obstacle(trainer) is None:

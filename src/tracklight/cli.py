@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
@@ -47,6 +48,8 @@ def quiet() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     log = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    # Lightning asks PyTorch about pytrees in a way that PyTorch has since renamed.
+    warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)
     if _is_no_advertisement not in log.filters:
         log.addFilter(_is_no_advertisement)
 

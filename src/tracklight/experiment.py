@@ -18,13 +18,13 @@ from tracklight import assemble, config, report, resume
 from tracklight.closing import leave
 from tracklight.data.tensor_data import TensorData
 from tracklight.engine.blocks import Blocks, NonFiniteLoss
-from tracklight.engine.checkpoint import DurableCheckpointIO, load_plain, remove_leftovers
+from tracklight.engine.checkpoint import DurableCheckpointIO, load_weights, remove_leftovers
 from tracklight.engine.resume_checkpoint import ResumeCheckpoint, keep_last, resume_point
 from tracklight.engine.signals import SafeStop, Stopped
 from tracklight.errors import BadInput, RunFailed
 from tracklight.models.linear_regression import LinearRegression
 from tracklight.tracking import provenance, query
-from tracklight.tracking.layout import IDENTITY_TAG
+from tracklight.tracking.layout import IDENTITY_TAG, SETTING_TAG
 from tracklight.tracking.run import Run
 from tracklight.tracking.store import Store, connect
 
@@ -66,10 +66,11 @@ class _Experiment:
     ):
         self.tags = dict(tags)
         self.store = _open_store(cfg)
+        _set_threads(cfg)  # before the identity, of which it is a part
         self.cfg, self.continued = (
             (cfg, None) if self.store is None else resume.resolve(cfg, self.store, into)
         )
-        _set_threads(self.cfg)
+        _set_threads(self.cfg)  # a stored config has its own
         self.code = provenance.code_digest(config.targets(self.cfg))
         self.data = assemble.build_data(self.cfg)
         self.model = assemble.build_model(self.cfg, self.data)
@@ -84,7 +85,7 @@ class _Experiment:
             enable_version_counter=False,
         )
         self.last = ResumeCheckpoint(self.io)
-        self.trainer = self._build_trainer(callbacks)
+        self.trainer: Any = self._build_trainer(callbacks)
         self.tracked: Run | None = None
 
     def _build_trainer(self, callbacks: list[Callback]) -> Trainer:
@@ -115,7 +116,7 @@ class _Experiment:
                 f"init_from={self.cfg.init_from} needs tracking=mlflow, where that run is"
             )
         run = query.find_run(self.store, str(self.cfg.init_from))
-        weights = load_plain(query.fetch(self.store, run, query.BEST))["state_dict"]
+        weights = load_weights(query.fetch(self.store, run, query.BEST))
         try:
             self.model.load_state_dict(weights)
         except RuntimeError as error:
@@ -134,6 +135,7 @@ class _Experiment:
         self.tracked = self._open_run(self.store)
         status = "FAILED"
         try:
+            self._describe(self.tracked)
             self._fit(self._prepare_folder(self.tracked))
             score = self._close(test)
             status = "FINISHED"
@@ -145,7 +147,7 @@ class _Experiment:
             raise
         finally:
             self.tracked.finish(status)
-        print(self._summary(score, time.perf_counter() - started))
+        print(self._summary(self.tracked, self.store, score, time.perf_counter() - started))
         return score
 
     def _open_run(self, store: Store) -> Run:
@@ -154,9 +156,10 @@ class _Experiment:
         if self.continued:
             changes = resume.check_changes(self.continued, self.code, data, self.cfg.allow_changes)
         command = config.redact(shlex.join(sys.argv))
-        facts = provenance.collect(config.ROOT, command, self.code)
-        tags = facts.tags() | {
+        self.facts = provenance.collect(config.ROOT, command, self.code)
+        tags = self.facts.tags() | {
             IDENTITY_TAG: config.identity(self.cfg),
+            SETTING_TAG: config.setting(self.cfg),
             resume.DATA_TAG: data,
             resume.EPOCHS_TAG: str(self.cfg.trainer.max_epochs),
         }
@@ -168,18 +171,19 @@ class _Experiment:
         if self.continued:
             run = store.reopen(self.continued.run.info.run_id)
             run.set_tags(tags)
-        else:
-            name = self.cfg.tracking.run_name or self._name()
-            run = store.create(self.cfg.tracking.experiment, name, tags)
+            return run
+        name = self.cfg.tracking.run_name or self._name()
+        return store.create(self.cfg.tracking.experiment, name, tags)
+
+    def _describe(self, run: Run) -> None:
         tree = config.redact(config.plain(self.cfg))
-        if not self.continued:
+        if not run.described:  # a run killed just after it was made is not
             run.log_params(config.flatten(tree))
             if isinstance(self.data, TensorData):
-                run.log_input(self.data.name, data, self.data.source, "training")
+                run.log_input(self.data.name, self.data.digest, self.data.source, "training")
         run.log_text(yaml.safe_dump(tree, sort_keys=False), resume.CONFIG)
-        for path, text in facts.texts().items():
+        for path, text in self.facts.texts().items():
             run.log_text(text, path)
-        return run
 
     def _name(self) -> str:
         """Return what tells runs apart in a list; MLflow's own names repeat with the seed."""
@@ -230,7 +234,7 @@ class _Experiment:
                 self.model.reference(self.data.transform(train.features), train.targets)
             )
         if tracked:
-            best = load_plain(Path(self.best.dirpath or "") / "best.ckpt")
+            best = self.io.load_checkpoint(Path(self.best.dirpath or "") / "best.ckpt")
             self.model.load_state_dict(best["state_dict"])
             step = best["global_step"]
         if test and assemble.has_test(self.model, self.data) and not self.trainer.fast_dev_run:
@@ -242,36 +246,22 @@ class _Experiment:
             leave(self.store, tracked, self.model, self.data, step, score, test, figures)
         return score
 
-    def _summary(self, score: float | None, total_s: float) -> str:
-        assert self.tracked is not None
-        test = {
-            key: value
-            for key, value in self.trainer.callback_metrics.items()
-            if key.startswith("test/")
-        }
-        lines = {}
-        if score is not None:
-            lines["score"] = report.shown({self.cfg.score.metric: score}) + " (best epoch)"
-        if test:
-            lines["test"] = report.shown({key: float(value) for key, value in test.items()})
-        lines["time"] = f"{self.fit_s:.1f} s of training, {total_s:.1f} s in all" + self._speed()
-        lines["run"] = f"{self.tracked.run_id} ({self.tracked.name})"
-        lines["best"] = str(self.tracked.artifacts / query.BEST)
-        lines["look"] = (
-            "make ui" if self.cfg.tracking.uri is None else f"MLflow at {self.store.shown_uri}"
+    def _summary(self, run: Run, store: Store, score: float | None, total_s: float) -> str:
+        named = {} if score is None else {self.cfg.score.metric: score}
+        metrics = {key: float(value) for key, value in self.trainer.callback_metrics.items()}
+        epochs = self.trainer.current_epoch - self.last.first_epoch
+        rows = len(self.data.splits["train"]) if isinstance(self.data, TensorData) else 0
+        speed = f", {rows * epochs / self.fit_s:,.0f} examples/s" if rows * epochs else ""
+        return report.summary(
+            {
+                "score": report.shown(named) and f"{report.shown(named)} (best epoch)",
+                "test": report.shown({k: v for k, v in metrics.items() if k.startswith("test/")}),
+                "time": f"{self.fit_s:.1f} s of training, {total_s:.1f} s in all{speed}",
+                "run": f"{run.run_id} ({run.name})",
+                "best": str(run.artifacts / query.BEST),
+                "look": f"MLflow at {store.shown_uri}" if self.cfg.tracking.uri else "make ui",
+            }
         )
-        return report.summary(lines)
-
-    def _speed(self) -> str:
-        if (
-            not isinstance(self.data, TensorData)
-            or self.trainer.current_epoch == self.last.first_epoch
-        ):
-            return ""
-        examples = len(self.data.splits["train"]) * (
-            self.trainer.current_epoch - self.last.first_epoch
-        )
-        return f", {examples / self.fit_s:,.0f} examples/s"
 
 
 def _open_store(cfg: DictConfig) -> Store | None:

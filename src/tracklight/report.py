@@ -41,7 +41,7 @@ def shown(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{key} {value:.5g}" for key, value in sorted(metrics.items()))
 
 
-def summary(lines: Mapping[str, str]) -> str:
-    """Lay out the closing summary, one aligned line an entry."""
-    width = max(map(len, lines))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+def summary(entries: Mapping[str, str]) -> str:
+    """Lay out the closing summary, one aligned line for each entry that has something to say."""
+    width = max(map(len, entries))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in entries.items() if text)

@@ -9,12 +9,12 @@ from omegaconf import DictConfig, OmegaConf
 from tracklight import config
 from tracklight.assemble import depends_on_total
 from tracklight.errors import BadInput
+from tracklight.tracking.layout import DATA_TAG
 from tracklight.tracking.query import find_run, read_text
 from tracklight.tracking.store import Store
 
 CONFIG = "config.yaml"  # artifact that holds a run's resolved config
 CODE_TAG = "tracklight.code"
-DATA_TAG = "tracklight.data"
 EPOCHS_TAG = "tracklight.epochs"  # that the run was asked for
 NON_FINITE_TAG = "tracklight.non_finite_step"
 CHANGES_TAG = "tracklight.changes"
@@ -56,7 +56,10 @@ def resolve(
             run
             for run in store.find(config.identity(cfg))
             if is_unfinished(run, cfg.trainer.max_epochs)
+            or run.info.run_id in store.recovered  # killed as it closed
         ]
+        if depends_on_total(cfg.scheduler):  # then another total is another training
+            unfinished = [run for run in unfinished if _epochs(run) == cfg.trainer.max_epochs]
         return cfg, Continued(unfinished[0], []) if unfinished else None
     run = find_run(store, str(cfg.resume))
     stored = yaml.safe_load(read_text(store, run, CONFIG))
@@ -75,9 +78,14 @@ def is_unfinished(run: Any, max_epochs: int) -> bool:
         case "FAILED":
             return NON_FINITE_TAG not in run.data.tags
         case "FINISHED":
-            return max_epochs > int(run.data.tags.get(EPOCHS_TAG, max_epochs))
+            return max_epochs > (_epochs(run) or max_epochs)
         case _:
             return True
+
+
+def _epochs(run: Any) -> int | None:
+    asked = run.data.tags.get(EPOCHS_TAG)
+    return None if asked is None else int(asked)
 
 
 def check_changes(continued: Continued, code: str, data: str, allow: bool) -> list[str]:

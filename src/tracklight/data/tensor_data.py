@@ -57,7 +57,7 @@ class TensorData(LightningDataModule):
         seed: Seed of the epochs' orders.
     """
 
-    name: str
+    name: str  # pyright: ignore[reportIncompatibleVariableOverride]
     source: str
     in_features: int
     out_features: int
@@ -90,7 +90,7 @@ class TensorData(LightningDataModule):
         for name, split in self.splits.items():
             for tensor in (split.features, split.targets):
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.cpu().contiguous().numpy())
+                digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
     def setup(self, stage: str | None = None) -> None:

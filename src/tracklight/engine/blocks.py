@@ -65,14 +65,14 @@ class Blocks(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.trainer = trainer
-        data = trainer.datamodule
+        self.trainer: Any = trainer
+        data = self.trainer.datamodule
         reason = obstacle(trainer, module, data)
         self.walking = reason is None
         if isinstance(module, Supervised) and isinstance(data, TensorData) and self.walking:
             self.module, self.data = module, data
             data.steps_per_block = STEPS_PER_BLOCK
-            module.optimizer_step = self._optimizer_step
+            module.__dict__["optimizer_step"] = self._optimizer_step
             self.step = make_step(module, trainer.optimizers[0])
         else:
             self.tell(f"Steps are taken one by one (plain Lightning): {reason}")
@@ -99,7 +99,7 @@ class Blocks(Callback):
         )  # Lightning asks the closure for what the steps gave
 
     def _walk(self, inputs: Tensor, targets: Tensor) -> Tensor:  # (S * B, ...) -> losses (S,)
-        schedulers = [
+        schedulers: list[Any] = [
             config.scheduler
             for config in self.trainer.lr_scheduler_configs
             if config.interval == "step"

@@ -7,18 +7,25 @@ before the rename, so whatever stands under the final name can be proved whole.
 import hashlib
 import json
 import os
+import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
+from torch import Tensor
 from torch.serialization import MAP_LOCATION
 from typing_extensions import override
 
 from tracklight.errors import BadInput, RunFailed
+
+CHECKSUM = ".sha256.json"
+LIGHTNING = "pytorch-lightning"
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Checksum:
 
 def checksum_path(path: Path) -> Path:
     """Return where the checksum of the checkpoint `path` lies."""
-    return path.with_name(path.name + ".sha256.json")
+    return path.with_name(path.name + CHECKSUM)
 
 
 def is_intact(path: Path) -> bool:
@@ -55,8 +62,13 @@ def load_plain(path: Path, map_location: MAP_LOCATION = "cpu") -> dict[str, Any]
     """Load a checkpoint that holds plain values and tensors only.
 
     Raises:
-        BadInput: The file is missing, no checkpoint, or holds anything that would run code.
+        BadInput: The file is missing, damaged, no checkpoint, from a later version, or holds
+            anything that would run code.
     """
+    if checksum_path(path).exists() and path.exists() and not is_intact(path):
+        raise BadInput(
+            f"checkpoint {path} is damaged: its content does not match its checksum; take another"
+        )
     try:
         loaded = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
@@ -73,7 +85,34 @@ def load_plain(path: Path, map_location: MAP_LOCATION = "cpu") -> dict[str, Any]
         raise BadInput(
             f"checkpoint {path} holds no `state_dict`; expected a checkpoint that Lightning wrote"
         )
+    written, ours = str(loaded.get("pytorch-lightning_version", "0.0")), version(LIGHTNING)
+    if _release(written) > _release(ours):
+        raise BadInput(
+            f"checkpoint {path} was written by {LIGHTNING} {written[:20]}, which is later than"
+            f" {ours} here; pip install '{LIGHTNING}>={written[:20]}'"
+        )
     return loaded
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Load the weights of a checkpoint, to start from.
+
+    Raises:
+        BadInput: As for `load_plain`, or a weight is no finite number.
+    """
+    weights = load_plain(path)["state_dict"]
+    for name, tensor in weights.items():
+        if not isinstance(tensor, Tensor):
+            raise BadInput(f"checkpoint {path}: {str(name)[:80]} of its `state_dict` is no tensor")
+        if not tensor.isfinite().all():
+            raise BadInput(f"checkpoint {path}: {name} holds NaN or infinite values")
+    return weights
+
+
+def _release(written: str) -> tuple[int, ...]:
+    """Return major and minor number of a version; what is none compares as the latest."""
+    numbers = re.match(r"(\d+)\.(\d+)", written)
+    return tuple(map(int, numbers.groups())) if numbers else (sys.maxsize,)
 
 
 class _HashingFile:
@@ -121,7 +160,7 @@ class DurableCheckpointIO(CheckpointIO):
             with temporary.open("wb") as file:
                 sink = _HashingFile(file)
                 try:
-                    torch.save(checkpoint, sink)
+                    torch.save(checkpoint, cast(IO[bytes], sink))
                 except RuntimeError:
                     if sink.error is None:
                         raise
@@ -132,9 +171,7 @@ class DurableCheckpointIO(CheckpointIO):
                 os.fsync(file.fileno())
             self.before_commit()
             accepted = [sink.digest.hexdigest(), *Checksum.of(final).sha256[:1]]
-            _write_durably(
-                checksum_path(final), Checksum(accepted, checkpoint.get("global_step", -1))
-            )
+            write_checksum(final, Checksum(accepted, checkpoint.get("global_step", -1)))
             temporary.replace(final)
             sync_folder(final.parent)
         except OSError as error:
@@ -164,7 +201,9 @@ class DurableCheckpointIO(CheckpointIO):
             file.unlink(missing_ok=True)
 
 
-def _write_durably(path: Path, checksum: Checksum) -> None:
+def write_checksum(checkpoint: Path, checksum: Checksum) -> None:
+    """Write the checksum beside a checkpoint, durably."""
+    path = checksum_path(checkpoint)
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w") as file:
         json.dump(asdict(checksum), file)
@@ -185,24 +224,28 @@ def sync_folder(folder: Path) -> None:
 def newest_intact(checkpoints: Iterable[Path]) -> Path | None:
     """Return the intact checkpoint of the highest step, judged by content alone.
 
-    Warns of each damaged one that is newer.
+    Warns of each damaged one.
 
     Raises:
         RunFailed: There are checkpoints, and none is intact.
     """
-    candidates = sorted(checkpoints, key=lambda path: Checksum.of(path).step, reverse=True)
-    for path in candidates:
+    intact = []
+    for path in (found := sorted(checkpoints)):
         if is_intact(path):
-            return path
-        warnings.warn(
-            f"checkpoint {path} is damaged (checksum differs); using the one before", stacklevel=2
-        )
-    if candidates:
-        raise RunFailed(f"no checkpoint in {candidates[0].parent} is intact; not starting afresh")
-    return None
+            intact.append(path)
+        else:
+            warnings.warn(
+                f"checkpoint {path} is damaged (checksum differs); using another", stacklevel=2
+            )
+    if found and not intact:
+        raise RunFailed(f"no checkpoint in {found[0].parent} is intact; not starting afresh")
+    return max(intact, key=lambda path: Checksum.of(path).step, default=None)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a crash left half written."""
+    """Delete what a crash left half written, and checksums of what was not written at all."""
     for file in folder.glob(".*.tmp"):
         file.unlink(missing_ok=True)
+    for file in folder.glob(f"*{CHECKSUM}"):
+        if not file.with_name(file.name.removesuffix(CHECKSUM)).exists():
+            file.unlink(missing_ok=True)

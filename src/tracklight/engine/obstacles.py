@@ -1,5 +1,7 @@
 """When steps may be taken several at a time: only where nobody could tell the difference."""
 
+from typing import Any
+
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import (
     BatchSizeFinder,
@@ -9,6 +11,7 @@ from pytorch_lightning.callbacks import (
     Timer,
 )
 from pytorch_lightning.profilers import PassThroughProfiler
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.optim import LBFGS
 
@@ -56,7 +59,7 @@ def obstacle(
     )
 
 
-def trainer_obstacle(trainer: Trainer) -> str | None:
+def trainer_obstacle(trainer: Any) -> str | None:
     """Name the first Trainer argument for which an epoch is not all minibatches, one step each."""
     required = {
         "devices": (trainer.world_size, (1,)),
@@ -72,10 +75,7 @@ def trainer_obstacle(trainer: Trainer) -> str | None:
         "check_val_every_n_epoch": (trainer.check_val_every_n_epoch is None, (False,)),
         "profiler": (type(trainer.profiler), (PassThroughProfiler,)),
         "detect_anomaly": (trainer._detect_anomaly, (False,)),
-        "strategy": (
-            trainer.strategy.strategy_name if trainer.world_size == 1 else "",
-            ("single_device", "auto"),
-        ),
+        "strategy": (type(trainer.strategy), (SingleDeviceStrategy,)),
     }
     for key, (value, allowed) in required.items():
         # the int 1 of val_check_interval or limit_train_batches means one batch, 1.0 all of them
@@ -84,7 +84,7 @@ def trainer_obstacle(trainer: Trainer) -> str | None:
     return None
 
 
-def _hook_obstacle(trainer: Trainer, module: Supervised, data: TensorData) -> str | None:
+def _hook_obstacle(trainer: Any, module: Supervised, data: TensorData) -> str | None:
     if (
         type(module).training_step is not Supervised.training_step
         or not module.automatic_optimization

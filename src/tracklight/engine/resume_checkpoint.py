@@ -8,10 +8,11 @@ from pytorch_lightning import Callback, Trainer
 from typing_extensions import override
 
 from tracklight.engine.checkpoint import (
+    Checksum,
     DurableCheckpointIO,
-    checksum_path,
     newest_intact,
     sync_folder,
+    write_checksum,
 )
 
 INTERVAL_S = 1.0  # commits of fast epochs are at least this far apart
@@ -90,17 +91,21 @@ class ResumeCheckpoint(Callback):
         trainer.save_checkpoint(path)
         self.committed_at = time.monotonic()
         if trainer.is_global_zero:
-            for old in sorted(self.folder.glob(PATTERN))[:-GENERATIONS]:
+            there = sorted(self.folder.glob(PATTERN))  # one of a later step was found damaged
+            kept = [each for each in there if each.name <= path.name][-GENERATIONS:]
+            for old in set(there) - set(kept):
                 self.io.remove_checkpoint(old)
 
 
 def keep_last(folder: Path, io: DurableCheckpointIO) -> None:
     """Leave of a finished run's resume checkpoints the newest alone, named `last.ckpt`."""
-    newest, *older = sorted(folder.glob(PATTERN), reverse=True) or [None]
-    if newest is None:
-        return
-    checksum_path(folder / LAST).write_bytes(checksum_path(newest).read_bytes())
-    newest.replace(folder / LAST)
-    sync_folder(folder)
-    for path in [newest, *older]:
+    newest = resume_point(folder)
+    if newest is not None and newest.name != LAST:
+        io.remove_checkpoint(folder / LAST)  # of an earlier end of this run
+        write_checksum(folder / LAST, Checksum.of(newest))
+        sync_folder(folder)
+        newest.replace(folder / LAST)
+        sync_folder(folder)
+        io.remove_checkpoint(newest)  # its checksum is left
+    for path in folder.glob(PATTERN):
         io.remove_checkpoint(path)

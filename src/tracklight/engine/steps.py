@@ -14,15 +14,19 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import SGD, Optimizer
 
+from tracklight.engine.graphs import CapturedStep, Step, may_capture
 from tracklight.models.supervised import Supervised
-
-Step = Callable[[Tensor, Tensor], Tensor]
 
 
 def make_step(module: Supervised, optimizer: Optimizer) -> Step:
     """Return what takes one optimizer step on a minibatch and returns its loss, detached."""
+    eager = eager_step(module, optimizer)
+    if not may_trace(module):
+        return eager
+    if module.device.type == "cuda":
+        return CapturedStep(eager, optimizer) if may_capture(optimizer) else eager
     _prefer_fused(optimizer)
-    return TracedStep(module, optimizer) if may_trace(module) else eager_step(module, optimizer)
+    return TracedStep(module, optimizer)
 
 
 def eager_step(module: Supervised, optimizer: Optimizer) -> Step:
