@@ -1,4 +1,6 @@
 import os
+import signal
+import time
 
 import pytest
 
@@ -68,3 +70,25 @@ def test_a_lock_file_removed_between_open_and_lock_is_not_taken_for_the_lock(tmp
 def test_a_senseless_note_counts_as_none(tmp_path, text):
     (tmp_path / FILE_NAME).write_text(text)
     assert read_note(tmp_path) == {}
+
+
+def hold_fork_and_die(folder, children):
+    RunLock(folder, {})
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    children.send(child)
+    os._exit(0)
+
+
+def test_a_forked_child_that_survives_its_parent_does_not_keep_the_lock(tmp_path, processes):
+    children, sender = processes.Pipe()
+    parent = processes.Process(target=hold_fork_and_die, args=(tmp_path, sender))
+    parent.start()
+    child = children.recv()
+    parent.join()
+    try:
+        RunLock(tmp_path, {}).close()
+    finally:
+        os.kill(child, signal.SIGKILL)

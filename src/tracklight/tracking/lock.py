@@ -8,6 +8,19 @@ from typing import Any
 
 FILE_NAME = "run.lock"
 
+_held: set[int] = set()
+
+
+def _close_in_child() -> None:
+    # A lock is shared with forked processes: a data loader's workers, which survive their parent
+    # for some seconds, would keep it.
+    for fd in _held:
+        os.close(fd)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
 
 class Held(Exception):
     """Another process holds the lock; `pid` is what it wrote there, or None."""
@@ -46,6 +59,7 @@ class RunLock:
             if self._is_current():
                 break
             os.close(self._fd)  # the holder removed the file between our open and our lock
+        _held.add(self._fd)
         if note is not None:
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, json.dumps({"pid": os.getpid()} | note).encode(), 0)
@@ -63,12 +77,13 @@ class RunLock:
 
     def close(self) -> None:
         """Let go and leave the file: the run has something left to recover."""
+        _held.discard(self._fd)
         os.close(self._fd)
 
     def remove(self) -> None:
         """Remove the file, then let go: the run ended cleanly."""
         self._path.unlink(missing_ok=True)
-        os.close(self._fd)
+        self.close()
 
 
 def read_note(folder: Path) -> dict[str, Any]:

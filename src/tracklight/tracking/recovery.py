@@ -38,6 +38,7 @@ def recover(store: "Store") -> None:
                 final = _recover_creation(store, folder, lock)
             if final is not None:
                 _recover_run(store, final)
+                store.recovered.add(final.name)
                 lock.remove()
             else:
                 lock.close()

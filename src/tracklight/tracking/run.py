@@ -68,6 +68,11 @@ class Run(Logger):
         return self.run_id
 
     @property
+    def described(self) -> bool:
+        """Whether its params are there."""
+        return bool(self._params)
+
+    @property
     def save_dir(self) -> str:
         """The run's folder, for Lightning."""
         return str(self.folder)
@@ -156,8 +161,11 @@ class Run(Logger):
         )
 
     def log_text(self, text: str, path: str) -> None:
-        """Write an artifact; `path` is relative to the run's artifacts."""
-        self._inside(path).write_text(text, encoding="utf-8")
+        """Write an artifact, whole or not at all; `path` is relative to the run's artifacts."""
+        target = self._inside(path)
+        temporary = target.with_name(f".{target.name}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(target)
 
     def log_file(self, path: Path, folder: str = "") -> None:
         """Copy a file into a folder of the run's artifacts."""

@@ -76,6 +76,7 @@ class Store:
         directory: Absolute; run folders are `directory/artifacts/<run_id>`.
         database: The SQLite file, if the store is one.
         patience_s: How long a call waits for a store that is busy or away.
+        recovered: Ids of the runs that `recover` found left by a process that died.
     """
 
     def __init__(self, client: Any, uri: str, directory: Path, patience_s: float):
@@ -85,6 +86,7 @@ class Store:
         self.directory = directory
         self.database = address.sqlite_path(uri)
         self.patience_s = patience_s
+        self.recovered: set[str] = set()
         self._root = directory / layout.FOLDER
 
     @property

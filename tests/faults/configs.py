@@ -1,0 +1,40 @@
+"""The runs that the faults befall: small, quick, and of every kind that resuming can get wrong."""
+
+ALLOWED = "allowed_targets=[tracklight.models,tracklight.data,torch.optim,torch.nn," + (
+    "pytorch_lightning.callbacks,foreign]"
+)
+QUICK = ("num_threads=1", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false", ALLOWED)
+BLOBS = (
+    *(
+        "data._target_=foreign.Blobs",
+        "data.batch_size=16",
+        "data.num_val=64",
+        "+data.num_train=600",
+    ),
+    *(f"~data.{key}" for key in ("root", "download", "fallback", "mean", "std")),
+)
+MLP = ("model=mlp", *BLOBS, "model.hidden=[16]", *QUICK)
+NET = (
+    "model._target_=foreign.Net",
+    "~model.bias",
+    "data._target_=foreign.NoisyData",
+    "data.batch_size=20",
+    "+data.num_workers=2",
+    *(f"~data.{key}" for key in ("seed", "slope", "intercept", "noise", "num_points")),
+    *("~data.num_features", "score.metric=val_loss", "score.mode=min", *QUICK),
+)
+LISTENER = "+callbacks.listener={_target_: foreign.Listener}"
+DROPOUT_ADAM_COSINE = (*MLP, "model.dropout=0.3", "optimizer=adam", "scheduler=cosine")
+
+CONFIGS = {
+    "blocks": DROPOUT_ADAM_COSINE,
+    "plain": (*DROPOUT_ADAM_COSINE, LISTENER),
+    "plateau": (*MLP, "model.dropout=0.3", "scheduler=plateau", "scheduler.patience=1"),
+    "early_stopping": (
+        *(*MLP, "model.dropout=0.3", "callbacks=early_stopping"),
+        *("callbacks.early_stopping.patience=2", "optimizer=adam", "optimizer.lr=0.1"),
+    ),
+    "foreign": NET,
+}
+EPOCHS = "trainer.max_epochs=12"
+EACH_EPOCH = ["put", "tracklight.engine.resume_checkpoint:INTERVAL_S", 0.0]

@@ -1,0 +1,31 @@
+"""Training processes for the fault tests, and what each kind of run comes to undisturbed."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from configs import CONFIGS, EPOCHS
+
+from process import Outcome, Trainees
+
+
+@pytest.fixture(scope="session")
+def trainees(tmp_path_factory) -> Iterator[Trainees]:
+    trainees = Trainees(tmp_path_factory.mktemp("template"))
+    yield trainees
+    trainees.close()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(trainees, tmp_path_factory) -> Callable[[str], Outcome]:
+    """The outcome of one of `CONFIGS` that nothing befalls; each is run once."""
+    outcomes: dict[str, Outcome] = {}
+
+    def undisturbed(name: str) -> Outcome:
+        if name not in outcomes:
+            directory = tmp_path_factory.mktemp("undisturbed") / name
+            process = trainees.train(directory, *CONFIGS[name], EPOCHS, faults=[["spare_model"]])
+            assert process.exit_code == 0, process.stderr
+            outcomes[name] = Outcome(directory)
+        return outcomes[name]
+
+    return undisturbed

@@ -1,0 +1,203 @@
+"""Whole training processes: started in a moment, struck by faults, compared in the end."""
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parent
+ENDED_S = 90.0
+
+
+class Process:
+    """A training process under way, or ended."""
+
+    def __init__(self, pid: int, folder: Path):
+        self.pid = pid
+        self.folder = folder
+
+    @property
+    def exit_code(self) -> int | None:
+        """As a shell's `$?`, negative for a signal; None while it runs."""
+        path = self.folder / "exit"
+        return int(path.read_text()) if path.exists() else None
+
+    @property
+    def stdout(self) -> str:
+        return (self.folder / "stdout").read_text()
+
+    @property
+    def stderr(self) -> str:
+        return (self.folder / "stderr").read_text()
+
+    def send(self, signum: signal.Signals, group: bool = False) -> None:
+        """Send a signal, to all processes of its terminal as Ctrl-C does if `group`."""
+        if self.exit_code is None:
+            (os.killpg if group else os.kill)(self.pid, signum)
+
+    def wait(self, seconds: float = ENDED_S) -> int:
+        end = time.monotonic() + seconds
+        while (code := self.exit_code) is None:
+            if time.monotonic() > end:
+                self.send(signal.SIGKILL)
+                raise TimeoutError(f"still running after {seconds} s:\n{self.stdout}{self.stderr}")
+            time.sleep(0.005)
+        return code
+
+    def wait_for(self, mark: Path, seconds: float = ENDED_S) -> None:
+        """Wait until the process has touched `mark`."""
+        end = time.monotonic() + seconds
+        while not mark.exists():
+            assert self.exit_code is None, f"ended early:\n{self.stdout}{self.stderr}"
+            assert time.monotonic() < end, "waited in vain"
+            time.sleep(0.005)
+
+
+class Trainees:
+    """Starts training processes, all forked from one that took the seconds of the imports.
+
+    Args:
+        folder: For the empty store that each tracking directory starts with a copy of.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._template = folder / "mlflow.db"
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "MNIST_ROOT"))}
+        self._server = subprocess.Popen(
+            [sys.executable, TESTS / "trainee.py", self._template],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        self._number = 0
+        assert self._answer() == "ready"
+
+    def _answer(self) -> str:
+        assert self._server.stdout is not None
+        return self._server.stdout.readline().strip()
+
+    def start(
+        self,
+        directory: Path,
+        arguments: Sequence[str],
+        faults: Sequence[Sequence[Any]] = (),
+        env: dict[str, str] | None = None,
+    ) -> Process:
+        """Start `train.py ARGUMENTS` tracked in `directory`.
+
+        Args:
+            directory: Becomes tracking.dir.
+            arguments: Of the command line.
+            faults: What goes wrong: names and arguments of functions in `trainee.py`.
+            env: Further environment variables.
+        """
+        assert self._server.stdin is not None
+        self._number += 1
+        folder = directory.parent / f"{directory.name}.process-{self._number}"
+        folder.mkdir(parents=True)
+        if not directory.exists():
+            directory.mkdir()
+            shutil.copy(self._template, directory)
+        arguments = [*arguments, f"tracking.dir={directory}"]
+        request = {"arguments": arguments, "folder": str(folder), "env": env or {}}
+        self._server.stdin.write(json.dumps(request | {"faults": list(faults)}) + "\n")
+        self._server.stdin.flush()
+        return Process(int(self._answer()), folder)
+
+    def train(self, directory: Path, *arguments: str, **more: Any) -> Process:
+        """Start and wait; the process has ended."""
+        process = self.start(directory, arguments, **more)
+        process.wait()
+        return process
+
+    def close(self) -> None:
+        self._server.communicate(timeout=10)
+
+
+class Outcome:
+    """All that a tracking directory with one run holds of it, read without MLflow."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        with closing(sqlite3.connect(directory / "mlflow.db")) as connection:
+            self.runs: list[tuple[str, str]] = connection.execute(
+                "SELECT run_uuid, status FROM runs ORDER BY start_time"
+            ).fetchall()
+            self.points: list[tuple[str, int, float, bool]] = connection.execute(
+                "SELECT key, step, value, is_nan FROM metrics ORDER BY key, step, value"
+            ).fetchall()
+            self.tags = dict(connection.execute("SELECT key, value FROM tags"))
+
+    @property
+    def run_id(self) -> str:
+        return self.runs[-1][0]
+
+    @property
+    def status(self) -> str:
+        return self.runs[-1][1]
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "artifacts" / self.run_id / "artifacts" / "checkpoints"
+
+    def steps(self, key: str) -> list[int]:
+        return [step for name, step, *_ in self.points if name == key]
+
+    def checkpoint(self, name: str) -> dict[str, Any]:
+        import torch
+
+        return torch.load(self.checkpoints / f"{name}.ckpt", weights_only=True)
+
+    def differences(self, other: "Outcome") -> list[str]:
+        """What this run, continued through faults, differs in from an undisturbed one."""
+        found = []
+        if [status for _, status in self.runs] != ["FINISHED"]:
+            found.append(f"runs: {self.runs}")
+        mine, whole = self.points, set(other.points)
+        found += [f"doubled: {key} at {step}" for key, step in _doubled(mine)]
+        found += [f"lost: {point[:3]}" for point in sorted(whole - set(mine))[:3]]
+        found += [f"not in the other: {point[:3]}" for point in sorted(set(mine) - whole)[:3]]
+        for name in ("last", "best"):
+            a, b = self.checkpoint(name), other.checkpoint(name)
+            for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
+                if not _equal(a.get(key), b.get(key)):
+                    found.append(f"{name}.ckpt: {key}")
+        names = sorted(path.name for path in self.checkpoints.iterdir())
+        if names != [f"{n}.ckpt{end}" for n in ("best", "last") for end in ("", ".sha256.json")]:
+            found.append(f"left behind: {names}")
+        left = [path.name for path in self.directory.rglob("*") if _is_left_over(path)]
+        return [*found, *(f"left behind: {name}" for name in left)]
+
+
+def _doubled(points: list[tuple[str, int, float, bool]]) -> list[tuple[str, int]]:
+    seen: dict[tuple[str, int], int] = {}
+    for key, step, *_ in points:
+        seen[key, step] = seen.get((key, step), 0) + 1
+    return [point for point, count in seen.items() if count > 1][:3]
+
+
+def _is_left_over(path: Path) -> bool:
+    return path.suffix == ".tmp" or path.name == "run.lock" or path.name.startswith(".new-")
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Say whether two nested values are the same, tensors to the bit."""
+    import torch
+
+    if isinstance(a, torch.Tensor):
+        same = isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape
+        return same and a.numpy().tobytes() == b.numpy().tobytes()
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return bool(a == b)

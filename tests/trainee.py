@@ -1,0 +1,250 @@
+"""The training process of the fault tests, forked from one that has everything imported already.
+
+A process start costs seconds of imports, and the tests need hundreds. Run as a script, this reads
+a request a line (see `process.py`) and forks a process that runs the command line as `train.py`
+would.
+"""
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+SCRIPT = Path(__file__).resolve().parents[1] / "train.py"
+
+
+def serve() -> None:
+    """Fork for each request until there are no more."""
+    gc.freeze()  # so that children share these pages
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    print("ready", flush=True)
+    while request := sys.stdin.readline():
+        if os.fork() == 0:
+            _watch(json.loads(request))
+
+
+def _watch(request: dict[str, Any]) -> NoReturn:
+    """Stay beside the trainee to tell how it ends: a parent alone can know."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    pid = os.fork()
+    if pid == 0:
+        train(**request)
+    os.write(1, f"{pid}\n".encode())
+    _, status = os.waitpid(pid, 0)
+    folder = Path(request["folder"])
+    with contextlib.suppress(OSError):  # the test may be over
+        (folder / "exit.new").write_text(str(os.waitstatus_to_exitcode(status)))
+        (folder / "exit.new").rename(folder / "exit")
+    os._exit(0)
+
+
+def train(
+    folder: str, arguments: list[str], env: dict[str, str], faults: list[list[Any]]
+) -> NoReturn:
+    """Run the command line; its output goes to files in `folder`."""
+    os.setsid()
+    for number, name in ((0, os.devnull), (1, f"{folder}/stdout"), (2, f"{folder}/stderr")):
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
+        os.dup2(os.open(name, os.O_RDONLY if number == 0 else flags, 0o644), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.update(env)
+    os.chdir(folder)
+    sys.argv = [str(SCRIPT), *arguments]
+    for name, *rest in faults:
+        FAULTS[name](*rest)
+    from tracklight.cli import main
+
+    code = 0
+    try:
+        main(run)
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # the interpreter's own dismantling takes seconds in a forked process
+
+
+def run(cfg: Any) -> Any:
+    """As in train.py."""
+    from tracklight.experiment import run
+
+    return run(cfg)
+
+
+def _patch(target: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace what `package.module:name.name` names by `wrap` of it."""
+    module, _, path = target.partition(":")
+    *owners, name = path.split(".")
+    owner: Any = importlib.import_module(module)
+    for each in owners:
+        owner = getattr(owner, each)
+    original = owner.__dict__[name] if isinstance(owner, type) else getattr(owner, name)
+    setattr(owner, name, wrap(original))
+
+
+def strike(target: str, call: int, signals: list[str], after: bool = False) -> None:
+    """Send this process signals as it makes its n-th call of `target`, or just after it."""
+    calls = iter(range(1, 1 << 62))
+
+    def hit() -> None:
+        for each in signals:
+            os.kill(os.getpid(), signal.Signals[each])
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def struck(*args: Any, **kwargs: Any) -> Any:
+            now = next(calls) == call
+            if now and not after:
+                hit()
+            result = original(*args, **kwargs)
+            if now and after:
+                hit()
+            return result
+
+        return struck
+
+    _patch(target, wrap)
+
+
+def halve(target: str, call: int) -> None:
+    """Write half of what the n-th call is to write, get it to the disk, and die."""
+    calls = iter(range(1, 1 << 62))
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def halved(self: Any, data: bytes) -> Any:
+            if next(calls) != call:
+                return original(self, data)
+            original(self, bytes(data)[: len(data) // 2])
+            self.flush()
+            return os.kill(os.getpid(), signal.SIGKILL)
+
+        return halved
+
+    _patch(target, wrap)
+
+
+def meet(target: str, call: int, name: str) -> None:
+    """Touch a file at the n-th call of `target` and wait there until it is gone again."""
+    calls = iter(range(1, 1 << 62))
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def waiting(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == call:
+                mark = Path(name)
+                mark.touch()
+                while mark.exists():
+                    time.sleep(0.01)
+            return original(*args, **kwargs)
+
+        return waiting
+
+    _patch(target, wrap)
+
+
+def slow(target: str, seconds: float) -> None:
+    """Sleep before each call of `target`."""
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def slowed(*args: Any, **kwargs: Any) -> Any:
+            time.sleep(seconds)
+            return original(*args, **kwargs)
+
+        return slowed
+
+    _patch(target, wrap)
+
+
+def put(target: str, value: Any) -> None:
+    """Set a constant."""
+    _patch(target, lambda _: value)
+
+
+def spare_model() -> None:
+    """Log no model and draw nothing: it takes longer than the training of these tests."""
+    put("tracklight.closing:log_model", lambda *_, **__: None)
+    put("tracklight.closing:illustrate", lambda *_, **__: None)
+
+
+def limit_files(num_bytes: int) -> None:
+    """Let no file grow beyond a size, as a full disk would not."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+
+
+def be_nobody() -> None:
+    """Lose the rights of root, before which no folder is read-only."""
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(65534, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+
+
+def forget_epoch_order() -> None:
+    """Mutation: an epoch's order comes from wherever the global generator stands."""
+    import torch
+
+    from tracklight.engine import seeding
+
+    put("tracklight.data.tensor_data:epoch_order", lambda n, seed, epoch: torch.randperm(n))
+    seeding.seed_epoch = lambda seed, epoch: None
+
+
+def forget_step_seeding() -> None:
+    """Mutation: dropout draws from wherever the global generator stands."""
+    for module in ("seeding", "blocks"):
+        put(f"tracklight.engine.{module}:seed_step", lambda seed, step: None)
+
+
+def forget_replay_filter() -> None:
+    """Mutation: a continued run logs again what it logged before."""
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def opened(self: Any, *args: Any) -> None:
+            original(self, *args)
+            self.highest.clear()
+
+        return opened
+
+    _patch("tracklight.tracking.wal:WriteAhead.__init__", wrap)
+
+
+FAULTS: dict[str, Callable[..., None]] = {
+    function.__name__: function
+    for function in (
+        *(strike, halve, meet, slow, put, spare_model, limit_files, be_nobody),
+        *(forget_epoch_order, forget_step_seeding, forget_replay_filter),
+    )
+}
+
+
+def prepare(template: Path) -> None:
+    """Import all that a run imports, and make an empty store to copy: both take seconds."""
+    from tracklight.cli import quiet
+
+    quiet()
+    for name in PRELOADED:
+        importlib.import_module(name)
+    from tracklight.tracking.database import ensure
+
+    ensure(template, (template.parent / "artifacts").as_uri())
+
+
+PRELOADED = (
+    *("foreign", "tracklight.experiment", "tracklight.overrides", "hydra.main"),
+    *("mlflow.pytorch", "mlflow.pyfunc.loaders", "mlflow.store.tracking.sqlalchemy_store"),
+    *("torch.export._trace", "torch._functorch.aot_autograd", "torch._export.non_strict_utils"),
+)
+
+if __name__ == "__main__":
+    prepare(Path(sys.argv[1]))
+    serve()
