@@ -187,8 +187,10 @@ class _Experiment:
 
     def _name(self) -> str:
         """Return what tells runs apart in a list; MLflow's own names repeat with the seed."""
-        data = getattr(self.data, "name", type(self.data).__name__)
-        return f"{type(self.model).__name__}-{data}-{time.strftime('%m%d-%H%M%S')}"
+        parts = [type(self.model).__name__, time.strftime("%m%d-%H%M%S")]
+        if self.data is not None:
+            parts.insert(1, getattr(self.data, "name", None) or type(self.data).__name__)
+        return "-".join(parts)
 
     def _prepare_folder(self, run: Run) -> Path | None:
         """Point everything at the run's folder; return the checkpoint to continue from."""

@@ -127,7 +127,7 @@ RULES = (
     Rule("resume", _or_null(_text("auto|[0-9a-f]{1,32}", f"auto, {RUN_ID.said}")), "auto"),
     Rule("init_from", _or_null(RUN_ID), "null"),
     Rule("allowed_targets", _list_of(_text(r"\w+(\.\w+)*", "a module's name")), "[tracklight]"),
-    Rule("score.metric", _text(r"\S+", "a metric's name"), "train/loss"),
+    Rule("score.metric", _or_null(_text(r"\S+", "a metric's name")), "train/loss"),
     Rule("score.mode", _one_of("min", "max"), "min"),
     Rule("data.batch_size", _or_null(COUNT, " for all examples at once"), "64"),
     Rule("data.num_val", PART, "100"),
