@@ -1,0 +1,124 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tracklight.engine.seeding import seed_step
+from tracklight.engine.steps import TracedStep, eager_step, make_step, may_trace
+from tracklight.models.linear_regression import LinearRegression
+from tracklight.models.mlp import MLP
+from tracklight.models.supervised import Supervised
+
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    "decay": lambda parameters: torch.optim.SGD(parameters, lr=0.1, weight_decay=0.01),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
+}
+
+
+def build(dropout: float = 0.0) -> MLP:
+    torch.manual_seed(0)
+    return MLP(in_features=20, out_features=4, hidden=[16, 8], dropout=dropout).train()
+
+
+def minibatches() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    sizes = [16] * 6 + [5]
+    return [
+        (torch.randn(n, 20, generator=generator), torch.randint(4, (n,), generator=generator))
+        for n in sizes
+    ]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_traced_step_has_the_bits_of_the_step_by_hand(optimizer, dropout):
+    ours, by_hand = build(dropout), build(dropout)
+    step = make_step(ours, OPTIMIZERS[optimizer](ours.parameters()))
+    assert isinstance(step, TracedStep)
+    reference = OPTIMIZERS[optimizer](by_hand.parameters())
+    for index, (inputs, targets) in enumerate(minibatches()):
+        seed_step(3, index)
+        loss = step(inputs, targets)
+        seed_step(3, index)
+        expected = by_hand.loss(by_hand(inputs), targets)
+        reference.zero_grad()
+        expected.backward()
+        reference.step()
+        assert torch.equal(loss, expected.detach())
+    assert all(map(torch.equal, ours.parameters(), by_hand.parameters()))
+
+
+def test_a_traced_step_sees_a_changed_learning_rate():
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = make_step(model, optimizer)
+    (inputs, targets), *_ = minibatches()
+    step(inputs, targets)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer.param_groups[0]["lr"] = 0.0
+    step(inputs, targets)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+class Counting(Supervised):
+    """Its loss depends on how often it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(20, 4)
+        self.calls = 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.linear(inputs)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.calls += 1
+        return nn.functional.cross_entropy(outputs, targets) * self.calls
+
+
+def test_python_runs_at_each_step_of_a_model_that_does_not_promise_purity():
+    model = Counting()
+    step = make_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for batch in minibatches():
+        step(*batch)
+    assert model.calls == len(minibatches())
+
+
+@pytest.mark.parametrize("spoil", ["hook", "buffer", "frozen", "compiled"])
+def test_what_a_trace_would_miss_is_not_traced(spoil):
+    model = LinearRegression(20, 4)
+    assert may_trace(model)
+    match spoil:
+        case "hook":
+            model.linear.register_forward_hook(lambda *_: None)
+        case "buffer":
+            model.register_buffer("count", torch.zeros(()))
+        case "frozen":
+            model.linear.bias.requires_grad_(False)
+        case "compiled":
+            model.compile(backend="eager")
+    assert not may_trace(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "adamw"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_captured_steps_have_the_bits_of_the_eager_ones(optimizer, dropout):
+    from tracklight.engine.graphs import CapturedStep, _make_capturable
+
+    ours, eager = build(dropout).cuda(), build(dropout).cuda()
+    step = make_step(ours, OPTIMIZERS[optimizer](ours.parameters()))
+    assert isinstance(step, CapturedStep)
+    reference = OPTIMIZERS[optimizer](eager.parameters())
+    _make_capturable(reference, torch.device("cuda"))  # the same fused kernels
+    take = eager_step(eager, reference)
+    for epoch in range(5):
+        for index, (inputs, targets) in enumerate(minibatches()):
+            torch.cuda.manual_seed(10 * epoch + index)
+            loss = step(inputs.cuda(), targets.cuda())
+            torch.cuda.manual_seed(10 * epoch + index)
+            assert torch.equal(loss, take(inputs.cuda(), targets.cuda()))
+    assert all(map(torch.equal, ours.parameters(), eager.parameters()))
