@@ -79,7 +79,8 @@ def imported(*folders: Path) -> set[str]:
                 names |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 names.add(node.module.split(".")[0])
-    return names - set(sys.stdlib_module_names) - {"tracklight", "hydra_plugins"}
+    ours = {path.stem for folder in folders for path in folder.iterdir()}
+    return names - set(sys.stdlib_module_names) - ours
 
 
 def test_every_package_imported_is_declared():
