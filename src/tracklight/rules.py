@@ -166,6 +166,13 @@ RULES = (
     Rule("tracking.system_metrics", SWITCH, "true"),
     Rule("sweep.trials", _or_null(COUNT), "20"),
     Rule("sweep.workers", COUNT, "1"),
+    Rule("sweep.seeds", COUNT, "5"),
+    Rule("sweep.sampler", _one_of("tpe", "random", "qmc", "grid", "cmaes", "gp"), "tpe"),
+    Rule("sweep.pruner", _one_of("none", "median", "percentile", "hyperband", "asha"), "median"),
+    Rule("sweep.on_failure", _one_of("continue", "stop"), "continue"),
+    Rule("sweep.fresh", SWITCH, "true"),
+    Rule("sweep.dry_run", SWITCH, "true"),
+    Rule("sweep.storage", _or_null(NAME, " for a file in tracking.dir"), "null"),
 )
 
 

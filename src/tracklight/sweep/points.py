@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -26,12 +26,14 @@ class Job:
         number: The trial's, counted from 0.
         params: What varies, axis name to text.
         cfg: The resolved config.
+        words: The overrides that make it.
         key: The point's and the seed's identity.
     """
 
     number: int
     params: dict[str, str]
     cfg: DictConfig
+    words: list[str]
     key: str
 
     @property
@@ -39,6 +41,10 @@ class Job:
         """Tell the trial in a line: its number and what varies."""
         seed = "" if "seed" in self.params else f" seed={self.cfg.seed}"
         return f"{self.number} {shown(self.params)}{seed}"
+
+    def numbered(self, number: int) -> "Job":
+        """Return it as part of another trial."""
+        return replace(self, number=number)
 
 
 def shown(params: Mapping[str, str]) -> str:
@@ -56,6 +62,13 @@ def _short(text: str) -> str:
     except ValueError:
         return text
     return text if len(text) < 8 else f"{number:.5g}"
+
+
+def pinned(job: Job, threads: int) -> Job:
+    """Write the number of threads into a run's config, if it leaves that open."""
+    if job.cfg.num_threads is None:
+        job.cfg.num_threads = threads
+    return replace(job, key=_key(job.cfg, job.params))
 
 
 class Composer:
@@ -103,7 +116,14 @@ class Composer:
         check = config.settled if groups in self._checked else config.checked
         cfg = check(cfg)
         self._checked.add(groups)
-        return Job(number, dict(params), cfg, _key(cfg, params))
+        moved = [f"seed={cfg.seed}"] if seed else []
+        return Job(
+            number,
+            dict(params),
+            cfg,
+            [*self._space.fixed, *words, *moved],
+            _key(cfg, params),
+        )
 
     def _is_group(self, word: str) -> bool:
         key = word.partition("=")[0].lstrip("+~").partition("@")[0]
@@ -123,12 +143,16 @@ class Composer:
 def _key(cfg: DictConfig, params: Mapping[str, str]) -> str:
     """Identify a run of a sweep by its resolved config: its identity, and what varies outside."""
     decides = config.deciding(cfg)
-    beside = sorted((key, text) for key, text in params.items() if "." in key and key not in decides)
+    beside = sorted(
+        (key, text) for key, text in params.items() if "." in key and key not in decides
+    )
     parts = [config.identity(cfg), cfg.trainer.max_epochs, beside]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def sweep_identity(master: DictConfig, space: Space, search: Mapping[str, Any] | None) -> str:
+def sweep_identity(
+    master: DictConfig, space: Space, how: Mapping[str, Any], is_search: bool
+) -> str:
     """Identify a sweep by what its points share and by what it varies.
 
     A grid is the same whatever the values on its axes, so that it can be extended.
@@ -136,7 +160,8 @@ def sweep_identity(master: DictConfig, space: Space, search: Mapping[str, Any] |
     Args:
         master: The config of the whole command.
         space: What varies.
-        search: All that decides which trials a search runs; None for a grid.
+        how: What else decides which trials run, and how far.
+        is_search: Whether Optuna draws the points.
     """
     cfg = copy.deepcopy(master)
     with open_dict(cfg):
@@ -152,8 +177,9 @@ def sweep_identity(master: DictConfig, space: Space, search: Mapping[str, Any] |
         for key, value in tree.items()
         if not any(key == name or key.startswith(f"{name}.") for name in names)
     }
-    varied: Any = sorted(names) if search is None else [space.written(), dict(search)]
-    return hashlib.sha256(json.dumps([shared, varied], sort_keys=True).encode()).hexdigest()
+    varied: Any = space.written() if is_search else sorted(names)
+    parts = [is_search, shared, varied, dict(how)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def check_scores(jobs: list[Job]) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """Slots for trials, each in a process that a forkserver starts with the heavy imports done."""
 
 import multiprocessing
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -80,6 +81,7 @@ class Pool:
                 message = slot.line.recv()
             except (EOFError, OSError):
                 message = Outcome("failed", reason=_cause_of_death(slot.process))
+                _kill_group(slot.process.pid)  # what it started outlives it
             if isinstance(message, Outcome):
                 del self._slots[number]
                 slot.line.close()
@@ -102,6 +104,7 @@ class Pool:
         """End all trials at once, with what they started."""
         for slot in self._slots.values():
             slot.process.kill()
+            _kill_group(slot.process.pid)
         for slot in self._slots.values():
             slot.process.join(JOIN_S)
         self._slots.clear()
@@ -118,6 +121,11 @@ class Pool:
         for slot in self._slots.values():
             yield slot.tag, Outcome("stopped")
         self.kill()
+
+
+def _kill_group(pid: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 def _cause_of_death(process: Any) -> str:

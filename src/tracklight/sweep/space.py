@@ -1,4 +1,4 @@
-"""What a sweep varies: the overrides of `-m` and `sweep.space`, as axes of a grid or of a search."""
+"""What a sweep varies: overrides of `-m` and `sweep.space` as axes of a grid or a search."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence

@@ -20,6 +20,18 @@ EPOCHS_RUN_TAG = "tracklight.epochs_run"
 REASON_TAG = "tracklight.reason"
 
 
+REHEARSAL = {  # one batch of an epoch; the length of a schedule stays
+    "tracking": {"enabled": False},
+    "trainer": {
+        "limit_train_batches": 1,
+        "limit_val_batches": 1,
+        "check_val_every_n_epoch": 1,
+        "val_check_interval": None,
+        "min_epochs": None,
+    },
+}
+
+
 @dataclass(frozen=True)
 class Assignment:
     """What a trial's process is told.
@@ -105,6 +117,8 @@ def run(assignment: Assignment, line: Connection | None = None) -> Outcome:
     from tracklight.sweep.reporting import Reporter
 
     cfg = OmegaConf.create(assignment.cfg)
+    if assignment.rehearse:
+        cfg.merge_with(REHEARSAL)
     OmegaConf.set_struct(cfg, True)
     reporter = Reporter(cfg.score.metric, _teller(line), assignment.asks, assignment.rehearse)
     try:

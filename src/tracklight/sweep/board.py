@@ -1,0 +1,257 @@
+"""The sweep as an object in MLflow: a parent run that says what its children amount to."""
+
+import csv
+import io
+import json
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tracklight import config
+from tracklight.errors import BadInput, RunFailed
+from tracklight.sweep.leaderboard import Row, Standing, row, standings
+from tracklight.sweep.plan import Plan
+from tracklight.sweep.plots import page
+from tracklight.sweep.trial import OUTCOME_TAG, PARENT_TAG, POINT_TAG, REASON_TAG
+from tracklight.tracking import provenance
+from tracklight.tracking.patience import persist
+from tracklight.tracking.quiet import mlflow
+from tracklight.tracking.run import Run
+from tracklight.tracking.store import Store
+
+SWEEP_TAG = "tracklight.sweep"
+THREADS_TAG = "tracklight.threads"
+TABLE = "leaderboard.json"
+SHOWN_TABLES_TAG = "mlflow.loggedArtifacts"  # which makes MLflow's UI show an artifact as a table
+PAGE = 1000  # runs an answer of MLflow's holds at most
+REFRESH_S = 2.0
+PLOTS_S = 30.0
+SHARE = 0.05  # of the time that refreshing may take
+
+
+class Board:
+    """The parent run, open, and its children.
+
+    Args:
+        store: Holds them.
+        run: The parent.
+        names: What varies.
+        metric: `score.metric`.
+        mode: `score.mode`.
+        seeds: Runs of a point.
+    """
+
+    def __init__(
+        self, store: Store, run: Run, names: Sequence[str], metric: str, mode: str, seeds: int
+    ):
+        self.store = store
+        self.run = run
+        self._names = names
+        self._metric = metric
+        self._mode = mode
+        self._seeds = seeds
+        self._refreshed_s = self._plotted_s = -1e9
+        self._cost_s = 0.0
+        self._plot_cost_s = 0.0
+        self._plotting: threading.Thread | None = None
+        info = store.client.get_run(run.run_id).info
+        self._began_s = info.start_time / 1000
+        self._logged: dict[str, float] = {}
+        self._logged_at = -1
+
+    def children(self) -> list[Any]:
+        """Return the runs under the parent, newest first, deleted ones excluded."""
+        return children(self.store, self.run.run_id)
+
+    def by_point(self) -> dict[str, Any]:
+        """Return the run of each point and seed, by its key."""
+        return {run.data.tags.get(POINT_TAG): run for run in reversed(self.children())}
+
+    def log_test(self, runs: Sequence[str]) -> dict[str, float]:
+        """Log the winner's test metrics, the mean over its runs, on the parent; return them."""
+        found = [self.store.client.get_run(run_id).data.metrics for run_id in runs]
+        keys = [key for key in found[0] if key.startswith("test/")]
+        means = {key: sum(each[key] for each in found) / len(found) for key in keys}
+        self.run.set_tags({f"best.{key}": repr(value) for key, value in means.items()})
+        return means
+
+    def child(self, key: str) -> Any | None:
+        """Return the run of a point and seed, if there is one."""
+        query = f"tags.`{PARENT_TAG}` = '{self.run.run_id}' and tags.`{POINT_TAG}` = '{key}'"
+        return next(iter(self.store.search(query)), None)
+
+    def mark_failed(self, run_id: str, reason: str) -> None:
+        """Say of a run that it failed and why, also where its process could not."""
+        client = self.store.client
+        try:
+            run = persist(lambda: client.get_run(run_id), self.store.patience_s)
+            if run.info.status != "FAILED":
+                self.store.reopen(run_id).finish("FAILED")
+            for key, value in {OUTCOME_TAG: "failed", REASON_TAG: reason}.items():
+                client.set_tag(run_id, key, value)
+        except (mlflow.exceptions.MlflowException, BadInput, RunFailed):
+            return  # told on the screen all the same; the store may be away
+
+    def add_failed(self, name: str, tags: Mapping[str, str], experiment: str, reason: str) -> None:
+        """Record a trial that failed before it came to have a run."""
+        failed = {OUTCOME_TAG: "failed", REASON_TAG: reason, NEVER_BEGAN_TAG: "true"}
+        try:
+            self.store.create(experiment, name, {**tags, **failed}).finish("FAILED")
+        except (BadInput, RunFailed):
+            return
+
+    def standings(self) -> list[Standing]:
+        """Rank the points by what MLflow has."""
+        rows: list[Row] = [row(child, self._names) for child in self.children()]
+        return standings(rows, self._mode, self._seeds)
+
+    def refresh(self, final: bool = False) -> list[Standing] | None:
+        """Write the leaderboard and the best point; None if the last time is too short ago."""
+        start_s = time.monotonic()
+        pause_s = max(REFRESH_S, self._cost_s / SHARE)
+        if not final and start_s - self._refreshed_s < pause_s:
+            return None
+        try:
+            found = self.standings()
+        except mlflow.exceptions.MlflowException:
+            if final:
+                raise
+            return None
+        self._write(found)
+        self._plot(found, final)
+        self.run.publish()
+        self._refreshed_s = time.monotonic()
+        self._cost_s = self._refreshed_s - start_s
+        return found
+
+    def _write(self, found: Sequence[Standing]) -> None:
+        table = [each.flat() for each in found]
+        columns = list(dict.fromkeys(key for each in table for key in each))
+        data = [[each.get(column) for column in columns] for each in table]
+        self.run.log_text(json.dumps({"columns": columns, "data": data}, indent=1), TABLE)
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(columns)
+        writer.writerows(data)
+        self.run.log_text(text.getvalue(), "leaderboard.csv")
+        shown = [{"path": TABLE, "type": "table"}]
+        tags = {SHOWN_TABLES_TAG: json.dumps(shown)}
+        counts = {
+            state: sum(each.state == state for each in found)
+            for state in ("complete", "pruned", "failed")
+        }
+        metrics = {f"sweep/{state}": float(count) for state, count in counts.items()}
+        best = found[0] if found and found[0].rank == 1 else None
+        if best is not None and best.score is not None:
+            tags |= {f"best.{name}": text for name, text in best.params.items()}
+            tags |= {"best.run": best.runs[0].run_id, "best.score": repr(best.score)}
+            metrics[f"best/{self._metric}"] = best.score
+            if best.std is not None and best.interval is not None:
+                metrics[f"best/{self._metric}_std"] = best.std
+                metrics[f"best/{self._metric}_ci95_low"] = best.interval[0]
+                metrics[f"best/{self._metric}_ci95_high"] = best.interval[1]
+        self.run.set_tags(tags)
+        at = int(time.time() - self._began_s)  # one axis through restarts: seconds of the sweep
+        if metrics != self._logged and at > self._logged_at:
+            self._logged, self._logged_at = metrics, at
+            for key, value in metrics.items():
+                self.run.log_series(key, (at,), (value,))
+
+    def _plot(self, found: Sequence[Standing], final: bool) -> None:
+        """Draw in a thread while trials run; at the end, wait for it."""
+        busy = self._plotting is not None and self._plotting.is_alive()
+        pause_s = max(PLOTS_S, self._plot_cost_s / SHARE)
+        if not final and (busy or time.monotonic() - self._plotted_s < pause_s):
+            return
+        if self._plotting is not None:
+            self._plotting.join()
+
+        def draw() -> None:
+            start_s = time.monotonic()
+            html = page(found, self._metric, self._mode)
+            if html is not None:
+                self.run.log_text(html, "plots.html")
+            self._plot_cost_s = time.monotonic() - start_s
+
+        self._plotted_s = time.monotonic()
+        if final:
+            draw()
+            return
+        self._plotting = threading.Thread(target=draw, daemon=True)
+        self._plotting.start()
+
+    def finish(self, status: str) -> None:
+        """Close the parent run."""
+        if self._plotting is not None:
+            self._plotting.join()
+        self.run.publish()
+        self.run.finish(status)
+
+
+NEVER_BEGAN_TAG = "tracklight.never_began"  # of a failed run that holds nothing to continue
+
+
+def children(store: Store, parent_id: str) -> list[Any]:
+    """Return the runs under a parent, newest first, deleted ones excluded."""
+    client = store.client
+    query = f"tags.`{PARENT_TAG}` = '{parent_id}'"
+
+    def search() -> list[Any]:
+        experiments = [each.experiment_id for each in client.search_experiments()]
+        found: list[Any] = []
+        token = None
+        while True:
+            answer = client.search_runs(
+                experiments,
+                query,
+                max_results=PAGE,
+                order_by=["attributes.start_time DESC"],
+                page_token=token,
+            )
+            found += answer
+            token = answer.token
+            if not token:
+                return found
+
+    return persist(search, store.patience_s)
+
+
+def open_parent(
+    store: Store, identity: str, name: str, experiment: str, fresh: bool, tags: Mapping[str, str]
+) -> tuple[Run, dict[str, str]]:
+    """Continue the parent run of this very sweep, or make it.
+
+    Returns:
+        The run, and the tags it had before.
+
+    Raises:
+        BadInput: The sweep is in progress.
+    """
+    found = [] if fresh else store.search(f"tags.`{SWEEP_TAG}` = '{identity}'")
+    if not found:
+        return store.create(experiment, name, {**tags, SWEEP_TAG: identity}), {}
+    try:
+        run = store.reopen(found[0].info.run_id)
+    except BadInput as error:
+        raise BadInput(f"this very sweep: {error}; wait for it, or sweep.fresh=true") from None
+    run.set_tags(tags)
+    return run, dict(found[0].data.tags)
+
+
+def parent_tags(plan: Plan) -> dict[str, str]:
+    """Return the tags that say what a sweep varies, how, and what made it."""
+    kept = ("sampler", "pruner", "trials", "seeds", "workers")
+    told = {f"sweep.{key}": str(plan.settings[key]) for key in kept}
+    space = {f"space.{name}": values for name, values in plan.space.written().items()}
+    command = config.redact(shlex.join(sys.argv))
+    facts = provenance.collect(config.ROOT, command, provenance.code_digest())
+    return facts.tags() | told | space | {"tracklight.kind": "sweep"}
+
+
+def journal(run: Run) -> Path:
+    """Return where Optuna's journal of a sweep lies."""
+    return run.folder / "study.journal"

@@ -1,0 +1,137 @@
+"""A sweep's leaderboard, computed from its runs alone."""
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tracklight.sweep.trial import EPOCHS_RUN_TAG, OUTCOME_TAG, REASON_TAG, TRIAL_TAG
+
+SCORE = "score"  # metric of a run: the best value of score.metric
+SEED_PARAM = "seed"
+CONFIDENCE = 0.95
+ENDED = {"FAILED": "failed", "KILLED": "stopped", "RUNNING": "running"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of a sweep, as MLflow has it."""
+
+    trial: int
+    params: dict[str, str]
+    seed: int
+    state: str
+    score: float | None
+    epochs: int
+    seconds: float
+    run_id: str
+    reason: str = ""
+
+
+def row(run: Any, names: Iterable[str]) -> Row:
+    """Read a child run.
+
+    Args:
+        run: MLflow's.
+        names: What the sweep varies; the run's tags hold the values.
+    """
+    tags, info = run.data.tags, run.info
+    state = ENDED.get(info.status) or tags.get(OUTCOME_TAG, "complete")
+    score = run.data.metrics.get(SCORE) if info.status == "FINISHED" else None
+    seconds = ((info.end_time or info.start_time) - info.start_time) / 1000
+    return Row(
+        trial=int(tags.get(TRIAL_TAG, -1)),
+        params={name: tags[name] for name in names if name in tags},
+        seed=int(run.data.params.get(SEED_PARAM, 0)),
+        state=state,
+        score=None if score is None or math.isnan(score) else score,
+        epochs=int(tags.get(EPOCHS_RUN_TAG, 0)),
+        seconds=seconds,
+        run_id=info.run_id,
+        reason=tags.get(REASON_TAG, ""),
+    )
+
+
+@dataclass
+class Standing:
+    """A point of a sweep: its runs, one a seed, and where it stands."""
+
+    trial: int
+    params: dict[str, str]
+    runs: list[Row]
+    state: str
+    rank: int | None = None
+    score: float | None = None
+    std: float | None = None
+    interval: tuple[float, float] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def flat(self) -> dict[str, Any]:
+        """Return it as a row of a table."""
+        low, high = self.interval or (None, None)
+        spread = {"std": self.std, "ci95_low": low, "ci95_high": high, "seeds": len(self.runs)}
+        return {
+            "rank": self.rank,
+            "trial": self.trial,
+            **self.params,
+            "score": self.score,
+            **(spread if len(self.runs) > 1 else {}),
+            "state": self.state,
+            "epochs": sum(row.epochs for row in self.runs),
+            "seconds": round(sum(row.seconds for row in self.runs), 2),
+            "reason": next((row.reason for row in self.runs if row.reason), ""),
+            "run_id": " ".join(row.run_id for row in self.runs),
+        }
+
+
+def standings(rows: Sequence[Row], mode: str, seeds: int) -> list[Standing]:
+    """Rank the points: complete ones by their mean score, then the others by trial.
+
+    Args:
+        rows: Every run of the sweep.
+        mode: `min` or `max`.
+        seeds: Runs that make a point complete.
+    """
+    points: dict[tuple[tuple[str, str], ...], list[Row]] = {}
+    for each in sorted(rows, key=lambda each: (each.trial, each.seed)):
+        points.setdefault(tuple(sorted(each.params.items())), []).append(each)
+    found = [_standing(runs, seeds) for runs in points.values()]
+    sign = 1 if mode == "min" else -1
+    complete = [each for each in found if each.state == "complete" and each.score is not None]
+    complete.sort(key=lambda each: (sign * (each.score or 0.0), each.trial))
+    for rank, each in enumerate(complete, 1):
+        each.rank = rank
+    others = [each for each in found if each.rank is None]
+    return complete + sorted(others, key=lambda each: each.trial)
+
+
+def _standing(runs: list[Row], seeds: int) -> Standing:
+    states = {each.state for each in runs}
+    told = ("failed", "pruned", "running", "stopped")
+    state = next((state for state in told if state in states), "complete")
+    if state == "complete" and len(runs) < seeds:
+        state = "stopped"
+    scores = [each.score for each in runs if each.score is not None]
+    standing = Standing(min(each.trial for each in runs), runs[0].params, runs, state)
+    if scores:
+        standing.score = statistics.fmean(scores) if len(scores) > 1 else scores[0]
+    if len(scores) > 1:
+        standing.std, standing.interval = spread(scores)
+    return standing
+
+
+def spread(scores: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """Return the standard deviation and the confidence interval of the mean.
+
+    Args:
+        scores: Two or more.
+
+    Source: Student 1908, "The probable error of a mean".
+    """
+    from scipy.stats import t
+
+    std = statistics.stdev(scores)
+    half = float(t.ppf((1 + CONFIDENCE) / 2, len(scores) - 1)) * std / math.sqrt(len(scores))
+    mean = statistics.fmean(scores)
+    return std, (mean - half, mean + half)

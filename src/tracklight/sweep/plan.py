@@ -1,0 +1,175 @@
+"""A sweep, read from the command line and checked, before anything runs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf
+
+from tracklight.errors import BadInput
+from tracklight.machine import count_cores, count_gpus
+from tracklight.sweep.methods import Methods
+from tracklight.sweep.points import Composer, Job, check_scores, pinned, sweep_identity
+from tracklight.sweep.space import Space, read_space
+from tracklight.sweep.trial import Assignment
+
+BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+TRIALS = 20  # of a search, unless told
+
+
+@dataclass
+class Plan:
+    """A sweep, read and checked; nothing has run.
+
+    Args:
+        master: The config of the whole command.
+        context: Hydra's.
+        settings: The `sweep` group.
+        space: What varies.
+        composer: Makes configs of points.
+        points: Of a grid, the runs of each point; of a search, the corners of its space.
+        metric: `score.metric`.
+        mode: `score.mode`.
+    """
+
+    master: DictConfig
+    context: HydraContext
+    settings: dict[str, Any]
+    space: Space
+    composer: Composer
+    points: list[list[Job]]
+    metric: str
+    mode: str
+
+    @classmethod
+    def of(cls, arguments: list[str], master: DictConfig, context: HydraContext) -> "Plan":
+        """Read and check a sweep.
+
+        Raises:
+            BadInput: Something is wrong with it.
+        """
+        settings = OmegaConf.to_container(master.sweep, resolve=True)
+        assert isinstance(settings, dict)
+        settings = {str(key): value for key, value in settings.items()}
+        space = read_space(arguments, settings["space"] or {}, context.config_loader)
+        searched = space.has_interval or settings["trials"] is not None
+        _check_space(space, searched, settings)
+        composer = Composer(context.config_loader, master, space)
+        seeds = settings["seeds"] if isinstance(settings["seeds"], int) else 1
+        if searched:
+            points = [[composer.job(n, each)] for n, each in enumerate(space.corners())]
+        else:
+            points = [
+                [composer.job(number, each, seed) for seed in range(max(1, seeds))]
+                for number, each in enumerate(space.grid())
+            ]
+        points = list({jobs[0].key: jobs for jobs in points}.values())
+        metric, mode = check_scores([jobs[0] for jobs in points])
+        plan = cls(master, context, settings, space, composer, points, metric, mode)
+        if searched:
+            plan.methods.check({axis.name: axis.distribution() for axis in space.axes})
+        return plan
+
+    @property
+    def is_search(self) -> bool:
+        """Whether Optuna draws the points."""
+        return self.space.has_interval or self.settings["trials"] is not None
+
+    @cached_property
+    def total(self) -> int | None:
+        """Trials of a search; None for a grid."""
+        if not self.is_search:
+            return None
+        total = self.settings["trials"] or TRIALS
+        if self.settings["sampler"] == "grid":
+            spread = {axis.name: axis.distribution() for axis in self.space.axes}
+            num_cells = 1
+            for cells in self.methods.cells(spread).values():
+                num_cells *= len(cells)
+            total = min(total, num_cells)
+        return total
+
+    @cached_property
+    def methods(self) -> Methods:
+        """How it searches and prunes."""
+        first = self.points[0][0].cfg
+        return Methods(
+            self.settings["sampler"],
+            self.settings["sampler_options"] or {},
+            self.settings["pruner"],
+            self.settings["pruner_options"] or {},
+            first.seed,
+            first.trainer.max_epochs,
+        )
+
+    @property
+    def identity(self) -> str:
+        """Digest of all that makes it this sweep; how many trials or points is not part of it."""
+        chosen = ("pruner", "pruner_options")
+        searched = ("sampler", "sampler_options", "seeds")
+        keys = (*chosen, *searched) if self.is_search else chosen
+        how = {key: self.settings[key] for key in keys} | {"score": [self.metric, self.mode]}
+        return sweep_identity(self.master, self.space, how, self.is_search)
+
+    @property
+    def launcher(self) -> str | None:
+        """The launcher that was chosen instead of our own processes."""
+        target = self.master.hydra.launcher._target_
+        return None if target == BASIC else target
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs the trials share, one each; 0 on the CPU."""
+        trainer = self.points[0][0].cfg.trainer
+        if trainer.accelerator not in ("auto", "gpu", "cuda") or trainer.devices != 1:
+            return 0
+        return count_gpus() or 0
+
+    @property
+    def threads(self) -> int:
+        """Threads of a trial: the cores, shared out."""
+        return max(1, count_cores() // self.settings["workers"])
+
+    def pin(self, threads: int) -> None:
+        """Fix the number of threads: it is part of what a trial is."""
+        self.points = [[pinned(job, threads) for job in jobs] for jobs in self.points]
+
+    def listing(self) -> str:
+        """Tell what would run, a line each."""
+        runs = f", {self.settings['seeds']} seeds each" if self.settings["seeds"] > 1 else ""
+        if self.is_search:
+            told = [f"{self.total} trials{runs} by {self.settings['sampler']}, of"]
+            told += [f"  {name} = {values}" for name, values in self.space.written().items()]
+        else:
+            told = [f"{len(self.points)} points{runs}"]
+            for number, jobs in enumerate(self.points):
+                told.append(f"  {number}  " + " ".join(self.space.words(jobs[0].params)))
+        how = f"{self.settings['workers']} at once, ranked by {self.metric} ({self.mode})"
+        return "\n".join([*told, how])
+
+
+def _check_space(space: Space, searched: bool, settings: Mapping[str, Any]) -> None:
+    if not space.axes and (searched or settings["seeds"] == 1):
+        raise BadInput(
+            "nothing varies in this sweep; give a key several values, optimizer.lr=0.1,0.01 or "
+            "'optimizer.lr=interval(0.01,0.1)', or drop -m"
+        )
+    for axis in space.axes:
+        axis.check(searched)
+    if settings["seeds"] != 1 and any(axis.name == "seed" for axis in space.axes):
+        raise BadInput(
+            f"seed varies already; drop it, or sweep.seeds={settings['seeds']} which runs each "
+            "point with that many seeds"
+        )
+
+
+def assign(job: Job, **further: Any) -> Assignment:
+    """Return what a run's process is told."""
+    cfg = OmegaConf.to_container(job.cfg)
+    assert isinstance(cfg, dict)
+    cfg["trainer"]["enable_progress_bar"] = False
+    cfg["tracking"]["run_name"] = job.name
+    cfg["resume"] = None
+    return Assignment({str(key): value for key, value in cfg.items()}, **further)

@@ -1,0 +1,158 @@
+"""What a sweep prints: a line for each trial that ends, where it stands, and the closing table."""
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+
+from tracklight.sweep.leaderboard import Standing
+from tracklight.sweep.points import Job, shown
+from tracklight.sweep.trial import Epoch, Outcome
+
+MAX_ROWS = 20
+PLAIN_WIDTH = 140
+
+
+class Progress:
+    """Counts trials and tells of them.
+
+    Args:
+        metric: `score.metric`.
+        mode: `score.mode`.
+        slots: Trials at once.
+    """
+
+    def __init__(self, metric: str, mode: str, slots: int):
+        self._metric = metric
+        self._sign = 1 if mode == "min" else -1
+        self._slots = slots
+        self._counts: Counter[str] = Counter()
+        self._kept = 0
+        self._seconds: list[float] = []
+        self._began: dict[str, float] = {}
+        self._best: tuple[float, str] | None = None
+        self._left = 0
+        is_terminal = sys.stdout.isatty()
+        self._console = Console(width=None if is_terminal else PLAIN_WIDTH, highlight=False)
+        self._status = Status("", console=self._console) if is_terminal else None
+        if self._status:
+            self._status.start()
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def began(self, job: Job) -> None:
+        """A trial has started."""
+        self._began[job.key] = time.monotonic()
+        self._show()
+
+    def epoch(self, job: Job, epoch: Epoch) -> None:
+        """A trial has finished an epoch."""
+        self._show()
+
+    def kept(self, outcome: Outcome) -> None:
+        """A trial had ended before this command."""
+        self._kept += 1
+        self._counts[outcome.kind] += 1
+
+    def ended(self, job: Job, outcome: Outcome) -> None:
+        """A trial has ended."""
+        seconds = time.monotonic() - self._began.pop(job.key, time.monotonic())
+        self._counts[outcome.kind] += 1
+        if outcome.kind != "stopped":
+            self._seconds.append(seconds)
+        value = outcome.reason
+        if outcome.score is not None:
+            value = f"{self._metric} {outcome.score:.5g}"
+        self.note(f"trial {job.name}  {outcome.kind}  {value}  {seconds:.1f} s{self._suffix()}")
+        self._show()
+
+    def standing(self, number: int, params: Mapping[str, str], score: float) -> None:
+        """A point has its score: is it the best so far?"""
+        if self._best is None or self._sign * score < self._sign * self._best[0]:
+            self._best = (score, f"trial {number} {shown(params)}")
+
+    @property
+    def best(self) -> float | None:
+        """The best score so far."""
+        return self._best[0] if self._best else None
+
+    def refused(self, number: int, reason: str) -> None:
+        """A trial is no valid config."""
+        self._counts["failed"] += 1
+        self.note(f"trial {number}  failed  {reason}")
+
+    def left(self, num: int) -> None:
+        """Set how many runs have not begun."""
+        self._left = num
+        self._show()
+
+    def _suffix(self) -> str:
+        return "" if self._status else f"  | {self._line()}"
+
+    def _show(self) -> None:
+        if self._status:
+            self._status.update(self._line())
+
+    def _line(self) -> str:
+        states = ("complete", "pruned", "failed")
+        told = [f"{self._counts[state]} {state}" for state in states if self._counts[state]]
+        told += [f"{len(self._began)} running"] if self._began else []
+        told += [f"{self._left} to go"] if self._left else []
+        if self._best:
+            told.append(f"best {self._best[0]:.5g} ({self._best[1]})")
+        if (left_s := self._seconds_left()) is not None:
+            told.append(f"about {duration(left_s)} left")
+        return ", ".join(told)
+
+    def _seconds_left(self) -> float | None:
+        if not self._seconds or not (self._left or self._began):
+            return None
+        mean = sum(self._seconds) / len(self._seconds)
+        now = time.monotonic()
+        running = sum(max(0.0, mean - (now - began)) for began in self._began.values())
+        return (mean * self._left + running) / self._slots
+
+    def close(self) -> None:
+        """Stop showing where the sweep stands."""
+        if self._status:
+            self._status.stop()
+
+    def table(self, found: Sequence[Standing], title: str) -> None:
+        """Print the closing table: the best, and all that failed."""
+        self.close()
+        failed = [each for each in found if each.state == "failed"]
+        rest = [each for each in found if each.state != "failed"]
+        rows = [each.flat() for each in rest[:MAX_ROWS] + failed]
+        columns = [key for key in dict.fromkeys(key for each in rows for key in each)]
+        dropped = {"run_id"} | ({"reason"} if not failed else set())
+        columns = [key for key in columns if key not in dropped]
+        table = Table(title=title, title_justify="left")
+        for column in columns:
+            table.add_column(self._metric if column == "score" else column, overflow="fold")
+        for each in rows:
+            table.add_row(*(_cell(each.get(column)) for column in columns))
+        self._console.print(table)
+        if len(rest) > MAX_ROWS:
+            self.note(f"and {len(rest) - MAX_ROWS} more; all are in leaderboard.csv")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def duration(seconds: float) -> str:
+    """Say a duration in its two largest units."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,258 @@
+"""The trials of a sweep as Optuna remembers them: asked for, reported on, pruned, told.
+
+Only the sweep's own process talks to the storage. A trial is identified by its number; its
+parameters are text as in an override.
+"""
+
+import fcntl
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from tracklight.config import redact
+from tracklight.errors import BadInput
+from tracklight.sweep.bounded import bounded
+from tracklight.sweep.methods import Methods
+from tracklight.sweep.space import Space
+
+POINT = "point"  # of a grid's trial: its parameters as text
+RUNS = "runs"  # the keys of a trial's runs
+RETRY_OF = "retry_of"  # of a trial that takes the place of an earlier one: its number
+STORAGE_S = 15.0
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+
+class FileLock:
+    """A lock that the kernel takes back from a killed process; Optuna's own would last 30 s."""
+
+    def __init__(self, path: Path):
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    def acquire(self) -> bool:
+        """Wait for the lock."""
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        return True
+
+    def release(self) -> None:
+        """Let go."""
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+
+def open_storage(url: str | None, journal: Path | None) -> BaseStorage:
+    """Open where the trials are remembered.
+
+    Args:
+        url: A database; None for the journal.
+        journal: Optuna's journal file; None to remember nothing beyond this process.
+
+    Raises:
+        BadInput: The database does not answer, or its driver is missing.
+    """
+    if url is None and journal is None:
+        return InMemoryStorage()
+    if url is None:
+        assert journal is not None
+        _cut_torn_line(journal)
+        lock: Any = FileLock(journal.with_suffix(".lock"))
+        return JournalStorage(JournalFileBackend(str(journal), lock))
+    shown = redact(url)
+    try:
+        return bounded(lambda: RDBStorage(url), STORAGE_S)
+    except TimeoutError:
+        raise BadInput(
+            f"sweep.storage={shown} does not answer within {STORAGE_S:.0f} s; start it, or try "
+            "sweep.storage=null for a file in tracking.dir"
+        ) from None
+    except Exception as error:
+        reason = redact(" ".join(str(error).split("\n")[0].split()))[:200]
+        raise BadInput(
+            f"sweep.storage={shown} cannot be opened ({reason}); try sweep.storage=null"
+        ) from None
+
+
+def _cut_torn_line(journal: Path) -> None:
+    """Cut what a kill left half-written: Optuna would append to it and read neither."""
+    if not journal.exists():
+        return
+    content = journal.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(journal, whole)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A trial to run: its number, and what varies as text."""
+
+    number: int
+    params: dict[str, str]
+    has_ended: bool = False
+
+
+class Trials:
+    """The study of one sweep.
+
+    Args:
+        storage: Where it is remembered.
+        name: The study's.
+        mode: `min` or `max`.
+        space: What varies.
+        methods: How to search and prune.
+        total: Trials of a search; None for a grid.
+    """
+
+    def __init__(
+        self,
+        storage: BaseStorage,
+        name: str,
+        mode: str,
+        space: Space,
+        methods: Methods,
+        total: int | None,
+    ):
+        self._space = space
+        self._methods = methods
+        self._total = total
+        self._distributions = (
+            {axis.name: axis.distribution() for axis in space.axes} if total is not None else {}
+        )
+        self._study: Study = optuna.create_study(
+            storage=storage,
+            study_name=name,
+            direction={"min": "minimize", "max": "maximize"}[mode],
+            pruner=methods.pruner(),
+            sampler=methods.sampler(0, self._distributions),
+            load_if_exists=True,
+        )
+        self._live: dict[int, Trial] = {}
+        self._left = [each for each in self._all() if each.state == TrialState.RUNNING]
+
+    @property
+    def is_search(self) -> bool:
+        """Whether Optuna draws the points."""
+        return self._total is not None
+
+    def _all(self) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False)
+
+    def counted(self) -> list[FrozenTrial]:
+        """The trials that stand: neither torn by a kill as they were drawn, nor replaced."""
+        trials = self._all()
+        replaced = {trial.user_attrs.get(RETRY_OF) for trial in trials}
+        return [
+            trial for trial in trials if trial.number not in replaced and not self._is_torn(trial)
+        ]
+
+    def _is_torn(self, trial: FrozenTrial) -> bool:
+        whole = self._distributions.keys() <= trial.params.keys()
+        return not (whole or "fixed_params" in trial.system_attrs)
+
+    def params(self, trial: FrozenTrial | Trial) -> dict[str, str]:
+        """Return what a trial varies, as text."""
+        if POINT in trial.user_attrs:
+            return dict(trial.user_attrs[POINT])
+        fixed = trial.system_attrs.get("fixed_params", {})  # of one that still waits
+        values = fixed | trial.params
+        return {axis.name: axis.text(values[axis.name]) for axis in self._space.axes}
+
+    def take(self, params: Mapping[str, str]) -> Asked:
+        """Return the trial of a grid's point: a new one, one left behind, or one that has ended."""
+        same = [trial for trial in self.counted() if self.params(trial) == params]
+        if not same:
+            self._study.enqueue_trial({}, user_attrs={POINT: dict(params)})
+            return self._popped(len(self._all()) - 1)
+        found = same[-1]
+        if found.state == TrialState.WAITING:
+            return self._popped(found.number)
+        if found.state == TrialState.RUNNING:
+            return self._started(Trial(self._study, found._trial_id))
+        return Asked(found.number, dict(params), has_ended=True)
+
+    def retry(self, number: int) -> None:
+        """Put a trial in the queue that takes the place of an ended one."""
+        trial = self._all()[number]
+        attrs = {RETRY_OF: number} | {
+            key: value for key, value in trial.user_attrs.items() if key == POINT
+        }
+        self._study.enqueue_trial(
+            trial.system_attrs.get("fixed_params", {}) | trial.params, user_attrs=attrs
+        )
+
+    def retried(self, number: int) -> Asked:
+        """Replace an ended trial by one to run now."""
+        self.retry(number)
+        return self._popped(len(self._all()) - 1)
+
+    def _popped(self, number: int) -> Asked:
+        while True:
+            trial = self._study.ask()
+            if trial.number == number:
+                return self._started(trial)
+
+    def ended(self) -> list[FrozenTrial]:
+        """The trials that stand and have ended."""
+        return [trial for trial in self.counted() if trial.state.is_finished()]
+
+    def note_runs(self, number: int, keys: Sequence[str]) -> None:
+        """Remember which runs a trial is made of."""
+        if self._live[number].user_attrs.get(RUNS) != list(keys):
+            self._live[number].set_user_attr(RUNS, list(keys))
+
+    def ask(self) -> Asked | None:
+        """Return the next trial to run: those left behind first, then the queue, then a new one."""
+        while self._left:
+            left = self._left.pop(0)
+            trial = Trial(self._study, left._trial_id)
+            if self._is_torn(left):  # drawing the rest would not draw what was to be drawn
+                self._study.tell(trial, state=TrialState.FAIL)
+                continue
+            return self._started(trial)
+        counted = self.counted()
+        waiting = any(trial.state == TrialState.WAITING for trial in counted)
+        if not waiting and (self._total is None or len(counted) >= self._total):
+            return None
+        # A function of how many trials there are: neither a restart nor a second worker repeats it.
+        self._study.sampler = self._methods.sampler(len(counted), self._distributions)
+        return self._started(self._study.ask())
+
+    def _started(self, trial: Trial) -> Asked:
+        for name, distribution in self._distributions.items():
+            trial._suggest(name, distribution)
+        self._live[trial.number] = trial
+        return Asked(trial.number, self.params(trial))
+
+    @property
+    def waiting(self) -> int:
+        """How many trials have not been asked for yet."""
+        counted = self.counted()
+        in_queue = sum(trial.state == TrialState.WAITING for trial in counted)
+        drawn = 0 if self._total is None else max(0, self._total - len(counted))
+        return in_queue + drawn + len(self._left)
+
+    def report(self, number: int, epoch: int, value: float) -> bool:
+        """Remember a trial's score after an epoch; return whether to prune it."""
+        trial = self._live[number]
+        known = self._study._storage.get_trial(trial._trial_id).intermediate_values
+        if epoch not in known:
+            trial.report(value, epoch)
+        return trial.should_prune()
+
+    def tell(self, number: int, kind: str, score: float | None) -> None:
+        """Remember how a trial ended; of a stopped one nothing, so that it is taken up again."""
+        trial = self._live.pop(number)
+        if kind == "complete":
+            self._study.tell(trial, score)
+        elif kind != "stopped":
+            state = TrialState.PRUNED if kind == "pruned" else TrialState.FAIL
+            self._study.tell(trial, state=state)

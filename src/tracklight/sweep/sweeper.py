@@ -1,0 +1,261 @@
+"""A sweep from the command line to its winner."""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.types import HydraContext
+from omegaconf import DictConfig
+
+from tracklight.errors import BadInput, RunFailed
+from tracklight.sweep.plan import Plan, assign
+from tracklight.sweep.pool import Pool
+from tracklight.sweep.trial import Outcome
+
+if TYPE_CHECKING:
+    from tracklight.sweep.board import Board
+    from tracklight.sweep.course import Course
+    from tracklight.sweep.progress import Progress
+    from tracklight.tracking.store import Store
+
+MAX_TOLD = 3  # failed trials that the last line names
+JOIN_S = 30.0
+
+
+def sweep(arguments: list[str], master: DictConfig, context: HydraContext) -> float | None:
+    """Run the sweep that the overrides of `-m` describe.
+
+    Args:
+        arguments: The overrides.
+        master: The config of the whole command, Hydra's part included.
+        context: Hydra's.
+
+    Returns:
+        The best score.
+
+    Raises:
+        BadInput: Something is wrong with it; nothing ran.
+        RunFailed: Trials failed.
+        KeyboardInterrupt: Ctrl-C.
+        SystemExit: SIGTERM.
+    """
+    plan = Plan.of(arguments, master, context)
+    if plan.settings["dry_run"]:
+        print(plan.listing())
+        return None
+    pool = Pool(plan.settings["workers"], plan.gpus)
+    try:
+        with _rehearsal(plan, pool):
+            store = _open_store(plan)
+        return _Sweep(plan, pool, store).run()
+    finally:
+        pool.kill()
+
+
+@contextmanager
+def _rehearsal(plan: Plan, pool: Pool) -> Iterator[None]:
+    """Take one batch of the first point, untracked, while this process does its own imports.
+
+    Raises:
+        BadInput: The data or the model refuse, or nothing of the score's name is logged.
+    """
+    if plan.launcher:
+        yield
+        return
+    job = plan.points[0][0]
+    outcomes: list[Outcome] = []
+    thread = threading.Thread(
+        target=lambda: pool.start(assign(job, rehearse=True), job), daemon=True
+    )
+    thread.start()  # blocks until the forkserver has done its imports
+    yield
+    thread.join()
+    while not outcomes:
+        outcomes += [message for _, message in pool.messages(1.0) if isinstance(message, Outcome)]
+    found = outcomes[0]
+    if found.kind == "failed" and found.is_input:
+        raise BadInput(found.reason)
+    if found.kind != "failed" and plan.metric not in found.metrics:
+        raise BadInput(
+            f"score.metric={plan.metric} is never logged; logged are {', '.join(found.metrics)}; "
+            f"try score.metric={found.metrics[0] if found.metrics else 'train/loss'}"
+        )
+
+
+def _open_store(plan: Plan) -> "Store | None":
+    from tracklight.tracking.run import Run  # noqa: F401, imported now: the rehearsal takes as long
+    from tracklight.tracking.store import connect
+
+    tracking = plan.points[0][0].cfg.tracking
+    if not tracking.enabled:
+        return None
+    store = connect(tracking.uri, Path(tracking.dir))
+    store.recover()
+    return store
+
+
+class _Sweep:
+    """One sweep, its store open.
+
+    Args:
+        plan: What to run.
+        pool: Processes for it.
+        store: Where it is recorded; None for nowhere.
+    """
+
+    def __init__(self, plan: Plan, pool: Pool, store: "Store | None"):
+        self.plan = plan
+        self.pool = pool
+        self.store = store
+        self.board: Board | None = None
+
+    def run(self) -> float | None:
+        """Run what is left of it, test the winner, close the parent run as it really ended."""
+        from tracklight.sweep.progress import Progress
+
+        plan = self.plan
+        storage = self._check_storage()
+        threads = plan.threads
+        if self.store:
+            self.board, threads = self._open_board(self.store)
+        status = "FAILED"
+        progress = Progress(plan.metric, plan.mode, plan.settings["workers"])
+        try:
+            plan.pin(threads)
+            course = self._course(storage, progress, threads)
+            course.run()
+            status = _status(course)
+            score = self._close(course, progress)
+        except (KeyboardInterrupt, SystemExit):
+            status = "KILLED"
+            raise
+        finally:
+            progress.close()
+            if self.board:
+                self.board.finish(status)
+        _raise_what_happened(course)
+        return score
+
+    def _check_storage(self):
+        """Open a database before there is a parent run."""
+        from tracklight.sweep.study import open_storage
+
+        url = self.plan.settings["storage"]
+        return open_storage(url, None) if url or not self.store else None
+
+    def _open_board(self, store: "Store") -> "tuple[Board, int]":
+        from tracklight.sweep.board import THREADS_TAG, Board, open_parent, parent_tags
+
+        plan = self.plan
+        cfg = plan.points[0][0].cfg
+        run, before = open_parent(
+            store,
+            plan.identity,
+            cfg.tracking.run_name or "sweep " + " ".join(plan.space.written()),
+            cfg.tracking.experiment,
+            plan.settings["fresh"],
+            parent_tags(plan),
+        )
+        threads = int(before.get(THREADS_TAG, plan.threads))
+        run.set_tags({THREADS_TAG: str(threads)})
+        names = [axis.name for axis in plan.space.axes]
+        board = Board(store, run, names, plan.metric, plan.mode, plan.settings["seeds"])
+        try:
+            if before and not cfg.allow_changes:
+                self._check_code(board)
+        except BadInput:
+            board.run.finish("KILLED")
+            raise
+        return board, threads
+
+    def _check_code(self, board: "Board") -> None:
+        """Refuse to mix trials of this code with those of another."""
+        from tracklight import config
+        from tracklight.resume import CODE_TAG
+        from tracklight.tracking.provenance import code_digest
+
+        jobs = [job for jobs in self.plan.points for job in jobs]
+        kinds = {tuple(config.targets(job.cfg)) for job in jobs}
+        now = {code_digest(targets) for targets in kinds}
+        for child in board.children():
+            then = child.data.tags.get(CODE_TAG)
+            if then is not None and then not in now:
+                raise BadInput(
+                    f"the code has changed since this sweep began (digest {then[:12]} -> "
+                    f"{min(now)[:12]}); sweep.fresh=true starts over, allow_changes=true continues "
+                    "all the same"
+                )
+
+    def _course(self, storage, progress: "Progress", threads: int) -> "Course":
+        from tracklight.sweep.batches import Batches
+        from tracklight.sweep.board import journal
+        from tracklight.sweep.course import Course
+        from tracklight.sweep.sources import Grid, Search
+        from tracklight.sweep.study import Trials, open_storage
+
+        plan, board = self.plan, self.board
+        name = plan.identity[:16]
+        if storage is None:
+            assert board
+            storage = open_storage(None, journal(board.run))
+        elif board:
+            name += f"-{board.run.run_id}"
+        trials = Trials(storage, name, plan.mode, plan.space, plan.methods, plan.total)
+        logs = board.run.folder / "logs" if board else None
+        if logs:
+            logs.mkdir(exist_ok=True)
+        slots = self.pool
+        prunes = plan.methods.prunes
+        if plan.launcher:
+            size = plan.settings["workers"] if plan.is_search else None
+            slots = Batches(plan.context, plan.master, size)
+            if prunes:
+                progress.note("pruning needs trials in processes of our own: sweep.pruner ignored")
+        seeds = plan.settings["seeds"]
+        source = (
+            Search(trials, plan.composer, seeds, threads, progress.refused)
+            if plan.is_search
+            else Grid(plan.points, trials)
+        )
+        stops = plan.settings["on_failure"] == "stop"
+        asks = prunes and not plan.launcher
+        return Course(source, trials, slots, board, progress, asks, stops, logs)
+
+    def _close(self, course: "Course", progress: "Progress") -> float | None:
+        """Test the winner, if the sweep is through, and tell how it went."""
+        if self.board is None:
+            progress.close()
+            return progress.best
+        found = self.board.refresh(final=True) or []
+        progress.table(found, f"{self.plan.metric} ({self.plan.mode}), {len(found)} trials")
+        winner = found[0] if found and found[0].rank == 1 else None
+        if winner is None:
+            return None
+        if course.signum is None and not course.halted:
+            from tracklight.sweep.winner import test
+
+            progress.note(test(self.plan, self.pool, self.board, winner))
+        progress.note(f"sweep  {self.board.run.run_id}  {self.board.run.folder}")
+        return winner.score
+
+
+def _status(course: "Course") -> str:
+    if course.signum is not None:
+        return "KILLED"
+    return "FAILED" if course.failures else "FINISHED"
+
+
+def _raise_what_happened(course: "Course") -> None:
+    if course.signum == signal.SIGINT:
+        raise KeyboardInterrupt
+    if course.signum is not None:
+        sys.exit(128 + course.signum)
+    if course.failures:
+        told = [f"trial {n} ({reason})" for n, reason in course.failures.items()][:MAX_TOLD]
+        more = ", ..." if len(course.failures) > MAX_TOLD else ""
+        num = len(course.failures)
+        raise RunFailed(f"{num} trial{'s' * (num > 1)} failed: {', '.join(told)}{more}")

@@ -1,0 +1,63 @@
+"""The test set's only part in a sweep: the winner is evaluated on it, once."""
+
+from typing import TYPE_CHECKING
+
+from tracklight.errors import RunFailed
+from tracklight.sweep.board import Board
+from tracklight.sweep.leaderboard import Standing
+from tracklight.sweep.plan import Plan, assign
+from tracklight.sweep.points import Job, pinned, shown
+from tracklight.sweep.pool import Pool
+from tracklight.sweep.trial import PARENT_TAG, POINT_TAG, Outcome
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+TESTED_TAG = "tracklight.tested"
+
+
+def test(plan: Plan, pool: Pool, board: Board, winner: Standing) -> str:
+    """Test the runs of the winning point that were not tested yet.
+
+    Returns:
+        A line that tells what came out.
+
+    Raises:
+        RunFailed: A run could not be tested.
+    """
+    children = {child.info.run_id: child for child in board.children()}
+    wanted = [children[run.run_id] for run in winner.runs]
+    todo = [child for child in wanted if TESTED_TAG not in child.data.tags]
+    jobs = _jobs(plan, winner, todo)
+    while todo or pool.running:
+        while todo and pool.has_room:
+            child = todo.pop()
+            job = jobs[child.data.tags[POINT_TAG]]
+            tags = {PARENT_TAG: board.run.run_id}
+            log = board.run.folder / "logs" / f"{winner.trial:04d}.log"
+            pool.start(assign(job, tags=tags, run_id=child.info.run_id, test=True, log=log), child)
+        for child, message in pool.messages(1.0):
+            if isinstance(message, Outcome):
+                _tested(board, child, message)
+    found = board.log_test([run.run_id for run in winner.runs])
+    told = "  ".join(f"{key} {value:.5g}" for key, value in sorted(found.items()))
+    score = f"{plan.metric} {winner.score:.5g}"
+    return f"best  trial {winner.trial} {shown(winner.params)}  {score}  {told}".rstrip()
+
+
+def _tested(board: Board, child: "Run", outcome: Outcome) -> None:
+    run_id = child.info.run_id
+    if outcome.kind not in ("complete", "pruned"):
+        why = outcome.reason or outcome.kind
+        raise RunFailed(f"the winner, run {run_id}, could not be tested: {why}")
+    board.store.client.set_tag(run_id, TESTED_TAG, "true")
+
+
+def _jobs(plan: Plan, winner: Standing, runs: "list[Run]") -> dict[str, Job]:
+    """Compose the winner again, under each of its seeds, by key."""
+    jobs = {}
+    for offset in range(plan.settings["seeds"]):
+        job = plan.composer.job(winner.trial, winner.params, offset)
+        job = pinned(job, int(runs[0].data.params["num_threads"])) if runs else job
+        jobs[job.key] = job
+    return jobs
