@@ -1,0 +1,69 @@
+"""Measure what tracklight promises about speed: a quarter of an hour on two quiet cores."""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+from benchmark.machine import Setting
+from benchmark.table import Section, keep
+from tracklight.cli import quiet
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    """Measure, print, write."""
+    arguments = _arguments()
+    quiet()
+    for name in [name for name in os.environ if name.startswith("MLFLOW_TRACKING")]:
+        del os.environ[name]
+    if arguments.quick:
+        arguments.epochs, arguments.repeats, arguments.crowd = 1, 2, 1000
+    setting = Setting.here()
+    with tempfile.TemporaryDirectory(prefix="tracklight-bench-") as name:
+        folder, root = Path(name), arguments.root.absolute()
+        # First, since a child's peak memory begins at its parent's, here still small.
+        if "commands" in arguments.only:
+            from benchmark import commands
+
+            _leave(commands.measure(root, folder, arguments, setting), arguments)
+        if {"steps", "cuda"} & {*arguments.only}:
+            import torch
+
+            from benchmark import steps
+
+            if "steps" in arguments.only:
+                _leave(steps.on_cpu(root, folder, arguments.epochs, setting), arguments)
+            if "cuda" in arguments.only and torch.cuda.is_available():
+                _leave(steps.on_cuda(root, folder, arguments.epochs, setting), arguments)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=20, help="of the fast rivals: 20 or more")
+    parser.add_argument("--repeats", type=int, default=5, help="of each whole command")
+    parser.add_argument("--crowd", type=int, default=10_000, help="runs in the full store")
+    parser.add_argument(
+        "--only", nargs="+", default=("commands", "steps", "cuda"),
+        choices=("commands", "steps", "cuda"), help="parts to measure",
+    )  # fmt: skip
+    parser.add_argument(
+        "--root", type=Path, default=Path(os.environ.get("MNIST_ROOT", ROOT / "data")),
+        help="folder of MNIST/raw (MNIST_ROOT)",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, default=ROOT / "BENCHMARKS.md")
+    parser.add_argument("--quick", action="store_true", help="see whether it runs; write nothing")
+    return parser.parse_args()
+
+
+def _leave(section: Section, arguments: argparse.Namespace) -> None:
+    print(f"\n## {section.markdown()}", flush=True)
+    if arguments.quick:
+        print("(--quick: this only shows that it runs; nothing is written)", flush=True)
+    else:
+        keep(section, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

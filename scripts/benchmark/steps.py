@@ -1,0 +1,187 @@
+"""The race over optimizer steps: who takes part, and what their times are held against."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmark import by_hand, ours, plain_lightning
+from benchmark.interval import Interval
+from benchmark.machine import Setting, device_name
+from benchmark.race import SLICE, Relay, Rival, per_epoch, race, ratio
+from benchmark.table import Claim, Section
+from tracklight.data.mnist import MNIST
+from tracklight.data.tensor_data import epoch_order
+from tracklight.tracking import database
+
+SLOW_EVERY = 5
+
+HAND_UINT8 = "by hand, resident uint8"
+HAND_FLOAT = "by hand, resident float32"
+HAND_LOADER = "by hand, torchvision + DataLoader"
+LIGHTNING = "Lightning, resident tensors, no logger"
+STOCK = "Lightning, resident tensors, its MLFlowLogger each step"
+STOCK_LOADER = "Lightning, torchvision + DataLoader, its MLFlowLogger each step"
+OURS = "ours, untracked"
+TRACKED = "ours, every step's loss in MLflow"
+DURABLE = "ours, the same and a durable resume checkpoint each epoch"
+BEST = "ours, the same and the best weights kept each epoch"
+
+
+def on_cpu(root: Path, folder: Path, epochs: int, setting: Setting) -> Section:
+    """Race on the CPU.
+
+    Args:
+        root: Folder of MNIST/raw.
+        folder: For the stores.
+        epochs: Of the fast rivals.
+        setting: What the result is valid for.
+    """
+    images, labels, order = _load(root)
+    floats = by_hand.standardised(images)
+    database.ensure(folder / "stock.db", (folder / "stock").as_uri())
+    hand = partial(by_hand.resident, labels=labels, order=order, epochs=epochs)
+    light = partial(plain_lightning.resident, images=floats, labels=labels, epochs=epochs)
+    logger = partial(plain_lightning.mlflow_logger, folder / "stock.db")
+    own = partial(ours.train, root=root, epochs=epochs)
+    slow = math.ceil(epochs / SLOW_EVERY)
+    rivals = {
+        HAND_UINT8: (lambda relay: hand(relay, images), 1),
+        HAND_FLOAT: (lambda relay: hand(relay, floats), 1),
+        LIGHTNING: (lambda relay: light(relay, logger=None), 1),
+        OURS: (own, 1),
+        TRACKED: (lambda relay: own(relay, tracking=folder / "a"), 1),
+        DURABLE: (lambda relay: own(relay, tracking=folder / "b", checkpoints=[ours.LAST]), 1),
+        BEST: (
+            lambda relay: own(relay, tracking=folder / "c", checkpoints=[ours.LAST, ours.BEST]),
+            1,
+        ),
+        HAND_LOADER: (lambda relay: by_hand.torchvision_loop(relay, root, slow), SLOW_EVERY),
+        STOCK: (
+            lambda relay: plain_lightning.resident(relay, floats, labels, slow, logger("resident")),
+            SLOW_EVERY,
+        ),
+        STOCK_LOADER: (
+            lambda relay: plain_lightning.torchvision_loader(relay, root, slow, logger("loader")),
+            SLOW_EVERY,
+        ),
+    }
+    done = _run(rivals, len(images), epochs)
+    _assert_same_bits(done, [HAND_UINT8, HAND_FLOAT, OURS, TRACKED, DURABLE, BEST])
+    best_hand = min(done[HAND_UINT8], done[HAND_FLOAT], key=lambda rival: rival.seconds_per(1))
+    per = _rounds(len(images))
+    claims = [
+        Claim(f"{above} / {below}", ratio(done[above], done[below], per), target, shown)
+        for above, below, target, shown in (
+            (OURS, best_hand.name, 1.0, "1.00"),
+            (TRACKED, best_hand.name, 1.15, "1.15"),
+            (TRACKED, STOCK, 1 / 7, "1/7"),
+            (TRACKED, HAND_LOADER, 1 / 8, "1/8"),
+            (DURABLE, TRACKED, 1.05, "1.05"),
+            (BEST, TRACKED, None, ""),
+            (TRACKED, STOCK_LOADER, None, ""),
+            (TRACKED, LIGHTNING, None, ""),
+        )
+    ]
+    title = "Steps on the CPU"
+    return Section(title, _notes(epochs, setting), claims, _times(done, len(images)))
+
+
+def on_cuda(root: Path, folder: Path, epochs: int, setting: Setting) -> Section:
+    """Race on the GPU."""
+    images, labels, order = _load(root)
+    images, labels = images.cuda(), labels.cuda()
+    floats = by_hand.standardised(images)
+    hand = partial(by_hand.resident, labels=labels, order=order, epochs=epochs)
+    own = partial(ours.train, root=root, epochs=epochs, accelerator="gpu")
+    rivals = {
+        HAND_UINT8: (lambda relay: hand(relay, images), 1),
+        HAND_FLOAT: (lambda relay: hand(relay, floats), 1),
+        OURS: (own, 1),
+        TRACKED: (lambda relay: own(relay, tracking=folder / "gpu"), 1),
+    }
+    done = _run(rivals, len(images), epochs, torch.cuda.synchronize)
+    best_hand = min(done[HAND_UINT8], done[HAND_FLOAT], key=lambda rival: rival.seconds_per(1))
+    per, steps = _rounds(len(images)), _steps(len(images))
+    claims = [
+        Claim(f"{OURS} / {best_hand.name}", ratio(done[OURS], best_hand, per), 0.2, "1/5"),
+        Claim(f"{TRACKED} / {best_hand.name}", ratio(done[TRACKED], best_hand, per), None, ""),
+        Claim(
+            f"{OURS}: milliseconds an epoch (target: on an H200)",
+            per_epoch(done[OURS], per, steps).scaled(1000),
+            45.0 if "H200" in device_name() else None,
+            "45 ms",
+        ),
+    ]
+    notes = _notes(epochs, setting)
+    return Section(f"Steps on CUDA ({device_name()})", notes, claims, _times(done, len(images)))
+
+
+def _load(root: Path) -> tuple[Tensor, Tensor, Callable[[int], Tensor]]:
+    """Return the official training images (N, 28, 28), their labels (N,), and epochs' orders."""
+    data = MNIST(
+        batch_size=by_hand.BATCH_SIZE, seed=0, root=str(root), num_val=0, fallback=False,
+        mean=by_hand.MEAN, std=by_hand.STD,
+    )  # fmt: skip
+    split = data.splits["train"]
+    return split.features, split.targets, partial(epoch_order, len(split), 0)
+
+
+def _steps(num_images: int) -> int:
+    return math.ceil(num_images / by_hand.BATCH_SIZE)
+
+
+def _rounds(num_images: int) -> int:
+    return math.ceil(_steps(num_images) / SLICE)
+
+
+def _run(
+    trains: dict[str, tuple[Callable[[Relay], object], int]],
+    num_images: int,
+    epochs: int,
+    settle: Callable[[], None] = lambda: None,
+) -> dict[str, Rival]:
+    rivals = {name: Rival(name, train, every) for name, (train, every) in trains.items()}
+    per, steps = _rounds(num_images), _steps(num_images)
+
+    def tell(done: int) -> None:
+        if done % per == 0 or done == 1:
+            shown = "  ".join(f"{r.seconds_per(steps):.3f}" for r in rivals.values())
+            print(f"epoch {done / per:.0f}/{epochs}, s an epoch so far: {shown}", flush=True)
+
+    print("rivals: " + "; ".join(rivals), flush=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's advice to its users
+        race(list(rivals.values()), per * epochs, tell, settle)
+    return rivals
+
+
+def _assert_same_bits(done: dict[str, Rival], names: Sequence[str]) -> None:
+    reference = done[names[0]].relay.result
+    for name in names[1:]:
+        pairs = zip(reference, done[name].relay.result, strict=True)
+        if not all(torch.equal(a, b) for a, b in pairs):
+            raise AssertionError(f"final weights differ: {names[0]} and {name}")
+    print(f"final weights are bit-identical: {'; '.join(names)}", flush=True)
+
+
+def _notes(epochs: int, setting: Setting) -> list[str]:
+    return [
+        *setting.lines(),
+        f"{epochs} epochs of MNIST's 60,000 training images, 784-128-10, batch"
+        f" {by_hand.BATCH_SIZE}, SGD, {torch.get_num_threads()} threads; slices of {SLICE} steps,"
+        " in one process and an order drawn anew each round.",
+        f"Where an MLFlowLogger or a DataLoader makes a rival slow, it has every {SLOW_EVERY}th"
+        " round only. Nobody shows a progress bar. Final weights of ours and of the loops by hand"
+        " are bit-identical (asserted, CPU).",
+        "An epoch of ours that is tracked ends when MLflow has all of it.",
+    ]
+
+
+def _times(done: dict[str, Rival], num_images: int) -> list[tuple[str, Interval]]:
+    per, steps = _rounds(num_images), _steps(num_images)
+    return [(name, per_epoch(rival, per, steps)) for name, rival in done.items()]
