@@ -63,7 +63,6 @@ def test_the_score_comes_with_the_data_and_reaches_all_who_read_it():
     stopping = cfg.callbacks.early_stopping
     assert (stopping.monitor, stopping.mode) == ("val/accuracy", "max")
     assert (cfg.scheduler.monitor, cfg.scheduler.mode) == ("val/accuracy", "max")
-    assert cfg.sweep.direction == "max"
 
 
 def test_the_seed_is_written_once():
