@@ -21,4 +21,6 @@ class TracklightSweeper(Sweeper):
         """Run the sweep that the overrides describe."""
         from tracklight.sweep.sweeper import sweep
 
+        assert self.config is not None
+        assert self.hydra_context is not None
         return sweep(arguments, self.config, self.hydra_context)

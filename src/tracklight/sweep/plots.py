@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Sequence
 
 from tracklight.sweep.leaderboard import Standing
+from tracklight.sweep.study import direction
 
 LOG_RATIO = 30.0  # an axis of positive numbers this far apart is drawn logarithmically
 
@@ -45,7 +46,7 @@ def _study(standings: Sequence[Standing], mode: str):
     from optuna.distributions import CategoricalDistribution, FloatDistribution
     from optuna.trial import TrialState
 
-    study = optuna.create_study(direction={"min": "minimize", "max": "maximize"}[mode])
+    study = optuna.create_study(direction=direction(mode))
     distributions = {}
     for name in standings[0].params if standings else ():
         texts = [each.params[name] for each in standings if name in each.params]

@@ -18,6 +18,9 @@ PRELOADED = [
     "tracklight.sweep.reporting",
     "mlflow.store.tracking.sqlalchemy_store",
     "sqlalchemy.dialects.sqlite",
+    "alembic.command",
+    "fsspec.implementations.local",
+    "hydra.utils",
 ]
 STOP_S = 60.0  # what a trial may take to reach a safe point and close its run
 JOIN_S = 5.0

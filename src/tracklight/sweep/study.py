@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
@@ -31,6 +31,11 @@ STORAGE_S = 15.0
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+
+def direction(mode: str) -> Literal["minimize", "maximize"]:
+    """Return Optuna's word for a mode."""
+    return "minimize" if mode == "min" else "maximize"
 
 
 class FileLock:
@@ -130,7 +135,7 @@ class Trials:
         self._study: Study = optuna.create_study(
             storage=storage,
             study_name=name,
-            direction={"min": "minimize", "max": "maximize"}[mode],
+            direction=direction(mode),
             pruner=methods.pruner(),
             sampler=methods.sampler(0, self._distributions),
             load_if_exists=True,
@@ -158,7 +163,7 @@ class Trials:
         whole = self._distributions.keys() <= trial.params.keys()
         return not (whole or "fixed_params" in trial.system_attrs)
 
-    def params(self, trial: FrozenTrial | Trial) -> dict[str, str]:
+    def params(self, trial: FrozenTrial) -> dict[str, str]:
         """Return what a trial varies, as text."""
         if POINT in trial.user_attrs:
             return dict(trial.user_attrs[POINT])
@@ -230,7 +235,8 @@ class Trials:
         for name, distribution in self._distributions.items():
             trial._suggest(name, distribution)
         self._live[trial.number] = trial
-        return Asked(trial.number, self.params(trial))
+        frozen = self._study._storage.get_trial(trial._trial_id)
+        return Asked(trial.number, self.params(frozen))
 
     @property
     def waiting(self) -> int:
