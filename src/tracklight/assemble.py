@@ -26,7 +26,7 @@ from tracklight.models.supervised import Supervised
 TOTALS = ("T_max", "total_steps", "total_iters")  # scheduler arguments that mean the whole run
 
 
-def build_data(cfg: DictConfig) -> LightningDataModule | None:
+def build_data(cfg: DictConfig, read: bool = True) -> LightningDataModule | None:
     """Build the data set and, if it is ours, read it: its errors come before any run exists."""
     if cfg.data.get("_target_") is None:
         return None

@@ -1,9 +1,12 @@
 """What a run leaves when it ends well: its score and, unless it is a mere trial, figures, model."""
 
+import json
+
 from pytorch_lightning import LightningDataModule, LightningModule
 
 from tracklight.data.tensor_data import TensorData
 from tracklight.illustrate import FOLDER, illustrate
+from tracklight.inputs import INPUTS, describe
 from tracklight.tracking.choice import SCORE
 from tracklight.tracking.model import log_model
 from tracklight.tracking.run import Run
@@ -36,6 +39,8 @@ def leave(
         run.log_series(SCORE, (step,), (score,))
     if figures:
         illustrate(model, data, run.series(), run.artifacts / FOLDER, step, tested)
+    if isinstance(data, TensorData):
+        run.log_text(json.dumps(describe(data), indent=1) + "\n", INPUTS)
     if tested and isinstance(data, TensorData):
         rows = data.splits["train"].features[:2]
         log_model(store.client, run.run_id, model, data.transform(rows), step=step)

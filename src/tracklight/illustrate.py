@@ -1,7 +1,7 @@
 """Which figures suit a model and its data, drawn from the weights that were scored."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ MAX_ROWS = 20_000  # of a split without a scored evaluation: a figure needs no m
 def illustrate(
     model: LightningModule,
     data: LightningDataModule | None,
-    series: "dict[str, tuple[Sequence[int], Sequence[float]]]",
+    series: Mapping[str, tuple[Sequence[int], Sequence[float]]],
     folder: Path,
     best_step: int | None = None,
     tested: bool = True,

@@ -8,7 +8,7 @@ import csv
 import difflib
 import math
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +94,44 @@ def read_columns(
     Raises:
         BadInput: The file is not such a table; the message names line and column.
     """
-    where = f"data.path={path}"
+
+    def choose(where: str, header: list[str]) -> tuple[list[str], list[str]]:
+        return choose_columns(where, header, targets, features)
+
+    return _read(f"data.path={path}", path, choose, delimiter)
+
+
+def read_features(path: Path, names: list[str], delimiter: str) -> np.ndarray:
+    """Read the named columns of a CSV file, to predict from.
+
+    Args:
+        path: The file; columns that are not named may hold anything.
+        names: Of the columns.
+        delimiter: The one character between cells.
+
+    Returns:
+        (N, C) float64.
+
+    Raises:
+        BadInput: The file is not such a table; the message names line and column.
+    """
+
+    def choose(where: str, header: list[str]) -> tuple[list[str], list[str]]:
+        for name in names:
+            if header.count(name) != 1:
+                count = "no column is" if name not in header else "several columns are"
+                raise BadInput(f"{where}: {count} named {name!r}; the model takes {_shown(names)}")
+        return names, []
+
+    return _read(str(path), path, choose, delimiter)[2]
+
+
+def _read(
+    where: str,
+    path: Path,
+    choose: Callable[[str, list[str]], tuple[list[str], list[str]]],
+    delimiter: str,
+) -> tuple[list[str], list[str], np.ndarray]:
     try:
         if path.exists() and not path.is_file():
             raise BadInput(f"{where}: not a regular file; give a CSV file")
@@ -109,7 +146,7 @@ def read_columns(
             raise BadInput(
                 f"{where}: one column {header[0][:80]!r}; try 'data.delimiter=\"{found[0]}\"'"
             )
-        features, targets = choose_columns(where, header, targets, features)
+        features, targets = choose(where, header)
         columns = [(name, header.index(name)) for name in features + targets]
         values = array("d")
         for line, row in rows:

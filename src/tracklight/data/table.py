@@ -129,6 +129,18 @@ class Table(TensorData):
             )
         return _float32(rows)
 
+    def recall(self, columns: list[str], mean: np.ndarray | None, std: np.ndarray | None) -> None:
+        """Take the moments of an earlier training part, so that `encode` works without reading it.
+
+        Args:
+            columns: Names of the features.
+            mean: (F,), None where nothing is standardised.
+            std: (F,), likewise.
+        """
+        self.feature_names = self._columns = columns
+        if mean is not None and std is not None:
+            self.mean, self.std = mean, std
+
     @property
     def _where(self) -> str:
         return f"data.path={self.path or 'null'}"

@@ -1,0 +1,149 @@
+"""The parts of a repeated test: which examples, which metrics, and where they are logged."""
+
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Trainer
+
+from tracklight import config
+from tracklight.data.csv_columns import read_columns
+from tracklight.data.table import Table
+from tracklight.data.tensor_data import Split, TensorData
+from tracklight.errors import BadInput
+from tracklight.resume import CODE_TAG
+from tracklight.reuse.stored import Stored
+from tracklight.tracking import provenance
+from tracklight.tracking.layout import DATA_TAG, PARENT_TAG
+from tracklight.tracking.store import Store
+
+ROWS = "rows"  # the split that a table of its own is
+EVALUATES_TAG = "tracklight.evaluates"
+
+
+def choose_split(kept: Stored, wanted: str | None) -> str:
+    """Return which split to test on: the wanted one, else the test part, else the last there is.
+
+    Raises:
+        BadInput: There is no such split.
+    """
+    if not isinstance(kept.data, TensorData):
+        if wanted == "train":
+            raise BadInput("--split train needs a tracklight data set (TensorData)")
+        return wanted or "test"
+    there = list(kept.data.splits)
+    if wanted is not None and wanted not in there:
+        raise BadInput(f"--split {wanted}: {kept.data.name} has only {', '.join(there)}")
+    return wanted or there[-1]
+
+
+def read_rows(kept: Stored, facts: dict[str, Any], path: Path) -> str:
+    """Read every row of a table, encoded as in training, as the one split there is.
+
+    Raises:
+        BadInput: The run's data is no table, or the file does not hold its columns.
+    """
+    if not isinstance(kept.data, Table):
+        raise BadInput(f"--table {path}: the run was not trained on a table; use data.KEY=VALUE")
+    names, targets = facts["feature_names"], facts["target_names"]
+    _, _, values = read_columns(path, targets, names, kept.data.delimiter)
+    features = kept.data.encode(values[:, : len(names)])
+    kept.data.splits = {ROWS: Split(features, features.new_tensor(values[:, len(names) :]))}
+    kept.data.name, kept.data.source = path.name, str(path.absolute())
+    return ROWS
+
+
+def measure(kept: Stored, split: str) -> dict[str, float]:
+    """Return the metrics of the model on a split, by the arithmetic of the run's own test."""
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    settings = kept.cfg.trainer
+    trainer = Trainer(
+        accelerator=settings.accelerator,
+        devices=1,
+        precision=settings.precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    if isinstance(kept.data, TensorData):
+        _ = kept.data.digest  # of the splits as they were read
+        kept.data.splits = {**kept.data.splits, "test": kept.data.splits[split]}
+    stage = "val" if split == "val" and not isinstance(kept.data, TensorData) else "test"
+    walk = trainer.validate if stage == "val" else trainer.test
+    found = walk(kept.model, datamodule=kept.data, verbose=False)
+    metrics: dict[str, float] = {}
+    for each in found:
+        metrics |= {name.removeprefix(f"{stage}/"): float(value) for name, value in each.items()}
+    return metrics
+
+
+def said(kept: Stored, split: str) -> str:
+    """Tell the examples in a few words."""
+    if not isinstance(kept.data, TensorData):
+        return f"{split} of {type(kept.data).__name__}"
+    return f"{split} of {kept.data.name}, {len(kept.data.splits[split]):,} examples"
+
+
+def against_record(run: Any, kept: Stored, split: str, metrics: dict[str, float]) -> dict[str, str]:
+    """Say whether the run's own test gave the same, where that can be told."""
+    recorded = {
+        name: run.data.metrics[f"test/{name}"]
+        for name in metrics
+        if f"test/{name}" in run.data.metrics
+    }
+    if split != "test" or not recorded or kept.data is None:
+        return {}
+    lines = {}
+    data = _digest(kept)
+    if data != run.data.tags.get(DATA_TAG, data):
+        lines["note"] = "this is not the data that the run was tested on"
+    elif all(metrics[name] == value for name, value in recorded.items()):
+        lines["note"] = "the same to the bit as recorded by the run"
+    else:
+        far = max(abs(metrics[name] - value) for name, value in recorded.items())
+        lines["note"] = f"up to {far:.2g} from what the run recorded"
+    code = provenance.code_digest(config.targets(kept.cfg))
+    if code != run.data.tags.get(CODE_TAG, code):
+        lines["code"] = "differs from the code that trained the run"
+    return lines
+
+
+def log(store: Store, kept: Stored, split: str, metrics: dict[str, float], into_run: bool) -> str:
+    """Log metrics to the run, or to a new child of it; say where."""
+    run, step = kept.run, _step(kept.run)
+    if into_run:
+        tracked = store.reopen(run.info.run_id)
+        for name, value in metrics.items():
+            tracked.log_series(f"evaluate/{split}_{name}", (step,), (value,))
+        tracked.finish(run.info.status)
+        return f"to the run, as evaluate/{split}_*"
+    experiment = store.client.get_experiment(run.info.experiment_id).name
+    tags = {
+        PARENT_TAG: run.info.run_id,
+        EVALUATES_TAG: run.info.run_id,
+        DATA_TAG: _digest(kept),
+        CODE_TAG: provenance.code_digest(config.targets(kept.cfg)),
+        "tracklight.command": config.redact(shlex.join(sys.argv)),
+    }
+    tracked = store.create(experiment, f"evaluate-{split}", tags)
+    for name, value in metrics.items():
+        tracked.log_series(f"{split}/{name}", (step,), (value,))
+    if isinstance(kept.data, TensorData):
+        tracked.log_input(kept.data.name, tags[DATA_TAG], kept.data.source, split)
+    tracked.finish("FINISHED")
+    return f"to {tracked.run_id}, a child of the run"
+
+
+def _digest(kept: Stored) -> str:
+    if not isinstance(kept.data, TensorData):
+        return "unknown"
+    return kept.data.digest
+
+
+def _step(run: Any) -> int:
+    steps = [m.step for m in run.data._metric_objs if m.key == "score"]  # noqa: SLF001
+    return max(steps, default=0)
