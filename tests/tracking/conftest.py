@@ -19,7 +19,7 @@ def processes() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["serving", "tracklight.tracking.run"])
     with pytest.MonkeyPatch.context() as patch:  # Python 3.11's does not take over sys.path
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         first = context.Process(target=int)
         first.start()
         first.join()

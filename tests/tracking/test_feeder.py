@@ -74,17 +74,18 @@ def test_a_server_killed_and_back_in_the_middle_misses_and_doubles_nothing(
     server.kill()
 
 
-@pytest.mark.parametrize("spoilt", ["500", "hang"])
-def test_a_lost_answer_to_create_run_makes_no_orphan(proxy, local, short_requests, spoilt):
+@pytest.mark.parametrize(("spoilt", "times"), [("500", 1), ("500", 1000), ("hang", 1)])
+def test_lost_answers_to_create_run_make_no_orphan(proxy, local, short_requests, spoilt, times):
     def lose_first(method, path):
         creations = [p for p in proxy.requests if p.endswith("runs/create")]
-        return spoilt if path.endswith("runs/create") and len(creations) == 1 else None
+        return spoilt if path.endswith("runs/create") and len(creations) <= times else None
 
     store = connect(proxy.uri, local)
     proxy.spoil = lose_first
-    run = store.create(f"creation {spoilt}", None, {"tracklight.identity": spoilt})
+    identity = f"{spoilt} {times}"
+    run = store.create(f"creation {identity}", None, {"tracklight.identity": identity})
     run.finish("FINISHED")
-    assert [found.info.run_id for found in store.find(spoilt)] == [run.run_id]
+    assert [found.info.run_id for found in store.find(identity)] == [run.run_id]
     assert [path.name for path in (local / "artifacts").iterdir()] == [run.run_id]
 
 

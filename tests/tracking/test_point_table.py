@@ -104,6 +104,13 @@ def test_another_writer_is_waited_for_a_bounded_time(store, monkeypatch):
     assert len(rows(store.database, "metrics", run_id)) == 1
 
 
+def test_a_database_that_is_gone_is_not_made_anew(store):
+    store.database.rename(store.database.with_name("away"))
+    with pytest.raises(sqlite3.OperationalError):
+        PointTable(store.database, "0" * 32)
+    assert not store.database.exists()
+
+
 def test_tables_of_another_shape_are_not_touched(store):
     assert is_known(store.database)
     with sqlite3.connect(store.database) as connection:

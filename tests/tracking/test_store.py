@@ -1,3 +1,4 @@
+import functools
 import os
 import shutil
 import subprocess
@@ -116,6 +117,14 @@ def test_a_lost_write_ahead_file_doubles_nothing(store, damage):
     run.log_series("loss", [2, 3, 4], [0.2, 0.3, 0.4])
     run.finish("FINISHED")
     assert points_of(store, run.run_id, "loss") == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
+
+
+def test_search_finds_more_than_one_page(store, monkeypatch):
+    ids = [store.client.create_run("0").info.run_id for _ in range(5)]
+    real = store.client.search_runs
+    small = functools.partial(real, max_results=2)
+    monkeypatch.setattr(store.client, "search_runs", small)
+    assert sorted(run.info.run_id for run in store.search("")) == sorted(ids)
 
 
 @pytest.mark.parametrize("run_id", ["", "0" * 32, "../../etc/passwd", "a\nb", "' OR 1=1"])

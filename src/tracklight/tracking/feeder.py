@@ -43,7 +43,7 @@ class Delivery:
         self._run_id = run_id
         self._wal = wal
         self._publish = publish
-        self._database = database if database is not None and is_known(database) else None
+        self._database = database
         self._table: PointTable | None = None
 
     @property
@@ -74,9 +74,12 @@ class Delivery:
         self._wal.confirm(at)
 
     def _send(self, points: list[Points]) -> None:
-        if self._database is not None:
-            if self._table is None:
+        if self._database is not None and self._table is None:
+            if is_known(self._database):
                 self._table = PointTable(self._database, self._run_id)
+            else:
+                self._database = None
+        if self._table is not None:
             self._table.write(points)
             return
         metrics = [

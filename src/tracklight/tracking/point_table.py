@@ -30,9 +30,7 @@ class PointTable:
 
     def __init__(self, path: Path, run_id: str):
         self._run_id = run_id
-        self._connection = sqlite3.connect(
-            path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
-        )
+        self._connection = _connect(path)
         self._connection.execute("PRAGMA foreign_keys = ON")
 
     def write(self, points: Sequence[Points]) -> None:
@@ -106,9 +104,20 @@ def _age(row: Row) -> tuple[int, int, float]:
     return step, timestamp, value
 
 
+def _connect(path: Path) -> sqlite3.Connection:
+    # Never makes the file; the feeder's thread uses what another one may have opened.
+    return sqlite3.connect(
+        f"{path.as_uri()}?mode=rw",
+        uri=True,
+        timeout=_BUSY_S,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+
+
 def is_known(path: Path) -> bool:
     """Whether the database at `path` has the tables that this file knows how to fill."""
-    with closing(sqlite3.connect(path, timeout=_BUSY_S)) as connection:
+    with closing(_connect(path)) as connection:
         return all(
             {row[1] for row in connection.execute(f"PRAGMA table_info({table})")} == _COLUMNS
             for table in ("metrics", "latest_metrics")

@@ -25,7 +25,7 @@ _STILL_COMING_S = 3600.0  # a server may yet create a run that it was asked for 
 
 def recover(store: "Store") -> None:
     """Look at each run folder of `store` that holds a lock file: it did not end cleanly."""
-    for folder in sorted((store.directory / layout.FOLDER).iterdir()):
+    for folder in sorted(store.root.iterdir()):
         if not (folder / FILE_NAME).exists() or read_note(folder).get("store") != store.mark:
             continue
         try:

@@ -1,16 +1,17 @@
 """The tracking store: opened safely, and the runs in it made, continued and found again."""
 
+import functools
 import getpass
 import sys
-import time
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracklight.errors import BadInput, RunFailed
-from tracklight.tracking import address, database, layout, recovery, server
+from tracklight.tracking import address, creation, database, layout, recovery, server
 from tracklight.tracking.lock import Held, RunLock
-from tracklight.tracking.patience import is_locked, passes, persist, reason
+from tracklight.tracking.patience import is_locked, persist, reason
 from tracklight.tracking.quiet import mlflow
 from tracklight.tracking.wal import WriteAhead
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from tracklight.tracking.run import Run
 
 _PATIENCE_S = {"database": 60.0, "server": 15.0}
-_PAUSE_S = 1.0
 
 
 def connect(uri: str | None, directory: Path) -> "Store":
@@ -75,6 +75,7 @@ class Store:
         shown_uri: The URI as it may be printed and stored.
         directory: Absolute; run folders are `directory/artifacts/<run_id>`.
         database: The SQLite file, if the store is one.
+        root: The folder of run folders.
         patience_s: How long a call waits for a store that is busy or away.
         recovered: Ids of the runs that `recover` found left by a process that died.
     """
@@ -87,7 +88,7 @@ class Store:
         self.database = address.sqlite_path(uri)
         self.patience_s = patience_s
         self.recovered: set[str] = set()
-        self._root = directory / layout.FOLDER
+        self.root = directory / layout.FOLDER
 
     @property
     def mark(self) -> str:
@@ -110,7 +111,7 @@ class Store:
         """
         key = uuid.uuid4().hex
         # The locked folder comes first: what happens after the run exists cannot orphan it.
-        folder = self._root / f"{layout.NEW}{key}"
+        folder = self.root / f"{layout.NEW}{key}"
         try:
             folder.mkdir(parents=True)
             lock = RunLock(folder, {"store": self.mark})
@@ -119,64 +120,15 @@ class Store:
         source = {"mlflow.user": _user(), "mlflow.source.name": sys.argv[0]}
         tags = source | {"mlflow.source.type": "LOCAL"} | tags | {layout.KEY_TAG: key}
         try:
-            experiment_id = self._experiment(experiment)
-            run = self._create_once(experiment_id, name, tags)
+            run = creation.create_once(self, creation.experiment_id(self, experiment), name, tags)
         except mlflow.exceptions.MlflowException as error:
             lock.close()
             raise RunFailed(f"cannot make a run at {self.shown_uri}: {reason(error)}") from None
-        final = self._root / run.info.run_id
+        final = self.root / run.info.run_id
         folder.rename(final)
-        database.sync_folder(self._root)
+        database.sync_folder(self.root)
         lock.moved(final)
         return self._open(run, lock)
-
-    def _experiment(self, name: str) -> str:
-        def get() -> Any:
-            return persist(lambda: self.client.get_experiment_by_name(name), self.patience_s)
-
-        def make() -> None:
-            location = None if address.is_server(self.uri) else self._root.as_uri()
-            self.client.create_experiment(name, artifact_location=location)
-
-        experiment = get()
-        if experiment is None:
-            try:
-                persist(make, self.patience_s)
-            except mlflow.exceptions.MlflowException as error:
-                if error.error_code == "INVALID_PARAMETER_VALUE":
-                    raise BadInput(f"tracking.experiment={name}: {reason(error)}") from None
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # then another was faster
-                    raise
-            experiment = get()
-        if experiment is None or experiment.lifecycle_stage != "active":
-            raise BadInput(
-                f"tracking.experiment={name} is deleted; restore it, or try another name"
-            )
-        return experiment.experiment_id
-
-    def _create_once(self, experiment_id: str, name: str | None, tags: dict[str, str]) -> Any:
-        """Create one run, whatever becomes of the answers: its key tells whether it exists."""
-
-        def with_key() -> list[Any]:
-            return self.search(f"tags.`{layout.KEY_TAG}` = '{tags[layout.KEY_TAG]}'")
-
-        start_s = time.monotonic()
-        while True:
-            try:
-                run = self.client.create_run(experiment_id, tags=tags, run_name=name)
-                break
-            except mlflow.exceptions.MlflowException as error:
-                if not passes(error) or time.monotonic() - start_s > self.patience_s:
-                    raise
-            time.sleep(_PAUSE_S)
-            if found := with_key():
-                run = found[0]
-                break
-        if address.is_server(self.uri):  # MLflow's own retries send the request again, unasked
-            for other in with_key():
-                if other.info.run_id != run.info.run_id:
-                    self.client.delete_run(other.info.run_id)
-        return run
 
     def reopen(self, run_id: str) -> "Run":
         """Continue a run: its lock taken, what it left unsent sent, its status RUNNING again.
@@ -191,7 +143,7 @@ class Store:
             raise BadInput(f"run {run_id!r} is not to be had: {reason(error)}") from None
         if run.info.lifecycle_stage != "active":
             raise BadInput(f"run {run_id} is deleted; try `mlflow runs restore --run-id {run_id}`")
-        folder = self._root / run.info.run_id
+        folder = self.root / run.info.run_id
         try:
             folder.mkdir(exist_ok=True)
             lock = RunLock(folder, {"store": self.mark})
@@ -208,7 +160,7 @@ class Store:
     def _open(self, run: Any, lock: RunLock) -> "Run":
         from tracklight.tracking.run import Run  # imports Lightning: seconds that readers spare
 
-        folder = self._root / run.info.run_id
+        folder = self.root / run.info.run_id
         try:
             wal = WriteAhead(folder / layout.POINTS)
         except OSError as error:
@@ -233,15 +185,24 @@ class Store:
         """Runs of every experiment that MLflow's filter lets through, newest first."""
 
         def search() -> list[Any]:
-            experiments = [e.experiment_id for e in self.client.search_experiments()]
+            experiments = [e.experiment_id for e in _pages(self.client.search_experiments)]
             newest = ["attributes.start_time DESC"]
-            return list(self.client.search_runs(experiments, query, order_by=newest))
+            runs = functools.partial(self.client.search_runs, experiments, query, order_by=newest)
+            return list(_pages(runs))
 
         return persist(search, self.patience_s)
 
     def recover(self) -> None:
         """Send what earlier processes left unsent; mark their runs that died as KILLED."""
         recovery.recover(self)
+
+
+def _pages(search: Callable[..., Any]) -> Iterator[Any]:
+    page = search()
+    yield from page
+    while page.token:
+        page = search(page_token=page.token)
+        yield from page
 
 
 def _user() -> str:

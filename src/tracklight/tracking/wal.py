@@ -129,7 +129,8 @@ class WriteAhead:
         except OSError as error:
             whole, reason = False, error.strerror
         if not whole:
-            os.ftruncate(self._fd, self.end)
+            with contextlib.suppress(OSError):  # what cannot be cut now is cut at the next open
+                os.ftruncate(self._fd, self.end)
             raise RunFailed(f"cannot write {len(record)} bytes to {self.path}: {reason}")
         self.end += len(record)
 
@@ -155,7 +156,9 @@ class WriteAhead:
 
     def close(self) -> None:
         """Close the file; nothing is lost by not calling this."""
-        os.close(self._fd)
+        with self._lock:
+            os.close(self._fd)
+            self._fd = -1  # another file may get its number
 
 
 def read(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[Record, int]]:
