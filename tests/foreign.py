@@ -31,17 +31,14 @@ class Blobs(TensorData):
         seed: int,
         num_train: int = 200,
         num_val: int = 64,
-        overflow_at: int | None = None,
     ):
         super().__init__(batch_size, seed)
-        self.num_train, self.num_val, self.overflow_at = num_train, num_val, overflow_at
+        self.num_train, self.num_val = num_train, num_val
         self.name, self.source = "blobs", "made on the spot"
         self.in_features, self.out_features = FEATURES, CLASSES
 
     def load(self) -> dict[str, Split]:
         train, val, test = blobs(self.num_train, 1), blobs(self.num_val, 2), blobs(64, 3)
-        if self.overflow_at is not None:  # finite itself, but no longer once a layer has summed it
-            train.features[self.overflow_at] = torch.finfo(torch.float32).max
         return {"train": train} | ({"val": val} if self.num_val else {}) | {"test": test}
 
 

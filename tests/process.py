@@ -4,10 +4,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -100,16 +102,34 @@ class Trainees:
             faults: What goes wrong: names and arguments of functions in `trainee.py`.
             env: Further environment variables.
         """
-        assert self._server.stdin is not None
         self._number += 1
         folder = directory.parent / f"{directory.name}.process-{self._number}"
         folder.mkdir(parents=True)
-        if not directory.exists():
-            directory.mkdir()
-            shutil.copy(self._template, directory)
+        self.furnish(directory)
         arguments = [*arguments, f"tracking.dir={directory}"]
         request = {"arguments": arguments, "folder": str(folder), "env": env or {}}
-        self._server.stdin.write(json.dumps(request | {"faults": list(faults)}) + "\n")
+        return self._fork(folder, request | {"faults": list(faults)})
+
+    def furnish(self, directory: Path) -> None:
+        """Put an empty store where there is none."""
+        if not directory.exists():
+            directory.mkdir(parents=True)
+            shutil.copy(self._template, directory)
+
+    def serve(self, directory: Path, port: int) -> Process:
+        """Start an MLflow server on the store in `directory`, and wait until it answers."""
+        self.furnish(directory)
+        (directory / "exit").unlink(missing_ok=True)
+        server = self._fork(directory, {"folder": str(directory), "port": port})
+        end = time.monotonic() + ENDED_S
+        while not _answers(port):
+            assert time.monotonic() < end and server.exit_code is None, "no server"
+            time.sleep(0.05)
+        return server
+
+    def _fork(self, folder: Path, request: dict[str, Any]) -> Process:
+        assert self._server.stdin is not None
+        self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
         return Process(int(self._answer()), folder)
 
@@ -120,7 +140,24 @@ class Trainees:
         return process
 
     def close(self) -> None:
-        self._server.communicate(timeout=10)
+        for pipe in (self._server.stdin, self._server.stdout):
+            if pipe is not None:
+                pipe.close()
+        self._server.wait(10)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _answers(port: int) -> bool:
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 class Outcome:

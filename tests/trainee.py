@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 SCRIPT = Path(__file__).resolve().parents[1] / "train.py"
 
 
-def serve() -> None:
+def accept() -> None:
     """Fork for each request until there are no more."""
     gc.freeze()  # so that children share these pages
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -38,7 +38,7 @@ def _watch(request: dict[str, Any]) -> NoReturn:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     pid = os.fork()
     if pid == 0:
-        train(**request)
+        serve(**request) if "port" in request else train(**request)
     os.write(1, f"{pid}\n".encode())
     _, status = os.waitpid(pid, 0)
     folder = Path(request["folder"])
@@ -73,6 +73,17 @@ def train(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # the interpreter's own dismantling takes seconds in a forked process
+
+
+def serve(folder: str, port: int) -> None:
+    """Be an MLflow server on the database and artifacts in `folder`."""
+    os.setsid()
+    os.dup2(os.open(f"{folder}/server", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 2)
+    sys.path.insert(0, str(SCRIPT.parent / "tests" / "tracking"))
+    from serving import serve
+
+    serve(folder, port)
+    os._exit(0)
 
 
 def run(cfg: Any) -> Any:
@@ -181,6 +192,11 @@ def limit_files(num_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
 
 
+def change_code() -> None:
+    """Pretend that the code is another."""
+    put("tracklight.tracking.provenance:code_digest", lambda targets: "f" * 64)
+
+
 def be_nobody() -> None:
     """Lose the rights of root, before which no folder is read-only."""
     if os.geteuid() == 0:
@@ -221,7 +237,7 @@ def forget_replay_filter() -> None:
 FAULTS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
-        *(strike, halve, meet, slow, put, spare_model, limit_files, be_nobody),
+        *(strike, halve, meet, slow, put, spare_model, limit_files, be_nobody, change_code),
         *(forget_epoch_order, forget_step_seeding, forget_replay_filter),
     )
 }
@@ -247,4 +263,4 @@ PRELOADED = (
 
 if __name__ == "__main__":
     prepare(Path(sys.argv[1]))
-    serve()
+    accept()

@@ -3,6 +3,7 @@
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,16 +56,22 @@ def run(
         Stopped: A signal ended it.
     """
     with SafeStop().listening() as stop:
-        return _Experiment(cfg, tags or {}, [*callbacks, stop], into).run(test)
+        return _Experiment(cfg, tags or {}, callbacks, stop, into).run(test)
 
 
 class _Experiment:
     """The parts of one run, made in the order in which one depends on the other."""
 
     def __init__(
-        self, cfg: DictConfig, tags: Mapping[str, str], callbacks: list[Callback], into: str | None
+        self,
+        cfg: DictConfig,
+        tags: Mapping[str, str],
+        callbacks: Sequence[Callback],
+        stop: SafeStop,
+        into: str | None,
     ):
         self.tags = dict(tags)
+        self.stop = stop
         self.store = _open_store(cfg)
         _set_threads(cfg)  # before the identity, of which it is a part
         self.cfg, self.continued = (
@@ -85,7 +92,7 @@ class _Experiment:
             enable_version_counter=False,
         )
         self.last = ResumeCheckpoint(self.io)
-        self.trainer: Any = self._build_trainer(callbacks)
+        self.trainer: Any = self._build_trainer([*callbacks, stop])
         self.tracked: Run | None = None
 
     def _build_trainer(self, callbacks: list[Callback]) -> Trainer:
@@ -130,14 +137,16 @@ class _Experiment:
         """Open the run, last of all; then train, test, and close it as it really ended."""
         started = time.perf_counter()
         if self.store is None:
-            self._fit(None)
-            return self._close(test)
+            with self.stop.prevailing():
+                self._fit(None)
+                return self._close(test)
         self.tracked = self._open_run(self.store)
         status = "FAILED"
         try:
-            self._describe(self.tracked)
-            self._fit(self._prepare_folder(self.tracked))
-            score = self._close(test)
+            with self.stop.prevailing():
+                self._describe(self.tracked)
+                self._fit(self._prepare_folder(self.tracked))
+                score = self._close(test)
             status = "FINISHED"
         except Stopped:
             status = "KILLED"
@@ -207,14 +216,17 @@ class _Experiment:
     def _fit(self, checkpoint: Path | None) -> None:
         began = time.perf_counter()
         try:
-            self.trainer.fit(
-                self.model, datamodule=self.data, ckpt_path=str(checkpoint) if checkpoint else None
-            )
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            size = OmegaConf.select(self.cfg, "data.batch_size")
-            raise RunFailed(f"out of memory; make data.batch_size={size} smaller first") from error
-        except MisconfigurationException as error:
-            raise RunFailed(" ".join(str(error).split())) from error
+            with warnings.catch_warnings():  # a continued run's folder is not empty
+                warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
+                self.trainer.fit(self.model, datamodule=self.data, ckpt_path=checkpoint)
+        except Exception as error:
+            if _is_out_of_memory(error):
+                size = OmegaConf.select(self.cfg, "data.batch_size")
+                why = f"out of memory; make data.batch_size={size} smaller first"
+                raise RunFailed(why) from error
+            if isinstance(error, MisconfigurationException):
+                raise RunFailed(" ".join(str(error).split())) from error
+            raise
         self.fit_s = time.perf_counter() - began
 
     def _close(self, test: bool) -> float | None:
@@ -264,6 +276,13 @@ class _Experiment:
                 "look": f"MLflow at {store.shown_uri}" if self.cfg.tracking.uri else "make ui",
             }
         )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On the CPU, PyTorch has no exception of its own for it.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
 
 
 def _open_store(cfg: DictConfig) -> Store | None:

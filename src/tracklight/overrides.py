@@ -83,7 +83,7 @@ def split_for_resume(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Part the overrides into those to compose with and those for the stored config of a run.
 
     Returns:
-        All and none, unless `resume=RUN_ID`: then what finds the run, and all the rest.
+        All and none, unless `resume=RUN_ID`: then what is of this command, and all the rest.
 
     Raises:
         BadInput: A group is chosen beside `resume=RUN_ID`.
@@ -102,8 +102,8 @@ def split_for_resume(words: Sequence[str]) -> tuple[list[str], list[str]]:
                 f"{word} chooses a group, but resume={resume[0]} takes the run's own config; "
                 f"set single keys of it, {key}.KEY=VALUE, or start a new run without resume"
             )
-    finds = ("resume", "tracking", "hydra")
-    now = [word for word, key in parsed.items() if key.partition(".")[0] in finds]
+    of_command = ("resume", "allow_changes", "allowed_targets", "tracking", "hydra")
+    now = [word for word, key in parsed.items() if key.partition(".")[0] in of_command]
     return now, [word for word, key in parsed.items() if key != "resume" and key[:6] != "hydra."]
 
 

@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any
 
 from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 
@@ -43,6 +44,22 @@ class SafeStop(Callback):
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    @contextmanager
+    def prevailing(self) -> Iterator[None]:
+        """Raise `Stopped` for whatever else the signal makes others raise meanwhile.
+
+        A data loader's worker may hear of it first and die; Lightning makes of SIGTERM a SystemExit
+        without a code, on every process.
+        """
+        try:
+            yield
+        except SIGTERMException as error:
+            raise Stopped(signal.SIGTERM) from error
+        except Exception as error:
+            if self.received is None:
+                raise
+            raise Stopped(self.received) from error
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.received is not None:

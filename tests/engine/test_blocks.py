@@ -1,0 +1,101 @@
+"""Steps in blocks are the steps of plain Lightning: bits, schedules, counts, metrics, stops."""
+
+import math
+
+import pytest
+import torch
+from fitting import Fit, OneByOne
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from foreign import Blobs, Diverging
+from tracklight.engine.blocks import STEPS_PER_BLOCK, NonFiniteLoss
+from tracklight.models.mlp import MLP
+
+STEPS = 13
+
+
+def one_cycle(optimizer):
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=2 * STEPS)
+    return {"scheduler": scheduler, "interval": "step"}
+
+
+def plateau(optimizer):
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=10.0)
+    return {"scheduler": scheduler, "interval": "epoch", "monitor": "val/loss"}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "batch_size"),
+    [(None, 7), (None, 200), (None, None), (one_cycle, 16), (plateau, 64)],
+)
+def test_blocks_give_the_bits_and_points_of_single_steps(scheduler, batch_size):
+    data = {"batch_size": batch_size, "seed": 3, "num_train": 200}
+    blocks = Fit(data=Blobs(**data), scheduler=scheduler)
+    single = Fit(OneByOne(), data=Blobs(**data), scheduler=scheduler)
+    assert (blocks.error, single.error) == (None, None)
+    assert (blocks.reason, single.reason is None) == (None, False)
+    assert blocks.same_bits(single)
+    assert blocks.trainer.global_step == single.trainer.global_step
+    for key in ("train/loss", "val/loss", "val/accuracy"):
+        assert blocks.logger.points[key] == single.logger.points[key], key
+
+
+def test_several_blocks_an_epoch_give_the_bits_of_single_steps():
+    data = {"batch_size": 2, "seed": 3, "num_train": 4 * STEPS_PER_BLOCK + 9}
+    blocks, single = Fit(data=Blobs(**data)), Fit(OneByOne(), data=Blobs(**data))
+    assert blocks.same_bits(single)
+    assert blocks.trainer.global_step == 2 * (2 * STEPS_PER_BLOCK + 5)
+
+
+def test_the_cycle_of_learning_rates_moves_every_step():
+    rates = []
+
+    class Noting(torch.optim.Adam):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    class Watched(MLP):
+        def configure_optimizers(self):
+            optimizer = Noting(self.parameters(), lr=0.01)
+            return {"optimizer": optimizer, "lr_scheduler": one_cycle(optimizer)}
+
+    fit = Fit(module=Watched(8, 4, hidden=[6]))
+    assert fit.reason is None
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
+    cycle = one_cycle(optimizer)["scheduler"]
+    wanted = []
+    for _ in range(2 * STEPS):
+        wanted.append(cycle.get_last_lr()[0])
+        optimizer.step()
+        cycle.step() if len(wanted) < 2 * STEPS else None
+    assert rates == wanted
+
+
+def test_the_epochs_loss_is_the_mean_over_examples():
+    fit = Fit(max_epochs=3)
+    losses = [value for _, value in fit.logger.points["train/loss"]]
+    sizes = [16] * 12 + [8]
+    means = [value for _, value in fit.logger.points["train/loss_epoch"]]
+    for epoch, mean in enumerate(means):
+        part = losses[epoch * STEPS : (epoch + 1) * STEPS]
+        wanted = math.fsum(a * b for a, b in zip(part, sizes, strict=True)) / 200
+        assert mean == pytest.approx(wanted, rel=1e-6)  # float32 sums of 13 terms
+    assert [step for step, _ in fit.logger.points["train/loss_epoch"]] == [13, 26, 39]
+    assert [step for step, _ in fit.logger.points["train/loss"]] == list(range(1, 40))
+
+
+@pytest.mark.parametrize("step", [1, 7, 13, 14, 20])
+@pytest.mark.parametrize("callbacks", [(), (OneByOne(),)], ids=["blocks", "plain"])
+def test_a_loss_of_nan_stops_at_its_step_and_leaves_the_best(tmp_path, callbacks, step):
+    checkpoint = ModelCheckpoint(tmp_path, filename="best", monitor="val/loss")
+    fit = Fit(*callbacks, checkpoint, module=Diverging(8, 4, nan_at=step), max_epochs=3)
+    assert isinstance(fit.error, NonFiniteLoss)
+    assert fit.error.step == step
+    assert max([s for s, _ in fit.logger.points.get("train/loss", [(0, 0)])]) <= step
+    assert all(s <= step for points in fit.logger.points.values() for s, _ in points)
+    saved = list(tmp_path.glob("*.ckpt"))
+    assert len(saved) == (step > STEPS)
+    for path in saved:
+        weights = torch.load(path, weights_only=True)["state_dict"].values()
+        assert all(weight.isfinite().all() for weight in weights)

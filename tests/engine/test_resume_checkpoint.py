@@ -1,0 +1,174 @@
+"""Resume checkpoints are taken between epochs, two are kept, and the last of a run has its name."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from fitting import Fit, OneByOne
+from pytorch_lightning import Callback
+
+from foreign import Blobs
+from tracklight.engine import resume_checkpoint
+from tracklight.engine.checkpoint import DurableCheckpointIO, checksum_path, is_intact
+from tracklight.engine.resume_checkpoint import (
+    LAST,
+    ResumeCheckpoint,
+    keep_last,
+    resume_point,
+)
+
+IO = DurableCheckpointIO()
+
+
+def save(folder: Path, step: int, name: str | None = None) -> Path:
+    path = folder / (name or f"step-{step:09d}.ckpt")
+    IO.save_checkpoint({"state_dict": {}, "global_step": step}, path)
+    return path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def each_epoch(monkeypatch) -> None:
+    monkeypatch.setattr(resume_checkpoint, "INTERVAL_S", 0.0)
+
+
+class Folder(Callback):
+    """Notes what lies in a folder as each epoch ends, from the second on."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.seen: list[list[str]] = []
+
+    def on_train_epoch_end(self, trainer, module) -> None:
+        self.seen.append(sorted(path.stem for path in self.folder.glob("*.ckpt")))
+
+
+def resuming(folder: Path) -> ResumeCheckpoint:
+    callback = ResumeCheckpoint(IO)
+    callback.folder = folder
+    return callback
+
+
+def test_two_generations_are_kept_each_taken_when_its_epoch_is_over(tmp_path, each_epoch):
+    seen = Folder(tmp_path)
+    fit = Fit(resuming(tmp_path), seen, max_epochs=4, plugins=[IO])
+    assert fit.error is None
+    step = "step-{:09d}".format
+    assert seen.seen == [[], [step(13)], [step(13), step(26)], [step(26), step(39)]]
+    assert [path.stem for path in sorted(tmp_path.glob("*.ckpt"))] == [step(39), step(52)]
+    assert all(is_intact(path) for path in tmp_path.glob("*.ckpt"))
+    taken = torch.load(tmp_path / f"{step(39)}.ckpt", weights_only=True)
+    assert (taken["epoch"], taken["global_step"]) == (3, 39)
+
+
+def test_quick_epochs_are_not_all_committed_but_the_last_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(resume_checkpoint, "INTERVAL_S", 1e6)
+    Fit(resuming(tmp_path), max_epochs=5, plugins=[IO])
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["step-000000065.ckpt"]
+
+
+@pytest.mark.parametrize("callbacks", [(), (OneByOne(),)], ids=["blocks", "plain"])
+def test_a_run_stopped_anywhere_and_continued_has_the_bits_of_one_that_was_not(
+    tmp_path, each_epoch, callbacks
+):
+    from pytorch_lightning import Trainer
+
+    def plateau(optimizer):
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, patience=0, threshold=10.0, factor=0.5
+        )
+        return {"scheduler": scheduler, "interval": "epoch", "monitor": "val/loss"}
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+            if trainer.current_epoch == 3:
+                raise RuntimeError("stopped")
+
+        listens_by_block = True
+
+    whole = Fit(*callbacks, max_epochs=5, scheduler=plateau, plugins=[IO])
+    stopped = Fit(
+        *callbacks, resuming(tmp_path), Stop(), max_epochs=5, scheduler=plateau, plugins=[IO]
+    )
+    assert str(stopped.error) == "stopped"
+    point = resume_point(tmp_path)
+    assert point is not None and point.name == "step-000000039.ckpt"
+
+    original = Trainer.fit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Trainer, "fit", lambda self, *a, **k: original(self, *a, ckpt_path=str(point), **k)
+        )
+        continued = Fit(
+            *callbacks, resuming(tmp_path), max_epochs=5, scheduler=plateau, plugins=[IO]
+        )
+    assert continued.error is None
+    assert continued.same_bits(whole)
+    tail = [point for point in whole.logger.points["train/loss"] if point[0] > 39]
+    assert continued.logger.points["train/loss"] == tail
+
+
+def test_the_last_one_of_a_finished_run_has_its_name_and_stands_alone(tmp_path):
+    save(tmp_path, 13)
+    save(tmp_path, 26)
+    keep_last(tmp_path, IO)
+    assert names(tmp_path) == [LAST, checksum_path(tmp_path / LAST).name]
+    assert resume_point(tmp_path) == tmp_path / LAST
+
+
+def test_a_run_extended_replaces_the_last_one_of_its_earlier_end(tmp_path):
+    save(tmp_path, 26, LAST)
+    save(tmp_path, 39)
+    save(tmp_path, 52)
+    keep_last(tmp_path, IO)
+    assert names(tmp_path) == [LAST, checksum_path(tmp_path / LAST).name]
+    assert torch.load(tmp_path / LAST, weights_only=True)["global_step"] == 52
+
+
+@pytest.mark.parametrize("call", range(1, 9))
+@pytest.mark.parametrize("earlier", [False, True])
+def test_naming_the_last_one_survives_a_crash_at_every_call(tmp_path, monkeypatch, call, earlier):
+    class Crash(BaseException):
+        pass
+
+    if earlier:
+        save(tmp_path, 13, LAST)
+    save(tmp_path, 26)
+    save(tmp_path, 39)
+    calls = iter(range(1, 100))
+
+    def crashing(original):
+        def crash(*args, **kwargs):
+            if next(calls) == call:
+                raise Crash
+            return original(*args, **kwargs)
+
+        return crash
+
+    for name in ("replace", "unlink"):
+        monkeypatch.setattr(Path, name, crashing(getattr(Path, name)))
+    try:
+        keep_last(tmp_path, IO)
+    except Crash:
+        monkeypatch.undo()
+        point = resume_point(tmp_path)
+        assert point is not None
+        assert torch.load(point, weights_only=True)["global_step"] == 39
+        keep_last(tmp_path, IO)
+        from tracklight.engine.checkpoint import remove_leftovers
+
+        remove_leftovers(tmp_path)
+    assert names(tmp_path) == [LAST, checksum_path(tmp_path / LAST).name]
+    assert torch.load(tmp_path / LAST, weights_only=True)["global_step"] == 39
+
+
+def test_a_damaged_one_of_a_later_step_makes_way_for_two_whole_ones(tmp_path, each_epoch):
+    (tmp_path / "step-000000999.ckpt").write_bytes(b"damaged")
+    Fit(resuming(tmp_path), data=Blobs(16, 3), max_epochs=3, plugins=[IO])
+    assert [path.name for path in sorted(tmp_path.glob("*.ckpt"))] == [
+        "step-000000026.ckpt",
+        "step-000000039.ckpt",
+    ]

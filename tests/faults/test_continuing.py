@@ -1,0 +1,145 @@
+"""What may be continued, and how: by the same command or by id, and never otherwise unnoticed."""
+
+import re
+
+import pytest
+from configs import ALLOWED, CONFIGS, EACH_EPOCH, EPOCHS, QUICK
+
+from process import Outcome
+
+COMMIT = "tracklight.engine.resume_checkpoint:ResumeCheckpoint._commit"
+BATCH_END = "tracklight.engine.blocks:Blocks.on_train_batch_end"
+DIE = [["spare_model"], EACH_EPOCH, ["strike", COMMIT, 3, ["SIGKILL"], True]]
+SPARE = [["spare_model"]]
+
+
+@pytest.fixture
+def killed(trainees, tmp_path):
+    """A tracking directory with one run, of the config `plateau`, killed in its fourth epoch."""
+    directory = tmp_path / "runs"
+    assert trainees.train(directory, *CONFIGS["plateau"], EPOCHS, faults=DIE).exit_code == -9
+    return directory
+
+
+def test_a_changed_setting_or_code_is_refused_with_the_difference_unless_allowed(
+    trainees, undisturbed, killed
+):
+    run = f"resume={Outcome(killed).run_id}"
+    for change, said in (
+        ("optimizer.lr=0.5", r"optimizer\.lr: 0\.01 -> 0\.5"),
+        ("seed=8", "seed: 0 -> 8"),
+    ):
+        process = trainees.train(killed, run, change, ALLOWED)
+        assert process.exit_code == 2
+        assert re.fullmatch(rf"error: run .* \(.*{said}.*\); allow_changes=.*\n", process.stderr)
+    for command in ((run, ALLOWED), (*CONFIGS["plateau"], EPOCHS, "resume=auto")):
+        process = trainees.train(killed, *command, faults=[["change_code"]])
+        assert process.exit_code == 2
+        assert re.fullmatch(r"error: run .*code: digest \w+ -> f+; .*\n", process.stderr)
+    assert len(Outcome(killed).runs) == 1
+    assert max(Outcome(killed).steps("train/loss")) == 3 * 38
+
+    process = trainees.train(
+        *(killed, run, "optimizer.lr=0.5", ALLOWED, "allow_changes=true"),
+        faults=SPARE,
+    )
+    changed = Outcome(killed)
+    assert (process.exit_code, changed.status) == (0, "FINISHED")
+    assert changed.tags["tracklight.changes"] == "optimizer.lr: 0.01 -> 0.5"
+    assert changed.differences(undisturbed("plateau")) != []
+
+
+def test_a_run_continued_by_its_id_alone_ends_in_the_same_bits(trainees, undisturbed, killed):
+    run = f"resume={Outcome(killed).run_id[:12]}"
+    process = trainees.train(killed, run, ALLOWED, faults=SPARE)
+    assert process.exit_code == 0, process.stderr
+    assert Outcome(killed).differences(undisturbed("plateau")) == []
+
+
+def content_of(directory):
+    """All files of the runs, but how far MLflow has them, which a thread of the holder writes."""
+    files = (directory / "artifacts").rglob("*")
+    return {path: path.read_bytes() for path in files if path.is_file() and path.suffix != ".sent"}
+
+
+def test_a_second_process_on_the_same_run_is_told_so_and_writes_nothing(
+    trainees, undisturbed, killed, tmp_path
+):
+    mark, command = tmp_path / "mark", (*CONFIGS["plateau"], EPOCHS, "resume=auto")
+    first = trainees.start(killed, command, [*SPARE, ["meet", BATCH_END, 3, str(mark)]])
+    first.wait_for(mark)
+    before = content_of(killed)
+    second = trainees.train(killed, *command)
+    assert second.exit_code == 2
+    assert second.stderr == (
+        f"error: run {Outcome(killed).run_id} is in progress (pid {first.pid})\n"
+    )
+    assert content_of(killed) == before
+    mark.unlink()
+    assert first.wait() == 0
+    assert Outcome(killed).differences(undisturbed("plateau")) == []
+
+
+@pytest.mark.parametrize("by", ["auto", "id"])
+def test_a_finished_run_asked_for_more_epochs_ends_as_if_asked_at_once(
+    trainees, undisturbed, tmp_path, by
+):
+    directory = tmp_path / "runs"
+    trainees.train(directory, *CONFIGS["plateau"], "trainer.max_epochs=5", faults=SPARE)
+    few = Outcome(directory)
+    assert few.status == "FINISHED"
+    command = (
+        (*CONFIGS["plateau"], EPOCHS, "resume=auto")
+        if by == "auto"
+        else (f"resume={few.run_id}", EPOCHS, ALLOWED)
+    )
+    assert trainees.train(directory, *command, faults=SPARE).exit_code == 0
+    differences = Outcome(directory).differences(undisturbed("plateau"))
+    # what a finished run logs at its end, it has logged at both of its ends
+    assert [each for each in differences if "test/" not in each and "score" not in each] == []
+
+
+def test_more_epochs_under_a_schedule_of_the_total_are_another_training(trainees, tmp_path):
+    directory = tmp_path / "runs"
+    trainees.train(directory, *CONFIGS["blocks"], "trainer.max_epochs=3", faults=SPARE)
+    run = f"resume={Outcome(directory).run_id}"
+    refused = trainees.train(directory, run, "trainer.max_epochs=5", ALLOWED)
+    assert refused.exit_code == 2
+    assert "trainer.max_epochs=5: the schedule of run" in refused.stderr
+    trainees.train(
+        directory, *CONFIGS["blocks"], "trainer.max_epochs=5", "resume=auto", faults=SPARE
+    )
+    runs = Outcome(directory).runs
+    assert [status for _, status in runs] == ["FINISHED", "FINISHED"]
+
+
+def test_resume_auto_finds_its_run_whatever_the_number_of_threads_is_left_to(trainees, tmp_path):
+    directory = tmp_path / "runs"
+    command = [word for word in CONFIGS["plateau"] if "num_threads" not in word]
+    command += ["trainer.max_epochs=4", "resume=auto"]
+    assert trainees.train(directory, *command, faults=DIE).exit_code == -9
+    assert trainees.train(directory, *command, faults=SPARE).exit_code == 0
+    assert [status for _, status in Outcome(directory).runs] == ["FINISHED"]
+
+
+@pytest.mark.parametrize("change", ["truncated", "relabelled", "swapped"])
+def test_data_changed_between_two_starts_are_refused(trainees, tmp_path, change):
+    path, directory = tmp_path / "table.csv", tmp_path / "runs"
+    rows = [f"{x},{2 * x + 1}" for x in range(40)]
+    path.write_text("\n".join(["x,y", *rows]))
+    command = (
+        *("model=linear", "data=table", f"data.path={path}", "data.target=y", "resume=auto"),
+        *("optimizer.lr=0.0001", "trainer.max_epochs=9", *QUICK),
+    )
+    assert trainees.train(directory, *command, faults=DIE).exit_code == -9
+    changed = {
+        "truncated": rows[:-1],
+        "relabelled": [*rows[:7], "7,14.5", *rows[8:]],
+        "swapped": [rows[1], rows[0], *rows[2:]],
+    }[change]
+    path.write_text("\n".join(["x,y", *changed]))
+    process = trainees.train(directory, *command)
+    assert process.exit_code == 2
+    assert re.fullmatch(r"error: run .*data: digest \w{12} -> \w{12}.*\n", process.stderr)
+    assert len(Outcome(directory).runs) == 1
+    assert max(Outcome(directory).steps("train/loss")) == 3

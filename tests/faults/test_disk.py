@@ -1,0 +1,118 @@
+"""Disks that are full or closed: a clear line, nothing broken, and the run goes on afterwards."""
+
+import re
+import shutil
+import sqlite3
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from configs import CONFIGS, EACH_EPOCH, EPOCHS, MLP
+
+from process import Outcome
+from tracklight.engine.resume_checkpoint import resume_point
+
+COMMIT = "tracklight.engine.resume_checkpoint:ResumeCheckpoint._commit"
+SPARE = [["spare_model"]]
+
+
+def test_a_disk_too_full_for_a_checkpoint_leaves_the_one_before(trainees, tmp_path):
+    directory = tmp_path / "runs"
+    command = (*MLP, "model.hidden=[20000]", "optimizer=adam", EPOCHS, "resume=auto")
+    die = ["strike", COMMIT, 2, ["SIGKILL"], True]
+    trainees.train(directory, *command, faults=[*SPARE, EACH_EPOCH, die])
+    kept = resume_point(Outcome(directory).checkpoints)
+    process = trainees.train(
+        directory, *command, faults=[*SPARE, EACH_EPOCH, ["limit_files", 2_000_000]]
+    )
+    assert process.exit_code == 1
+    folder = re.escape(str(Outcome(directory).checkpoints))
+    assert re.search(
+        rf"^error: checkpoint {folder}/step-\d+\.ckpt could not be written "
+        r"\([\d,]{7,} bytes so far\): File too large; the previous one is untouched\n$",
+        process.stderr,
+    )
+    assert resume_point(Outcome(directory).checkpoints) == kept
+    assert Outcome(directory).status == "FAILED"
+    few = "trainer.max_epochs=4"
+    assert trainees.train(directory, *command, few, faults=SPARE).exit_code == 2  # twice one key
+    assert trainees.train(directory, *command[:-2], few, "resume=auto", faults=SPARE).exit_code == 0
+    assert [status for _, status in Outcome(directory).runs] == ["FINISHED"]
+
+
+def test_a_disk_too_full_for_the_database_breaks_neither_it_nor_the_run(
+    trainees, undisturbed, tmp_path
+):
+    directory = tmp_path / "runs"
+    trainees.furnish(directory)
+    with closing(sqlite3.connect(directory / "mlflow.db")) as connection:
+        connection.execute("VACUUM")
+    size = (directory / "mlflow.db").stat().st_size
+    impatient = ["put", "tracklight.tracking.store:_PATIENCE_S", {"database": 1.0}]
+    command = (*CONFIGS["blocks"], EPOCHS, "resume=auto")
+    process = trainees.train(
+        directory, *command, faults=[*SPARE, impatient, ["limit_files", size + 24 * 1024]]
+    )
+    assert "Traceback" not in process.stderr
+    assert re.search("database or disk is full|disk I/O error", process.stderr)
+    with closing(sqlite3.connect(directory / "mlflow.db")) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    assert trainees.train(directory, *command, faults=SPARE).exit_code == 0
+    assert Outcome(directory).differences(undisturbed("blocks")) == []
+
+
+def test_a_read_only_run_folder_is_refused_before_training(trainees):
+    with tempfile.TemporaryDirectory() as folder:  # that nobody can reach, unlike pytest's own
+        Path(folder).chmod(0o755)
+        directory = Path(folder) / "runs"
+        die = ["strike", COMMIT, 2, ["SIGKILL"], True]
+        command = (*CONFIGS["blocks"], EPOCHS, "resume=auto")
+        trainees.train(directory, *command, faults=[*SPARE, EACH_EPOCH, die])
+        before, run = Outcome(directory), directory / "artifacts" / Outcome(directory).run_id
+        for each in (directory, *directory.rglob("*")):
+            each.chmod(0o777 if each.is_dir() else 0o666)
+        for each in (run, *run.rglob("*")):
+            each.chmod(0o555 if each.is_dir() else 0o444)
+        process = trainees.train(directory, *command, faults=[["be_nobody"]])
+        assert process.exit_code == 2
+        assert re.fullmatch(rf".*\nerror: cannot write run folder {run}: .*\n", process.stderr)
+        assert Outcome(directory).points == before.points
+        directory.chmod(0o555)
+        process = trainees.train(directory, *command, faults=[["be_nobody"]])
+        assert process.exit_code == 2
+        assert process.stderr.startswith(f"error: tracking.dir={directory}: ")
+        assert process.stderr.count("\n") == 1
+        for each in (directory, run, *(path for path in run.rglob("*") if path.is_dir())):
+            each.chmod(0o755)
+
+
+@pytest.fixture
+def full_folder(tmp_path) -> Iterator[Path]:
+    """A file system of its own with not a byte left."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system (root)")
+    try:
+        with pytest.raises(OSError, match="No space"), (folder / "ballast").open("wb") as file:
+            while True:
+                file.write(bytes(4096))
+                file.flush()
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_temporary_folder_has_no_effect(trainees, undisturbed, tmp_path, full_folder):
+    directory = tmp_path / "runs"
+    process = trainees.train(
+        *(directory, *CONFIGS["blocks"], EPOCHS), env={"TMPDIR": str(full_folder)}
+    )
+    assert process.exit_code == 0
+    assert "not logged" not in process.stderr
+    assert [path.name for path in full_folder.iterdir()] == ["ballast"]
+    assert Outcome(directory).differences(undisturbed("blocks")) == []
