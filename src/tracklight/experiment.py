@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback, Trainer
@@ -24,8 +23,8 @@ from tracklight.engine.resume_checkpoint import ResumeCheckpoint, keep_last, res
 from tracklight.engine.signals import SafeStop, Stopped
 from tracklight.errors import BadInput, RunFailed
 from tracklight.models.linear_regression import LinearRegression
+from tracklight.opening import describe, open_run
 from tracklight.tracking import provenance, query
-from tracklight.tracking.layout import IDENTITY_TAG, SETTING_TAG
 from tracklight.tracking.run import Run
 from tracklight.tracking.store import Store, connect
 
@@ -78,10 +77,15 @@ class _Experiment:
             (cfg, None) if self.store is None else resume.resolve(cfg, self.store, into)
         )
         _set_threads(self.cfg)  # a stored config has its own
-        self.code = provenance.code_digest(config.targets(self.cfg))
+        self.facts = provenance.collect(
+            config.ROOT,
+            config.redact(shlex.join(sys.argv)),
+            provenance.code_digest(config.targets(self.cfg)),
+        )
         self.data = assemble.build_data(self.cfg)
         self.model = assemble.build_model(self.cfg, self.data)
-        self.weights_of = self._load_initial_weights()
+        if self.cfg.init_from is not None:
+            self.tags["tracklight.init_from"] = self._load_initial_weights(self.cfg.init_from)
         self.io = DurableCheckpointIO()
         self.blocks = Blocks(self.cfg.seed)
         self.best = ModelCheckpoint(
@@ -115,21 +119,18 @@ class _Experiment:
             self.cfg, [*callbacks, *saving], [self.io] if tracked else [], root, **ours
         )
 
-    def _load_initial_weights(self) -> str | None:
-        if self.cfg.init_from is None:
-            return None
+    def _load_initial_weights(self, run_id: str) -> str:
+        """Start from that run's best weights; return its whole id."""
         if self.store is None:
-            raise BadInput(
-                f"init_from={self.cfg.init_from} needs tracking=mlflow, where that run is"
-            )
-        run = query.find_run(self.store, str(self.cfg.init_from))
+            raise BadInput(f"init_from={run_id} needs tracking=mlflow, where that run is")
+        run = query.find_run(self.store, run_id)
         weights = load_weights(query.fetch(self.store, run, query.BEST))
         try:
             self.model.load_state_dict(weights)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise BadInput(
-                f"init_from={self.cfg.init_from}: its weights do not fit this model: {reason}"
+                f"init_from={run_id}: its weights do not fit this model: {reason}"
             ) from None
         return run.info.run_id
 
@@ -140,11 +141,13 @@ class _Experiment:
             with self.stop.prevailing():
                 self._fit(None)
                 return self._close(test)
-        self.tracked = self._open_run(self.store)
+        self.tracked = open_run(
+            self.store, self.cfg, self.model, self.data, self.continued, self.facts, self.tags
+        )
         status = "FAILED"
         try:
             with self.stop.prevailing():
-                self._describe(self.tracked)
+                describe(self.tracked, self.cfg, self.data, self.facts)
                 self._fit(self._prepare_folder(self.tracked))
                 score = self._close(test)
             status = "FINISHED"
@@ -159,48 +162,6 @@ class _Experiment:
         print(self._summary(self.tracked, self.store, score, time.perf_counter() - started))
         return score
 
-    def _open_run(self, store: Store) -> Run:
-        data = self.data.digest if isinstance(self.data, TensorData) else "unknown"
-        changes: list[str] = []
-        if self.continued:
-            changes = resume.check_changes(self.continued, self.code, data, self.cfg.allow_changes)
-        command = config.redact(shlex.join(sys.argv))
-        self.facts = provenance.collect(config.ROOT, command, self.code)
-        tags = self.facts.tags() | {
-            IDENTITY_TAG: config.identity(self.cfg),
-            SETTING_TAG: config.setting(self.cfg),
-            resume.DATA_TAG: data,
-            resume.EPOCHS_TAG: str(self.cfg.trainer.max_epochs),
-        }
-        if self.weights_of:
-            tags["tracklight.init_from"] = self.weights_of
-        if changes:
-            tags[resume.CHANGES_TAG] = "; ".join(changes)
-        tags |= self.tags
-        if self.continued:
-            run = store.reopen(self.continued.run.info.run_id)
-            run.set_tags(tags)
-            return run
-        name = self.cfg.tracking.run_name or self._name()
-        return store.create(self.cfg.tracking.experiment, name, tags)
-
-    def _describe(self, run: Run) -> None:
-        tree = config.redact(config.plain(self.cfg))
-        if not run.described:  # a run killed just after it was made is not
-            run.log_params(config.flatten(tree))
-            if isinstance(self.data, TensorData):
-                run.log_input(self.data.name, self.data.digest, self.data.source, "training")
-        run.log_text(yaml.safe_dump(tree, sort_keys=False), resume.CONFIG)
-        for path, text in self.facts.texts().items():
-            run.log_text(text, path)
-
-    def _name(self) -> str:
-        """Return what tells runs apart in a list; MLflow's own names repeat with the seed."""
-        parts = [type(self.model).__name__, time.strftime("%m%d-%H%M%S")]
-        if self.data is not None:
-            parts.insert(1, getattr(self.data, "name", None) or type(self.data).__name__)
-        return "-".join(parts)
-
     def _prepare_folder(self, run: Run) -> Path | None:
         """Point everything at the run's folder; return the checkpoint to continue from."""
         folder = run.artifacts / query.CHECKPOINTS
@@ -211,7 +172,9 @@ class _Experiment:
         self.io.before_commit = run.sync
         self.best.dirpath = str(folder)
         self.last.folder = folder
-        return resume_point(folder) if self.continued else None
+        if not self.continued:
+            return None
+        return resume_point(folder) or self.continued.checkpoint
 
     def _fit(self, checkpoint: Path | None) -> None:
         began = time.perf_counter()
@@ -227,6 +190,7 @@ class _Experiment:
             if isinstance(error, MisconfigurationException):
                 raise RunFailed(" ".join(str(error).split())) from error
             raise
+        self.stop.check()  # of a signal after the last batch
         self.fit_s = time.perf_counter() - began
 
     def _close(self, test: bool) -> float | None:
@@ -253,6 +217,7 @@ class _Experiment:
             step = best["global_step"]
         if test and assemble.has_test(self.model, self.data) and not self.trainer.fast_dev_run:
             self.trainer.test(self.model, datamodule=self.data, verbose=False)
+            self.stop.check()
         score = None if score is None else float(score)
         if tracked and self.store:
             keep_last(tracked.artifacts / query.CHECKPOINTS, self.io)
@@ -261,20 +226,17 @@ class _Experiment:
         return score
 
     def _summary(self, run: Run, store: Store, score: float | None, total_s: float) -> str:
-        named = {} if score is None else {self.cfg.score.metric: score}
         metrics = {key: float(value) for key, value in self.trainer.callback_metrics.items()}
         epochs = self.trainer.current_epoch - self.last.first_epoch
         rows = len(self.data.splits["train"]) if isinstance(self.data, TensorData) else 0
-        speed = f", {rows * epochs / self.fit_s:,.0f} examples/s" if rows * epochs else ""
         return report.summary(
-            {
-                "score": report.shown(named) and f"{report.shown(named)} (best epoch)",
-                "test": report.shown({k: v for k, v in metrics.items() if k.startswith("test/")}),
-                "time": f"{self.fit_s:.1f} s of training, {total_s:.1f} s in all{speed}",
-                "run": f"{run.run_id} ({run.name})",
-                "best": str(run.artifacts / query.BEST),
-                "look": f"MLflow at {store.shown_uri}" if self.cfg.tracking.uri else "make ui",
-            }
+            score={} if score is None else {self.cfg.score.metric: score},
+            test={key: value for key, value in metrics.items() if key.startswith("test/")},
+            seconds=(self.fit_s, total_s),
+            num_examples=rows * epochs,
+            run=f"{run.run_id} ({run.name})",
+            best=str(run.artifacts / query.BEST),
+            look=f"MLflow at {store.shown_uri}" if self.cfg.tracking.uri else "make ui",
         )
 
 

@@ -41,7 +41,29 @@ def shown(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{key} {value:.5g}" for key, value in sorted(metrics.items()))
 
 
-def summary(entries: Mapping[str, str]) -> str:
-    """Lay out the closing summary, one aligned line for each entry that has something to say."""
+def summary(
+    score: Mapping[str, float],
+    test: Mapping[str, float],
+    seconds: tuple[float, float],
+    num_examples: int,
+    **named: str,
+) -> str:
+    """Lay out the closing summary, one aligned line for each entry that has something to say.
+
+    Args:
+        score: The monitored metric's name and best value; empty where none is monitored.
+        test: Scores on the test part.
+        seconds: Of training, and of everything.
+        num_examples: Trained on in that time; 0 where it is not known.
+        **named: Further entries.
+    """
+    training_s, all_s = seconds
+    speed = f", {num_examples / training_s:,.0f} examples/s" if num_examples else ""
+    entries = {
+        "score": shown(score) and f"{shown(score)} (best epoch)",
+        "test": shown(test),
+        "time": f"{training_s:.1f} s of training, {all_s:.1f} s in all{speed}",
+        **named,
+    }
     width = max(map(len, entries))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in entries.items() if text)

@@ -1,6 +1,7 @@
 """Which run a command continues, and whether it may."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -9,8 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from tracklight import config
 from tracklight.assemble import depends_on_total
 from tracklight.errors import BadInput
-from tracklight.tracking.layout import DATA_TAG
-from tracklight.tracking.query import find_run, read_text
+from tracklight.tracking.layout import DATA_TAG, FOLDER
+from tracklight.tracking.query import LAST, fetch, find_run, read_text
 from tracklight.tracking.store import Store
 
 CONFIG = "config.yaml"  # artifact that holds a run's resolved config
@@ -28,10 +29,14 @@ OURS = (
 
 @dataclass
 class Continued:
-    """A run to continue, and what differs from when it was started, one line a difference."""
+    """A run to continue, and what differs from when it was started, one line a difference.
+
+    `checkpoint` is where to continue from if the run's own folder has nothing.
+    """
 
     run: Any
     changes: list[str]
+    checkpoint: Path | None = None
 
 
 def resolve(
@@ -55,8 +60,11 @@ def resolve(
         unfinished = [
             run
             for run in store.find(config.identity(cfg))
-            if is_unfinished(run, cfg.trainer.max_epochs)
-            or run.info.run_id in store.recovered  # killed as it closed
+            if _is_here(store, run)  # else it may be in progress on another machine
+            and (
+                is_unfinished(run, cfg.trainer.max_epochs)
+                or run.info.run_id in store.recovered  # killed as it closed
+            )
         ]
         if depends_on_total(cfg.scheduler):  # then another total is another training
             unfinished = [run for run in unfinished if _epochs(run) == cfg.trainer.max_epochs]
@@ -69,7 +77,20 @@ def resolve(
     config.check(amended)
     changes = config.differences(config.deciding(stored), config.deciding(amended))
     _check_epochs(stored, amended, run)
-    return amended, Continued(run, changes)
+    return amended, Continued(run, changes, _stored_checkpoint(store, run))
+
+
+def _is_here(store: Store, run: Any) -> bool:
+    return (store.directory / FOLDER / run.info.run_id).is_dir()
+
+
+def _stored_checkpoint(store: Store, run: Any) -> Path | None:
+    """Fetch the resume checkpoint of a run that trained but whose files are not here.
+
+    Raises:
+        BadInput: The store has none either; starting afresh would not be continuing.
+    """
+    return fetch(store, run, LAST) if run.data.metrics and not _is_here(store, run) else None
 
 
 def is_unfinished(run: Any, max_epochs: int) -> bool:

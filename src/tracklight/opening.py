@@ -1,0 +1,78 @@
+"""How a run begins: made or taken up again, and described so that it can be rebuilt."""
+
+import time
+from collections.abc import Mapping
+
+import yaml
+from omegaconf import DictConfig
+from pytorch_lightning import LightningDataModule, LightningModule
+
+from tracklight import config, resume
+from tracklight.data.tensor_data import TensorData
+from tracklight.tracking.layout import IDENTITY_TAG, SETTING_TAG
+from tracklight.tracking.provenance import Provenance
+from tracklight.tracking.run import Run
+from tracklight.tracking.store import Store
+
+
+def open_run(
+    store: Store,
+    cfg: DictConfig,
+    model: LightningModule,
+    data: LightningDataModule | None,
+    continued: resume.Continued | None,
+    facts: Provenance,
+    tags: Mapping[str, str],
+) -> Run:
+    """Make a run, or take the continued one up again, with all that identifies it as tags.
+
+    Args:
+        store: Where to.
+        cfg: Its config.
+        model: Named in the run's name.
+        data: Likewise; ours is known by its digest.
+        continued: The run to continue, if any.
+        facts: Where this command comes from.
+        tags: Further tags.
+
+    Raises:
+        BadInput: The continued run was started with other code, data or settings.
+    """
+    digest = data.digest if isinstance(data, TensorData) else "unknown"
+    own = {
+        IDENTITY_TAG: config.identity(cfg),
+        SETTING_TAG: config.setting(cfg),
+        resume.DATA_TAG: digest,
+        resume.EPOCHS_TAG: str(cfg.trainer.max_epochs),
+    }
+    if continued is None:
+        name = cfg.tracking.run_name or _name(model, data)
+        return store.create(cfg.tracking.experiment, name, {**facts.tags(), **own, **tags})
+    changes = resume.check_changes(continued, facts.code, digest, cfg.allow_changes)
+    if changes:
+        own[resume.CHANGES_TAG] = "; ".join(changes)
+    run = store.reopen(continued.run.info.run_id)
+    run.set_tags({**facts.tags(), **own, **tags})
+    return run
+
+
+def describe(
+    run: Run, cfg: DictConfig, data: LightningDataModule | None, facts: Provenance
+) -> None:
+    """Record the run's parameters, data set, config and provenance."""
+    tree = config.redact(config.plain(cfg))
+    if not run.described:  # a run killed just after it was made is not
+        run.log_params(config.flatten(tree))
+        if isinstance(data, TensorData):
+            run.log_input(data.name, data.digest, data.source, "training")
+    run.log_text(yaml.safe_dump(tree, sort_keys=False), resume.CONFIG)
+    for path, text in facts.texts().items():
+        run.log_text(text, path)
+
+
+def _name(model: LightningModule, data: LightningDataModule | None) -> str:
+    """Return what tells runs apart in a list; MLflow's own names repeat with the seed."""
+    parts = [type(model).__name__, time.strftime("%m%d-%H%M%S")]
+    if data is not None:
+        parts.insert(1, getattr(data, "name", None) or type(data).__name__)
+    return "-".join(parts)
