@@ -14,7 +14,10 @@ FILES = sorted(SRC.rglob("*.py"))
 ROOMS = ("sweep", "tracking", "engine", "models", "data")
 # What a room may import of ours beside itself and `tracklight.errors`.
 MAY_IMPORT = {
-    "sweep": ("tracklight.config", "tracklight.tracking", "tracklight.experiment"),
+    "sweep": (
+        *("tracklight.config", "tracklight.machine", "tracklight.resume"),
+        *("tracklight.tracking", "tracklight.experiment"),
+    ),
     "tracking": (),
     "engine": ("tracklight.models.supervised", "tracklight.data.tensor_data"),
     "models": (),
