@@ -1,0 +1,30 @@
+"""Sweeps for the tests, forked from one process, their trials from one forkserver.
+
+Both take the seconds of the imports once; otherwise a sweep runs as `train.py -m` would.
+"""
+
+import multiprocessing
+import sys
+from multiprocessing import forkserver
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+if __name__ == "__main__":
+    import trainee
+    from tracklight.sweep import pool
+
+    pool.PRELOADED += ["odd", "foreign", "sparing"]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(pool.PRELOADED)
+    forkserver.ensure_running()
+    trainee.prepare(Path(sys.argv[1]))
+    for name in ("study", "board", "course", "sources", "winner", "batches", "reporting"):
+        __import__(f"tracklight.sweep.{name}")
+    import optuna.visualization  # noqa: F401
+    import scipy.stats  # noqa: F401
+
+    # A forked sweep may use the forkserver, but is not its parent and cannot wait for it.
+    forkserver.ForkServer.ensure_running = lambda self: None
+    forkserver.ensure_running = lambda: None
+    trainee.accept()

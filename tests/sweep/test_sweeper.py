@@ -1,0 +1,320 @@
+"""Whole sweeps, as typed: real processes, a real database."""
+
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import BLOBS, ODD, QUICK, Swept
+
+GRID = ("optimizer.lr=0.01,0.05,0.1", *QUICK)
+
+
+def test_a_grid_is_a_parent_with_a_child_a_point_and_its_leaderboard(commander, tmp_path):
+    directory = tmp_path / "runs"
+    process = commander.sweep(directory, *GRID)
+    assert process.exit_code == 0, process.stderr
+    swept = Swept(directory)
+    assert len(swept.parents) == 1 and swept.parent.status == "FINISHED"
+    assert [child.status for child in swept.children] == ["FINISHED"] * 3
+    assert [child.tags["optimizer.lr"] for child in swept.children] == ["0.01", "0.05", "0.1"]
+    ranked = sorted(swept.children, key=lambda child: child.score)
+    table = swept.leaderboard()
+    assert [(row["run_id"], row["score"], row["rank"]) for row in table] == [
+        (child.run_id, child.score, rank) for rank, child in enumerate(ranked, 1)
+    ]
+    for child in swept.children:
+        assert child.score == min(value for _, value in child.metrics["train/loss"])
+    assert [row["run_id"] for row in swept.csv()] == [child.run_id for child in ranked]
+    assert swept.parent.tags["best.optimizer.lr"] == ranked[0].tags["optimizer.lr"]
+    assert swept.parent.tags["best.run"] == ranked[0].run_id
+    assert swept.parent.metrics["best/train/loss"][-1][1] == ranked[0].score
+    assert "plotly" in (swept.artifacts / "plots.html").read_text()
+
+
+def test_the_same_grid_again_runs_nothing_and_a_longer_one_what_is_new(commander, tmp_path):
+    directory = tmp_path / "runs"
+    commander.sweep(directory, "optimizer.lr=0.01,0.05", *QUICK)
+    before = Swept(directory)
+    process = commander.sweep(directory, "optimizer.lr=0.01,0.05", *QUICK)
+    again = Swept(directory)
+    assert process.exit_code == 0, process.stderr
+    assert [run.run_id for run in again.runs] == [run.run_id for run in before.runs]
+    process = commander.sweep(directory, "optimizer.lr=0.1,0.05", *QUICK)
+    longer = Swept(directory)
+    assert process.exit_code == 0, process.stderr
+    assert [run.run_id for run in longer.runs[:-1]] == [run.run_id for run in before.runs]
+    assert longer.runs[-1].tags["optimizer.lr"] == "0.1"
+    assert len(longer.leaderboard()) == 3
+    process = commander.sweep(directory, "optimizer.lr=0.01,0.05", "sweep.fresh=true", *QUICK)
+    assert process.exit_code == 0, process.stderr
+    fresh = Swept(directory)
+    assert len(fresh.parents) == 2 and len(fresh.children) == 2 and len(fresh.runs) == 7
+
+
+def test_one_bad_trial_fails_alone_and_is_told_with_its_reason(commander, tmp_path):
+    directory = tmp_path / "runs"
+    command = ("+model.mood=good,raises,dies,exits,refuses", "sweep.workers=2", *ODD)
+    process = commander.sweep(directory, *command)
+    assert process.exit_code == 1
+    assert process.stderr.startswith("error: 4 trials failed: trial 1 (")
+    assert process.stderr.count("\n") == 1
+    swept = Swept(directory)
+    status = {child.tags["model.mood"]: child.status for child in swept.children}
+    assert status == {
+        **dict.fromkeys(("raises", "dies", "exits", "refuses"), "FAILED"),
+        "good": "FINISHED",
+    }
+    reasons = {row["model.mood"]: row["reason"] for row in swept.leaderboard()}
+    assert reasons["raises"] == "ArithmeticError: in a bad mood"
+    assert reasons["dies"] == "killed by SIGKILL"
+    assert reasons["exits"] == "its process ended with exit code 3"
+    assert "refused by the constructor" in reasons["refuses"]
+    assert all(reason in process.stdout for reason in reasons.values())
+    assert swept.parent.status == "FAILED"
+
+
+def test_a_diverged_trial_is_failed_for_good_and_its_siblings_are_not(commander, tmp_path):
+    directory = tmp_path / "runs"
+    command = ("optimizer.lr=0.01,1e30", *QUICK)
+    process = commander.sweep(directory, *command)
+    assert process.exit_code == 1
+    assert "trial 1 (" in process.stderr and "step" in process.stderr
+    status = {run.tags["optimizer.lr"]: run.status for run in Swept(directory).children}
+    assert status == {"0.01": "FINISHED", "1e+30": "FAILED"}
+    process = commander.sweep(directory, *command)
+    assert process.exit_code == 1 and "trial 1 (" in process.stderr
+    assert len(Swept(directory).children) == 2
+
+
+def test_a_trial_that_failed_in_passing_goes_on_in_its_own_run(commander, tmp_path):
+    directory = tmp_path / "runs"
+    mark = f"+model.only_once={tmp_path / 'mark'}"
+    command = ("+model.mood=good,dies", "+model.at=3", mark, *ODD)
+    assert commander.sweep(directory, *command).exit_code == 1
+    before = Swept(directory)
+    process = commander.sweep(directory, *command)
+    after = Swept(directory)
+    assert process.exit_code == 0, process.stderr
+    assert [run.run_id for run in after.children] == [run.run_id for run in before.children]
+    assert {run.status for run in after.children} == {"FINISHED"}
+    for child in after.children:
+        assert [step for step, _ in child.metrics["train/loss_epoch"]] == [1, 2, 3, 4, 5]
+
+
+def test_the_first_failure_stops_a_sweep_that_is_told_so(commander, tmp_path):
+    directory = tmp_path / "runs"
+    command = ("+model.mood=raises,good", "seed=1,2", "sweep.on_failure=stop", *ODD)
+    process = commander.sweep(directory, *command)
+    assert process.exit_code == 1
+    assert [run.status for run in Swept(directory).children] == ["FAILED"]
+
+
+def test_a_search_runs_the_trials_asked_for_and_extends_to_the_same(commander, tmp_path):
+    search = ("optimizer.lr=tag(log,interval(1e-3,1e-1))", "optimizer.momentum=0.0,0.9", *QUICK)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    process = commander.sweep(whole, *search, "sweep.trials=5")
+    assert process.exit_code == 0, process.stderr
+    commander.sweep(parts, *search, "sweep.trials=2")
+    assert len(Swept(parts).children) == 2
+    commander.sweep(parts, *search, "sweep.trials=5")
+    a, b = Swept(whole), Swept(parts)
+    assert len(a.parents) == len(b.parents) == 1
+    told = [[(run.tags["optimizer.lr"], run.score) for run in each.children] for each in (a, b)]
+    assert told[0] == told[1] and len(set(told[0])) == 5
+    assert a.parent.tags["best.score"] == b.parent.tags["best.score"]
+
+
+def test_each_point_under_several_seeds_is_ranked_by_its_mean(commander, tmp_path):
+    directory = tmp_path / "runs"
+    command = ("optimizer.lr=0.01,0.05", "sweep.seeds=3", "seed=10", *QUICK)
+    process = commander.sweep(directory, *command)
+    assert process.exit_code == 0, process.stderr
+    swept = Swept(directory)
+    assert len(swept.children) == 6
+    table = swept.leaderboard()
+    for row in table:
+        runs = [run for run in swept.children if run.run_id in row["run_id"].split()]
+        scores = np.array([run.score for run in runs])
+        assert len(scores) == 3
+        assert row["score"] == pytest.approx(scores.mean(), rel=1e-12)
+        assert row["std"] == pytest.approx(scores.std(ddof=1), rel=1e-12)
+        half = 4.302652729911275 * scores.std(ddof=1) / np.sqrt(3)  # t of 2 degrees, 97.5 %
+        assert row["ci95_high"] - row["score"] == pytest.approx(half, rel=1e-9)
+    assert table[0]["score"] <= table[1]["score"]
+    assert swept.parent.metrics["best/train/loss"][-1][1] == table[0]["score"]
+
+
+def test_only_the_winner_meets_the_test_set_and_only_once(commander, tmp_path):
+    directory = tmp_path / "runs"
+    command = ("optimizer.lr=0.01,0.1", "trainer.max_epochs=3", *BLOBS)
+    process = commander.sweep(directory, *command)
+    assert process.exit_code == 0, process.stderr
+    commander.sweep(directory, *command)
+    swept = Swept(directory)
+    tested = [run for run in swept.children if "test/accuracy" in run.metrics]
+    assert [run.run_id for run in tested] == [swept.parent.tags["best.run"]]
+    assert len(tested[0].metrics["test/accuracy"]) == 1
+    assert {run.status for run in swept.children} == {"FINISHED"}
+    assert (
+        float(swept.parent.tags["best.test/accuracy"]) == tested[0].metrics["test/accuracy"][0][1]
+    )
+
+
+def test_a_pruned_trial_ends_cleanly_and_costs_no_more_epochs(commander, tmp_path):
+    directory, told = tmp_path / "runs", tmp_path / "epochs"
+    command = (
+        *("optimizer.lr=0.1,0.08,0.06,1e-6,1e-5", "trainer.max_epochs=6", "sweep.pruner=median"),
+        *("sweep.pruner_options={n_startup_trials: 3}", *BLOBS),
+        f"+callbacks.told={{_target_: odd.Told, path: {told}}}",
+    )
+    process = commander.sweep(directory, *command)
+    assert process.exit_code == 0, process.stderr
+    swept = Swept(directory)
+    outcome = {run.tags["optimizer.lr"]: run.tags["tracklight.outcome"] for run in swept.children}
+    assert outcome == {
+        **dict.fromkeys(("0.1", "0.08", "0.06"), "complete"),
+        **dict.fromkeys(("1e-06", "1e-05"), "pruned"),
+    }
+    assert {run.status for run in swept.children} == {"FINISHED"}
+    rehearsal = 1
+    assert len(told.read_text()) == 3 * 6 + 2 * 1 + rehearsal
+    assert [row["epochs"] for row in swept.leaderboard() if row["state"] == "pruned"] == [1, 1]
+    process = commander.sweep(directory, *command)  # pruned ones are not taken up again
+    assert process.exit_code == 0 and len(Swept(directory).runs) == 6
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_trials_so_that_the_same_command_continues_them(commander, tmp_path, signum):
+    directory = tmp_path / "runs"
+    command = ("seed=1,2,3", "+model.seconds=0.15", "sweep.workers=2", *ODD)
+    process = commander.start(directory, ("-m", *command))
+    wait_until(lambda: points(directory) > 3)
+    process.send(signum, group=signum == signal.SIGINT)
+    assert process.wait() == 128 + signum
+    assert "Traceback" not in process.stderr
+    before = Swept(directory)
+    assert before.parent.status == "KILLED"
+    assert {run.status for run in before.children} <= {"KILLED", "FINISHED"}
+    process = commander.sweep(directory, *command)
+    assert process.exit_code == 0, process.stderr
+    after = Swept(directory)
+    assert len(after.children) == 3 and len(after.parents) == 1
+    assert {run.status for run in after.runs} == {"FINISHED"}
+    for child in after.children:
+        assert [step for step, _ in child.metrics["train/loss_epoch"]] == [1, 2, 3, 4, 5]
+
+
+def test_a_killed_sweep_leaves_no_orphans_and_continues_to_the_same_best(commander, tmp_path):
+    search = (
+        *("optimizer.lr=tag(log,interval(1e-3,1e-1))", "sweep.trials=4", "sweep.pruner=median"),
+        *("sweep.pruner_options={n_startup_trials: 2}", "+model.seconds=0.05", *ODD),
+    )
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert commander.sweep(whole, *search).exit_code == 0
+    for moment in (2, 9):
+        process = commander.start(killed, ("-m", *search))
+        wait_until(lambda moment=moment: points(killed) >= moment)
+        process.send(signal.SIGKILL)
+        process.wait()
+        wait_until(lambda: not trials_of(killed))
+    process = commander.sweep(killed, *search)
+    assert process.exit_code == 0, process.stderr
+    a, b = Swept(whole), Swept(killed)
+    assert len(b.parents) == 1 and {run.status for run in b.runs} == {"FINISHED"}
+    told = [
+        [
+            (
+                run.tags["optimizer.lr"],
+                run.tags["tracklight.outcome"],
+                run.metrics["train/loss_epoch"],
+            )
+            for run in sorted(each.children, key=lambda run: int(run.tags["tracklight.trial"]))
+        ]
+        for each in (a, b)
+    ]
+    assert told[0] == told[1]
+    assert a.parent.tags["best.score"] == b.parent.tags["best.score"]
+
+
+def test_a_sweep_in_progress_refuses_a_second_of_the_same(commander, tmp_path):
+    directory = tmp_path / "runs"
+    command = ("seed=1,2", "+model.seconds=0.3", *ODD)
+    process = commander.start(directory, ("-m", *command))
+    wait_until(lambda: points(directory) > 0)
+    second = commander.sweep(directory, *command)
+    assert second.exit_code == 2
+    assert "is in progress (pid" in second.stderr and second.stderr.count("\n") == 1
+    process.send(signal.SIGKILL)
+    process.wait()
+
+
+def test_the_dry_run_lists_the_points_and_leaves_nothing(commander, tmp_path):
+    directory = tmp_path / "runs"
+    process = commander.sweep(directory, *GRID, "sweep.dry_run=true")
+    assert process.exit_code == 0 and Swept(directory).runs == []
+    assert [f"optimizer.lr={lr}" in process.stdout for lr in ("0.01", "0.05", "0.1")] == [True] * 3
+
+
+BAD = {
+    "empty": ((), "nothing varies"),
+    "reversed": (("optimizer.lr=interval(1,0)",), "optimizer.lr=interval(1,0) is empty"),
+    "no values": (("seed=range(5,5)",), "seed=range(5,5) has no values"),
+    "log of zero": (("optimizer.lr=tag(log,interval(0,1))",), "must start above 0"),
+    "a corner": (("optimizer.lr=interval(-1,1)",), "optimizer.lr=-1.0 must be"),
+    "a point": (("optimizer.lr=0.1,-1",), "optimizer.lr=-1 must be"),
+    "sampler": (("optimizer.lr=interval(0.1,1)", "sweep.sampler=magic"), "sweep.sampler=magic"),
+    "pruner": (("optimizer.lr=0.1,0.2", "sweep.pruner=axe"), "sweep.pruner=axe must be"),
+    "option": (
+        ("optimizer.lr=interval(0.1,1)", "sweep.sampler_options={speed: 3}"),
+        "sweep.sampler_options.speed",
+    ),
+    "storage": (
+        ("optimizer.lr=interval(0.1,1)", "sweep.storage=sqlite:////nowhere/at/all.db"),
+        "sweep.storage=sqlite:////nowhere/at/all.db cannot be opened",
+    ),
+    "metric": (("optimizer.lr=0.1,0.2", "score.metric=train/f1"), "score.metric=train/f1 is never"),
+    "key": (("optimizer.rl=0.1,0.2",), "did you mean optimizer.lr"),
+    "two scores": (("model=linear,mlp",), "scored by different metrics"),
+    "seeds": (("seed=1,2", "sweep.seeds=3"), "seed varies already"),
+    "walk": (("optimizer.lr=interval(0.1,1)", "sweep.sampler=grid"), "cannot walk the interval"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_no_run(commander, tmp_path, case):
+    arguments, told = BAD[case]
+    directory = tmp_path / "runs"
+    process = commander.sweep(directory, *arguments, *QUICK)
+    assert process.exit_code == 2, process.stdout + process.stderr
+    assert told in process.stderr and process.stderr.count("\n") == 1
+    assert process.stderr.startswith("error: ")
+    assert Swept(directory).runs == []
+
+
+def points(directory: Path) -> int:
+    """Count the epochs that trials have logged so far."""
+    count = 0
+    for path in directory.glob("artifacts/*/points.wal"):
+        count += path.read_bytes().count(b"train/loss_epoch")
+    return count
+
+
+def trials_of(directory: Path) -> list[int]:
+    """Return processes, the sweep's own gone, that hold a run folder below the directory."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if str(path.readlink()).startswith(f"{directory}/artifacts"):
+                found.append(int(path.parts[2]))
+        except OSError:
+            continue
+    return found
+
+
+def wait_until(holds, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
