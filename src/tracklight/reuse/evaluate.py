@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--into-run", action="store_true", help="log to the run, not to a child")
     where.add_argument("--no-log", action="store_true", help="log nothing")
-    asked = parser.parse_args(argv)
+    asked = parser.parse_intermixed_args(argv)
     evaluate(asked)
     return 0
 
@@ -65,5 +65,7 @@ def evaluate(asked: Any) -> dict[str, float]:
     lines |= evaluation.against_record(run, kept, split, metrics)
     if not asked.no_log:
         lines["logged"] = evaluation.log(store, kept, split, metrics, asked.into_run)
-    print(report.summary(lines))
+    width = max(map(len, lines))
+    for name, text in lines.items():
+        print(f"{name:<{width}}  {text}")
     return metrics

@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
         default="auto",
         help="whether images are dark on light (auto: by their border)",
     )
-    return predict(parser.parse_args(argv))
+    return predict(parser.parse_intermixed_args(argv))
 
 
 def predict(asked: Any) -> int:

@@ -60,7 +60,7 @@ def choose(store: Store, word: str, experiment: str | None = None) -> Any:
         BadInput: There is no such run.
     """
     if word in WORDS:
-        return find_run(store, choose_id(_ledger(store), word, experiment))
+        return find_run(store, choose_id(ledger_of(store), word, experiment))
     return find_run(store, word)
 
 
@@ -78,7 +78,8 @@ def trained(store: Store, run: Any) -> Any:
     return find_run(store, best)
 
 
-def _ledger(store: Store) -> Ledger:
+def ledger_of(store: Store) -> Ledger:
+    """Return what reads many runs of a store at once."""
     if store.database is not None:
         return SqliteLedger(store.database)
     return ClientLedger(store.client, store.shown_uri)

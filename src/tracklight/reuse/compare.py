@@ -1,0 +1,84 @@
+"""Runs side by side: a leaderboard of many, or all that differs between two."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from tracklight.errors import BadInput
+from tracklight.reuse.command import RUN_HELP, Parser
+from tracklight.tracking.layout import PARENT_TAG
+from tracklight.tracking.ledger import Chosen, Ledger, open_ledger
+
+EPILOG = """\
+Without RUNs, a leaderboard: settings that differ in their seed alone share a place, ranked by the
+mean of their scores with its 95 % interval. Runs scored by another metric than the newest are left
+out; --metric ranks any. "other git", "other code" and "other data": than that of the first place.
+With two RUNs, all that differs between them, and whether their scores differ by more than chance,
+where there are several seeds of each.
+
+  compare.py --sweep last               the trials of the newest sweep
+  compare.py --metric test/accuracy --tag tracklight.code=1f3a... --limit 10
+  compare.py best last                  what is different in the newest run
+Exit codes: 0 done, 2 bad input."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Compare as the command line says; return the exit code."""
+    parser = Parser("Compare runs.", EPILOG)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=f"none or two: {RUN_HELP}")
+    parser.add_argument("--sweep", metavar="RUN", help="only trials of this sweep, or of `last`")
+    parser.add_argument("--metric", help="rank by its last value (default: each run's own score)")
+    parser.add_argument("--mode", choices=("min", "max"), help="default: as the metric's name says")
+    parser.add_argument("--tag", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--limit", type=int, default=50, help="places to show (default: 50)")
+    parser.add_argument("--each", action="store_true", help="a place for each run, not setting")
+    parser.add_argument("--diff", action="store_true", help="of two runs: show the code's patch")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--csv", action="store_const", const="csv", dest="form")
+    form.add_argument("--json", action="store_const", const="json", dest="form")
+    asked = parser.parse_intermixed_args(argv)
+    if len(asked.runs) not in (0, 2):
+        raise BadInput(f"{len(asked.runs)} RUN given; give none for a leaderboard, or two")
+    if asked.limit < 1:
+        raise BadInput(f"--limit {asked.limit} must be 1 or more")
+    ledger = open_ledger(asked.uri, asked.dir)
+    if asked.runs:
+        from tracklight.reuse import pair
+
+        print(pair.told(ledger, asked), end="")
+        return 0
+    from tracklight.reuse import layout, leaderboard
+
+    board = leaderboard.rank(
+        ledger, chosen(ledger, asked), asked.metric, asked.mode, asked.limit, asked.each
+    )
+    layout.write(board, asked.form or "table", sys.stdout)
+    return 0
+
+
+def chosen(ledger: Ledger, asked: Any) -> Chosen:
+    """Return which runs the command line's filters leave in.
+
+    Raises:
+        BadInput: A filter does not read, or there is no such sweep.
+    """
+    tags = {}
+    for word in asked.tag:
+        key, separator, value = word.partition("=")
+        if not separator or not key:
+            raise BadInput(f"--tag {word} must be KEY=VALUE")
+        tags[key] = value
+    parent = None if asked.sweep is None else _sweep(ledger, asked.sweep, asked.experiment)
+    return Chosen(asked.experiment, parent, tags)
+
+
+def _sweep(ledger: Ledger, word: str, experiment: str | None) -> str:
+    from tracklight.tracking.choice import SCORE, choose_id
+
+    if word != "last":
+        return choose_id(ledger, word, experiment)
+    for run in ledger.scored(Chosen(experiment), SCORE):
+        parent = ledger.entries([run.run_id])[0].tags.get(PARENT_TAG)
+        if parent:
+            return parent
+    raise BadInput(f"there is no sweep in {ledger.shown_uri}")

@@ -1,0 +1,197 @@
+"""Runs ranked: settings by the mean of their seeds, and what of their parameters differs."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tracklight.config import NOT_IDENTITY
+from tracklight.errors import BadInput
+from tracklight.reuse.statistic import half_width
+from tracklight.tracking.choice import SCORE
+from tracklight.tracking.layout import DATA_TAG
+from tracklight.tracking.ledger import Chosen, Entry, Ledger, Scored
+
+LOSSES = ("train/loss_epoch", "train/loss", "val/loss")  # the first that a run has is drawn
+MINIMISED = ("loss", "error", "gap", "rmse", "mse", "mae", "perplexity")
+IGNORED = tuple(key for key in NOT_IDENTITY if key != "trainer.max_epochs")
+COMMIT, DIRTY, CODE = "mlflow.source.git.commit", "mlflow.source.git.dirty", "tracklight.code"
+
+
+@dataclass
+class Place:
+    """A setting's place: its runs, one a seed, and how they did."""
+
+    rank: int | None
+    runs: list[Entry]
+    values: list[float]
+    delta: float | None  # to the first place
+    params: dict[str, str]
+    flags: list[str]
+    loss: list[float]
+
+    @property
+    def mean(self) -> float | None:
+        """The mean over the seeds; None where no run has the metric."""
+        return statistics.fmean(self.values) if self.values else None
+
+    @property
+    def half_width(self) -> float | None:
+        """Half the width of the mean's 95 % interval."""
+        return half_width(self.values)
+
+
+@dataclass
+class Leaderboard:
+    """Places in order, and what they were ranked by."""
+
+    metric: str
+    mode: str
+    places: list[Place]
+    columns: list[str]  # the parameters that differ
+    num_runs: int
+    num_settings: int
+
+
+def rank(
+    ledger: Ledger,
+    chosen: Chosen,
+    metric: str | None,
+    mode: str | None,
+    limit: int,
+    each: bool = False,
+) -> Leaderboard:
+    """Rank the chosen runs.
+
+    Args:
+        ledger: Reads the store.
+        chosen: Which runs.
+        metric: What to rank by; None for each run's own score, among those scored as the newest.
+        mode: `min` or `max`; None to tell from the metric.
+        limit: How many places to fill in.
+        each: Whether each run has a place of its own, instead of each setting.
+
+    Raises:
+        BadInput: There are no such runs.
+    """
+    found = ledger.scored(chosen, metric or SCORE)
+    if not found:
+        raise BadInput(f"no run in {ledger.shown_uri} is like that; leave a filter out")
+    newest = ledger.entries([_newest(found).run_id])[0]
+    shown = metric or newest.params.get("score.metric", SCORE)
+    if metric is None and "score.metric" in newest.params:
+        same = {"score.metric": newest.params["score.metric"]}
+        narrowed = Chosen(
+            chosen.experiment, chosen.parent, chosen.tags, chosen.params | same, chosen.ids
+        )
+        found = ledger.scored(narrowed, SCORE)
+        mode = mode or newest.params.get("score.mode")
+    if metric is not None and all(run.value is None for run in found):
+        there = ", ".join(sorted(newest.metrics)[:12])
+        raise BadInput(f"--metric {metric}: no chosen run has it; the newest has {there}")
+    mode = mode or guess_mode(shown)
+    groups = _ordered(_grouped(found, each), mode)
+    kept = groups[:limit]
+    entries = {
+        entry.run_id: entry
+        for entry in ledger.entries([run.run_id for group in kept for run in group])
+    }
+    kept = [[run for run in group if run.run_id in entries] for group in kept]
+    kept = [group for group in kept if group]
+    losses = _losses(ledger, [group[0].run_id for group in kept])
+    columns = _columns([[entries[run.run_id] for run in group] for group in kept])
+    places: list[Place] = []
+    for group in kept:
+        runs = [entries[run.run_id] for run in group]
+        values = [run.value for run in group if run.value is not None]
+        best = places[0].mean if places else None
+        mean = statistics.fmean(values) if values else None
+        places.append(
+            Place(
+                rank=len(places) + 1 if values else None,
+                runs=runs,
+                values=values,
+                delta=None if best is None or mean is None else mean - best,
+                params={key: _value(runs, key) for key in columns},
+                flags=_flags(runs[0], places[0].runs[0] if places else runs[0]),
+                loss=losses.get(runs[0].run_id, []),
+            )
+        )
+    return Leaderboard(shown, mode, places, columns, len(found), len(groups))
+
+
+def guess_mode(metric: str) -> str:
+    """Return `min` for what is named like a loss, else `max`."""
+    words = metric.lower().replace("/", "_").split("_")
+    return "min" if any(word in MINIMISED for word in words) else "max"
+
+
+def decides(key: str) -> bool:
+    """Say whether a result may depend on a parameter."""
+    return not any(key == each or key.startswith(f"{each}.") for each in IGNORED)
+
+
+def _newest(found: Sequence[Scored]) -> Scored:
+    return next((run for run in found if run.value is not None), found[0])
+
+
+def _grouped(found: Sequence[Scored], each: bool) -> list[list[Scored]]:
+    groups: dict[str, list[Scored]] = {}
+    for run in found:
+        groups.setdefault(run.run_id if each else run.setting, []).append(run)
+    return list(groups.values())
+
+
+def _ordered(groups: list[list[Scored]], mode: str) -> list[list[Scored]]:
+    sign = -1 if mode == "max" else 1
+
+    def key(group: list[Scored]) -> tuple[float, int]:
+        values = [run.value for run in group if run.value is not None]
+        return (sign * statistics.fmean(values) if values else math.inf, -group[0].start_ms)
+
+    return sorted(groups, key=key)
+
+
+def _losses(ledger: Ledger, ids: list[str]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for metric in LOSSES:
+        missing = [run_id for run_id in ids if run_id not in found]
+        if missing:
+            for run_id, points in ledger.series(missing, metric).items():
+                found[run_id] = [value for _, value in points]
+    return found
+
+
+def _columns(groups: list[list[Entry]]) -> list[str]:
+    """Return the parameters that differ between places, those first that all of them have."""
+    values: dict[str, list[Any]] = {}
+    for at, runs in enumerate(groups):
+        for key in runs[0].params:
+            values.setdefault(key, [None] * len(groups))[at] = _value(runs, key)
+    several = any(len(runs) > 1 for runs in groups)
+    differing = [
+        key
+        for key, column in values.items()
+        if len(set(column)) > 1
+        and decides(key)
+        and not (key.endswith(".seed") or (several and key == "seed"))
+    ]
+    return sorted(differing, key=lambda key: values[key].count(None))
+
+
+def _value(runs: list[Entry], key: str) -> str:
+    return ", ".join(dict.fromkeys(run.params.get(key, "") for run in runs))
+
+
+def _flags(run: Entry, first: Entry) -> list[str]:
+    """Tell where a run stands on other ground than the first place."""
+    flags = []
+    for name, tag in (("git", COMMIT), ("code", CODE), ("data", DATA_TAG)):
+        if run.tags.get(tag) != first.tags.get(tag):
+            flags.append(f"other {name}")
+    if run.tags.get(DIRTY) == "true":
+        flags.append("uncommitted")
+    if run.status != "FINISHED":
+        flags.append(run.status.lower())
+    return flags

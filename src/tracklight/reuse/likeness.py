@@ -1,0 +1,175 @@
+"""How far two runs are from each other, and why that may be."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from tracklight import config
+from tracklight.engine.checkpoint import load_plain
+from tracklight.errors import BadInput
+from tracklight.resume import CHANGES_TAG, CODE_TAG
+from tracklight.tracking import provenance, query
+from tracklight.tracking.layout import DATA_TAG, IDENTITY_TAG
+from tracklight.tracking.store import Store
+
+MAX_TOLD = 8
+COMPARED = ("train", "val", "test", "score", "ols")  # stages; the others are no result
+MACHINE = ("python", "torch", "cuda", "cpu", "usable_cores", "gpus", "system")
+
+
+@dataclass
+class Likeness:
+    """What two runs have in common; `differences` is empty where all of it is the same."""
+
+    num_weights: int = 0
+    num_points: int = 0
+    differences: list[str] = field(default_factory=list)
+
+    @property
+    def identical(self) -> bool:
+        """Whether weights and metrics are the same to the bit."""
+        return not self.differences
+
+    def said(self) -> str:
+        """Tell it in a line, or in one more for each difference."""
+        if self.identical:
+            return (
+                f"identical: {self.num_weights:,} final weights and {self.num_points:,} metric "
+                "points are the same to the bit"
+            )
+        return "\n  ".join(["not identical", *self.differences])
+
+
+def compare(store: Store, old: Any, new: Any) -> Likeness:
+    """Compare the final and the best weights and every metric point of two runs."""
+    found = Likeness()
+    for path in (query.LAST, query.BEST):
+        before, after = (load_plain(query.fetch(store, run, path)) for run in (old, new))
+        _compare_weights(found, path, before["state_dict"], after["state_dict"])
+    keys = {
+        key for run in (old, new) for key in run.data.metrics if key.partition("/")[0] in COMPARED
+    }
+    ledger = query.ledger_of(store)
+    ids = [old.info.run_id, new.info.run_id]
+    for key in sorted(keys):
+        series = ledger.series(ids, key)
+        _compare_series(found, key, *(series.get(run_id, []) for run_id in ids))
+    return found
+
+
+def _compare_weights(
+    found: Likeness, path: str, before: dict[str, Tensor], after: dict[str, Tensor]
+) -> None:
+    for name in dict.fromkeys((*before, *after)):
+        one, other = before.get(name), after.get(name)
+        if one is None or other is None or one.shape != other.shape:
+            found.differences.append(f"{path}: {name} has another shape, or is there only once")
+            continue
+        if path == query.LAST:
+            found.num_weights += one.numel()
+        if not torch.equal(one, other):
+            far = (one.double() - other.double()).abs()
+            found.differences.append(
+                f"{path}: {name} differs in {int((far > 0).sum()):,} of {far.numel():,} values, "
+                f"by up to {far.max():.3g}"
+            )
+
+
+def _compare_series(
+    found: Likeness, key: str, before: list[tuple[int, float]], after: list[tuple[int, float]]
+) -> None:
+    found.num_points += len(before)
+    if before == after:
+        return
+    if len(before) != len(after):
+        found.differences.append(f"{key}: {len(before):,} points and {len(after):,}")
+    for (step, one), (other_step, other) in zip(before, after, strict=False):
+        if (step, one) != (other_step, other):
+            told = f"{key}: first differs at step {step}, {one:.9g} and {other:.9g}"
+            last_one, last_other = before[-1][1], after[-1][1]
+            found.differences.append(f"{told}; at the end {last_one:.6g} and {last_other:.6g}")
+            return
+
+
+def reasons(store: Store, run: Any, cfg: DictConfig) -> list[str]:
+    """Tell what differs between a run's time and now, before anything is trained."""
+    told = config_reasons(run, cfg)
+    code, commit = provenance.code_digest(config.targets(cfg)), run.data.tags.get(CODE_TAG)
+    if commit and commit != code:
+        git = run.data.tags.get("mlflow.source.git.commit", "an unknown commit")[:12]
+        dirty = run.data.tags.get("mlflow.source.git.dirty") == "true"
+        told.append(f"code: other than the run's, of {git}{' and a patch' if dirty else ''}")
+    told += package_reasons(_text(store, run, "provenance/packages.txt"))
+    told += machine_reasons(_text(store, run, "provenance/machine.json"))
+    if CHANGES_TAG in run.data.tags:
+        told.append(f"the run was continued under changes: {run.data.tags[CHANGES_TAG]}")
+    return told
+
+
+def config_reasons(run: Any, cfg: DictConfig) -> list[str]:
+    """Tell where a run's stored config is not the one that the run was made by."""
+    now = config.flatten(config.deciding(cfg))
+    told = [
+        f"config: the run was made by {key}={run.data.params[key]}, its stored config says {value}"
+        for key, value in now.items()
+        if run.data.params.get(key, str(value)) != str(value)
+    ]
+    if not told and run.data.tags.get(IDENTITY_TAG) not in (None, config.identity(cfg)):
+        told.append("config: the stored one is not that of the run's identity")
+    return told
+
+
+def package_reasons(listed: str) -> list[str]:
+    """Tell the packages that have other versions now than a `packages.txt` says."""
+    now = provenance.installed_packages()
+    before = dict(line.split("==", 1) for line in listed.splitlines() if "==" in line)
+    changed = [
+        f"{name} {before.get(name, 'absent')} -> {now.get(name, 'absent')}"
+        for name in sorted({*before, *now})
+        if before and before.get(name) != now.get(name)
+    ]
+    return [f"packages: {_first(changed)}"] if changed else []
+
+
+def machine_reasons(text: str) -> list[str]:
+    """Tell what is different on this machine from what a `machine.json` says."""
+    before = json.loads(text) if text else {}
+    now = provenance.machine()
+    changed = [
+        f"{key} {before[key]} -> {now.get(key)}"
+        for key in MACHINE
+        if key in before and before[key] != now.get(key)
+    ]
+    return [f"machine: {_first(changed)}"] if changed else []
+
+
+def data_reasons(old: Any, new: Any) -> list[str]:
+    """Tell whether two runs were trained on the same bytes."""
+    before, after = (run.data.tags.get(DATA_TAG, "unknown") for run in (old, new))
+    if before == after:
+        return []
+    return [f"data: digest {before[:12]} -> {after[:12]}"]
+
+
+def explained(known: list[str], cfg: DictConfig) -> list[str]:
+    """Return the reasons there may be for a difference; known ones first."""
+    told = list(known)
+    if cfg.trainer.accelerator != "cpu" and torch.cuda.is_available():
+        told.append("GPU: kernels need not add in the same order; trainer.deterministic=true")
+    return told or ["nothing known differs; the run may have used what no config says"]
+
+
+def _text(store: Store, run: Any, path: str) -> str:
+    try:
+        return query.read_text(store, run, path)
+    except BadInput:
+        return ""
+
+
+def _first(items: list[str]) -> str:
+    more = f" and {len(items) - MAX_TOLD} more" if len(items) > MAX_TOLD else ""
+    return ", ".join(items[:MAX_TOLD]) + more

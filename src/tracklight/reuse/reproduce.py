@@ -1,0 +1,64 @@
+"""Trains a run again by its stored config and says whether the same came out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tracklight.reuse.command import RUN_HELP, Parser
+
+REPRODUCES_TAG = "tracklight.reproduces"
+EPILOG = """\
+Nothing is checked out and nothing is installed: differences of code, packages, machine and data are
+told, and the run is made again as a new run beside the old one. KEY=VALUE may change what no result
+depends on, such as data.root or trainer.enable_progress_bar. A sweep stands for its best trial.
+Exit codes: 0 identical to the bit, 1 not, 2 bad input."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Reproduce as the command line says; return the exit code."""
+    parser = Parser("Train a run again and compare metrics and final weights.", EPILOG)
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the stored config")
+    return reproduce(parser.parse_intermixed_args(argv))
+
+
+def reproduce(asked: Any) -> int:
+    """Train again, compare, and print what was found; return the exit code.
+
+    Raises:
+        BadInput: The run is not to be had, did not finish, or an override would change its result.
+    """
+    from tracklight import config, experiment
+    from tracklight.errors import BadInput, RunFailed
+    from tracklight.reuse import likeness, stored
+    from tracklight.tracking import query
+
+    store = stored.open_store(asked.uri, asked.dir)
+    run = query.trained(store, query.choose(store, asked.run, asked.experiment))
+    if run.info.status != "FINISHED":
+        raise BadInput(
+            f"run {run.info.run_id} is {run.info.status}; only a FINISHED run has an end to compare"
+        )
+    query.fetch(store, run, query.LAST)  # without weights there is nothing to compare with
+    cfg = stored.stored_config(store, run, asked.overrides)
+    changed = config.differences(
+        config.deciding(stored.stored_config(store, run)), config.deciding(cfg)
+    )
+    if changed:
+        raise BadInput(f"{changed[0]} changes the result; that is a new run: use train.py")
+    cfg.tracking.experiment = store.client.get_experiment(run.info.experiment_id).name
+    cfg.tracking.run_name = f"reproduce-{run.info.run_name}"[:250]
+    reasons = likeness.reasons(store, run, cfg)
+    print(f"reproducing {run.info.run_id} ({run.info.run_name})")
+    for reason in reasons:
+        print(f"warning: {reason}")
+    experiment.run(cfg, tags={REPRODUCES_TAG: run.info.run_id})
+    made = store.search(f"tags.`{REPRODUCES_TAG}` = '{run.info.run_id}'")
+    if not made:
+        raise RunFailed(f"the new run is not in {store.shown_uri}")
+    reasons += likeness.data_reasons(run, made[0])
+    found = likeness.compare(store, run, made[0])
+    print(f"\n{found.said()}")
+    if not found.identical:
+        for line in likeness.explained(reasons, cfg):
+            print(f"  why: {line}")
+    return 0 if found.identical else 1

@@ -1,0 +1,72 @@
+"""Mean, interval and difference of scores under several seeds, without importing SciPy."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+CONFIDENCE = 0.95
+# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom; from scipy.stats.t.ppf.
+_QUANTILES = (
+    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
+    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
+    *(2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423),
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far apart two means are, and the interval that holds the true distance."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def is_real(self) -> bool:
+        """Whether chance alone is an unlikely reason: the interval leaves zero out."""
+        return self.low > 0 or self.high < 0
+
+
+def quantile(freedom: float) -> float:
+    """Return the 97.5 % quantile of Student's t.
+
+    Args:
+        freedom: Degrees of freedom, 1 or more; rounded down, which widens the interval.
+
+    Source: Abramowitz and Stegun 26.7.5 beyond 30 degrees of freedom.
+    """
+    whole = int(freedom)
+    if whole <= len(_QUANTILES):
+        return _QUANTILES[max(whole, 1) - 1]
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    return z + (z**3 + z) / (4 * whole) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * whole**2)
+
+
+def half_width(values: Sequence[float]) -> float | None:
+    """Return half the width of the mean's 95 % interval; None for a single value.
+
+    Source: Student 1908, "The probable error of a mean".
+    """
+    if len(values) < 2:
+        return None
+    return quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def difference(before: Sequence[float], after: Sequence[float]) -> Difference | None:
+    """Compare two means whose spreads may differ; None unless there are two values of each.
+
+    Source: Welch 1947, "The generalization of 'Student's' problem when several different
+    population variances are involved".
+    """
+    if len(before) < 2 or len(after) < 2:
+        return None
+    value = statistics.fmean(after) - statistics.fmean(before)
+    parts = [statistics.variance(each) / len(each) for each in (before, after)]
+    if sum(parts) == 0:
+        return Difference(value, value, value)
+    sizes = (len(before) - 1, len(after) - 1)
+    freedom = sum(parts) ** 2 / sum(p**2 / n for p, n in zip(parts, sizes, strict=True))
+    half = quantile(freedom) * math.sqrt(sum(parts))
+    return Difference(value, value - half, value + half)
