@@ -204,9 +204,9 @@ def test_a_writer_that_holds_the_database_for_30_s_loses_nothing(store):
     thread.start()
     held.wait()
     run.log_series("loss", [1, 2], [1.0, 2.0])
-    run.finish("FINISHED")
-    second = store.create("mine", None, {})
+    second = store.create("another", None, {})
     thread.join()
+    run.finish("FINISHED")
     second.finish("FINISHED")
     assert points_of(store, run.run_id, "loss") == [(1, 1.0), (2, 2.0)]
     assert [found.info.status for found in store.search("")] == ["FINISHED"] * 2
