@@ -17,11 +17,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from tracklight.data.tensor_data import TensorData
+from tracklight.engine.gradients import Gradients
 from tracklight.engine.obstacles import trainer_obstacle
 from tracklight.engine.seeding import seed_epochs_of, seed_run
 from tracklight.errors import BadInput
 from tracklight.gate import build
 from tracklight.models.supervised import Supervised
+from tracklight.tracking.system_metrics import SystemMetrics
 
 TOTALS = ("T_max", "total_steps", "total_iters")  # scheduler arguments that mean the whole run
 
@@ -130,12 +132,18 @@ def has_test(model: LightningModule, data: LightningDataModule | None) -> bool:
 
 
 def build_callbacks(cfg: DictConfig) -> list[Callback]:
-    """Build the callbacks that the config names."""
-    return [
+    """Build the callbacks that the config names, and those that watch for what it asks to see."""
+    named = [
         build(node, cfg.allowed_targets, Callback)
         for node in (cfg.callbacks or {}).values()
         if node
     ]
+    watching: list[Callback] = []
+    if cfg.tracking.enabled and cfg.tracking.gradients:
+        watching.append(Gradients())
+    if cfg.tracking.enabled and cfg.tracking.system_metrics:
+        watching.append(SystemMetrics())
+    return named + watching
 
 
 def build_trainer(

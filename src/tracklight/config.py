@@ -156,7 +156,8 @@ def identity(cfg: Any) -> str:
 
 def setting(cfg: Any) -> str:
     """Digest what the result depends on, seeds apart: runs that differ by chance alone share it."""
-    kept = {k: v for k, v in deciding(cfg).items() if k.rpartition(".")[2] != "seed"}
+    decides = deciding(cfg) | {"trainer.max_epochs": plain(cfg)["trainer"]["max_epochs"]}
+    kept = {k: v for k, v in decides.items() if k.rpartition(".")[2] != "seed"}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 

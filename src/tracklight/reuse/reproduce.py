@@ -31,6 +31,7 @@ def reproduce(asked: Any) -> int:
     from tracklight.errors import BadInput, RunFailed
     from tracklight.reuse import likeness, stored
     from tracklight.tracking import query
+    from tracklight.tracking.layout import SETTING_TAG
 
     store = stored.open_store(asked.uri, asked.dir)
     run = query.trained(store, query.choose(store, asked.run, asked.experiment))
@@ -51,7 +52,9 @@ def reproduce(asked: Any) -> int:
     print(f"reproducing {run.info.run_id} ({run.info.run_name})")
     for reason in reasons:
         print(f"warning: {reason}")
-    experiment.run(cfg, tags={REPRODUCES_TAG: run.info.run_id})
+    # A setting of its own: the same seed twice would make the mean of several look surer.
+    again = {REPRODUCES_TAG: run.info.run_id, SETTING_TAG: f"again {run.info.run_id}"}
+    experiment.run(cfg, tags=again)
     made = store.search(f"tags.`{REPRODUCES_TAG}` = '{run.info.run_id}'")
     if not made:
         raise RunFailed(f"the new run is not in {store.shown_uri}")

