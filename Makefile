@@ -78,7 +78,7 @@ bench: $(INSTALLED)
 	@$(BIN)/python scripts/bench.py $(ARGS)
 
 torture: $(INSTALLED)
-	@$(BIN)/python scripts/torture.py $(ARGS)
+	@$(BIN)/python -m pytest -s tests/faults/torture.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis test-artifacts

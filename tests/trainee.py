@@ -7,6 +7,7 @@ would.
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -197,12 +198,16 @@ def change_code() -> None:
     put("tracklight.tracking.provenance:code_digest", lambda targets: "f" * 64)
 
 
-def be_nobody() -> None:
-    """Lose the rights of root, before which no folder is read-only."""
+def respect_modes() -> None:
+    """Give up root's right to write where a mode forbids it, or no folder is read-only to it."""
     if os.geteuid() == 0:
-        os.setgroups([])
-        os.setresgid(65534, 65534, 65534)
-        os.setresuid(65534, 65534, 65534)
+        libc = ctypes.CDLL(None)
+        header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
+        sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; each in two halves
+        assert libc.capget(header, sets) == 0
+        for index in (0, 1):
+            sets[index] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        assert libc.capset(header, sets) == 0
 
 
 def forget_epoch_order() -> None:
@@ -237,7 +242,7 @@ def forget_replay_filter() -> None:
 FAULTS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
-        *(strike, halve, meet, slow, put, spare_model, limit_files, be_nobody, change_code),
+        *(strike, halve, meet, slow, put, spare_model, limit_files, respect_modes, change_code),
         *(forget_epoch_order, forget_step_seeding, forget_replay_filter),
     )
 }

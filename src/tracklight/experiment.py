@@ -174,6 +174,7 @@ class _Experiment:
         self.last.folder = folder
         if not self.continued:
             return None
+        self.last.changed = self.continued.changed
         return resume_point(folder) or self.continued.checkpoint
 
     def _fit(self, checkpoint: Path | None) -> None:

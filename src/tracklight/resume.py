@@ -1,6 +1,7 @@
 """Which run a command continues, and whether it may."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,14 @@ OURS = (
 class Continued:
     """A run to continue, and what differs from when it was started, one line a difference.
 
-    `checkpoint` is where to continue from if the run's own folder has nothing.
+    `checkpoint` is where to continue from if the run's own folder has nothing; `changed` holds the
+    values before and now of each dotted key that differs.
     """
 
     run: Any
     changes: list[str]
     checkpoint: Path | None = None
+    changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
 
 
 def resolve(
@@ -75,9 +78,11 @@ def resolve(
     for key in OURS:
         OmegaConf.update(amended, key, cfg[key], force_add=True)
     config.check(amended)
-    changes = config.differences(config.deciding(stored), config.deciding(amended))
+    old, new = config.deciding(stored), config.deciding(amended)
     _check_epochs(stored, amended, run)
-    return amended, Continued(run, changes, _stored_checkpoint(store, run))
+    changed = {key: (old[key], new[key]) for key in old.keys() & new.keys() if old[key] != new[key]}
+    changes = config.differences(old, new)
+    return amended, Continued(run, changes, _stored_checkpoint(store, run), changed)
 
 
 def _is_here(store: Store, run: Any) -> bool:

@@ -13,6 +13,7 @@ from tracklight.engine.checkpoint import DurableCheckpointIO, checksum_path, is_
 from tracklight.engine.resume_checkpoint import (
     LAST,
     ResumeCheckpoint,
+    adopt,
     keep_last,
     resume_point,
 )
@@ -172,3 +173,27 @@ def test_a_damaged_one_of_a_later_step_makes_way_for_two_whole_ones(tmp_path, ea
         "step-000000026.ckpt",
         "step-000000039.ckpt",
     ]
+
+
+def test_changed_settings_win_over_the_stored_state_of_optimizer_and_schedule():
+    def steps(lr, momentum, gamma, num, state=None):
+        weight = torch.nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.SGD([weight], lr=lr, momentum=momentum)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma)
+        if state:
+            adopt({"optimizer.lr": (0.1, lr), "scheduler.gamma": (0.5, gamma)}, state)
+            adopt({"optimizer.momentum": (0.9, momentum), "seed": (1, 2)}, state)
+            optimizer.load_state_dict(state["optimizer_states"][0])
+            scheduler.load_state_dict(state["lr_schedulers"][0])
+        for _ in range(num):
+            optimizer.step()
+            scheduler.step()
+        states = {"optimizer_states": [optimizer.state_dict()]}
+        return optimizer, states | {"lr_schedulers": [scheduler.state_dict()]}
+
+    _, stored = steps(0.1, 0.9, 0.5, 3)
+    optimizer, _ = steps(0.3, 0.0, 0.1, 3, stored)
+    group = optimizer.param_groups[0]
+    # halved at step 2 as it was asked then, to a tenth at 4 and 6 as it is asked now
+    assert group["lr"] == pytest.approx(0.3 * 0.5 * 0.1 * 0.1, rel=1e-12)
+    assert (group["momentum"], group["initial_lr"]) == (0.0, pytest.approx(0.3))

@@ -35,7 +35,7 @@ def test_a_changed_setting_or_code_is_refused_with_the_difference_unless_allowed
     for command in ((run, ALLOWED), (*CONFIGS["plateau"], EPOCHS, "resume=auto")):
         process = trainees.train(killed, *command, faults=[["change_code"]])
         assert process.exit_code == 2
-        assert re.fullmatch(r"error: run .*code: digest \w+ -> f+; .*\n", process.stderr)
+        assert re.fullmatch(r"error: run .*code: digest \w+ -> f+\); .*\n", process.stderr)
     assert len(Outcome(killed).runs) == 1
     assert max(Outcome(killed).steps("train/loss")) == 3 * 38
 

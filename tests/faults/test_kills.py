@@ -43,28 +43,46 @@ CLOSING = {
 }
 
 
-def live_and_die(trainees, directory, config, points) -> None:
-    """Start the same command again and again, killed at one point after the other."""
-    for point, (target, call, after) in points.items():
-        fault = (
-            ["halve", target, call]
-            if after == "half"
-            else ["strike", target, call, ["SIGKILL"], after]
-        )
+POINTS = DURING | CLOSING
+QUICK = (
+    *("after the run is created", "before its config is logged", "within the second epoch"),
+    *("in a checkpoint's write", "before the metrics are durable", "before a checkpoint's rename"),
+    *("after a checkpoint's rename", "after metrics are logged", "before points are sent"),
+    *("after points are sent", "after the last checkpoint is named so"),
+    "before its end is sent",
+)  # `make torture` visits all points with every kind of run
+
+
+def kill_at(trainees, directory, name, points, faults=()) -> None:
+    """Start the same command again and again, killed at one point after the other; let it end."""
+    command = (*CONFIGS[name], EPOCHS, "resume=auto")
+    for point in points:
+        target, call, after = POINTS[point]
+        strike = ["strike", target, call, ["SIGKILL"], after]
+        fault = ["halve", target, call] if after == "half" else strike
         process = trainees.train(
-            directory, *config, EPOCHS, "resume=auto", faults=[["spare_model"], EACH_EPOCH, fault]
+            directory, *command, faults=[["spare_model"], EACH_EPOCH, *faults, fault]
         )
         assert process.exit_code == -9, f"{point}: {process.stdout}{process.stderr}"
-
-
-@pytest.mark.parametrize("name", ["blocks", "foreign"])
-def test_a_run_killed_at_every_named_point_ends_in_the_same_bits(
-    trainees, undisturbed, tmp_path, name
-):
-    directory = tmp_path / "runs"
-    live_and_die(trainees, directory, CONFIGS[name], DURING | CLOSING)
-    process = trainees.train(
-        directory, *CONFIGS[name], EPOCHS, "resume=auto", faults=[["spare_model"]]
-    )
+    process = trainees.train(directory, *command, faults=[["spare_model"], EACH_EPOCH, *faults])
     assert process.exit_code == 0, process.stderr
-    assert Outcome(directory).differences(undisturbed(name)) == []
+
+
+def test_a_run_killed_at_named_points_ends_in_the_same_bits(trainees, undisturbed, tmp_path):
+    kill_at(trainees, tmp_path / "runs", "blocks", QUICK)
+    assert Outcome(tmp_path / "runs").differences(undisturbed("blocks")) == []
+
+
+@pytest.mark.parametrize(
+    ("mutation", "seen"),
+    [
+        ("forget_epoch_order", "last.ckpt: state_dict"),
+        ("forget_step_seeding", "last.ckpt: state_dict"),
+        ("forget_replay_filter", "doubled: train/loss at 33"),
+    ],
+)
+def test_without_this_mechanism_one_kill_shows(trainees, tmp_path, mutation, seen):
+    whole = tmp_path / "whole"
+    trainees.train(whole, *CONFIGS["blocks"], EPOCHS, faults=[["spare_model"], [mutation]])
+    kill_at(trainees, tmp_path / "runs", "blocks", ["within the second epoch"], [[mutation]])
+    assert seen in Outcome(tmp_path / "runs").differences(Outcome(whole))

@@ -39,3 +39,11 @@ def test_no_file_of_this_room_imports_mlflow_past_the_door(file):
     source = (Path(tracklight.tracking.__path__[0]) / f"{file}.py").read_text()
     first = next(iter(re.findall(r"^(?:from|import) .*mlflow.*", source, re.M)), None)
     assert file == "quiet" or first in (None, "from tracklight.tracking.quiet import mlflow")
+
+
+def test_our_warnings_are_heard_after_mlflow_silenced_the_root():
+    import logging
+
+    import mlflow.pytorch  # noqa: F401
+
+    assert logging.getLogger("tracklight.tracking.run").isEnabledFor(logging.WARNING)

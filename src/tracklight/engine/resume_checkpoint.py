@@ -1,9 +1,12 @@
 """The checkpoint from which a run continues: taken between two epochs, apart from the best one."""
 
 import time
+from collections.abc import Mapping
+from operator import mul
 from pathlib import Path
 from typing import Any
 
+from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning import Callback, Trainer
 from typing_extensions import override
 
@@ -19,6 +22,7 @@ INTERVAL_S = 1.0  # commits of fast epochs are at least this far apart
 GENERATIONS = 2
 PATTERN = "step-*.ckpt"
 LAST = "last.ckpt"
+RATES = {"lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "_last_lr"}  # in PyTorch's states
 
 
 def resume_point(folder: Path) -> Path | None:
@@ -46,6 +50,7 @@ class ResumeCheckpoint(Callback):
         self.committed_at = time.monotonic()
         self.stopped_early = False
         self.first_epoch = 0
+        self.changed: Mapping[str, tuple[Any, Any]] = {}  # of the config, since it was taken
 
     @override
     def state_dict(self) -> dict[str, bool]:
@@ -54,6 +59,10 @@ class ResumeCheckpoint(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, bool]) -> None:
         self.stopped_early = state_dict["stopped_early"]
+
+    @override
+    def on_load_checkpoint(self, *hook_arguments: Any) -> None:
+        adopt(self.changed, hook_arguments[-1])
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
@@ -95,6 +104,27 @@ class ResumeCheckpoint(Callback):
             kept = [each for each in there if each.name <= path.name][-GENERATIONS:]
             for old in set(there) - set(kept):
                 self.io.remove_checkpoint(old)
+
+
+def adopt(changed: Mapping[str, tuple[Any, Any]], checkpoint: dict[str, Any]) -> None:
+    """Put changed settings of optimizer and scheduler into their stored state, which would win.
+
+    Args:
+        changed: Dotted key to its value before and now.
+        checkpoint: Is changed in place. A learning rate under way goes on in proportion.
+    """
+    groups = [each for state in checkpoint["optimizer_states"] for each in state["param_groups"]]
+    schedulers = checkpoint["lr_schedulers"]
+    for key, (before, now) in changed.items():
+        section, _, name = key.partition(".")
+        if key == "optimizer.lr":
+            for state in (*groups, *schedulers):
+                for rate in RATES & state.keys():
+                    state[rate] = apply_to_collection(state[rate], float, mul, now / before)
+        elif section in ("optimizer", "scheduler"):
+            for state in groups if section == "optimizer" else schedulers:
+                if name in state:
+                    state[name] = now
 
 
 def keep_last(folder: Path, io: DurableCheckpointIO) -> None:

@@ -68,7 +68,8 @@ class SafeStop(Callback):
         if not self.in_loop:
             raise Stopped(signum)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise `Stopped` if a signal has come."""
         if self.received is not None:
             self.in_loop = False
             raise Stopped(self.received)
@@ -76,7 +77,7 @@ class SafeStop(Callback):
     @override
     def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         self.in_loop = True
-        self._check()
+        self.check()
 
     @override
     def teardown(self, trainer: Trainer, *_: Any, **__: Any) -> None:
@@ -88,16 +89,16 @@ class SafeStop(Callback):
 
     @override
     def on_train_epoch_start(self, *_: Any) -> None:
-        self._check()
+        self.check()
 
     @override
     def on_train_batch_start(self, *_: Any) -> None:
-        self._check()
+        self.check()
 
     @override
     def on_validation_batch_start(self, *_: Any) -> None:
-        self._check()
+        self.check()
 
     @override
     def on_test_batch_start(self, *_: Any) -> None:
-        self._check()
+        self.check()

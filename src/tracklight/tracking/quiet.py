@@ -14,5 +14,7 @@ import mlflow.exceptions  # noqa: E402
 # Every failed call is reported by us, once and in one line; these two print a traceback each time.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 logging.getLogger("alembic").setLevel(logging.WARNING)
+# On import, mlflow.pytorch sets the root's level to ERROR, which would silence our warnings.
+logging.getLogger("tracklight").setLevel(logging.WARNING)
 
 __all__ = ["mlflow"]

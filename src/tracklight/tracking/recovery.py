@@ -32,6 +32,9 @@ def recover(store: "Store") -> None:
             lock = RunLock(folder, note=None)
         except (Held, FileNotFoundError):
             continue
+        except OSError as error:  # its owner is another, say
+            _log.warning("%s cannot be recovered: %s", folder, error.strerror)
+            continue
         try:
             final: Path | None = folder
             if folder.name.startswith(layout.NEW):
