@@ -1,64 +1,31 @@
 """The course of a sweep: which run is next, what its outcome means, and when it is over."""
 
 import signal
-import statistics
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 from tracklight.sweep.board import NEVER_BEGAN_TAG, Board
-from tracklight.sweep.leaderboard import SCORE
+from tracklight.sweep.outcomes import joined, known
 from tracklight.sweep.plan import assign
 from tracklight.sweep.points import Job
+from tracklight.sweep.pool import Slots
 from tracklight.sweep.progress import Progress
+from tracklight.sweep.sources import Source
 from tracklight.sweep.study import RUNS, Asked, Trials
 from tracklight.sweep.trial import (
-    OUTCOME_TAG,
     PARENT_TAG,
     POINT_TAG,
-    REASON_TAG,
     TRIAL_TAG,
-    Assignment,
     Epoch,
     Outcome,
 )
 
 WAIT_S = 0.25  # how soon a signal is noticed
-
-
-class Slots(Protocol):
-    """What runs trials: a pool of processes, or one of Hydra's launchers."""
-
-    @property
-    def has_room(self) -> bool: ...  # noqa: D102
-
-    @property
-    def running(self) -> list[Any]: ...  # noqa: D102
-
-    def start(self, assignment: Assignment, tag: Any) -> None: ...  # noqa: D102
-
-    def messages(self, timeout_s: float) -> Iterator[tuple[Any, Any]]: ...  # noqa: D102
-
-    def answer(self, tag: Any, stop: bool) -> None: ...  # noqa: D102
-
-    def stop(self) -> None: ...  # noqa: D102
-
-    def drain(self) -> Iterator[tuple[Any, Outcome]]: ...  # noqa: D102
-
-    def kill(self) -> None: ...  # noqa: D102
-
-
-class Source(Protocol):
-    """Where trials come from, each as one job a seed."""
-
-    def next(self) -> tuple[Asked, list[Job]] | None: ...  # noqa: D102
-
-    @property
-    def left(self) -> int: ...  # noqa: D102
 
 
 @dataclass
@@ -169,8 +136,8 @@ class Course:
             return
         for trial in self._trials.ended():
             keys = trial.user_attrs.get(RUNS, [])
-            known = [self._known(self._children.get(key)) for key in keys]
-            outcomes = [outcome for outcome in known if outcome]
+            found = [known(self._children.get(key)) for key in keys]
+            outcomes = [outcome for outcome in found if outcome]
             if not outcomes or len(outcomes) < len(keys):
                 self._trials.retry(trial.number)
             else:
@@ -191,8 +158,8 @@ class Course:
                 return None
             asked, jobs = found
             if asked.has_ended:
-                known = [self._known(self._children.get(job.key)) for job in jobs]
-                outcomes = [outcome for outcome in known if outcome]
+                found = [known(self._children.get(job.key)) for job in jobs]
+                outcomes = [outcome for outcome in found if outcome]
                 if len(outcomes) == len(jobs):
                     self._keep(asked.number, asked.params, outcomes)
                     continue
@@ -210,26 +177,13 @@ class Course:
             self._progress.kept(outcome)
             if outcome.kind == "failed":
                 self.failures[number] = outcome.reason
-        kind, score = _joined(outcomes)
+        kind, score = joined(outcomes)
         if kind == "complete" and score is not None:
             self._progress.standing(number, params, score)
 
-    def _known(self, child: Any | None) -> Outcome | None:
-        """Return how a run ended for good; None if there is something to run."""
-        from tracklight.resume import NON_FINITE_TAG, is_unfinished
-
-        if child is None or is_unfinished(child, 0):
-            return None
-        tags, run_id = child.data.tags, child.info.run_id
-        if child.info.status == "FAILED":
-            reason = tags.get(REASON_TAG, f"not finite at step {tags[NON_FINITE_TAG]}")
-            return Outcome("failed", reason=reason, run_id=run_id)
-        kind = "pruned" if tags.get(OUTCOME_TAG) == "pruned" else "complete"
-        return Outcome(kind, child.data.metrics.get(SCORE), run_id=run_id)
-
     def _begin(self, job: Job) -> None:
         child = self._children.get(job.key)
-        outcome = self._outcomes.get(job.key) or self._known(child)
+        outcome = self._outcomes.get(job.key) or known(child)
         if outcome is not None:
             self._progress.kept(outcome)
             self._end(job, outcome)
@@ -298,15 +252,7 @@ class Course:
         leads = self._asks and job is point.jobs[0]  # its siblings have not begun
         if others and not leads:
             return
-        kind, score = _joined(list(point.outcomes.values()))
+        kind, score = joined(list(point.outcomes.values()))
         self._trials.tell(job.number, kind, score)
         if kind == "complete" and score is not None:
             self._progress.standing(job.number, job.params, score)
-
-
-def _joined(outcomes: list[Outcome]) -> tuple[str, float | None]:
-    """Return the outcome of a point and its mean score."""
-    kinds = {outcome.kind for outcome in outcomes}
-    kind = next((k for k in ("stopped", "failed", "pruned") if k in kinds), "complete")
-    scores = [outcome.score for outcome in outcomes if outcome.score is not None]
-    return kind, statistics.fmean(scores) if len(scores) > 1 else next(iter(scores), None)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -121,7 +122,9 @@ def _build(kind: str, name: str, found: type, options: dict[str, Any]) -> Any:
             f"it takes {', '.join(taken) or 'none'}"
         )
     try:
-        return found(**options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # some are called experimental
+            return found(**options)
     except (ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise BadInput(f"sweep.{kind}_options={options}: {reason}") from error

@@ -59,7 +59,11 @@ def _study(standings: Sequence[Standing], mode: str):
             distributions[name] = CategoricalDistribution(tuple(dict.fromkeys(texts)))
     states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
     for each in sorted(standings, key=lambda each: each.trial):
-        if each.state not in states or each.score is None or each.params.keys() != distributions.keys():
+        if (
+            each.state not in states
+            or each.score is None
+            or each.params.keys() != distributions.keys()
+        ):
             continue
         params = {
             name: text if isinstance(kind, CategoricalDistribution) else float(text)

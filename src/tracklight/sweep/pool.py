@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import connection
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol
 
 from tracklight.sweep.trial import Assignment, Epoch, Outcome, work
 
@@ -24,6 +24,28 @@ PRELOADED = [
 ]
 STOP_S = 60.0  # what a trial may take to reach a safe point and close its run
 JOIN_S = 5.0
+
+
+class Slots(Protocol):
+    """What runs trials: a pool of processes, or one of Hydra's launchers."""
+
+    @property
+    def has_room(self) -> bool: ...  # noqa: D102
+
+    @property
+    def running(self) -> list[Any]: ...  # noqa: D102
+
+    def start(self, assignment: Assignment, tag: Any) -> None: ...  # noqa: D102
+
+    def messages(self, timeout_s: float) -> Iterator[tuple[Any, Any]]: ...  # noqa: D102
+
+    def answer(self, tag: Any, stop: bool) -> None: ...  # noqa: D102
+
+    def stop(self) -> None: ...  # noqa: D102
+
+    def drain(self) -> Iterator[tuple[Any, Outcome]]: ...  # noqa: D102
+
+    def kill(self) -> None: ...  # noqa: D102
 
 
 @dataclass

@@ -1,13 +1,22 @@
 """Where a sweep's trials come from: the points of a grid in turn, or Optuna."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from tracklight.errors import BadInput
 from tracklight.sweep.points import Composer, Job, pinned
 
 if TYPE_CHECKING:
     from tracklight.sweep.study import Asked, Trials
+
+
+class Source(Protocol):
+    """Where trials come from, each as one job a seed."""
+
+    def next(self) -> "tuple[Asked, list[Job]] | None": ...  # noqa: D102
+
+    @property
+    def left(self) -> int: ...  # noqa: D102
 
 
 class Grid:

@@ -4,30 +4,22 @@ Only the sweep's own process talks to the storage. A trial is identified by its 
 parameters are text as in an override.
 """
 
-import fcntl
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import optuna
-from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from tracklight.config import redact
-from tracklight.errors import BadInput
-from tracklight.sweep.bounded import bounded
 from tracklight.sweep.methods import Methods
 from tracklight.sweep.space import Space
 
 POINT = "point"  # of a grid's trial: its parameters as text
 RUNS = "runs"  # the keys of a trial's runs
 RETRY_OF = "retry_of"  # of a trial that takes the place of an earlier one: its number
-STORAGE_S = 15.0
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -36,64 +28,6 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 def direction(mode: str) -> Literal["minimize", "maximize"]:
     """Return Optuna's word for a mode."""
     return "minimize" if mode == "min" else "maximize"
-
-
-class FileLock:
-    """A lock that the kernel takes back from a killed process; Optuna's own would last 30 s."""
-
-    def __init__(self, path: Path):
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-
-    def acquire(self) -> bool:
-        """Wait for the lock."""
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-        return True
-
-    def release(self) -> None:
-        """Let go."""
-        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-
-
-def open_storage(url: str | None, journal: Path | None) -> BaseStorage:
-    """Open where the trials are remembered.
-
-    Args:
-        url: A database; None for the journal.
-        journal: Optuna's journal file; None to remember nothing beyond this process.
-
-    Raises:
-        BadInput: The database does not answer, or its driver is missing.
-    """
-    if url is None and journal is None:
-        return InMemoryStorage()
-    if url is None:
-        assert journal is not None
-        _cut_torn_line(journal)
-        lock: Any = FileLock(journal.with_suffix(".lock"))
-        return JournalStorage(JournalFileBackend(str(journal), lock))
-    shown = redact(url)
-    try:
-        return bounded(lambda: RDBStorage(url), STORAGE_S)
-    except TimeoutError:
-        raise BadInput(
-            f"sweep.storage={shown} does not answer within {STORAGE_S:.0f} s; start it, or try "
-            "sweep.storage=null for a file in tracking.dir"
-        ) from None
-    except Exception as error:
-        reason = redact(" ".join(str(error).split("\n")[0].split()))[:200]
-        raise BadInput(
-            f"sweep.storage={shown} cannot be opened ({reason}); try sweep.storage=null"
-        ) from None
-
-
-def _cut_torn_line(journal: Path) -> None:
-    """Cut what a kill left half-written: Optuna would append to it and read neither."""
-    if not journal.exists():
-        return
-    content = journal.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(journal, whole)
 
 
 @dataclass(frozen=True)
@@ -257,6 +191,7 @@ class Trials:
     def tell(self, number: int, kind: str, score: float | None) -> None:
         """Remember how a trial ended; of a stopped one nothing, so that it is taken up again."""
         trial = self._live.pop(number)
+        self._study.sampler = optuna.samplers.RandomSampler()  # a grid's would stop the study here
         if kind == "complete":
             self._study.tell(trial, score)
         elif kind != "stopped":

@@ -142,7 +142,7 @@ class _Sweep:
 
     def _check_storage(self):
         """Open a database before there is a parent run."""
-        from tracklight.sweep.study import open_storage
+        from tracklight.sweep.storage import open_storage
 
         url = self.plan.settings["storage"]
         return open_storage(url, None) if url or not self.store else None
@@ -195,7 +195,8 @@ class _Sweep:
         from tracklight.sweep.board import journal
         from tracklight.sweep.course import Course
         from tracklight.sweep.sources import Grid, Search
-        from tracklight.sweep.study import Trials, open_storage
+        from tracklight.sweep.storage import open_storage
+        from tracklight.sweep.study import Trials
 
         plan, board = self.plan, self.board
         name = plan.identity[:16]

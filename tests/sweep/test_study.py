@@ -1,0 +1,151 @@
+"""What Optuna remembers of a sweep, through restarts."""
+
+import time
+
+import pytest
+
+from tracklight.sweep.methods import PRUNERS, SAMPLERS, Methods
+from tracklight.sweep.space import read_space
+from tracklight.sweep.storage import open_storage
+from tracklight.sweep.study import Trials
+
+SPACE = read_space(["lr=tag(log,interval(1e-3,1))", "width=8,16,32"], {}, None)
+METHODS = Methods("tpe", {"n_startup_trials": 3}, "median", {"n_startup_trials": 2}, 7, 10)
+
+
+def trials(path, total=8, methods=METHODS, space=SPACE):
+    return Trials(open_storage(None, path), "study", "min", space, methods, total)
+
+
+def score(params):
+    return (float(params["lr"]) - 0.1) ** 2 + int(params["width"]) / 100
+
+
+def drive(path, total=8, restarts=False):
+    """Run all trials; with restarts, open the journal anew before each step."""
+    found, study = [], trials(path, total)
+    while asked := study.ask():
+        if restarts:  # a kill after the question: the same trial is asked for again
+            study = trials(path, total)
+            assert study.ask() == asked
+        study.tell(asked.number, "complete", score(asked.params))
+        found.append(asked)
+        if restarts:
+            study = trials(path, total)
+    return found
+
+
+def test_a_search_through_restarts_asks_for_the_same_points(tmp_path):
+    assert drive(tmp_path / "a") == drive(tmp_path / "b", restarts=True)
+
+
+def test_the_total_is_the_total(tmp_path):
+    assert len(drive(tmp_path / "a", total=3)) == 3
+    assert len(drive(tmp_path / "a", total=5)) == 2
+    assert drive(tmp_path / "a", total=5) == []
+
+
+def test_parallel_trials_are_asked_for_different_points(tmp_path):
+    study = trials(tmp_path / "a", total=4, methods=Methods("random", {}, "none", {}, 0, 1))
+    asked = [study.ask() for _ in range(4)]
+    assert len({each.params["lr"] for each in asked}) == 4
+
+
+def test_a_trial_half_drawn_when_killed_is_drawn_anew_as_it_would_have_been(tmp_path):
+    whole = drive(tmp_path / "whole", total=5)
+    path = tmp_path / "torn"
+    study = trials(path, total=5)
+    for asked in whole[:3]:
+        assert study.ask() == asked
+        study.tell(asked.number, "complete", score(asked.params))
+    lines = path.read_bytes().splitlines(keepends=True)
+    study.ask()
+    drawn = path.read_bytes().splitlines(keepends=True)[len(lines) :]
+    for kept in range(1, len(drawn)):
+        path.write_bytes(b"".join([*lines, *drawn[:kept]]) + drawn[kept][:7])
+        study = trials(path, total=5)
+        found = []
+        while asked := study.ask():
+            study.tell(asked.number, "complete", score(asked.params))
+            found.append(asked.params)
+        assert found == [each.params for each in whole[3:]]
+        assert len(study.counted()) == 5
+
+
+def test_a_retry_takes_the_place_of_the_failed_trial(tmp_path):
+    study = trials(tmp_path / "a", total=2)
+    first = study.ask()
+    study.tell(first.number, "failed", None)
+    study.retry(first.number)
+    again = study.ask()
+    assert again.params == first.params and again.number != first.number
+    study.tell(again.number, "complete", 1.0)
+    assert study.ask() is not None and study.ask() is None
+    assert len(study.counted()) == 2
+
+
+def test_a_grids_points_are_taken_in_its_own_order_and_once(tmp_path):
+    space = read_space(["lr=1,2,3"], {}, None)
+    study = trials(tmp_path / "a", None, space=space)
+    first = study.take({"lr": "1"})
+    study.take({"lr": "2"})
+    study.tell(first.number, "complete", 0.1)
+    again = trials(tmp_path / "a", None, space=space)
+    assert again.take({"lr": "1"}).has_ended
+    assert (again.take({"lr": "2"}).number, again.take({"lr": "3"}).number) == (1, 2)
+
+
+def test_a_report_made_again_changes_nothing_and_gets_the_same_answer(tmp_path):
+    study = trials(tmp_path / "a", total=3)
+    for _ in range(2):
+        asked = study.ask()
+        study.report(asked.number, 1, 0.1)
+        study.tell(asked.number, "complete", 0.1)
+    asked = study.ask()
+    assert study.report(asked.number, 1, 0.9)
+    study = trials(tmp_path / "a", total=3)
+    assert study.ask() == asked
+    assert study.report(asked.number, 1, 0.9)
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path):
+    held = open_storage(None, tmp_path / "a.journal")
+    began = time.monotonic()
+    drive(tmp_path / "a.journal", total=2)
+    assert time.monotonic() - began < 5
+    del held
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ("cmaes", "grid")])
+def test_each_sampler_draws_within_the_space(tmp_path, name):
+    study = trials(tmp_path / "a", total=4, methods=Methods(name, {}, "none", {}, 0, 1))
+    while asked := study.ask():
+        assert (
+            1e-3 <= float(asked.params["lr"]) <= 1 and asked.params["width"] in SPACE.axes[1].texts
+        )
+        study.tell(asked.number, "complete", score(asked.params))
+    assert len(study.counted()) == 4
+
+
+def test_the_grid_sampler_visits_each_cell_once(tmp_path):
+    space = read_space(["a=1,2", "b=range(0,3)"], {}, None)
+    study = trials(tmp_path / "a", 6, Methods("grid", {}, "none", {}, 0, 1), space)
+    seen = []
+    while asked := study.ask():
+        study.tell(asked.number, "complete", 0.0)
+        seen.append((asked.params["a"], asked.params["b"]))
+        study = trials(tmp_path / "a", 6, Methods("grid", {}, "none", {}, 0, 1), space)
+    assert sorted(seen) == [(a, b) for a in "12" for b in "012"]
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_each_pruner_prunes_what_is_hopeless_or_nothing(tmp_path, name):
+    study = trials(tmp_path / "a", total=12, methods=Methods("random", {}, name, {}, 0, 9))
+    pruned = []
+    for index in range(12):
+        asked = study.ask()
+        value = 10.0 + index if index > 6 else 0.1 * index
+        stop = any(study.report(asked.number, epoch, value) for epoch in range(1, 10))
+        study.tell(asked.number, "pruned" if stop else "complete", value)
+        pruned.append(stop)
+    assert any(pruned[7:]) == (name != "none")
