@@ -16,6 +16,7 @@ for name in sys.argv[1:]:
 from mlflow.telemetry.client import get_telemetry_client
 from mlflow.environment_variables import MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT
 assert get_telemetry_client() is None
+assert "torch" not in sys.modules
 assert MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.get()
 """
 
@@ -29,7 +30,7 @@ def importing(files: list[str]) -> subprocess.CompletedProcess:
     )
 
 
-def test_usage_reporting_is_off_when_the_store_is_imported():
+def test_who_imports_the_store_gets_no_usage_reporting_and_no_torch():
     done = importing(["store"])
     assert done.returncode == 0, done.stderr
 
