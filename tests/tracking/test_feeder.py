@@ -96,7 +96,7 @@ def test_a_lost_answer_to_log_batch_doubles_no_point(
     lost = []
 
     def lose_some(method, path):
-        if path.endswith("log-batch") and len(lost) < 3:
+        if path.endswith("log-batch") and len(lost) < 2:
             lost.append(path)
             return spoilt
         return None
@@ -107,7 +107,7 @@ def test_a_lost_answer_to_log_batch_doubles_no_point(
     run.log_series("loss", range(1200), [i / 3 for i in range(1200)])
     with caplog.at_level(logging.WARNING):
         run.finish("FINISHED")
-    assert len(lost) == 3
+    assert len(lost) == 2
     assert points_of(store, run.run_id, "loss") == [(i, i / 3) for i in range(1200)]
     assert store.client.get_run(run.run_id).info.status == "FINISHED"
 
