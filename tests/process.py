@@ -93,6 +93,7 @@ class Trainees:
         arguments: Sequence[str],
         faults: Sequence[Sequence[Any]] = (),
         env: dict[str, str] | None = None,
+        bare: bool = False,
     ) -> Process:
         """Start `train.py ARGUMENTS` tracked in `directory`.
 
@@ -101,13 +102,14 @@ class Trainees:
             arguments: Of the command line.
             faults: What goes wrong: names and arguments of functions in `trainee.py`.
             env: Further environment variables.
+            bare: Whether the arguments say themselves where to track.
         """
         self._number += 1
         folder = directory.parent / f"{directory.name}.process-{self._number}"
         folder.mkdir(parents=True)
         self.furnish(directory)
-        arguments = [*arguments, f"tracking.dir={directory}"]
-        request = {"arguments": arguments, "folder": str(folder), "env": env or {}}
+        words = [*arguments, *([] if bare else [f"tracking.dir={directory}"])]
+        request = {"arguments": words, "folder": str(folder), "env": env or {}}
         return self._fork(folder, request | {"faults": list(faults)})
 
     def furnish(self, directory: Path) -> None:
