@@ -114,7 +114,7 @@ def _bare_update(optimizer: Optimizer, parameters: list[Tensor]) -> Callable[[li
 
     def update(gradients: list[Tensor]) -> None:
         group = optimizer.param_groups[0]  # a restored state brings a new one
-        torch._fused_sgd_(
+        torch._fused_sgd_(  # pyright: ignore[reportPrivateImportUsage]
             parameters,
             gradients,
             [],
