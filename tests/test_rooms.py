@@ -11,9 +11,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src"
 FILES = sorted(SRC.rglob("*.py"))
 
-ROOMS = ("sweep", "tracking", "engine", "models", "data")
+ROOMS = ("reuse", "sweep", "tracking", "engine", "models", "data")
 # What a room may import of ours beside itself and `tracklight.errors`.
 MAY_IMPORT = {
+    "reuse": ("tracklight",),  # like the experiment, it joins all rooms, for finished runs
     "sweep": (
         *("tracklight.config", "tracklight.machine", "tracklight.resume"),
         *("tracklight.tracking", "tracklight.experiment"),
@@ -34,10 +35,13 @@ HEAVY = {
     *("lightning_utilities", "mlflow", "optuna", "plotly", "matplotlib", "pandas", "scipy"),
     *("sklearn", "mlxtend", "sqlalchemy", "numpy"),
 }
+SCRIPTS = ("compare", "evaluate", "predict", "reproduce")
 LIGHT = [
     ROOT / "train.py",
     SRC / "tracklight" / "cli.py",
     SRC / "tracklight" / "config.py",
+    *(SRC / "tracklight" / "reuse" / f"{name}.py" for name in SCRIPTS),
+    *(ROOT / "scripts" / f"{name}.py" for name in SCRIPTS),
     *sorted((SRC / "hydra_plugins").rglob("*.py")),
 ]
 FORBIDDEN_WORDS = {"utils", "util", "helpers", "helper", "common", "manager"}

