@@ -10,7 +10,7 @@ IN_RANGE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_inf
 PORT ?= 5001
 ARGS ?=
 
-.PHONY: help install train test ui check format bench torture clean
+.PHONY: help install train test ui check lint format bench torture clean
 
 help:
 	@echo 'make train    set up, then train the MNIST MLP, tracked'
@@ -64,11 +64,12 @@ ui: $(INSTALLED)
 	  --backend-store-uri 'sqlite:///$(CURDIR)/mlruns/mlflow.db' \
 	  --default-artifact-root '$(CURDIR)/mlruns/artifacts' $(ARGS)
 
-check: $(INSTALLED)
+check: lint test
+
+lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest $(ARGS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

@@ -128,7 +128,7 @@ def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Average neighbours until at most `MAX_DRAWN` points are left."""
     size = -(-len(x) // MAX_DRAWN)
     starts = np.arange(0, len(x), size)
-    counts = np.diff([*starts, len(x)])
+    counts = np.diff(np.append(starts, len(x)))
     return np.add.reduceat(x, starts) / counts, np.add.reduceat(y, starts) / counts
 
 
