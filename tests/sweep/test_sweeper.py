@@ -250,6 +250,23 @@ def test_a_sweep_in_progress_refuses_a_second_of_the_same(commander, tmp_path):
     process.wait()
 
 
+def test_an_untracked_sweep_ranks_its_points_and_leaves_nothing(commander, tmp_path):
+    directory = tmp_path / "runs"
+    process = commander.sweep(directory, *GRID, "tracking=none")
+    assert process.exit_code == 0, process.stderr
+    assert "train/loss (min), 3 trials" in process.stdout and Swept(directory).runs == []
+
+
+@pytest.mark.slow
+def test_a_trial_of_several_processes_runs_only_its_own_point(commander, tmp_path):
+    directory = tmp_path / "runs"
+    two = ("trainer.devices=2", "trainer.strategy=ddp", "trainer.max_epochs=2")
+    process = commander.sweep(directory, "seed=1,2", *two, *QUICK[:2], QUICK[3])
+    assert process.exit_code == 0, process.stderr + process.stdout
+    assert {run.status for run in Swept(directory).runs} == {"FINISHED"}
+    assert len(Swept(directory).runs) == 3
+
+
 def test_the_dry_run_lists_the_points_and_leaves_nothing(commander, tmp_path):
     directory = tmp_path / "runs"
     process = commander.sweep(directory, *GRID, "sweep.dry_run=true")
@@ -278,6 +295,7 @@ BAD = {
     "key": (("optimizer.rl=0.1,0.2",), "did you mean optimizer.lr"),
     "two scores": (("model=linear,mlp",), "scored by different metrics"),
     "seeds": (("seed=1,2", "sweep.seeds=3"), "seed varies already"),
+    "resume": (("seed=1,2", "resume=0123abcd"), "resume=0123abcd is one run"),
     "walk": (("optimizer.lr=interval(0.1,1)", "sweep.sampler=grid"), "cannot walk the interval"),
 }
 

@@ -4,12 +4,13 @@ import signal
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from tracklight.sweep.board import NEVER_BEGAN_TAG, Board
+from tracklight.sweep.leaderboard import Row
 from tracklight.sweep.outcomes import joined, known
 from tracklight.sweep.plan import assign
 from tracklight.sweep.points import Job
@@ -75,6 +76,7 @@ class Course:
         self._queue: deque[Job] = deque()
         self._points: dict[int, Point] = {}
         self._awaited: dict[str, list[Job]] = {}  # jobs in progress by key; twins wait
+        self.rows: list[Row] = []  # what this command ran
         self.failures: dict[int, str] = {}
         self.signum: int | None = None
         self.halted = False
@@ -198,11 +200,15 @@ class Course:
             self._board.store.client.delete_run(run_id)
             run_id = None
         asks = self._asks and job.key == self._points[job.number].jobs[0].key
-        log = self._logs / f"{job.number:04d}.log" if self._logs else None
         tags = self._tags(job)
-        assignment = assign(job, tags=tags, run_id=run_id, asks=asks, log=log)
+        assignment = assign(job, tags=tags, run_id=run_id, asks=asks, log=self._log(job))
+        if run_id is not None:
+            self._progress.note(f"trial {job.name}  goes on in run {run_id}")
         self._progress.began(job)
         self._slots.start(assignment, job)
+
+    def _log(self, job: Job) -> Path | None:
+        return self._logs / f"{job.number:04d}.log" if self._logs else None
 
     def _tags(self, job: Job) -> Mapping[str, str]:
         if self._board is None:
@@ -218,9 +224,12 @@ class Course:
                 self._slots.answer(job, prune)
             self._progress.epoch(job, message)
             return
+        if message.kind == "stopped" and not self._is_over():
+            message = replace(message, kind="failed", reason="stopped by a signal")
         if message.kind == "failed":
             self._record_failure(job, message)
-        self._progress.ended(job, message)
+        self._progress.ended(job, message, self._log(job))
+        self.rows.append(_row(job, message))
         if message.kind != "stopped":
             self._outcomes[job.key] = message
         for twin in self._awaited.pop(job.key, [job]):
@@ -256,3 +265,15 @@ class Course:
         self._trials.tell(job.number, kind, score)
         if kind == "complete" and score is not None:
             self._progress.standing(job.number, job.params, score)
+
+
+def _row(job: Job, outcome: Outcome) -> Row:
+    return Row(
+        trial=job.number,
+        params=job.params,
+        seed=job.cfg.seed,
+        state=outcome.kind,
+        score=outcome.score,
+        run_id=outcome.run_id or "",
+        reason=outcome.reason,
+    )

@@ -23,9 +23,9 @@ class Row:
     seed: int
     state: str
     score: float | None
-    epochs: int
-    seconds: float
-    run_id: str
+    epochs: int = 0
+    seconds: float = 0.0
+    run_id: str = ""
     reason: str = ""
 
 

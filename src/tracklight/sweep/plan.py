@@ -1,5 +1,6 @@
 """A sweep, read from the command line and checked, before anything runs."""
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -68,6 +69,7 @@ class Plan:
         points = list({jobs[0].key: jobs for jobs in points}.values())
         metric, mode = check_scores([jobs[0] for jobs in points])
         plan = cls(master, context, settings, space, composer, points, metric, mode)
+        _check_points(points, plan.methods)
         if searched:
             plan.methods.check({axis.name: axis.distribution() for axis in space.axes})
         return plan
@@ -158,10 +160,26 @@ def _check_space(space: Space, searched: bool, settings: Mapping[str, Any]) -> N
         )
     for axis in space.axes:
         axis.check(searched)
+    if importlib.util.find_spec("optuna") is None:
+        raise BadInput("sweeps need Optuna and Plotly: pip install 'tracklight[sweep]'")
     if settings["seeds"] != 1 and any(axis.name == "seed" for axis in space.axes):
         raise BadInput(
             f"seed varies already; drop it, or sweep.seeds={settings['seeds']} which runs each "
             "point with that many seeds"
+        )
+
+
+def _check_points(points: list[list[Job]], methods: Methods) -> None:
+    cfg = points[0][0].cfg
+    if cfg.resume not in (None, "auto"):
+        raise BadInput(
+            f"resume={cfg.resume} is one run, and -m makes several; drop -m, or drop resume: a "
+            "sweep continues by itself"
+        )
+    if methods.prunes and cfg.trainer.devices != 1:
+        raise BadInput(
+            f"sweep.pruner={methods.pruner_name} needs trials on one device, not trainer.devices="
+            f"{cfg.trainer.devices}; try sweep.pruner=none"
         )
 
 
@@ -172,4 +190,8 @@ def assign(job: Job, **further: Any) -> Assignment:
     cfg["trainer"]["enable_progress_bar"] = False
     cfg["tracking"]["run_name"] = job.name
     cfg["resume"] = None
-    return Assignment({str(key): value for key, value in cfg.items()}, **further)
+    kept = [word for word in job.words if word.partition("=")[0] != "num_threads"]
+    words = (*kept, f"num_threads={job.cfg.num_threads}", "trainer.enable_progress_bar=false")
+    if further.get("run_id"):
+        words = (f"resume={further['run_id']}",)
+    return Assignment({str(key): value for key, value in cfg.items()}, words, **further)

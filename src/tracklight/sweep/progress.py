@@ -4,6 +4,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -61,13 +62,13 @@ class Progress:
         self._kept += 1
         self._counts[outcome.kind] += 1
 
-    def ended(self, job: Job, outcome: Outcome) -> None:
+    def ended(self, job: Job, outcome: Outcome, log: Path | None) -> None:
         """A trial has ended."""
         seconds = time.monotonic() - self._began.pop(job.key, time.monotonic())
         self._counts[outcome.kind] += 1
         if outcome.kind != "stopped":
             self._seconds.append(seconds)
-        value = outcome.reason
+        value = f"{outcome.reason} ({log})" if outcome.reason and log else outcome.reason
         if outcome.score is not None:
             value = f"{self._metric} {outcome.score:.5g}"
         self.note(f"trial {job.name}  {outcome.kind}  {value}  {seconds:.1f} s{self._suffix()}")

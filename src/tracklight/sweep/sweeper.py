@@ -63,10 +63,10 @@ def _rehearsal(plan: Plan, pool: Pool) -> Iterator[None]:
     Raises:
         BadInput: The data or the model refuse, or nothing of the score's name is logged.
     """
-    if plan.launcher:
+    job = plan.points[0][0]
+    if plan.launcher or job.cfg.trainer.devices != 1:  # further processes would not know of it
         yield
         return
-    job = plan.points[0][0]
     outcomes: list[Outcome] = []
     thread = threading.Thread(
         target=lambda: pool.start(assign(job, rehearse=True), job), daemon=True
@@ -228,14 +228,16 @@ class _Sweep:
 
     def _close(self, course: "Course", progress: "Progress") -> float | None:
         """Test the winner, if the sweep is through, and tell how it went."""
+        from tracklight.sweep.leaderboard import standings
+
         if self.board is None:
-            progress.close()
-            return progress.best
-        found = self.board.refresh(final=True) or []
+            found = standings(course.rows, self.plan.mode, self.plan.settings["seeds"])
+        else:
+            found = self.board.refresh(final=True) or []
         progress.table(found, f"{self.plan.metric} ({self.plan.mode}), {len(found)} trials")
         winner = found[0] if found and found[0].rank == 1 else None
-        if winner is None:
-            return None
+        if winner is None or self.board is None:
+            return winner.score if winner else None
         if course.signum is None and not course.halted:
             from tracklight.sweep.winner import test
 

@@ -38,6 +38,7 @@ class Assignment:
 
     Args:
         cfg: The resolved config as plain values.
+        words: The command line of this one run; further processes of a distributed trial use it.
         tags: Of its run.
         run_id: Run to continue; None for a new one.
         asks: Whether the parent decides after each epoch if the trial goes on.
@@ -49,6 +50,7 @@ class Assignment:
     """
 
     cfg: dict[str, Any]
+    words: tuple[str, ...] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
     run_id: str | None = None
     asks: bool = False
@@ -95,6 +97,7 @@ def work(assignment: Assignment, line: Connection) -> None:
     _redirect(assignment.log)
     if assignment.gpus:
         _take_gpu(assignment.slot, assignment.gpus)
+    sys.argv[1:] = assignment.words
     outcome = run(assignment, line)
     line.send(outcome)
     sys.stdout.flush()
