@@ -53,9 +53,8 @@ def train(tmp_path: Path) -> Callable[..., Finished]:
         from tracklight.experiment import run
 
         directory = tmp_path / "runs"
-        score = run(
-            compose([*overrides, f"tracking.dir={directory}", "trainer.enable_progress_bar=false"])
-        )
+        here = [f"tracking.dir={directory}", "tracking.uri=null"]
+        score = run(compose([*overrides, *here, "trainer.enable_progress_bar=false"]))
         client = MlflowClient(f"sqlite:///{directory / 'mlflow.db'}")
         experiments = [each.experiment_id for each in client.search_experiments()]
         newest = client.search_runs(

@@ -94,7 +94,7 @@ def test_a_run_id_of_digits_stays_text(run_id):
 def test_a_resumed_run_takes_single_keys_for_its_own_config():
     words = [f"resume={ID}", "model.hidden=[9]", "tracking.uri=x", "allow_changes=true"]
     now, later = split_for_resume(words)
-    assert now == [f"resume={ID}", "tracking.uri=x"]
+    assert now == [f"resume={ID}", "tracking.uri=x", "allow_changes=true"]
     assert later == ["model.hidden=[9]", "tracking.uri=x", "allow_changes=true"]
 
 

@@ -34,7 +34,7 @@ def changed(key, value):
         "trainer.limit_train_batches": [-1, 1.5, "x"],
         "trainer.log_every_n_steps": [0, -1],
         "score.mode": ["maximum", None],
-        "score.metric": ["", None, 3],
+        "score.metric": ["", 3],
         "compile": ["yes", 1],
         "resume": ["", "../../etc/passwd", "a\nb", float("inf"), "x" * 32, "a" * 33],
         "scheduler.interval": ["batch"],
