@@ -4,9 +4,8 @@ import sys
 
 if __name__ == "__main__":
     try:
-        from tracklight.reuse.compare import main
-
         from tracklight.reuse.command import enter
+        from tracklight.reuse.compare import main
     except ModuleNotFoundError as error:
         print(f"no {error.name} here: `source .venv/bin/activate` or `make train`", file=sys.stderr)
         sys.exit(2)
