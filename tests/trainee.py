@@ -223,7 +223,7 @@ def forget_epoch_order() -> None:
 def forget_step_seeding() -> None:
     """Mutation: dropout draws from wherever the global generator stands."""
     for module in ("seeding", "blocks"):
-        put(f"tracklight.engine.{module}:seed_step", lambda seed, step: None)
+        put(f"tracklight.engine.{module}:seed_step", lambda *_: None)
 
 
 def forget_replay_filter() -> None:

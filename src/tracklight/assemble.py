@@ -26,6 +26,7 @@ from tracklight.models.supervised import Supervised
 from tracklight.tracking.system_metrics import SystemMetrics
 
 TOTALS = ("T_max", "total_steps", "total_iters")  # scheduler arguments that mean the whole run
+FORKING = ("_spawn", "_fork", "_notebook")  # ends of the names of Lightning's strategies that do
 
 
 def build_data(cfg: DictConfig, read: bool = True) -> LightningDataModule | None:
@@ -192,6 +193,12 @@ def _check_hardware(arguments: dict[Any, Any]) -> None:
         raise BadInput(
             f"trainer.accelerator={accelerator}: no GPU found on this machine;"
             " try trainer.accelerator=auto"
+        )
+    strategy = arguments.get("strategy")
+    if isinstance(strategy, str) and strategy.endswith(FORKING):
+        raise BadInput(
+            f"trainer.strategy={strategy} copies a process that writes to MLflow already;"
+            " try trainer.strategy=ddp"
         )
     found = torch.cuda.device_count()
     wanted = devices if isinstance(devices, int) else 1

@@ -1,5 +1,6 @@
 """One run, from its config to its score: the only file that joins all rooms."""
 
+import os
 import shlex
 import sys
 import time
@@ -13,8 +14,9 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers.logger import DummyLogger
 
-from tracklight import assemble, config, report, resume
+from tracklight import assemble, config, ranks, report, resume
 from tracklight.closing import leave
 from tracklight.data.tensor_data import TensorData
 from tracklight.engine.blocks import Blocks, NonFiniteLoss
@@ -71,7 +73,9 @@ class _Experiment:
     ):
         self.tags = dict(tags)
         self.stop = stop
-        self.store = _open_store(cfg)
+        self.saves = cfg.tracking.enabled
+        self.leader = ranks.leader()
+        self.store = None if ranks.is_follower() else _open_store(cfg)
         _set_threads(cfg)  # before the identity, of which it is a part
         self.cfg, self.continued = (
             (cfg, None) if self.store is None else resume.resolve(cfg, self.store, into)
@@ -107,16 +111,15 @@ class _Experiment:
             *callbacks,
             *([shown] if shown else []),
         ]
-        tracked = self.store is not None
-        ours: dict[str, Any] = {"enable_checkpointing": tracked}
+        ours: dict[str, Any] = {"enable_checkpointing": self.saves}
         if isinstance(shown, report.EpochLines):
             ours["enable_progress_bar"] = False
         if isinstance(self.data, TensorData) and "val" not in self.data.splits:
             ours["limit_val_batches"] = 0
-        saving = [self.last, self.best] if tracked else []
+        saving = [self.last, self.best] if self.saves else []
         root = self.cfg.tracking.dir
         return assemble.build_trainer(
-            self.cfg, [*callbacks, *saving], [self.io] if tracked else [], root, **ours
+            self.cfg, [*callbacks, *saving], [self.io] if self.saves else [], root, **ours
         )
 
     def _load_initial_weights(self, run_id: str) -> str:
@@ -139,7 +142,7 @@ class _Experiment:
         started = time.perf_counter()
         if self.store is None:
             with self.stop.prevailing():
-                self._fit(None)
+                self._fit(self._follow())
                 return self._close(test)
         self.tracked = open_run(
             self.store, self.cfg, self.model, self.data, self.continued, self.facts, self.tags
@@ -177,7 +180,29 @@ class _Experiment:
         self.last.changed = self.continued.changed
         return resume_point(folder) or self.continued.checkpoint
 
+    def _follow(self) -> Path | None:
+        """Return the checkpoint that the first process continues from."""
+        if self.saves:
+            self.trainer.logger = DummyLogger()
+        found = self.leader.checkpoint if self.leader else None
+        return None if found is None else Path(found)
+
+    def _lead(self, checkpoint: Path | None) -> None:
+        """Tell the processes about to be launched what this one runs."""
+        strategy = self.trainer.strategy
+        if getattr(strategy, "num_processes", 1) == 1 or ranks.is_follower():
+            return
+        if checkpoint and strategy.cluster_environment.creates_processes_externally:
+            raise RunFailed(
+                "processes launched from outside cannot be told which run to continue; drop resume,"
+                " or let trainer.devices launch them"
+            )
+        os.environ["OMP_NUM_THREADS"] = str(self.cfg.num_threads)  # else Lightning decides
+        cfg = config.plain(self.cfg) | {"resume": None, "init_from": None}
+        ranks.lead(ranks.Leader(cfg, None if checkpoint is None else str(checkpoint)))
+
     def _fit(self, checkpoint: Path | None) -> None:
+        self._lead(checkpoint)
         began = time.perf_counter()
         try:
             with warnings.catch_warnings():  # a continued run's folder is not empty
@@ -190,6 +215,9 @@ class _Experiment:
                 raise RunFailed(why) from error
             if isinstance(error, MisconfigurationException):
                 raise RunFailed(" ".join(str(error).split())) from error
+            if self.trainer.world_size > 1 and "gloo" in str(error):
+                why = "another process of this run is gone; resume=auto continues it"
+                raise RunFailed(why) from error
             raise
         self.stop.check()  # of a signal after the last batch
         self.fit_s = time.perf_counter() - began
@@ -199,7 +227,7 @@ class _Experiment:
         tracked = self.tracked
         score = (
             self.best.best_model_score
-            if tracked
+            if self.saves
             else self.trainer.callback_metrics.get(self.cfg.score.metric)
         )
         step = self.trainer.global_step
@@ -212,7 +240,7 @@ class _Experiment:
             tracked.log_metrics(
                 self.model.reference(self.data.transform(train.features), train.targets)
             )
-        if tracked:
+        if self.saves:
             best = self.io.load_checkpoint(Path(self.best.dirpath or "") / "best.ckpt")
             self.model.load_state_dict(best["state_dict"])
             step = best["global_step"]
@@ -262,6 +290,9 @@ def _open_store(cfg: DictConfig) -> Store | None:
 
 def _set_threads(cfg: DictConfig) -> None:
     """Use the asked number of threads, and record the number used: it changes bits."""
+    devices = cfg.trainer.devices
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)
+    elif isinstance(devices, int) and devices > 1:  # a process each
+        torch.set_num_threads(max(1, torch.get_num_threads() // devices))
     cfg.num_threads = torch.get_num_threads()

@@ -74,7 +74,7 @@ class Blocks(Callback):
             data.steps_per_block = STEPS_PER_BLOCK
             module.__dict__["optimizer_step"] = self._optimizer_step
             self.step = make_step(module, trainer.optimizers[0])
-        else:
+        elif trainer.is_global_zero:
             self.tell(f"Steps are taken one by one (plain Lightning): {reason}")
 
     @override
@@ -89,7 +89,8 @@ class Blocks(Callback):
         if self.walking:
             self.block = batch
         else:
-            seed_step(self.seed, trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1)
+            step = trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1
+            seed_step(self.seed, step, trainer.global_rank)
 
     def _optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Closure) -> None:
         with self.trainer.precision_plugin.train_step_context():

@@ -65,6 +65,10 @@ class ResumeCheckpoint(Callback):
         adopt(self.changed, hook_arguments[-1])
 
     @override
+    def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        self.folder = trainer.strategy.broadcast(self.folder)  # known to the first process alone
+
+    @override
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         progress = trainer.fit_loop.epoch_progress
         if progress.total.ready <= 1 or trainer.current_epoch == self.first_epoch:

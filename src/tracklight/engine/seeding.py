@@ -39,9 +39,9 @@ def mixed_seed(seed: int, stream: int, index: int) -> int:
 STEPS, EPOCHS = 1, 2
 
 
-def seed_step(seed: int, step: int) -> None:
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
     """Reseed PyTorch's global generators for one optimizer step, in about a microsecond."""
-    drawn = mixed_seed(seed, STEPS, step)
+    drawn = mixed_seed(seed, STEPS + 2 * rank, step)
     torch.default_generator.manual_seed(drawn)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(drawn)

@@ -80,6 +80,16 @@ class SafeStop(Callback):
         self.check()
 
     @override
+    def on_train_start(self, *_: Any) -> None:
+        # Lightning's own handler broadcasts in the midst of whatever else the processes exchange,
+        # and so hangs where one of several gets the signal. Its teardown brings ours back, too.
+        signal.signal(signal.SIGTERM, self._handle)
+
+    @override
+    def on_test_start(self, *_: Any) -> None:
+        signal.signal(signal.SIGTERM, self._handle)
+
+    @override
     def teardown(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         self.in_loop = False
 

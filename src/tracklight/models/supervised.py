@@ -41,8 +41,16 @@ class Supervised(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         inputs, targets = batch
         loss = self.loss(self(inputs), targets)
-        self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True)
-        self.log("train/loss_epoch", loss, on_step=False, on_epoch=True, batch_size=len(targets))
+        size, several = len(targets), self.trainer.world_size > 1
+        self.log("train/loss", loss, on_step=True, prog_bar=True, sync_dist=several)
+        self.log(
+            "train/loss_epoch",
+            loss,
+            on_step=False,
+            on_epoch=True,
+            batch_size=size,
+            sync_dist=several,
+        )
         return loss
 
     @override

@@ -192,6 +192,4 @@ def assign(job: Job, **further: Any) -> Assignment:
     cfg["resume"] = None
     kept = [word for word in job.words if word.partition("=")[0] != "num_threads"]
     words = (*kept, f"num_threads={job.cfg.num_threads}", "trainer.enable_progress_bar=false")
-    if further.get("run_id"):
-        words = (f"resume={further['run_id']}",)
     return Assignment({str(key): value for key, value in cfg.items()}, words, **further)

@@ -23,6 +23,9 @@ REASON_TAG = "tracklight.reason"
 REHEARSAL = {  # one batch of an epoch; the length of a schedule stays
     "tracking": {"enabled": False},
     "trainer": {
+        "devices": 1,
+        "num_nodes": 1,
+        "strategy": "auto",
         "limit_train_batches": 1,
         "limit_val_batches": 1,
         "check_val_every_n_epoch": 1,
