@@ -10,11 +10,12 @@ IN_RANGE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_inf
 PORT ?= 5001
 ARGS ?=
 
-.PHONY: help install train test ui check lint format bench torture clean
+.PHONY: help install train test slow ui check lint format bench torture clean
 
 help:
 	@echo 'make train    set up, then train the MNIST MLP, tracked'
-	@echo 'make test     set up, then run all tests'
+	@echo 'make test     set up, then run all tests but the slow ones'
+	@echo 'make slow     the slow tests: a browser, several processes a run, half a minute of waiting'
 	@echo 'make ui       MLflow UI on 127.0.0.1:$(PORT) over mlruns/ (make ui PORT=8080)'
 	@echo 'make check    format, lint, types, tests: what CI runs'
 	@echo 'make format   format, and fix what lint can fix'
@@ -51,7 +52,10 @@ train: $(INSTALLED)
 	@echo 'Run your own:   source $(BIN)/activate, then python train.py model=mlp optimizer.lr=0.1'
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
+
+slow: $(INSTALLED)
+	@$(BIN)/python -m pytest -m slow $(ARGS)
 
 # The store is made by us where there is none: MLflow's own first start can be broken by a kill.
 ui: $(INSTALLED)

@@ -53,6 +53,8 @@ def run_id(store: tuple[mlflow.MlflowClient, str]) -> str:
 def load(store: tuple[mlflow.MlflowClient, str], monkeypatch: pytest.MonkeyPatch):
     """Load by address, as a user does who has set MLFLOW_TRACKING_URI."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store[0].tracking_uri)
+    # What another test's process-wide choice would win over.
+    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", None)
     return mlflow.pyfunc.load_model
 
 
