@@ -1,0 +1,105 @@
+"""MLflow's UI over a finished sweep, as one sees it: the browser asks for pages alone."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from ui_server import mlflow
+
+ROOT = Path(__file__).resolve().parents[1]
+ARTIFACTS = ROOT / "test-artifacts"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+RATES = ("0.01", "0.03", "0.05")
+WAIT_MS = 30_000
+TRAINED_S = 120
+
+pytestmark = [
+    *(pytest.mark.browser, pytest.mark.server, pytest.mark.slow),
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
+]
+
+
+@pytest.fixture(scope="module")
+def ui(tmp_path_factory) -> Iterator[tuple[str, list[Run]]]:
+    """The UI's address, and the trials of the sweep it shows."""
+    directory = tmp_path_factory.mktemp("ui")
+    command = [sys.executable, str(ROOT / "train.py"), "-m", "model=linear"]
+    command += [f"optimizer.lr={','.join(RATES)}", "trainer.max_epochs=20", "num_threads=1"]
+    env = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+    subprocess.run(
+        [*command, f"tracking.dir={directory}"],
+        check=True,
+        timeout=TRAINED_S,
+        env=env,
+        stdout=subprocess.DEVNULL,
+    )
+    store = f"sqlite:///{directory / 'mlflow.db'}"
+    client = MlflowClient(store)
+    experiment = client.get_experiment_by_name("tracklight")
+    runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])
+    with mlflow(
+        *("ui", "--workers", "1", "--backend-store-uri", store),
+        *("--default-artifact-root", str(directory / "artifacts")),
+        health="/health",
+        log=directory / "ui.log",
+    ) as uri:
+        yield uri, [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+
+
+@pytest.fixture
+def page(ui) -> Iterator:
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: make install")
+    with api.sync_playwright() as playwright:
+        # Chromium's own sandbox needs rights that a container's root does not have.
+        flags = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        shown = browser.new_page(viewport={"width": 1440, "height": 900})
+        # MLflow opens its chat once in a browser that it has not seen.
+        seen = "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1"
+        shown.add_init_script(f'localStorage.setItem("{seen}", "true")')
+        shown.set_default_timeout(WAIT_MS)
+        yield shown
+        browser.close()
+
+
+def keep(page, name):
+    ARTIFACTS.mkdir(exist_ok=True)
+    page.screenshot(path=ARTIFACTS / f"{name}.png")
+
+
+def test_sweep_is_unfolded_selected_and_compared_with_its_charts_and_values(ui, page):
+    uri, trials = ui
+    assert [run.data.params["optimizer.lr"] for run in trials] == list(RATES)
+    page.goto(uri)
+    page.get_by_text("Model training", exact=True).first.click()
+    page.get_by_role("link", name="tracklight", exact=True).first.click()
+    page.get_by_text("sweep optimizer.lr").first.wait_for()
+    names = [run.info.run_name for run in trials]
+    assert not any(page.get_by_text(name, exact=True).count() for name in names)  # nested
+    page.locator('.ag-cell[col-id*="Run Name"] button').first.click()
+    for name in names:
+        page.get_by_text(name, exact=True).first.wait_for()
+    keep(page, "runs")
+
+    boxes = page.locator(".ag-row input.ag-checkbox-input")
+    for at in range(1, 1 + len(trials)):  # the first is the parent's
+        boxes.nth(at).check(force=True)
+    page.get_by_role("button", name="Compare", exact=True).click()
+    page.get_by_text(f"Comparing {len(trials)} Runs from 1 Experiment").wait_for()
+    plot = page.locator(".js-plotly-plot").first
+    plot.wait_for()
+    keep(page, "compare")
+    text = page.locator("body").inner_text()
+    for run in trials:
+        assert run.info.run_name in text
+        assert re.search(rf"\b{re.escape(run.data.params['optimizer.lr'])}\b", text)
+        shown = f"{run.data.metrics['train/loss']:.3g}".rstrip("0")
+        assert shown in text, (shown, text)
