@@ -21,6 +21,7 @@ SHORT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.server
 def test_points_outlive_a_server_that_dies_for_a_while_or_for_good(trainees, undisturbed, tmp_path):
     port = free_port()

@@ -2,6 +2,7 @@
 
 import signal
 
+import pytest
 from configs import CONFIGS, EACH_EPOCH, EPOCHS
 
 from process import Outcome
@@ -31,6 +32,7 @@ def test_a_run_stopped_by_sigterm_wherever_ends_in_the_same_bits(trainees, undis
     assert Outcome(directory).differences(undisturbed("blocks")) == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_a_terminal_stops_a_run_and_its_workers(trainees, undisturbed, tmp_path):
     directory, mark = tmp_path / "runs", tmp_path / "mark"
     command = (*CONFIGS["foreign"], EPOCHS, "resume=auto")

@@ -111,6 +111,7 @@ def test_the_first_failure_stops_a_sweep_that_is_told_so(commander, tmp_path):
     assert [run.status for run in Swept(directory).children] == ["FAILED"]
 
 
+@pytest.mark.slow
 def test_a_search_runs_the_trials_asked_for_and_extends_to_the_same(commander, tmp_path):
     search = ("optimizer.lr=tag(log,interval(1e-3,1e-1))", "optimizer.momentum=0.0,0.9", *QUICK)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -126,6 +127,7 @@ def test_a_search_runs_the_trials_asked_for_and_extends_to_the_same(commander, t
     assert a.parent.tags["best.score"] == b.parent.tags["best.score"]
 
 
+@pytest.mark.slow
 def test_each_point_under_several_seeds_is_ranked_by_its_mean(commander, tmp_path):
     directory = tmp_path / "runs"
     command = ("optimizer.lr=0.01,0.05", "sweep.seeds=3", "seed=10", *QUICK)
@@ -206,6 +208,7 @@ def test_a_signal_stops_trials_so_that_the_same_command_continues_them(commander
         assert [step for step, _ in child.metrics["train/loss_epoch"]] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_leaves_no_orphans_and_continues_to_the_same_best(commander, tmp_path):
     search = (
         *("optimizer.lr=tag(log,interval(1e-3,1e-1))", "sweep.trials=4", "sweep.pruner=median"),
