@@ -88,7 +88,6 @@ def test_the_keys_of_other_peoples_models_are_theirs():
     [
         (["data.num_val=0"], "use score.metric=train/loss"),
         (["trainer.min_epochs=9"], "trainer.max_epochs=5; try trainer.max_epochs=9"),
-        (["resume=auto", "init_from=abc"], "drop init_from"),
         (["resume=auto", "tracking=none"], "use tracking=mlflow"),
     ],
 )  # fmt: skip

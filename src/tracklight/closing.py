@@ -23,7 +23,7 @@ def leave(
     tested: bool,
     figures: bool,
 ) -> None:
-    """Log what a run leaves, then upload it where the store is elsewhere.
+    """Log what a run leaves.
 
     Args:
         store: Holds the run.
@@ -44,4 +44,3 @@ def leave(
     if tested and isinstance(data, TensorData):
         rows = data.splits["train"].features[:2]
         log_model(store.client, run.run_id, model, data.transform(rows), step=step)
-    run.publish()

@@ -1,6 +1,5 @@
 """One run, from its config to its score: the only file that joins all rooms."""
 
-import os
 import shlex
 import sys
 import time
@@ -10,20 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers.logger import DummyLogger
 
-from tracklight import assemble, config, ranks, report, resume
+from tracklight import assemble, config, failures, ranks, report, resume
 from tracklight.closing import leave
 from tracklight.data.tensor_data import TensorData
 from tracklight.engine.blocks import Blocks, NonFiniteLoss
 from tracklight.engine.checkpoint import DurableCheckpointIO, load_weights, remove_leftovers
 from tracklight.engine.resume_checkpoint import ResumeCheckpoint, keep_last, resume_point
 from tracklight.engine.signals import SafeStop, Stopped
-from tracklight.errors import BadInput, RunFailed
+from tracklight.errors import BadInput
 from tracklight.models.linear_regression import LinearRegression
 from tracklight.opening import describe, open_run
 from tracklight.tracking import provenance, query
@@ -49,7 +47,8 @@ def run(
         into: Id of a run of this very config to continue; the config's own `resume` is then moot.
 
     Returns:
-        The best value of `score.metric`; None where no metric is named.
+        The best value of `score.metric`, the last where nothing is tracked; None where no metric
+        is named.
 
     Raises:
         BadInput: The config asks for what cannot be; no run was made.
@@ -88,7 +87,7 @@ class _Experiment:
         )
         self.data = assemble.build_data(self.cfg)
         self.model = assemble.build_model(self.cfg, self.data)
-        if self.cfg.init_from is not None:
+        if self.cfg.init_from is not None and self._resume_point() is None:
             self.tags["tracklight.init_from"] = self._load_initial_weights(self.cfg.init_from)
         self.io = DurableCheckpointIO()
         self.blocks = Blocks(self.cfg.seed)
@@ -143,7 +142,10 @@ class _Experiment:
         if self.store is None:
             with self.stop.prevailing():
                 self._fit(self._follow())
-                return self._close(test)
+                score = self._close(test)
+            if not ranks.is_follower():
+                print(self._summary(score, time.perf_counter() - started))
+            return score
         self.tracked = open_run(
             self.store, self.cfg, self.model, self.data, self.continued, self.facts, self.tags
         )
@@ -162,7 +164,7 @@ class _Experiment:
             raise
         finally:
             self.tracked.finish(status)
-        print(self._summary(self.tracked, self.store, score, time.perf_counter() - started))
+        print(self._summary(score, time.perf_counter() - started))
         return score
 
     def _prepare_folder(self, run: Run) -> Path | None:
@@ -178,6 +180,16 @@ class _Experiment:
         if not self.continued:
             return None
         self.last.changed = self.continued.changed
+        if self.continued.best and not (run.artifacts / query.BEST).exists():
+            best = self.io.load_checkpoint(self.continued.best)
+            self.io.save_checkpoint(best, run.artifacts / query.BEST)
+        return self._resume_point()
+
+    def _resume_point(self) -> Path | None:
+        """Return the checkpoint to continue from; None for a run from its start."""
+        if self.store is None or self.continued is None:
+            return None
+        folder = self.store.root / self.continued.run.info.run_id / "artifacts" / query.CHECKPOINTS
         return resume_point(folder) or self.continued.checkpoint
 
     def _follow(self) -> Path | None:
@@ -187,38 +199,14 @@ class _Experiment:
         found = self.leader.checkpoint if self.leader else None
         return None if found is None else Path(found)
 
-    def _lead(self, checkpoint: Path | None) -> None:
-        """Tell the processes about to be launched what this one runs."""
-        strategy = self.trainer.strategy
-        if getattr(strategy, "num_processes", 1) == 1 or ranks.is_follower():
-            return
-        if checkpoint and strategy.cluster_environment.creates_processes_externally:
-            raise RunFailed(
-                "processes launched from outside cannot be told which run to continue; drop resume,"
-                " or let trainer.devices launch them"
-            )
-        os.environ["OMP_NUM_THREADS"] = str(self.cfg.num_threads)  # else Lightning decides
-        cfg = config.plain(self.cfg) | {"resume": None, "init_from": None}
-        ranks.lead(ranks.Leader(cfg, None if checkpoint is None else str(checkpoint)))
-
     def _fit(self, checkpoint: Path | None) -> None:
-        self._lead(checkpoint)
+        ranks.lead(self.trainer.strategy, config.plain(self.cfg), checkpoint)
         began = time.perf_counter()
-        try:
-            with warnings.catch_warnings():  # a continued run's folder is not empty
-                warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
-                self.trainer.fit(self.model, datamodule=self.data, ckpt_path=checkpoint)
-        except Exception as error:
-            if _is_out_of_memory(error):
-                size = OmegaConf.select(self.cfg, "data.batch_size")
-                why = f"out of memory; make data.batch_size={size} smaller first"
-                raise RunFailed(why) from error
-            if isinstance(error, MisconfigurationException):
-                raise RunFailed(" ".join(str(error).split())) from error
-            if self.trainer.world_size > 1 and "gloo" in str(error):
-                why = "another process of this run is gone; resume=auto continues it"
-                raise RunFailed(why) from error
-            raise
+        size = OmegaConf.select(self.cfg, "data.batch_size")
+        with warnings.catch_warnings(), failures.told(size, self.trainer.world_size):
+            # A continued run's folder is not empty.
+            warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
+            self.trainer.fit(self.model, datamodule=self.data, ckpt_path=checkpoint)
         self.stop.check()  # of a signal after the last batch
         self.fit_s = time.perf_counter() - began
 
@@ -241,6 +229,7 @@ class _Experiment:
                 self.model.reference(self.data.transform(train.features), train.targets)
             )
         if self.saves:
+            self._keep_a_best()
             best = self.io.load_checkpoint(Path(self.best.dirpath or "") / "best.ckpt")
             self.model.load_state_dict(best["state_dict"])
             step = best["global_step"]
@@ -254,26 +243,36 @@ class _Experiment:
             leave(self.store, tracked, self.model, self.data, step, score, test, figures)
         return score
 
-    def _summary(self, run: Run, store: Store, score: float | None, total_s: float) -> str:
+    def _keep_a_best(self) -> None:
+        """Take the last weights for the best where no epoch came to be compared."""
+        path = Path(self.best.dirpath or "") / "best.ckpt"
+        if path.exists():
+            return
+        if self.trainer.is_global_zero:
+            print(
+                f"{self.cfg.score.metric} was not measured at the end of an epoch; "
+                "best.ckpt holds the last weights"
+            )
+        self.trainer.save_checkpoint(path, weights_only=True)
+
+    def _summary(self, score: float | None, total_s: float) -> str:
         metrics = {key: float(value) for key, value in self.trainer.callback_metrics.items()}
         epochs = self.trainer.current_epoch - self.last.first_epoch
         rows = len(self.data.splits["train"]) if isinstance(self.data, TensorData) else 0
+        named = {}
+        if self.tracked and self.store:
+            run, shown = self.tracked, self.store.shown_uri
+            named["run"] = f"{run.run_id} ({run.name})"
+            named["best"] = str(run.artifacts / query.BEST)
+            named["look"] = f"MLflow at {shown}" if self.cfg.tracking.uri else "make ui"
         return report.summary(
             score={} if score is None else {self.cfg.score.metric: score},
+            of="best" if self.saves else "last",
             test={key: value for key, value in metrics.items() if key.startswith("test/")},
             seconds=(self.fit_s, total_s),
             num_examples=rows * epochs,
-            run=f"{run.run_id} ({run.name})",
-            best=str(run.artifacts / query.BEST),
-            look=f"MLflow at {store.shown_uri}" if self.cfg.tracking.uri else "make ui",
+            **named,
         )
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # On the CPU, PyTorch has no exception of its own for it.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    )
 
 
 def _open_store(cfg: DictConfig) -> Store | None:

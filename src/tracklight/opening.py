@@ -62,12 +62,13 @@ def describe(
     """Record the run's parameters, data set, config and provenance."""
     tree = config.redact(config.plain(cfg))
     if not run.described:  # a run killed just after it was made is not
-        run.log_params(config.flatten(tree))
         if isinstance(data, TensorData):
             run.log_input(data.name, data.digest, data.source, "training")
+        run.log_params(config.flatten(tree))  # last: with them the run counts as described
     run.log_text(yaml.safe_dump(tree, sort_keys=False), resume.CONFIG)
     for path, text in facts.texts().items():
         run.log_text(text, path)
+    run.publish()  # a run that dies can be rebuilt from its store, too
 
 
 def _name(model: LightningModule, data: LightningDataModule | None) -> str:

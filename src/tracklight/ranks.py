@@ -4,7 +4,10 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+
+from tracklight.errors import RunFailed
 
 LEADER = "TRACKLIGHT_LEADER"  # environment variable, for the processes that Lightning launches
 # Above 0 in all processes but the first; by torchrun, Lightning, a cluster of nodes, SLURM.
@@ -29,9 +32,27 @@ def is_follower() -> bool:
     return any(int(os.environ.get(name) or 0) > 0 for name in RANKS)
 
 
-def lead(leader: Leader) -> None:
-    """Tell the processes launched from now on."""
-    os.environ[LEADER] = json.dumps(asdict(leader))
+def lead(strategy: Any, cfg: Mapping[str, Any], checkpoint: Path | None) -> None:
+    """Tell the processes that a Lightning strategy is about to launch what this one runs.
+
+    Args:
+        strategy: Of the trainer.
+        cfg: The config, as plain values.
+        checkpoint: Where this process continues from, if it does.
+
+    Raises:
+        RunFailed: They were launched from outside, and cannot be told where to continue.
+    """
+    if getattr(strategy, "num_processes", 1) == 1 or is_follower():
+        return
+    if checkpoint and strategy.cluster_environment.creates_processes_externally:
+        raise RunFailed(
+            "processes launched from outside cannot be told which run to continue; drop resume,"
+            " or let trainer.devices launch them"
+        )
+    os.environ["OMP_NUM_THREADS"] = str(cfg["num_threads"])  # else Lightning decides
+    told = {**cfg, "resume": None, "init_from": None}
+    os.environ[LEADER] = json.dumps(asdict(Leader(told, checkpoint and str(checkpoint))))
 
 
 def leader() -> Leader | None:

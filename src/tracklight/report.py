@@ -43,6 +43,7 @@ def shown(metrics: Mapping[str, float]) -> str:
 
 def summary(
     score: Mapping[str, float],
+    of: str,
     test: Mapping[str, float],
     seconds: tuple[float, float],
     num_examples: int,
@@ -51,7 +52,8 @@ def summary(
     """Lay out the closing summary, one aligned line for each entry that has something to say.
 
     Args:
-        score: The monitored metric's name and best value; empty where none is monitored.
+        score: The monitored metric's name and value; empty where none is monitored.
+        of: Which epoch's that is: best or last.
         test: Scores on the test part.
         seconds: Of training, and of everything.
         num_examples: Trained on in that time; 0 where it is not known.
@@ -60,7 +62,7 @@ def summary(
     training_s, all_s = seconds
     speed = f", {num_examples / training_s:,.0f} examples/s" if num_examples else ""
     entries = {
-        "score": shown(score) and f"{shown(score)} (best epoch)",
+        "score": shown(score) and f"{shown(score)} ({of} epoch)",
         "test": shown(test),
         "time": f"{training_s:.1f} s of training, {all_s:.1f} s in all{speed}",
         **named,

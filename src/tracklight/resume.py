@@ -11,8 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from tracklight import config
 from tracklight.assemble import depends_on_total
 from tracklight.errors import BadInput
-from tracklight.tracking.layout import DATA_TAG, FOLDER
-from tracklight.tracking.query import LAST, fetch, find_run, read_text
+from tracklight.tracking.layout import DATA_TAG, FOLDER, PARENT_TAG, REPRODUCES_TAG
+from tracklight.tracking.query import BEST, LAST, fetch, find_run, read_text
 from tracklight.tracking.store import Store
 
 CONFIG = "config.yaml"  # artifact that holds a run's resolved config
@@ -20,6 +20,7 @@ CODE_TAG = "tracklight.code"
 EPOCHS_TAG = "tracklight.epochs"  # that the run was asked for
 NON_FINITE_TAG = "tracklight.non_finite_step"
 CHANGES_TAG = "tracklight.changes"
+OTHERS = {PARENT_TAG, REPRODUCES_TAG}  # a sweep's and a reproduction's runs are theirs to continue
 OURS = (
     "resume",
     "allow_changes",
@@ -32,13 +33,14 @@ OURS = (
 class Continued:
     """A run to continue, and what differs from when it was started, one line a difference.
 
-    `checkpoint` is where to continue from if the run's own folder has nothing; `changed` holds the
-    values before and now of each dotted key that differs.
+    `checkpoint` is where to continue from if the run's own folder has nothing, `best` the best
+    weights so far then; `changed` holds the values before and now of each dotted key that differs.
     """
 
     run: Any
     changes: list[str]
     checkpoint: Path | None = None
+    best: Path | None = None
     changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
 
 
@@ -63,7 +65,8 @@ def resolve(
         unfinished = [
             run
             for run in store.find(config.identity(cfg))
-            if _is_here(store, run)  # else it may be in progress on another machine
+            if not OTHERS & run.data.tags.keys()
+            and _is_here(store, run)  # else it may be in progress on another machine
             and (
                 is_unfinished(run, cfg.trainer.max_epochs)
                 or run.info.run_id in store.recovered  # killed as it closed
@@ -82,20 +85,22 @@ def resolve(
     _check_epochs(stored, amended, run)
     changed = {key: (old[key], new[key]) for key in old.keys() & new.keys() if old[key] != new[key]}
     changes = config.differences(old, new)
-    return amended, Continued(run, changes, _stored_checkpoint(store, run), changed)
+    return amended, Continued(run, changes, *_stored_checkpoints(store, run), changed)
 
 
 def _is_here(store: Store, run: Any) -> bool:
     return (store.directory / FOLDER / run.info.run_id).is_dir()
 
 
-def _stored_checkpoint(store: Store, run: Any) -> Path | None:
-    """Fetch the resume checkpoint of a run that trained but whose files are not here.
+def _stored_checkpoints(store: Store, run: Any) -> tuple[Path | None, Path | None]:
+    """Fetch the resume and the best checkpoint of a run that trained, if its files are not here.
 
     Raises:
         BadInput: The store has none either; starting afresh would not be continuing.
     """
-    return fetch(store, run, LAST) if run.data.metrics and not _is_here(store, run) else None
+    if not run.data.metrics or _is_here(store, run):
+        return None, None
+    return fetch(store, run, LAST), fetch(store, run, BEST)
 
 
 def is_unfinished(run: Any, max_epochs: int) -> bool:

@@ -222,11 +222,6 @@ def check_relations(tree: Mapping[str, Any]) -> None:
         BadInput: Two keys contradict each other, or the machine lacks what is asked for.
     """
     data, trainer, score = tree.get("data", {}), tree.get("trainer", {}), tree.get("score", {})
-    if tree.get("resume") and tree.get("init_from"):
-        raise BadInput(
-            f"init_from={tree['init_from']}: a resumed run has its own weights; "
-            f"drop init_from, or resume={tree['resume']}"
-        )
     if tree.get("resume") and not tree.get("tracking", {}).get("enabled", True):
         raise BadInput(f"resume={tree['resume']} needs the record of a run; use tracking=mlflow")
     if data.get("num_val", 1) == 0 and str(score.get("metric")).startswith("val/"):

@@ -35,7 +35,6 @@ CONFIGS = {
         *("callbacks.early_stopping.patience=2", "optimizer=adam", "optimizer.lr=0.1"),
     ),
     "foreign": NET,
-    "ddp": (*DROPOUT_ADAM_COSINE, "trainer.devices=2", "trainer.strategy=ddp"),
 }
 EPOCHS = "trainer.max_epochs=12"
 EACH_EPOCH = ["put", "tracklight.engine.resume_checkpoint:INTERVAL_S", 0.0]

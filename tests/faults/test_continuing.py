@@ -1,6 +1,8 @@
 """What may be continued, and how: by the same command or by id, and never otherwise unnoticed."""
 
 import re
+import sqlite3
+from contextlib import closing
 
 import pytest
 from configs import ALLOWED, CONFIGS, EACH_EPOCH, EPOCHS, QUICK
@@ -54,6 +56,46 @@ def test_a_run_continued_by_its_id_alone_ends_in_the_same_bits(trainees, undistu
     process = trainees.train(killed, run, ALLOWED, faults=SPARE)
     assert process.exit_code == 0, process.stderr
     assert Outcome(killed).differences(undisturbed("plateau")) == []
+
+
+def test_a_run_moved_to_another_folder_keeps_its_best_and_ends_in_the_same_bits(
+    trainees, undisturbed, killed, tmp_path
+):
+    moved = tmp_path / "elsewhere" / "runs"
+    moved.parent.mkdir()
+    killed.rename(moved)
+    process = trainees.train(moved, *CONFIGS["plateau"], EPOCHS, "resume=auto", faults=SPARE)
+    assert process.exit_code == 0, process.stderr
+    assert Outcome(moved).differences(undisturbed("plateau")) == []
+
+
+def test_a_run_begun_with_the_weights_of_another_is_continued(trainees, tmp_path):
+    outcomes = []
+    for name, faults in (("whole", SPARE), ("killed", DIE)):
+        directory = tmp_path / name
+        first = trainees.train(directory, *CONFIGS["blocks"], "trainer.max_epochs=1", faults=SPARE)
+        assert first.exit_code == 0, first.stderr
+        source = f"init_from={Outcome(directory).run_id}"
+        command = (*CONFIGS["plateau"], EPOCHS, source, "resume=auto")
+        if faults is DIE:
+            assert trainees.train(directory, *command, faults=DIE).exit_code == -9
+        process = trainees.train(directory, *command, faults=SPARE)
+        assert process.exit_code == 0, process.stderr
+        outcomes.append(Outcome(directory))
+    assert [status for _, status in outcomes[1].runs] == ["FINISHED"] * 2
+    weights = [each.checkpoint("last")["state_dict"] for each in outcomes]
+    assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
+
+
+@pytest.mark.parametrize("tag", ["mlflow.parentRunId", "tracklight.reproduces"])
+def test_resume_auto_leaves_the_runs_of_sweeps_and_reproductions_alone(trainees, killed, tag):
+    run_id = Outcome(killed).run_id
+    with closing(sqlite3.connect(killed / "mlflow.db")) as connection:
+        connection.execute("INSERT INTO tags VALUES (?, 'whoever', ?)", (tag, run_id))
+        connection.commit()
+    process = trainees.train(killed, *CONFIGS["plateau"], EPOCHS, "resume=auto", faults=SPARE)
+    assert process.exit_code == 0, process.stderr
+    assert [status for _, status in Outcome(killed).runs] == ["KILLED", "FINISHED"]
 
 
 def content_of(directory):

@@ -13,7 +13,8 @@ pytestmark = pytest.mark.slow
 
 ENDED_S = 30.0
 HERE = {"PYTHONPATH": str(TESTS)}  # where the second process finds the data
-COMMAND = (*CONFIGS["ddp"], EPOCHS, "resume=auto")
+TWO = ("trainer.devices=2", "trainer.strategy=ddp")
+COMMAND = (*CONFIGS["blocks"], *TWO, EPOCHS, "resume=auto")
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,10 @@ class ResumeCheckpoint(Callback):
 
     @override
     def on_load_checkpoint(self, *hook_arguments: Any) -> None:
-        adopt(self.changed, hook_arguments[-1])
+        checkpoint = hook_arguments[-1]
+        adopt(self.changed, checkpoint)
+        if self.folder is not None:
+            rehouse(self.folder, checkpoint)
 
     @override
     def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
@@ -129,6 +132,28 @@ def adopt(changed: Mapping[str, tuple[Any, Any]], checkpoint: dict[str, Any]) ->
             for state in groups if section == "optimizer" else schedulers:
                 if name in state:
                     state[name] = now
+
+
+def rehouse(folder: Path, checkpoint: dict[str, Any]) -> None:
+    """Let the best checkpoint so far lie in `folder`: Lightning forgets one that has moved.
+
+    Args:
+        folder: Of the run's checkpoints, now.
+        checkpoint: Is changed in place.
+    """
+    for state in checkpoint["callbacks"].values():
+        if not isinstance(state, dict) or "best_k_models" not in state:
+            continue
+        before = state["dirpath"]
+
+        def moved(path: str, before: str = before) -> str:
+            inside = path and Path(path).is_relative_to(before)
+            return str(folder / Path(path).relative_to(before)) if inside else path
+
+        state["dirpath"] = str(folder)
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            state[key] = moved(state[key])
+        state["best_k_models"] = {moved(path): v for path, v in state["best_k_models"].items()}
 
 
 def keep_last(folder: Path, io: DurableCheckpointIO) -> None:

@@ -6,26 +6,31 @@ need be made only once: the forward and backward operations are traced into a fl
 kernels in the same order, which each step then runs.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from tracklight.engine.graphs import CapturedStep, Step, may_capture
 from tracklight.models.supervised import Supervised
 
+EAGER_STEPS = 16  # of a shape of minibatch, before it is worth a trace
+
 
 def make_step(module: Supervised, optimizer: Optimizer) -> Step:
     """Return what takes one optimizer step on a minibatch and returns its loss, detached."""
+    if module.device.type == "cpu":
+        _unburden(optimizer)
     eager = eager_step(module, optimizer)
     if not may_trace(module):
         return eager
     if module.device.type == "cuda":
         return CapturedStep(eager, optimizer) if may_capture(optimizer) else eager
-    return TracedStep(module, optimizer)
+    return TracedStep(module, optimizer, eager)
 
 
 def eager_step(module: Supervised, optimizer: Optimizer) -> Step:
@@ -53,22 +58,46 @@ def may_trace(module: Supervised) -> bool:
     )
 
 
-class TracedStep:
-    """Runs the traced operations of a pure model, one trace for each shape of minibatch."""
+def _unburden(optimizer: Optimizer) -> None:
+    """Spare Adam and AdamW on the CPU what costs more than their arithmetic; the bits stay.
 
-    def __init__(self, module: Supervised, optimizer: Optimizer):
+    Each step asks whether a CUDA graph is being captured, for which it looks for a driver; and the
+    loop over the parameters is Python's unless told otherwise.
+    """
+    if type(optimizer) not in (Adam, AdamW):
+        return
+    optimizer.__dict__["_accelerator_graph_capture_health_check"] = lambda: None
+    for group in optimizer.param_groups:
+        if group["foreach"] is None and not (group["fused"] or group["differentiable"]):
+            group["foreach"] = True
+
+
+class TracedStep:
+    """Runs the traced operations of a pure model, one trace for each frequent shape of minibatch.
+
+    Args:
+        module: The model.
+        optimizer: Of its parameters.
+        eager: Takes the first steps of each shape: a trace takes as long as a hundred of them.
+    """
+
+    def __init__(self, module: Supervised, optimizer: Optimizer, eager: Step):
         self.module = module
-        self.optimizer = optimizer
+        self.eager = eager
         self.names = [name for name, _ in module.named_parameters()]
         self.parameters: list[Tensor] = list(module.parameters())
         self.update = _bare_update(optimizer, self.parameters)
         self.traces: dict[tuple[torch.Size, torch.Size], Callable[..., Any]] = {}
+        self.seen: Counter[tuple[torch.Size, torch.Size]] = Counter()
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Take the step."""
         shapes = (inputs.shape, targets.shape)
         trace = self.traces.get(shapes)
         if trace is None:
+            self.seen[shapes] += 1
+            if self.seen[shapes] <= EAGER_STEPS:
+                return self.eager(inputs, targets)
             trace = self.traces[shapes] = self._trace(inputs, targets)
         with torch.no_grad():
             loss, *gradients = trace(*self.parameters, inputs, targets)

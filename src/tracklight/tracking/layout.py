@@ -9,3 +9,4 @@ IDENTITY_TAG = "tracklight.identity"
 SETTING_TAG = "tracklight.setting"  # the identity without its seeds: runs to be averaged share it
 PARENT_TAG = "mlflow.parentRunId"  # MLflow's own
 DATA_TAG = "tracklight.data"  # digest of the data set
+REPRODUCES_TAG = "tracklight.reproduces"  # id of the run that one was made again from

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tracklight.tracking import layout
 from tracklight.tracking.feeder import Delivery
 from tracklight.tracking.lock import FILE_NAME, Held, RunLock, read_note
-from tracklight.tracking.patience import persist, reason
+from tracklight.tracking.patience import passes, persist, reason
 from tracklight.tracking.quiet import mlflow
 from tracklight.tracking.upload import Upload
 from tracklight.tracking.wal import WriteAhead
@@ -48,7 +48,8 @@ def recover(store: "Store") -> None:
         except Exception as error:
             lock.close()
             _log.warning("%s cannot be recovered now: %s", folder, reason(error))
-            return  # the next one would wait as long
+            if passes(error):
+                return  # the next one would wait as long
 
 
 def _recover_creation(store: "Store", folder: Path, lock: RunLock) -> Path | None:

@@ -199,6 +199,7 @@ class Run(Logger):
         if self._finished:
             return
         self._finished = True
+        self.publish()
         end_ms = time.time_ns() // 1_000_000
         ended = True
         try:
