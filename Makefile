@@ -17,7 +17,7 @@ help:
 	@echo 'make test     set up, then run all tests but the slow ones'
 	@echo 'make slow     the slow tests: a browser, several processes a run, half a minute of waiting'
 	@echo 'make ui       MLflow UI on 127.0.0.1:$(PORT) over mlruns/ (make ui PORT=8080)'
-	@echo 'make check    format, lint, types, tests: what CI runs'
+	@echo 'make check    format, lint, types, tests'
 	@echo 'make format   format, and fix what lint can fix'
 	@echo 'make bench    the speed tables'
 	@echo 'make torture  kill runs at random instants and compare what comes out'

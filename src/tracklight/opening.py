@@ -14,6 +14,10 @@ from tracklight.tracking.provenance import Provenance
 from tracklight.tracking.run import Run
 from tracklight.tracking.store import Store
 
+# Sections of the config that say nothing of what was trained: no params, or they would be axes of
+# every comparison. The stored config has them.
+OF_THE_COMMAND = ("tracking", "resume", "allow_changes", "overrides", "allowed_targets")
+
 
 def open_run(
     store: Store,
@@ -64,7 +68,8 @@ def describe(
     if not run.described:  # a run killed just after it was made is not
         if isinstance(data, TensorData):
             run.log_input(data.name, data.digest, data.source, "training")
-        run.log_params(config.flatten(tree))  # last: with them the run counts as described
+        told = {key: value for key, value in tree.items() if key not in OF_THE_COMMAND}
+        run.log_params(config.flatten(told))  # last: with them the run counts as described
     run.log_text(yaml.safe_dump(tree, sort_keys=False), resume.CONFIG)
     for path, text in facts.texts().items():
         run.log_text(text, path)
