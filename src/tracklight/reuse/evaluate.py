@@ -12,7 +12,8 @@ KEY=VALUE changes the stored config's data, to test on other data:
   evaluate.py RUN --table new.csv               every row of a CSV file with the same columns,
                                                 standardised as in training
 A sweep stands for its best trial. The metrics go to a child of the run; with --into-run to the run
-itself, as evaluate/SPLIT_NAME. Exit codes: 0 done, 1 failed, 2 bad input."""
+itself, as evaluate/SPLIT_NAME, once a split.
+Exit codes: 0 done, 1 failed, 2 bad input."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,7 +37,7 @@ def evaluate(asked: Any) -> dict[str, float]:
     """Test, log and print what `asked` says; return the metrics by their name.
 
     Raises:
-        BadInput: The run, its files, the split or the data are not there.
+        BadInput: The run, its files, the split or the data are not there, or it has such metrics.
     """
     from tracklight import report
     from tracklight.errors import BadInput
@@ -56,6 +57,8 @@ def evaluate(asked: Any) -> dict[str, float]:
     else:
         kept = stored.rebuild(store, run, cfg, read=True)
         split = evaluation.choose_split(kept, asked.split)
+    if asked.into_run:
+        evaluation.check_room(run, split)
     metrics = evaluation.measure(kept, split)
     lines = {"run": f"{run.info.run_id} ({run.info.run_name})"}
     if named.info.run_id != run.info.run_id:
@@ -63,8 +66,10 @@ def evaluate(asked: Any) -> dict[str, float]:
     lines["data"] = evaluation.said(kept, split)
     lines["score"] = report.shown({f"{split}/{name}": value for name, value in metrics.items()})
     lines |= evaluation.against_record(run, kept, split, metrics)
-    if not asked.no_log:
-        lines["logged"] = evaluation.log(store, kept, split, metrics, asked.into_run)
+    if asked.into_run:
+        lines["logged"] = evaluation.log_into(store, run, split, metrics)
+    elif not asked.no_log:
+        lines["logged"] = evaluation.log_child(store, kept, split, metrics)
     width = max(map(len, lines))
     for name, text in lines.items():
         print(f"{name:<{width}}  {text}")

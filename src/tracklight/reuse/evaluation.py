@@ -3,6 +3,7 @@
 import logging
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from tracklight import config
 from tracklight.data.csv_columns import read_columns
 from tracklight.data.table import Table
 from tracklight.data.tensor_data import Split, TensorData
-from tracklight.errors import BadInput
+from tracklight.errors import BadInput, RunFailed
 from tracklight.resume import CODE_TAG
 from tracklight.reuse.stored import Stored
 from tracklight.tracking import provenance
 from tracklight.tracking.layout import DATA_TAG, PARENT_TAG
+from tracklight.tracking.patience import persist, reason
+from tracklight.tracking.quiet import mlflow
 from tracklight.tracking.store import Store
 
 ROWS = "rows"  # the split that a table of its own is
@@ -112,15 +115,47 @@ def against_record(run: Any, kept: Stored, split: str, metrics: dict[str, float]
     return lines
 
 
-def log(store: Store, kept: Stored, split: str, metrics: dict[str, float], into_run: bool) -> str:
-    """Log metrics to the run, or to a new child of it; say where."""
+def check_room(run: Any, split: str) -> None:
+    """Refuse to log to a run what could not be told from what it has.
+
+    Raises:
+        BadInput: The run is in progress, or has metrics of this split already.
+    """
+    if run.info.status == "RUNNING":
+        raise BadInput(f"--into-run: run {run.info.run_id} is RUNNING; leave --into-run out")
+    there = [
+        f"{key} {value:.6g}"
+        for key, value in sorted(run.data.metrics.items())
+        if key.startswith(_key(split, ""))
+    ]
+    if there:
+        raise BadInput(
+            f"--into-run: run {run.info.run_id} has {', '.join(there)} already; "
+            "leave --into-run out to log to a child of it"
+        )
+
+
+def log_into(store: Store, run: Any, split: str, metrics: dict[str, float]) -> str:
+    """Log metrics to a run that has ended, whose status and end stay as they are; say where.
+
+    Raises:
+        RunFailed: MLflow does not take them.
+    """
+    now_ms, step = time.time_ns() // 1_000_000, _step(run)
+    points = [
+        mlflow.entities.Metric(_key(split, name), value, now_ms, step)
+        for name, value in metrics.items()
+    ]
+    try:
+        persist(lambda: store.client.log_batch(run.info.run_id, points), store.patience_s)
+    except mlflow.exceptions.MlflowException as error:
+        raise RunFailed(f"cannot log to run {run.info.run_id}: {reason(error)}") from None
+    return f"to the run, as {_key(split, '*')}"
+
+
+def log_child(store: Store, kept: Stored, split: str, metrics: dict[str, float]) -> str:
+    """Log metrics to a new child of the run; say where."""
     run, step = kept.run, _step(kept.run)
-    if into_run:
-        tracked = store.reopen(run.info.run_id)
-        for name, value in metrics.items():
-            tracked.log_series(f"evaluate/{split}_{name}", (step,), (value,))
-        tracked.finish(run.info.status)
-        return f"to the run, as evaluate/{split}_*"
     experiment = store.client.get_experiment(run.info.experiment_id).name
     tags = {
         PARENT_TAG: run.info.run_id,
@@ -136,6 +171,10 @@ def log(store: Store, kept: Stored, split: str, metrics: dict[str, float], into_
         tracked.log_input(kept.data.name, tags[DATA_TAG], kept.data.source, split)
     tracked.finish("FINISHED")
     return f"to {tracked.run_id}, a child of the run"
+
+
+def _key(split: str, name: str) -> str:
+    return f"evaluate/{split}_{name}"
 
 
 def _digest(kept: Stored) -> str:

@@ -86,9 +86,11 @@ def _grey(path: Path) -> tuple[np.ndarray, list[str]]:
     except Image.UnidentifiedImageError:
         empty = "empty" if path.stat().st_size == 0 else "no image"
         raise BadInput(f"{path}: {empty}; give one of {', '.join(FORMATS)}") from None
-    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow's readers raise
+    except BadInput:
+        raise
+    except Exception as error:  # Pillow's readers raise whatever damaged files lead them to
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise BadInput(f"{path}: cannot be read, {reason}") from None
+        raise BadInput(f"{path}: cannot be read, {reason or type(error).__name__}") from None
 
 
 def _brightness(image: Image.Image) -> np.ndarray:

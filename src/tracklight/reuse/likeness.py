@@ -18,6 +18,7 @@ from tracklight.tracking.store import Store
 
 MAX_TOLD = 8
 COMPARED = ("train", "val", "test", "score", "ols")  # stages; the others are no result
+AT_THE_END = ("test", "score", "ols")  # a run given more epochs has a point for each of its ends
 MACHINE = ("python", "torch", "cuda", "cpu", "usable_cores", "gpus", "system")
 
 
@@ -45,7 +46,10 @@ class Likeness:
 
 
 def compare(store: Store, old: Any, new: Any) -> Likeness:
-    """Compare the final and the best weights and every metric point of two runs."""
+    """Compare the final and the best weights and the metric points of two runs.
+
+    What is measured at the end of training alone counts by its last point.
+    """
     found = Likeness()
     for path in (query.LAST, query.BEST):
         before, after = (load_plain(query.fetch(store, run, path)) for run in (old, new))
@@ -57,7 +61,8 @@ def compare(store: Store, old: Any, new: Any) -> Likeness:
     ids = [old.info.run_id, new.info.run_id]
     for key in sorted(keys):
         series = ledger.series(ids, key)
-        _compare_series(found, key, *(series.get(run_id, []) for run_id in ids))
+        first = -1 if key.partition("/")[0] in AT_THE_END else 0
+        _compare_series(found, key, *(series.get(run_id, [])[first:] for run_id in ids))
     return found
 
 

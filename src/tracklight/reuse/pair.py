@@ -1,22 +1,28 @@
 """All that differs between two runs: config, code, data, environment and what came out."""
 
+import contextlib
 import difflib
 import io
 import json
 import statistics
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tracklight.errors import BadInput
 from tracklight.reuse.leaderboard import CODE, COMMIT, DIRTY, decides, guess_mode
 from tracklight.reuse.statistic import difference, half_width
 from tracklight.tracking.choice import SCORE, choose_id
+from tracklight.tracking.client_ledger import ClientLedger
 from tracklight.tracking.layout import DATA_TAG, FOLDER, SETTING_TAG
 from tracklight.tracking.ledger import Chosen, Entry, Ledger
 
 ROOT = Path(__file__).resolve().parents[3]
 MAX_LINES = 40  # of one kind; a patch asked for by --diff is whole
+KEPT = ("provenance/packages.txt", "provenance/machine.json", "provenance/diff.patch")
+PACKAGES, MACHINE, PATCH = KEPT
+Texts = Mapping[str, str]  # what a run kept of its environment, by path; without what is gone
 
 
 def told(ledger: Ledger, asked: Any) -> str:
@@ -28,18 +34,18 @@ def told(ledger: Ledger, asked: Any) -> str:
     ids = [choose_id(ledger, word, asked.experiment) for word in asked.runs]
     by_id = {entry.run_id: entry for entry in ledger.entries(ids)}
     one, other = (by_id[run_id] for run_id in ids)
+    texts = _texts(ledger, asked, ids)
     if asked.form == "json":
-        return json.dumps(_plain(ledger, one, other), indent=1) + "\n"
+        return json.dumps(_plain(ledger, one, other, *texts), indent=1) + "\n"
     out = io.StringIO()
     for name, entry in (("A", one), ("B", other)):
         print(f"{name}  {entry.run_id}  {entry.name}  {entry.status}", file=out)
-    texts = [_artifacts(asked, entry) for entry in (one, other)]
     sections = {
         "config": _changes(_deciding(one.params), _deciding(other.params)),
         "code": _code(one, other),
         "data": _tags(one, other, {"digest": DATA_TAG}),
-        "packages": _changes(_packages(texts[0]), _packages(texts[1])),
-        "machine": _changes(_machine(texts[0]), _machine(texts[1])),
+        "packages": _or_unknown(_packages(*texts), PACKAGES, *texts),
+        "machine": _or_unknown(_machine(*texts), MACHINE, *texts),
         "metrics": _metrics(one.metrics, other.metrics),
         "score": _scores(ledger, one, other),
     }
@@ -50,11 +56,11 @@ def told(ledger: Ledger, asked: Any) -> str:
         if len(lines) > MAX_LINES:
             print(f"  and {len(lines) - MAX_LINES} more (--json has all)", file=out)
     if asked.diff:
-        print("\n" + _patch(one, other, texts), file=out)
+        print("\n" + _patch(one, other, *texts), file=out)
     return out.getvalue()
 
 
-def _plain(ledger: Ledger, one: Entry, other: Entry) -> dict[str, Any]:
+def _plain(ledger: Ledger, one: Entry, other: Entry, before: Texts, after: Texts) -> dict[str, Any]:
     values = [_seeds(ledger, entry) for entry in (one, other)]
     found = difference(*values)
     return {
@@ -62,6 +68,8 @@ def _plain(ledger: Ledger, one: Entry, other: Entry) -> dict[str, Any]:
         "config": _changes(_deciding(one.params), _deciding(other.params)),
         "code": _code(one, other),
         "data": _tags(one, other, {"digest": DATA_TAG}),
+        "packages": _packages(before, after),
+        "machine": _machine(before, after),
         "metrics": {
             key: [one.metrics.get(key), other.metrics.get(key)]
             for key in sorted({*one.metrics, *other.metrics})
@@ -101,18 +109,7 @@ def _git(one: Entry, other: Entry, *options: str) -> str:
     commits = [entry.tags.get(COMMIT, "") for entry in (one, other)]
     if commits[0] == commits[1] or not all(len(c) >= 40 and c.isalnum() for c in commits):
         return ""
-    command = [
-        "git",
-        "-C",
-        str(ROOT),
-        "diff",
-        "--no-color",
-        *options,
-        *commits,
-        "--",
-        "src",
-        "conf",
-    ]
+    command = ["git", "-C", str(ROOT), "diff", "--no-color", *options, *commits]
     try:
         return subprocess.run(
             [*command, "--", "src", "conf"], capture_output=True, text=True, timeout=10
@@ -121,29 +118,64 @@ def _git(one: Entry, other: Entry, *options: str) -> str:
         return ""
 
 
-def _patch(one: Entry, other: Entry, texts: list[dict[str, str]]) -> str:
-    before, after = (each.get("provenance/diff.patch", "") for each in texts)
-    beside = difflib.unified_diff(
-        before.splitlines(), after.splitlines(), "A: uncommitted", "B: uncommitted", lineterm=""
-    )
-    return _git(one, other) + "\n".join(beside)
+def _patch(one: Entry, other: Entry, before: Texts, after: Texts) -> str:
+    sides = zip("AB", (one, other), (before, after), strict=True)
+    gone = [
+        f"{side}: uncommitted changes not known (its files are gone)\n"
+        for side, entry, texts in sides
+        if entry.tags.get(DIRTY) == "true" and not texts
+    ]
+    old, new = (texts.get(PATCH, "").splitlines() for texts in (before, after))
+    beside = difflib.unified_diff(old, new, "A: uncommitted", "B: uncommitted", lineterm="")
+    return _git(one, other) + "".join(gone) + "\n".join(beside)
 
 
-def _artifacts(asked: Any, entry: Entry) -> dict[str, str]:
-    """Read what the run kept of its environment, where its files are on this machine."""
-    folder = asked.dir.absolute() / FOLDER / entry.run_id / "artifacts"
-    paths = ("provenance/packages.txt", "provenance/machine.json", "provenance/diff.patch")
-    found = {path: folder / path for path in paths if (folder / path).is_file()}
-    return {path: file.read_text(encoding="utf-8") for path, file in found.items()}
+def _texts(ledger: Ledger, asked: Any, ids: Sequence[str]) -> list[Texts]:
+    """Read what each run kept of its environment, as far as it is still there."""
+    if isinstance(ledger, ClientLedger):
+        return _fetched(asked, ids)
+    folders = [asked.dir.absolute() / FOLDER / run_id / "artifacts" for run_id in ids]
+    return [
+        {path: (folder / path).read_text("utf-8") for path in KEPT if (folder / path).is_file()}
+        for folder in folders
+    ]
 
 
-def _packages(texts: dict[str, str]) -> dict[str, str]:
-    lines = texts.get("provenance/packages.txt", "").splitlines()
-    return dict(line.split("==", 1) for line in lines if "==" in line)
+def _fetched(asked: Any, ids: Sequence[str]) -> list[Texts]:
+    from tracklight.tracking import query  # imports MLflow, which a local store does without
+    from tracklight.tracking.store import connect
+
+    store = connect(asked.uri, asked.dir)
+    found: list[dict[str, str]] = []
+    for run in (query.find_run(store, run_id) for run_id in ids):
+        found.append({})
+        for path in KEPT:
+            with contextlib.suppress(BadInput):  # it is gone, or never was
+                found[-1][path] = query.read_text(store, run, path)
+    return [*found]
 
 
-def _machine(texts: dict[str, str]) -> dict[str, Any]:
-    return json.loads(texts.get("provenance/machine.json", "{}"))
+def _packages(before: Texts, after: Texts) -> list[str] | None:
+    if PACKAGES not in before or PACKAGES not in after:
+        return None
+    return _changes(*(_versions(each[PACKAGES]) for each in (before, after)))
+
+
+def _versions(listed: str) -> dict[str, str]:
+    return dict(line.split("==", 1) for line in listed.splitlines() if "==" in line)
+
+
+def _machine(before: Texts, after: Texts) -> list[str] | None:
+    if MACHINE not in before or MACHINE not in after:
+        return None
+    return _changes(*(json.loads(each[MACHINE]) for each in (before, after)))
+
+
+def _or_unknown(changes: list[str] | None, path: str, before: Texts, after: Texts) -> list[str]:
+    if changes is not None:
+        return changes
+    sides = zip("AB", (before, after), strict=True)
+    return [f"{side}: not known (its files are gone)" for side, each in sides if path not in each]
 
 
 def _metrics(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:

@@ -5,7 +5,6 @@ from typing import Any
 
 from tracklight.reuse.command import RUN_HELP, Parser
 
-REPRODUCES_TAG = "tracklight.reproduces"
 EPILOG = """\
 Nothing is checked out and nothing is installed: differences of code, packages, machine and data are
 told, and the run is made again as a new run beside the old one. KEY=VALUE may change what no result
@@ -31,7 +30,7 @@ def reproduce(asked: Any) -> int:
     from tracklight.errors import BadInput, RunFailed
     from tracklight.reuse import likeness, stored
     from tracklight.tracking import query
-    from tracklight.tracking.layout import SETTING_TAG
+    from tracklight.tracking.layout import REPRODUCES_TAG, SETTING_TAG
 
     store = stored.open_store(asked.uri, asked.dir)
     run = query.trained(store, query.choose(store, asked.run, asked.experiment))
@@ -54,7 +53,8 @@ def reproduce(asked: Any) -> int:
         print(f"warning: {reason}")
     # A setting of its own: the same seed twice would make the mean of several look surer.
     again = {REPRODUCES_TAG: run.info.run_id, SETTING_TAG: f"again {run.info.run_id}"}
-    experiment.run(cfg, tags=again)
+    tested = any(key.startswith("test/") for key in run.data.metrics)  # a sweep tests but one trial
+    experiment.run(cfg, tags=again, test=tested)
     made = store.search(f"tags.`{REPRODUCES_TAG}` = '{run.info.run_id}'")
     if not made:
         raise RunFailed(f"the new run is not in {store.shown_uri}")

@@ -36,13 +36,15 @@ ANYWHERE = ("trainer.accelerator=auto", "trainer.devices=1", "trainer.num_nodes=
 
 
 def open_store(uri: str | None, directory: Path) -> Store:
-    """Open a store that is there already.
+    """Open a store that is there already; what died since the last start is set right in it.
 
     Raises:
         BadInput: There is none.
     """
     open_ledger(uri, directory)  # refuses to make a store that would be empty
-    return connect(uri, directory)
+    store = connect(uri, directory)
+    store.recover()
+    return store
 
 
 def stored_config(store: Store, run: Any, overrides: Sequence[str] = ()) -> DictConfig:

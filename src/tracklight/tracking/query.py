@@ -1,5 +1,8 @@
 """The reading side of the store: runs by id, and what they left."""
 
+import atexit
+import functools
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -94,11 +97,20 @@ def fetch(store: Store, run: Any, path: str) -> Path:
     local = store.directory / "artifacts" / run.info.run_id / "artifacts" / path
     if local.exists():
         return local
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one bar a file
     try:
-        folder = tempfile.mkdtemp(prefix="tracklight-")
+        folder = tempfile.mkdtemp(dir=_temporary())
         return Path(store.client.download_artifacts(run.info.run_id, path, folder))
     except Exception:
         raise BadInput(f"run {run.info.run_id} has no artifact {path}, or it was deleted") from None
+
+
+@functools.cache
+def _temporary() -> str:
+    """Return the folder of what this process fetches; it is removed when the process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="tracklight-")
+    atexit.register(folder.cleanup)
+    return folder.name
 
 
 def read_text(store: Store, run: Any, path: str) -> str:
