@@ -108,6 +108,31 @@ def test_a_report_made_again_changes_nothing_and_gets_the_same_answer(tmp_path):
     assert study.report(asked.number, 1, 0.9)
 
 
+def test_an_epoch_run_again_is_judged_no_more(tmp_path):
+    study = trials(tmp_path / "a", total=3)
+    asked = study.ask()
+    for epoch in (1, 2, 3):
+        assert not study.report(asked.number, epoch, 0.5)
+    for _ in range(2):
+        other = study.ask()
+        for epoch in (1, 2, 3):
+            study.report(other.number, epoch, 0.1)
+        study.tell(other.number, "complete", 0.1)
+    study = trials(tmp_path / "a", total=3)
+    assert study.ask() == asked
+    judged = [study.report(asked.number, epoch, 0.5) for epoch in (1, 2, 3)]
+    assert judged == [False, False, True]
+
+
+def test_a_quasi_random_search_whose_trials_fail_draws_other_points(tmp_path):
+    methods = Methods("qmc", {}, "none", {}, 0, 1)
+    study, drawn = trials(tmp_path / "a", total=4, methods=methods), []
+    while asked := study.ask():
+        study.tell(asked.number, "failed", None)
+        drawn.append(asked.params["lr"])
+    assert len(set(drawn)) == 4
+
+
 def test_a_killed_process_leaves_no_lock(tmp_path):
     held = open_storage(None, tmp_path / "a.journal")
     began = time.monotonic()
@@ -116,7 +141,7 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
     del held
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ("cmaes", "grid")])
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "grid"])
 def test_each_sampler_draws_within_the_space(tmp_path, name):
     study = trials(tmp_path / "a", total=4, methods=Methods(name, {}, "none", {}, 0, 1))
     while asked := study.ask():

@@ -3,7 +3,7 @@
 import importlib.util
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,6 @@ class Methods:
 
     def sampler(self, draw: int, distributions: Mapping[str, Any]) -> Any:
         """Return a sampler for the draw of this number, the same whenever it is asked for."""
-        import numpy as np
         from optuna import samplers
 
         name, options = self.sampler_name, dict(self.sampler_options)
@@ -76,7 +75,9 @@ class Methods:
         if name == "cmaes" or name == "qmc":
             options.setdefault("warn_independent_sampling", False)
         entropy = [self.seed] if name in STEADY else [self.seed, draw]
-        options["seed"] = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        options["seed"] = _seed(entropy)
+        if name == "qmc":  # draws thus until a trial has ended, and would draw the same each time
+            options["independent_sampler"] = samplers.RandomSampler(seed=_seed([self.seed, draw]))
         return _build("sampler", name, getattr(samplers, SAMPLERS[name]), options)
 
     def cells(self, distributions: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -111,6 +112,12 @@ class Methods:
         if name == "asha":
             options.setdefault("min_resource", 1)
         return _build("pruner", name, getattr(pruners, PRUNERS[name]), options)
+
+
+def _seed(entropy: Sequence[int]) -> int:
+    import numpy as np
+
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
 def _build(kind: str, name: str, found: type, options: dict[str, Any]) -> Any:

@@ -19,6 +19,7 @@ from tracklight.sweep.space import Space
 
 POINT = "point"  # of a grid's trial: its parameters as text
 RUNS = "runs"  # the keys of a trial's runs
+REFUSED = "refused"  # of a trial that is no valid config: why
 RETRY_OF = "retry_of"  # of a trial that takes the place of an earlier one: its number
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -32,11 +33,12 @@ def direction(mode: str) -> Literal["minimize", "maximize"]:
 
 @dataclass(frozen=True)
 class Asked:
-    """A trial to run: its number, and what varies as text."""
+    """A trial to run: its number, what varies as text, and why it cannot run, if so."""
 
     number: int
     params: dict[str, str]
     has_ended: bool = False
+    refused: str = ""
 
 
 class Trials:
@@ -183,10 +185,17 @@ class Trials:
     def report(self, number: int, epoch: int, value: float) -> bool:
         """Remember a trial's score after an epoch; return whether to prune it."""
         trial = self._live[number]
-        known = self._study._storage.get_trial(trial._trial_id).intermediate_values
-        if epoch not in known:
+        last = self._study._storage.get_trial(trial._trial_id).last_step
+        if last is not None and epoch < last:
+            return False  # run again after a kill; it went on from here once, so it does again
+        if epoch != last:
             trial.report(value, epoch)
         return trial.should_prune()
+
+    def refuse(self, number: int, reason: str) -> None:
+        """Remember that a trial is no valid config, and never will be."""
+        self._live[number].set_user_attr(REFUSED, reason)
+        self.tell(number, "failed", None)
 
     def tell(self, number: int, kind: str, score: float | None) -> None:
         """Remember how a trial ended; of a stopped one nothing, so that it is taken up again."""
