@@ -1,15 +1,17 @@
 """Trials through one of Hydra's launchers, a batch at a time."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
+from tracklight.errors import RunFailed
 from tracklight.sweep.trial import Assignment, Outcome, run
 
 
@@ -72,13 +74,26 @@ class Batches:
             first + index: assignment for index, (_, assignment) in enumerate(taken)
         }
         words = [list(tag.words) for tag, _ in taken]
-        results = self._launcher.launch(words, initial_job_idx=first)
-        for (tag, _), result in zip(taken, results, strict=True):
+        for (tag, _), result in zip(taken, self._launch(words, first), strict=True):
             try:
                 yield tag, result.return_value
             except Exception as error:
                 reason = " ".join(str(error).split())
                 yield tag, Outcome("failed", reason=f"{type(error).__name__}: {reason}")
+
+    def _launch(self, words: list[list[str]], first: int) -> Sequence[JobReturn]:
+        name = type(self._launcher).__name__
+        try:
+            results = self._launcher.launch(words, initial_job_idx=first)
+        except Exception as error:  # whatever a launcher of others raises
+            reason = " ".join(str(error).split())
+            raise RunFailed(
+                f"{name} failed ({type(error).__name__}: {reason}); the same command continues, "
+                "hydra/launcher=basic without it"
+            ) from error
+        if len(results) != len(words):
+            raise RunFailed(f"{name} returned {len(results)} results for {len(words)} trials")
+        return results
 
     def answer(self, tag: Any, stop: bool) -> None:
         """Nobody asks."""
