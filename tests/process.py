@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ class Process:
     def send(self, signum: signal.Signals, group: bool = False) -> None:
         """Send a signal, to all processes of its terminal as Ctrl-C does if `group`."""
         if self.exit_code is None:
-            (os.killpg if group else os.kill)(self.pid, signum)
+            with suppress(ProcessLookupError):  # it ended just now
+                (os.killpg if group else os.kill)(self.pid, signum)
 
     def wait(self, seconds: float = ENDED_S) -> int:
         end = time.monotonic() + seconds

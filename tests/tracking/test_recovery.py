@@ -73,11 +73,23 @@ def test_a_process_killed_while_it_creates_its_run_leaves_no_orphan(directory, p
     )
     for run in runs:
         store.reopen(run.info.run_id).finish("FINISHED")
-    recent = directory / "artifacts"
-    for folder in recent.glob(f"{layout.NEW}*"):
-        os.utime(folder, (0, 0))
+    left = [path.name for path in (directory / "artifacts").iterdir()]
+    assert left == [run.info.run_id for run in runs]
+
+
+def test_a_server_has_an_hour_to_create_the_run_that_a_killed_process_asked_for(
+    directory, processes
+):
+    child = processes.Process(target=die_creating, args=(directory, "before the request"))
+    child.start()
+    child.join(60)
+    store = connect(None, directory)
+    store.database = None  # as of a server
     store.recover()
-    assert [path.name for path in recent.iterdir()] == [run.info.run_id for run in runs]
+    (folder,) = (directory / "artifacts").glob(f"{layout.NEW}*")
+    os.utime(folder, (0, 0))
+    store.recover()
+    assert not folder.exists()
 
 
 def test_a_run_in_progress_is_left_alone(store):

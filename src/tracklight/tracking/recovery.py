@@ -57,7 +57,9 @@ def _recover_creation(store: "Store", folder: Path, lock: RunLock) -> Path | Non
     key = folder.name.removeprefix(layout.NEW)
     found = store.search(f"tags.`{layout.KEY_TAG}` = '{key}'")
     if not found:
-        if time.time() - folder.stat().st_mtime > _STILL_COMING_S:
+        # A database of this machine creates no run for a process that is gone.
+        is_over = store.database is not None
+        if is_over or time.time() - folder.stat().st_mtime > _STILL_COMING_S:
             shutil.rmtree(folder)
         return None
     for other in found[1:]:
