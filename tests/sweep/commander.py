@@ -26,5 +26,4 @@ if __name__ == "__main__":
 
     # A forked sweep may use the forkserver, but is not its parent and cannot wait for it.
     forkserver.ForkServer.ensure_running = lambda self: None
-    forkserver.ensure_running = lambda: None
     trainee.accept()

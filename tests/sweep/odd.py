@@ -8,7 +8,10 @@ from typing import Any
 
 from pytorch_lightning import Callback
 
+from foreign import Blobs
+from tracklight.data.tensor_data import Split
 from tracklight.models.linear_regression import LinearRegression
+from tracklight.models.mlp import MLP
 
 
 class Odd(LinearRegression):
@@ -60,3 +63,23 @@ class Told(Callback):
     def on_train_epoch_end(self, *_: Any) -> None:
         with Path(self.path).open("a") as file:
             file.write(".")
+
+
+class Untestable(MLP):
+    """Trains well, and fails on the test set."""
+
+    def on_test_start(self) -> None:
+        raise ArithmeticError("no test for me")
+
+
+class Kept(Blobs):
+    """`Blobs` whose first label is what a file says."""
+
+    def __init__(self, path: str, batch_size: int | None, seed: int, num_val: int = 64):
+        super().__init__(batch_size, seed, num_val=num_val)
+        self.path = path
+
+    def load(self) -> dict[str, Split]:
+        splits = super().load()
+        splits["train"].targets[0] = int(Path(self.path).read_text())
+        return splits

@@ -111,6 +111,23 @@ def test_the_first_failure_stops_a_sweep_that_is_told_so(commander, tmp_path):
     assert [run.status for run in Swept(directory).children] == ["FAILED"]
 
 
+def test_a_point_of_a_search_that_is_no_valid_config_is_a_failed_trial(commander, tmp_path):
+    directory = tmp_path / "runs"
+    command = ("trainer.min_epochs=1,4", "trainer.max_epochs=5,2", "sweep.sampler=grid")
+    for _ in range(2):  # nor is it tried again
+        process = commander.sweep(directory, *command, "sweep.trials=4", *QUICK[:2], QUICK[3])
+        assert process.exit_code == 1, process.stderr
+        assert "1 trial failed: trial" in process.stderr and process.stderr.count("\n") == 1
+        assert "trainer.min_epochs=4 must not be above" in process.stderr
+        swept = Swept(directory)
+        assert swept.parent.status == "FAILED"
+        assert [run.status for run in swept.children].count("FINISHED") == 3
+        (failed,) = (row for row in swept.leaderboard() if row["state"] == "failed")
+        assert (failed["trainer.min_epochs"], failed["trainer.max_epochs"]) == ("4", "2")
+        assert failed["reason"].startswith("trainer.min_epochs=4 must not be above")
+        assert len(swept.children) == 4
+
+
 @pytest.mark.slow
 def test_a_search_runs_the_trials_asked_for_and_extends_to_the_same(commander, tmp_path):
     search = ("optimizer.lr=tag(log,interval(1e-3,1e-1))", "optimizer.momentum=0.0,0.9", *QUICK)
@@ -162,6 +179,59 @@ def test_only_the_winner_meets_the_test_set_and_only_once(commander, tmp_path):
     assert (
         float(swept.parent.tags["best.test/accuracy"]) == tested[0].metrics["test/accuracy"][0][1]
     )
+
+
+def test_a_sweep_whose_winner_fails_its_test_has_failed(commander, tmp_path):
+    directory = tmp_path / "runs"
+    command = ("optimizer.lr=0.01,0.1", *BLOBS, "model._target_=odd.Untestable")
+    process = commander.sweep(directory, *command)
+    assert process.exit_code == 1
+    assert "could not be tested: ArithmeticError: no test for me" in process.stderr
+    assert process.stderr.count("\n") == 1
+    assert Swept(directory).parent.status == "FAILED"
+
+
+def test_a_sweep_may_start_from_the_weights_of_a_run(commander, tmp_path):
+    directory = tmp_path / "runs"
+    commander.train(directory, *QUICK, faults=[["spare_model"]])
+    first = Swept(directory).runs[0].run_id
+    process = commander.sweep(directory, *GRID, f"init_from={first[:12]}")
+    assert process.exit_code == 0, process.stderr
+    swept = Swept(directory)
+    assert [run.tags["tracklight.init_from"] for run in swept.children] == [first] * 3
+    process = commander.sweep(directory, *GRID, "init_from=ffff")
+    assert process.exit_code == 2 and "no run begins with ffff" in process.stderr
+    assert len(Swept(directory).runs) == 5
+
+
+def test_changed_code_is_refused_and_the_finished_sweep_left_as_it_was(commander, tmp_path):
+    directory = tmp_path / "runs"
+    assert commander.sweep(directory, *GRID).exit_code == 0
+    before = Swept(directory)
+    process = commander.sweep(directory, *GRID, faults=[["change_code"]])
+    assert process.exit_code == 2 and process.stderr.count("\n") == 1
+    assert "the code has changed since this sweep began (digest" in process.stderr
+    after = Swept(directory)
+    assert [vars(run) for run in after.runs] == [vars(run) for run in before.runs]
+
+
+def test_changed_data_are_refused_unless_that_is_allowed(commander, tmp_path):
+    directory, label = tmp_path / "runs", tmp_path / "label"
+    blobs = [word for word in BLOBS if not word.startswith("data._target_")]
+    kept = (*blobs, "data._target_=odd.Kept", f"+data.path={label}")
+    label.write_text("1")
+    assert commander.sweep(directory, "optimizer.lr=0.01,0.1", *kept).exit_code == 0
+    before = Swept(directory)
+    label.write_text("2")
+    longer = ("optimizer.lr=0.01,0.1,0.05", *kept)
+    process = commander.sweep(directory, *longer)
+    assert process.exit_code == 2 and process.stderr.count("\n") == 1
+    assert "the data has changed since this sweep began (digest" in process.stderr
+    after = Swept(directory)
+    assert [vars(run) for run in after.runs] == [vars(run) for run in before.runs]
+    process = commander.sweep(directory, *longer, "allow_changes=true")
+    assert process.exit_code == 0, process.stderr
+    assert len(Swept(directory).children) == 3
 
 
 def test_a_pruned_trial_ends_cleanly_and_costs_no_more_epochs(commander, tmp_path):
@@ -268,6 +338,22 @@ def test_a_trial_of_several_processes_runs_only_its_own_point(commander, tmp_pat
     assert process.exit_code == 0, process.stderr + process.stdout
     assert {run.status for run in Swept(directory).runs} == {"FINISHED"}
     assert len(Swept(directory).runs) == 3
+
+
+@pytest.mark.slow
+def test_a_launcher_of_hydras_runs_a_grid(commander, tmp_path):
+    pytest.importorskip(
+        "hydra_plugins.hydra_joblib_launcher", reason="needs the package hydra-joblib-launcher"
+    )
+    directory = tmp_path / "runs"
+    launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    process = commander.sweep(directory, *GRID, *launcher)
+    assert process.exit_code == 0, process.stderr + process.stdout
+    swept = Swept(directory)
+    assert {run.status for run in swept.runs} == {"FINISHED"}
+    assert [row["state"] for row in swept.leaderboard()] == ["complete"] * 3
+    process = commander.sweep(directory, *GRID)  # its trials are those of any sweep
+    assert process.exit_code == 0 and len(Swept(directory).runs) == 4
 
 
 def test_the_dry_run_lists_the_points_and_leaves_nothing(commander, tmp_path):

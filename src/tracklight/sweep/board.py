@@ -3,34 +3,28 @@
 import csv
 import io
 import json
-import shlex
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from tracklight import config
 from tracklight.errors import BadInput, RunFailed
 from tracklight.sweep.leaderboard import Row, Standing, row, standings
-from tracklight.sweep.plan import Plan
+from tracklight.sweep.parent import children
 from tracklight.sweep.plots import page
 from tracklight.sweep.trial import OUTCOME_TAG, PARENT_TAG, POINT_TAG, REASON_TAG
-from tracklight.tracking import provenance
 from tracklight.tracking.patience import persist
 from tracklight.tracking.quiet import mlflow
 from tracklight.tracking.run import Run
 from tracklight.tracking.store import Store
 
-SWEEP_TAG = "tracklight.sweep"
-THREADS_TAG = "tracklight.threads"
+NEVER_BEGAN_TAG = "tracklight.never_began"  # of a failed run that holds nothing to continue
 TABLE = "leaderboard.json"
 SHOWN_TABLES_TAG = "mlflow.loggedArtifacts"  # which makes MLflow's UI show an artifact as a table
-PAGE = 1000  # runs an answer of MLflow's holds at most
 REFRESH_S = 2.0
 PLOTS_S = 30.0
 SHARE = 0.05  # of the time that refreshing may take
+AWAY = (mlflow.exceptions.MlflowException, BadInput, RunFailed)  # what the store's absence becomes
 
 
 class Board:
@@ -58,8 +52,10 @@ class Board:
         self._cost_s = 0.0
         self._plot_cost_s = 0.0
         self._plotting: threading.Thread | None = None
+        self._away_since_s: float | None = None
         info = store.client.get_run(run.run_id).info
         self._began_s = info.start_time / 1000
+        self._experiment = store.client.get_experiment(info.experiment_id).name
         self._logged: dict[str, float] = {}
         self._logged_at = -1
 
@@ -84,25 +80,59 @@ class Board:
         query = f"tags.`{PARENT_TAG}` = '{self.run.run_id}' and tags.`{POINT_TAG}` = '{key}'"
         return next(iter(self.store.search(query)), None)
 
-    def mark_failed(self, run_id: str, reason: str) -> None:
-        """Say of a run that it failed and why, also where its process could not."""
-        client = self.store.client
-        try:
-            run = persist(lambda: client.get_run(run_id), self.store.patience_s)
-            if run.info.status != "FAILED":
-                self.store.reopen(run_id).finish("FAILED")
-            for key, value in {OUTCOME_TAG: "failed", REASON_TAG: reason}.items():
-                client.set_tag(run_id, key, value)
-        except (mlflow.exceptions.MlflowException, BadInput, RunFailed):
-            return  # told on the screen all the same; the store may be away
+    def record_failure(
+        self, run_id: str | None, name: str, tags: Mapping[str, str], reason: str
+    ) -> None:
+        """Say of a trial that it failed and why; told on the screen all the same if this cannot be.
 
-    def add_failed(self, name: str, tags: Mapping[str, str], experiment: str, reason: str) -> None:
-        """Record a trial that failed before it came to have a run."""
-        failed = {OUTCOME_TAG: "failed", REASON_TAG: reason, NEVER_BEGAN_TAG: "true"}
+        Args:
+            run_id: Its run; None if it told of none.
+            name: The trial's.
+            tags: Of its run; they hold its key.
+            reason: One line.
+        """
         try:
-            self.store.create(experiment, name, {**tags, **failed}).finish("FAILED")
-        except (BadInput, RunFailed):
-            return
+            if run_id is None:
+                child = self.child(tags[POINT_TAG])
+                run_id = None if child is None else child.info.run_id
+            if run_id is None:
+                self._add_failed(name, tags, reason)
+            else:
+                self._mark_failed(run_id, reason)
+        except AWAY:
+            self._lose()
+
+    def _mark_failed(self, run_id: str, reason: str) -> None:
+        """Say it of a run, also where its process could not."""
+        client = self.store.client
+        run = persist(lambda: client.get_run(run_id), self.store.patience_s)
+        if run.info.status != "FAILED":
+            self.store.reopen(run_id).finish("FAILED")
+        for key, value in {OUTCOME_TAG: "failed", REASON_TAG: reason}.items():
+            client.set_tag(run_id, key, value)
+
+    def _add_failed(self, name: str, tags: Mapping[str, str], reason: str) -> None:
+        """Say it of a trial that came to have no run."""
+        failed = {OUTCOME_TAG: "failed", REASON_TAG: reason, NEVER_BEGAN_TAG: "true"}
+        self.store.create(self._experiment, name, {**tags, **failed}).finish("FAILED")
+
+    def discard(self, run_id: str) -> None:
+        """Delete a run that holds nothing."""
+        try:
+            self.store.client.delete_run(run_id)
+        except AWAY:
+            self._lose()
+
+    @property
+    def away_s(self) -> float:
+        """For how long the store has not answered; 0 if it did when last asked."""
+        return 0.0 if self._away_since_s is None else time.monotonic() - self._away_since_s
+
+    def _lose(self) -> None:
+        """Take the store for away until a refresh succeeds, the first of them soon."""
+        if self._away_since_s is None:
+            self._away_since_s = time.monotonic()
+            self._refreshed_s = -1e9
 
     def standings(self) -> list[Standing]:
         """Rank the points by what MLflow has."""
@@ -112,7 +142,7 @@ class Board:
     def refresh(self, final: bool = False) -> list[Standing] | None:
         """Write the leaderboard and the best point; None if the last time is too short ago."""
         start_s = time.monotonic()
-        pause_s = max(REFRESH_S, self._cost_s / SHARE)
+        pause_s = REFRESH_S if self.away_s else max(REFRESH_S, self._cost_s / SHARE)
         if not final and start_s - self._refreshed_s < pause_s:
             return None
         try:
@@ -120,7 +150,10 @@ class Board:
         except mlflow.exceptions.MlflowException:
             if final:
                 raise
+            self._lose()
+            self._refreshed_s = time.monotonic()
             return None
+        self._away_since_s = None
         self._write(found)
         self._plot(found, final)
         self.run.publish()
@@ -190,68 +223,3 @@ class Board:
             self._plotting.join()
         self.run.publish()
         self.run.finish(status)
-
-
-NEVER_BEGAN_TAG = "tracklight.never_began"  # of a failed run that holds nothing to continue
-
-
-def children(store: Store, parent_id: str) -> list[Any]:
-    """Return the runs under a parent, newest first, deleted ones excluded."""
-    client = store.client
-    query = f"tags.`{PARENT_TAG}` = '{parent_id}'"
-
-    def search() -> list[Any]:
-        experiments = [each.experiment_id for each in client.search_experiments()]
-        found: list[Any] = []
-        token = None
-        while True:
-            answer = client.search_runs(
-                experiments,
-                query,
-                max_results=PAGE,
-                order_by=["attributes.start_time DESC"],
-                page_token=token,
-            )
-            found += answer
-            token = answer.token
-            if not token:
-                return found
-
-    return persist(search, store.patience_s)
-
-
-def open_parent(
-    store: Store, identity: str, name: str, experiment: str, fresh: bool, tags: Mapping[str, str]
-) -> tuple[Run, dict[str, str]]:
-    """Continue the parent run of this very sweep, or make it.
-
-    Returns:
-        The run, and the tags it had before.
-
-    Raises:
-        BadInput: The sweep is in progress.
-    """
-    found = [] if fresh else store.search(f"tags.`{SWEEP_TAG}` = '{identity}'")
-    if not found:
-        return store.create(experiment, name, {**tags, SWEEP_TAG: identity}), {}
-    try:
-        run = store.reopen(found[0].info.run_id)
-    except BadInput as error:
-        raise BadInput(f"this very sweep: {error}; wait for it, or sweep.fresh=true") from None
-    run.set_tags(tags)
-    return run, dict(found[0].data.tags)
-
-
-def parent_tags(plan: Plan) -> dict[str, str]:
-    """Return the tags that say what a sweep varies, how, and what made it."""
-    kept = ("sampler", "pruner", "trials", "seeds", "workers")
-    told = {f"sweep.{key}": str(plan.settings[key]) for key in kept}
-    space = {f"space.{name}": values for name, values in plan.space.written().items()}
-    command = config.redact(shlex.join(sys.argv))
-    facts = provenance.collect(config.ROOT, command, provenance.code_digest())
-    return facts.tags() | told | space | {"tracklight.kind": "sweep"}
-
-
-def journal(run: Run) -> Path:
-    """Return where Optuna's journal of a sweep lies."""
-    return run.folder / "study.journal"

@@ -1,23 +1,25 @@
 """The course of a sweep: which run is next, what its outcome means, and when it is over."""
 
 import signal
+import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from tracklight.errors import RunFailed
 from tracklight.sweep.board import NEVER_BEGAN_TAG, Board
 from tracklight.sweep.leaderboard import Row
 from tracklight.sweep.outcomes import joined, known
 from tracklight.sweep.plan import assign
-from tracklight.sweep.points import Job
+from tracklight.sweep.points import Job, params_key, shown
 from tracklight.sweep.pool import Slots
 from tracklight.sweep.progress import Progress
 from tracklight.sweep.sources import Source
-from tracklight.sweep.study import RUNS, Asked, Trials
+from tracklight.sweep.study import REFUSED, RUNS, Asked, Trials
 from tracklight.sweep.trial import (
     PARENT_TAG,
     POINT_TAG,
@@ -27,6 +29,7 @@ from tracklight.sweep.trial import (
 )
 
 WAIT_S = 0.25  # how soon a signal is noticed
+OUTAGE_S = 300.0  # how long a store that is away is waited for
 
 
 @dataclass
@@ -88,10 +91,13 @@ class Course:
                 self._retry_lost()
                 while not self._is_over():
                     self._fill()
-                    if not self._slots.running:
+                    if self._slots.running:
+                        for job, message in self._slots.messages(WAIT_S):
+                            self._take(job, message)
+                    elif self._away_s:
+                        self._await_store()
+                    else:
                         break
-                    for job, message in self._slots.messages(WAIT_S):
-                        self._take(job, message)
                     if self._board:
                         self._board.refresh()
                 self._wind_down()
@@ -100,6 +106,19 @@ class Course:
 
     def _is_over(self) -> bool:
         return self.signum is not None or self.halted
+
+    @property
+    def _away_s(self) -> float:
+        """For how long the store has not answered: a trial begun now would fail for that alone."""
+        return self._board.away_s if self._board else 0.0
+
+    def _await_store(self) -> None:
+        if self._away_s > OUTAGE_S:
+            raise RunFailed(
+                f"the tracking store has not answered for {OUTAGE_S:.0f} s; "
+                "the same command continues the sweep"
+            )
+        time.sleep(WAIT_S)
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
@@ -127,52 +146,76 @@ class Course:
             return
         self._progress.note(f"stopping {len(self._slots.running)} running; again to leave at once")
         self._slots.stop()
-        for job, outcome in self._slots.drain():
-            if outcome.kind == "failed" and outcome.reason.startswith("killed by"):
-                outcome = Outcome("stopped", run_id=outcome.run_id)  # before it could listen
-            self._take(job, outcome)
+        for job, message in self._slots.drain():
+            if isinstance(message, Outcome) and message.reason.startswith("killed by"):
+                message = Outcome("stopped", run_id=message.run_id)  # before it could listen
+            self._take(job, message)
 
     def _retry_lost(self) -> None:
         """Keep ended trials of a search; those that failed in passing or lost runs go again."""
         if self._board is None or not self._trials.is_search:
             return
         for trial in self._trials.ended():
-            keys = trial.user_attrs.get(RUNS, [])
-            found = [known(self._children.get(key)) for key in keys]
-            outcomes = [outcome for outcome in found if outcome]
-            if not outcomes or len(outcomes) < len(keys):
-                self._trials.retry(trial.number)
-            else:
+            outcomes = self._known(trial.user_attrs.get(RUNS, []))
+            if reason := trial.user_attrs.get(REFUSED):
+                outcomes = [Outcome("failed", reason=reason)]
+            if outcomes:
                 self._keep(trial.number, self._trials.params(trial), outcomes)
+            else:
+                self._trials.retry(trial.number)
+
+    def _known(self, keys: Sequence[str]) -> list[Outcome]:
+        """Return the outcomes of a trial's runs; none if there is something to run."""
+        found = [known(self._children.get(key)) for key in keys]
+        outcomes = [outcome for outcome in found if outcome]
+        lead = found[0] if self._asks and found else None
+        if lead is not None and lead.kind != "complete":
+            return outcomes  # its siblings never begin
+        return outcomes if len(outcomes) == len(keys) else []
 
     def _fill(self) -> None:
-        while self._slots.has_room and not self._is_over():
+        while self._slots.has_room and not self._is_over() and not self._away_s:
             job = self._next()
             if job is None:
                 break
             self._begin(job)
+        self._tell_left()
+
+    def _tell_left(self) -> None:
         self._progress.left(len(self._queue) + self._source.left)
 
     def _next(self) -> Job | None:
         while not self._queue:
-            found = self._source.next()
+            found = None if self._is_over() else self._source.next()
             if found is None:
                 return None
             asked, jobs = found
+            if asked.refused:
+                self._refuse(asked)
+                continue
             if asked.has_ended:
-                found = [known(self._children.get(job.key)) for job in jobs]
-                outcomes = [outcome for outcome in found if outcome]
-                if len(outcomes) == len(jobs):
+                if outcomes := self._known([job.key for job in jobs]):
                     self._keep(asked.number, asked.params, outcomes)
                     continue
                 asked = self._trials.retried(asked.number)
                 jobs = [job.numbered(asked.number) for job in jobs]
-            if not jobs:
-                continue
             self._trials.note_runs(asked.number, [job.key for job in jobs])
             self._points[asked.number] = Point(asked, jobs)
             self._queue.extend(jobs[:1] if self._asks else jobs)
         return self._queue.popleft()
+
+    def _refuse(self, asked: Asked) -> None:
+        """Take a point that is no valid config for a failure like any other."""
+        number, params, reason = asked.number, asked.params, asked.refused
+        self.failures[number] = reason
+        self.halted |= self._stops
+        if self._board:
+            tags = self._tags(number, params, params_key(params))
+            self._board.record_failure(None, f"{number} {shown(params)}", tags, reason)
+        self._trials.refuse(number, reason)
+        self._tell_left()
+        self._progress.refused(number, reason)
+        self.rows.append(Row(number, params, 0, "failed", None, reason=reason))
 
     def _keep(self, number: int, params: Mapping[str, str], outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
@@ -197,10 +240,10 @@ class Course:
         run_id = child.info.run_id if child is not None else None
         if child is not None and NEVER_BEGAN_TAG in child.data.tags:
             assert self._board
-            self._board.store.client.delete_run(run_id)
+            self._board.discard(child.info.run_id)
             run_id = None
         asks = self._asks and job.key == self._points[job.number].jobs[0].key
-        tags = self._tags(job)
+        tags = self._tags(job.number, job.params, job.key)
         assignment = assign(job, tags=tags, run_id=run_id, asks=asks, log=self._log(job))
         if run_id is not None:
             self._progress.note(f"trial {job.name}  goes on in run {run_id}")
@@ -210,11 +253,11 @@ class Course:
     def _log(self, job: Job) -> Path | None:
         return self._logs / f"{job.number:04d}.log" if self._logs else None
 
-    def _tags(self, job: Job) -> Mapping[str, str]:
+    def _tags(self, number: int, params: Mapping[str, str], key: str) -> dict[str, str]:
         if self._board is None:
             return {}
-        ours = {POINT_TAG: job.key, TRIAL_TAG: str(job.number), PARENT_TAG: self._board.run.run_id}
-        return {**job.params, **ours}
+        ours = {POINT_TAG: key, TRIAL_TAG: str(number), PARENT_TAG: self._board.run.run_id}
+        return {**params, **ours}
 
     def _take(self, job: Job, message: Epoch | Outcome) -> None:
         if isinstance(message, Epoch):
@@ -226,27 +269,16 @@ class Course:
             return
         if message.kind == "stopped" and not self._is_over():
             message = replace(message, kind="failed", reason="stopped by a signal")
-        if message.kind == "failed":
-            self._record_failure(job, message)
-        self._progress.ended(job, message, self._log(job))
+        if message.kind == "failed" and self._board:
+            tags = self._tags(job.number, job.params, job.key)
+            self._board.record_failure(message.run_id, job.name, tags, message.reason)
         self.rows.append(_row(job, message))
         if message.kind != "stopped":
             self._outcomes[job.key] = message
         for twin in self._awaited.pop(job.key, [job]):
             self._end(twin, message)
-
-    def _record_failure(self, job: Job, outcome: Outcome) -> None:
-        if self._board is None:
-            return
-        run_id = outcome.run_id
-        if run_id is None:
-            child = self._board.child(job.key)
-            run_id = child.info.run_id if child is not None else None
-        if run_id is None:
-            experiment = job.cfg.tracking.experiment
-            self._board.add_failed(job.name, self._tags(job), experiment, outcome.reason)
-        else:
-            self._board.mark_failed(run_id, outcome.reason)
+        self._tell_left()
+        self._progress.ended(job, message, self._log(job))
 
     def _end(self, job: Job, outcome: Outcome) -> None:
         point = self._points[job.number]

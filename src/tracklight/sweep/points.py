@@ -87,7 +87,6 @@ class Composer:
         self._parser = OverridesParser.create(config_loader=loader)
         self._templates: dict[tuple[str, ...], tuple[DictConfig, DictConfig]] = {}
         self._checked: set[tuple[str, ...]] = set()
-        self.threads: int | None = None  # what num_threads=null becomes
 
     def job(self, number: int, params: Mapping[str, str], seed: int | None = None) -> Job:
         """Compose one run of a point.
@@ -111,8 +110,6 @@ class Composer:
         ConfigLoaderImpl._apply_overrides_to_config(parsed, cfg)  # as Hydra ends a composition
         if seed:
             cfg.seed += seed
-        if cfg.num_threads is None:
-            cfg.num_threads = self.threads
         check = config.settled if groups in self._checked else config.checked
         cfg = check(cfg)
         self._checked.add(groups)
@@ -148,6 +145,11 @@ def _key(cfg: DictConfig, params: Mapping[str, str]) -> str:
     )
     parts = [config.identity(cfg), cfg.trainer.max_epochs, beside]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def params_key(params: Mapping[str, str]) -> str:
+    """Identify a point that is no valid config, which has no identity of its own."""
+    return hashlib.sha256(json.dumps(dict(params)).encode()).hexdigest()
 
 
 def sweep_identity(

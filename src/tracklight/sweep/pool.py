@@ -43,7 +43,7 @@ class Slots(Protocol):
 
     def stop(self) -> None: ...  # noqa: D102
 
-    def drain(self) -> Iterator[tuple[Any, Outcome]]: ...  # noqa: D102
+    def drain(self) -> Iterator[tuple[Any, Any]]: ...  # noqa: D102
 
     def kill(self) -> None: ...  # noqa: D102
 
@@ -69,12 +69,6 @@ class Pool:
         self._gpus = gpus
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
-
-    def preload(self) -> None:
-        """Start the forkserver; its imports go on while this process does other things."""
-        from multiprocessing import forkserver
-
-        forkserver.ensure_running()
 
     @property
     def has_room(self) -> bool:
@@ -134,15 +128,11 @@ class Pool:
             slot.process.join(JOIN_S)
         self._slots.clear()
 
-    def drain(self) -> Iterator[tuple[Any, Outcome]]:
-        """Yield the outcomes of trials asked to stop; those that take too long are killed."""
+    def drain(self) -> Iterator[tuple[Any, Epoch | Outcome]]:
+        """Yield the messages of trials asked to stop; those that take too long are killed."""
         end_s = time.monotonic() + STOP_S
         while self._slots and time.monotonic() < end_s:
-            for tag, message in self.messages(1.0):
-                if isinstance(message, Epoch):
-                    self.answer(tag, False)
-                else:
-                    yield tag, message
+            yield from self.messages(1.0)
         for slot in self._slots.values():
             yield slot.tag, Outcome("stopped")
         self.kill()

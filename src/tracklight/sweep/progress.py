@@ -79,15 +79,11 @@ class Progress:
         if self._best is None or self._sign * score < self._sign * self._best[0]:
             self._best = (score, f"trial {number} {shown(params)}")
 
-    @property
-    def best(self) -> float | None:
-        """The best score so far."""
-        return self._best[0] if self._best else None
-
     def refused(self, number: int, reason: str) -> None:
         """A trial is no valid config."""
         self._counts["failed"] += 1
-        self.note(f"trial {number}  failed  {reason}")
+        self.note(f"trial {number}  failed  {reason}{self._suffix()}")
+        self._show()
 
     def left(self, num: int) -> None:
         """Set how many runs have not begun."""

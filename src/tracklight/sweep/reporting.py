@@ -19,7 +19,7 @@ class Reporter(Callback):
         metric: The score's.
         tell: Takes an epoch; says whether to stop.
         asks: Whether an answer is awaited.
-        once: Whether to stop after the first epoch.
+        once: Whether this is a rehearsal, which stops after the first epoch.
     """
 
     listens_by_block = True
@@ -34,6 +34,7 @@ class Reporter(Callback):
         self.pruned = False
         self.run_id: str | None = None
         self.metrics: set[str] = set()
+        self.data: str | None = None
 
     @override
     def state_dict(self) -> dict[str, bool]:
@@ -46,6 +47,8 @@ class Reporter(Callback):
     @override
     def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         self.run_id = getattr(trainer.logger, "run_id", None)
+        if self.once:
+            self.data = getattr(getattr(trainer, "datamodule", None), "digest", None)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:

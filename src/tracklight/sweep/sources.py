@@ -1,6 +1,7 @@
 """Where a sweep's trials come from: the points of a grid in turn, or Optuna."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from tracklight.errors import BadInput
@@ -55,25 +56,16 @@ class Search:
         composer: Makes configs of them.
         seeds: Runs of a point.
         threads: Of each run.
-        told: Takes what is wrong with a point that is no valid config.
     """
 
-    def __init__(
-        self,
-        trials: "Trials",
-        composer: Composer,
-        seeds: int,
-        threads: int,
-        told: Callable[[int, str], None],
-    ):
+    def __init__(self, trials: "Trials", composer: Composer, seeds: int, threads: int):
         self._trials = trials
         self._composer = composer
         self._seeds = seeds
         self._threads = threads
-        self._told = told
 
     def next(self) -> "tuple[Asked, list[Job]] | None":
-        """Return the next trial and its runs; none if it is no valid config, which is told."""
+        """Return the next trial and its runs; refused and without any if no valid config."""
         asked = self._trials.ask()
         if asked is None:
             return None
@@ -83,10 +75,7 @@ class Search:
                 for seed in range(self._seeds)
             ]
         except BadInput as error:
-            self._trials.note_runs(asked.number, [])
-            self._trials.tell(asked.number, "failed", None)
-            self._told(asked.number, str(error))
-            return asked, []
+            return replace(asked, refused=str(error)), []
         return asked, jobs
 
     @property

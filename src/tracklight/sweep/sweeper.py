@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from tracklight.tracking.store import Store
 
 MAX_TOLD = 3  # failed trials that the last line names
-JOIN_S = 30.0
 
 
 def sweep(arguments: list[str], master: DictConfig, context: HydraContext) -> float | None:
@@ -49,31 +48,42 @@ def sweep(arguments: list[str], master: DictConfig, context: HydraContext) -> fl
         return None
     pool = Pool(plan.settings["workers"], plan.gpus)
     try:
-        with _rehearsal(plan, pool):
+        with _rehearsal(plan, pool) as rehearsed:
             store = _open_store(plan)
-        return _Sweep(plan, pool, store).run()
+        return _Sweep(plan, pool, store, rehearsed[0].data if rehearsed else None).run()
     finally:
         pool.kill()
 
 
 @contextmanager
-def _rehearsal(plan: Plan, pool: Pool) -> Iterator[None]:
+def _rehearsal(plan: Plan, pool: Pool) -> Iterator[list[Outcome]]:
     """Take one batch of the first point, untracked, while this process does its own imports.
+
+    Yields:
+        A list that holds its outcome in the end, if there is a rehearsal.
 
     Raises:
         BadInput: The data or the model refuse, or nothing of the score's name is logged.
     """
     job = plan.points[0][0]
     if plan.launcher or job.cfg.trainer.devices != 1:  # further processes would not know of it
-        yield
+        yield []
         return
     outcomes: list[Outcome] = []
-    thread = threading.Thread(
-        target=lambda: pool.start(assign(job, rehearse=True), job), daemon=True
-    )
+    errors: list[Exception] = []
+
+    def start() -> None:
+        try:
+            pool.start(assign(job, rehearse=True), job)
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=start, daemon=True)
     thread.start()  # blocks until the forkserver has done its imports
-    yield
+    yield outcomes
     thread.join()
+    if errors:
+        raise errors[0]
     while not outcomes:
         outcomes += [message for _, message in pool.messages(1.0) if isinstance(message, Outcome)]
     found = outcomes[0]
@@ -87,14 +97,20 @@ def _rehearsal(plan: Plan, pool: Pool) -> Iterator[None]:
 
 
 def _open_store(plan: Plan) -> "Store | None":
+    from tracklight.tracking.query import find_run
     from tracklight.tracking.run import Run  # noqa: F401, imported now: the rehearsal takes as long
     from tracklight.tracking.store import connect
 
     tracking = plan.points[0][0].cfg.tracking
+    starts = {job.cfg.init_from for jobs in plan.points for job in jobs} - {None}
     if not tracking.enabled:
+        for run_id in starts:
+            raise BadInput(f"init_from={run_id} needs tracking=mlflow, where that run is")
         return None
     store = connect(tracking.uri, Path(tracking.dir))
     store.recover()
+    for run_id in starts:
+        find_run(store, run_id)
     return store
 
 
@@ -105,17 +121,21 @@ class _Sweep:
         plan: What to run.
         pool: Processes for it.
         store: Where it is recorded; None for nowhere.
+        data: Digest of the first point's data, where it is known.
     """
 
-    def __init__(self, plan: Plan, pool: Pool, store: "Store | None"):
+    def __init__(self, plan: Plan, pool: Pool, store: "Store | None", data: str | None):
         self.plan = plan
         self.pool = pool
         self.store = store
+        self.data = data
         self.board: Board | None = None
 
     def run(self) -> float | None:
         """Run what is left of it, test the winner, close the parent run as it really ended."""
         from tracklight.sweep.progress import Progress
+        from tracklight.tracking.patience import reason
+        from tracklight.tracking.quiet import mlflow
 
         plan = self.plan
         storage = self._check_storage()
@@ -128,11 +148,18 @@ class _Sweep:
             plan.pin(threads)
             course = self._course(storage, progress, threads)
             course.run()
-            status = _status(course)
+            if course.signum is not None:
+                status = "KILLED"
             score = self._close(course, progress)
+            if course.signum is None and not course.failures:
+                status = "FINISHED"
         except (KeyboardInterrupt, SystemExit):
             status = "KILLED"
             raise
+        except mlflow.exceptions.MlflowException as error:
+            raise RunFailed(
+                f"the tracking store fails ({reason(error)}); the same command continues the sweep"
+            ) from None
         finally:
             progress.close()
             if self.board:
@@ -148,52 +175,34 @@ class _Sweep:
         return open_storage(url, None) if url or not self.store else None
 
     def _open_board(self, store: "Store") -> "tuple[Board, int]":
-        from tracklight.sweep.board import THREADS_TAG, Board, open_parent, parent_tags
+        """Continue the parent run of this very sweep, or make it; return it and the threads."""
+        from tracklight.sweep import parent
+        from tracklight.sweep.board import Board
+        from tracklight.sweep.changes import check_unchanged
 
         plan = self.plan
         cfg = plan.points[0][0].cfg
-        run, before = open_parent(
-            store,
-            plan.identity,
-            cfg.tracking.run_name or "sweep " + " ".join(plan.space.written()),
-            cfg.tracking.experiment,
-            plan.settings["fresh"],
-            parent_tags(plan),
-        )
-        threads = int(before.get(THREADS_TAG, plan.threads))
-        run.set_tags({THREADS_TAG: str(threads)})
+        found = None if plan.settings["fresh"] else parent.find_parent(store, plan.identity)
+        if found is not None and not cfg.allow_changes:  # refused, it stays as it is
+            jobs = [job for jobs in plan.points for job in jobs]
+            check_unchanged(jobs, parent.children(store, found.info.run_id), self.data)
+        before = found.data.tags if found else {}
+        threads = int(before.get(parent.THREADS_TAG, plan.threads))
+        tags = parent.parent_tags(plan) | {parent.THREADS_TAG: str(threads)}
+        if found is None:
+            name = cfg.tracking.run_name or "sweep " + " ".join(plan.space.written())
+            tags |= {parent.SWEEP_TAG: plan.identity}
+            run = store.create(cfg.tracking.experiment, name, tags)
+        else:
+            run = parent.reopen_parent(store, found.info.run_id, tags)
         names = [axis.name for axis in plan.space.axes]
-        board = Board(store, run, names, plan.metric, plan.mode, plan.settings["seeds"])
-        try:
-            if before and not cfg.allow_changes:
-                self._check_code(board)
-        except BadInput:
-            board.run.finish("KILLED")
-            raise
-        return board, threads
-
-    def _check_code(self, board: "Board") -> None:
-        """Refuse to mix trials of this code with those of another."""
-        from tracklight import config
-        from tracklight.resume import CODE_TAG
-        from tracklight.tracking.provenance import code_digest
-
-        jobs = [job for jobs in self.plan.points for job in jobs]
-        kinds = {tuple(config.targets(job.cfg)) for job in jobs}
-        now = {code_digest(targets) for targets in kinds}
-        for child in board.children():
-            then = child.data.tags.get(CODE_TAG)
-            if then is not None and then not in now:
-                raise BadInput(
-                    f"the code has changed since this sweep began (digest {then[:12]} -> "
-                    f"{min(now)[:12]}); sweep.fresh=true starts over, allow_changes=true continues "
-                    "all the same"
-                )
+        seeds = plan.settings["seeds"]
+        return Board(store, run, names, plan.metric, plan.mode, seeds), threads
 
     def _course(self, storage, progress: "Progress", threads: int) -> "Course":
         from tracklight.sweep.batches import Batches
-        from tracklight.sweep.board import journal
         from tracklight.sweep.course import Course
+        from tracklight.sweep.parent import journal
         from tracklight.sweep.sources import Grid, Search
         from tracklight.sweep.storage import open_storage
         from tracklight.sweep.study import Trials
@@ -218,7 +227,7 @@ class _Sweep:
                 progress.note("pruning needs trials in processes of our own: sweep.pruner ignored")
         seeds = plan.settings["seeds"]
         source = (
-            Search(trials, plan.composer, seeds, threads, progress.refused)
+            Search(trials, plan.composer, seeds, threads)
             if plan.is_search
             else Grid(plan.points, trials)
         )
@@ -244,12 +253,6 @@ class _Sweep:
             progress.note(test(self.plan, self.pool, self.board, winner))
         progress.note(f"sweep  {self.board.run.run_id}  {self.board.run.folder}")
         return winner.score
-
-
-def _status(course: "Course") -> str:
-    if course.signum is not None:
-        return "KILLED"
-    return "FAILED" if course.failures else "FINISHED"
 
 
 def _raise_what_happened(course: "Course") -> None:

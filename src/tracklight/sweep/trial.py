@@ -22,6 +22,7 @@ REASON_TAG = "tracklight.reason"
 
 REHEARSAL = {  # one batch of an epoch; the length of a schedule stays
     "tracking": {"enabled": False},
+    "init_from": None,  # no store, no weights; the sweep itself looks that run up
     "trainer": {
         "devices": 1,
         "num_nodes": 1,
@@ -83,6 +84,7 @@ class Outcome:
         run_id: Its run, if it came to have one.
         is_input: Whether it failed by what the user asked for.
         metrics: What a rehearsal found to be logged.
+        data: Digest of the data set that a rehearsal read, if it has one.
     """
 
     kind: Literal["complete", "pruned", "failed", "stopped"]
@@ -91,6 +93,7 @@ class Outcome:
     run_id: str | None = None
     is_input: bool = False
     metrics: tuple[str, ...] = ()
+    data: str | None = None
 
 
 def work(assignment: Assignment, line: Connection) -> None:
@@ -149,7 +152,7 @@ def run(assignment: Assignment, line: Connection | None = None) -> Outcome:
             outcome = Outcome("failed", reason=f"{cfg.score.metric} is nan")
     if outcome.reason:
         print(f"failed: {outcome.reason}", flush=True)
-    return replace(outcome, run_id=reporter.run_id or assignment.run_id)
+    return replace(outcome, run_id=reporter.run_id or assignment.run_id, data=reporter.data)
 
 
 def _teller(line: Connection | None) -> Callable[[Epoch, bool], bool]:

@@ -1,0 +1,61 @@
+"""The parent run, its store away."""
+
+from types import SimpleNamespace
+
+import mlflow
+from mlflow.store.entities import PagedList
+
+from tracklight.sweep.board import Board
+
+TAGS = {"tracklight.point": "key"}
+
+
+class Away:
+    """A store that answered until just now."""
+
+    patience_s = 0.0
+
+    def __init__(self):
+        run = SimpleNamespace(info=SimpleNamespace(start_time=0, experiment_id="0"))
+        self.gone = False
+        self.client = SimpleNamespace(
+            get_run=lambda _: run,
+            get_experiment=lambda _: SimpleNamespace(name="sweeps"),
+            search_experiments=self.search,
+            search_runs=lambda *_, **__: PagedList([], None),
+            delete_run=self.search,
+        )
+
+    def search(self, *_):
+        if self.gone:
+            raise mlflow.exceptions.MlflowException("connection refused")
+        return []
+
+    def create(self, *_):
+        raise AssertionError("the run that there may be was not looked for")
+
+
+def board():
+    store = Away()
+    run = SimpleNamespace(run_id="parent", publish=lambda: None, log_text=lambda *_: None)
+    run.set_tags = run.log_series = lambda *_: None
+    return store, Board(store, run, ["lr"], "loss", "min", 1)  # pyright: ignore
+
+
+def test_a_failure_that_cannot_be_recorded_does_not_end_the_sweep():
+    store, found = board()
+    store.gone = True
+    assert found.away_s == 0
+    found.record_failure(None, "0 lr=1", TAGS, "odd")
+    assert found.away_s > 0
+
+
+def test_a_store_is_away_until_it_answers():
+    store, found = board()
+    store.gone = True
+    found.discard("run")
+    assert found.away_s > 0
+    assert found.refresh() is None and found.away_s > 0
+    store.gone = False
+    found._refreshed_s = -1e9
+    assert found.refresh() == [] and found.away_s == 0
