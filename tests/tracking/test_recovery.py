@@ -78,12 +78,14 @@ def test_a_process_killed_while_it_creates_its_run_leaves_no_orphan(directory, p
 
 
 def test_a_server_has_an_hour_to_create_the_run_that_a_killed_process_asked_for(
-    directory, processes
+    directory, processes, monkeypatch
 ):
     child = processes.Process(target=die_creating, args=(directory, "before the request"))
     child.start()
     child.join(60)
     store = connect(None, directory)
+    mark = store.mark
+    monkeypatch.setattr(Store, "mark", mark)
     store.database = None  # as of a server
     store.recover()
     (folder,) = (directory / "artifacts").glob(f"{layout.NEW}*")
