@@ -10,6 +10,7 @@ import pytest
 from small_runs import IMAGES, train
 
 from made_runs import add_run
+from tracklight.reuse import compare
 from tracklight.tracking.layout import PARENT_TAG
 from tracklight.tracking.store import Store, connect
 
@@ -84,3 +85,14 @@ def store(tmp_path, template) -> Store:
 def add(store) -> Callable[..., str]:
     """Add a run that was never trained."""
     return partial(add_run, store)
+
+
+@pytest.fixture
+def answer(tmp_path, capsys) -> Callable[..., str]:
+    """What `compare.py` prints of the runs added."""
+
+    def answer(*words):
+        assert compare.main([*words, "--dir", str(tmp_path)]) == 0
+        return capsys.readouterr().out
+
+    return answer

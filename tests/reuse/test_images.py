@@ -152,8 +152,9 @@ def test_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, si
     (tmp_path / "bomb.png").write_bytes(bomb(side))
     tracemalloc.start()
     try:
-        with pytest.raises(BadInput, match="than the 50,000,000 that are decoded"):
+        with pytest.raises(BadInput, match="than the 50,000,000 that are decoded") as caught:
             read_image(tmp_path / "bomb.png", SHAPE, "auto")
+        assert str(caught.value).count("bomb.png") == 1
         assert tracemalloc.get_traced_memory()[1] < 1_000_000
     finally:
         tracemalloc.stop()
