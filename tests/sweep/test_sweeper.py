@@ -1,6 +1,8 @@
 """Whole sweeps, as typed: real processes, a real database."""
 
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from commands import BLOBS, ODD, QUICK, Swept
 
+ROOT = Path(__file__).resolve().parents[2]
 GRID = ("optimizer.lr=0.01,0.05,0.1", *QUICK)
 
 
@@ -345,15 +348,16 @@ def test_a_launcher_of_hydras_runs_a_grid(commander, tmp_path):
     pytest.importorskip(
         "hydra_plugins.hydra_joblib_launcher", reason="needs the package hydra-joblib-launcher"
     )
-    directory = tmp_path / "runs"
-    launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
-    process = commander.sweep(directory, *GRID, *launcher)
-    assert process.exit_code == 0, process.stderr + process.stdout
-    swept = Swept(directory)
+    launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"tracking.dir={tmp_path}")
+    words = [sys.executable, ROOT / "train.py", "-m", *GRID, *launcher]
+    # A process of its own: joblib's do not end with one that was forked.
+    process = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert process.returncode == 0, process.stderr + process.stdout
+    swept = Swept(tmp_path)
     assert {run.status for run in swept.runs} == {"FINISHED"}
     assert [row["state"] for row in swept.leaderboard()] == ["complete"] * 3
-    process = commander.sweep(directory, *GRID)  # its trials are those of any sweep
-    assert process.exit_code == 0 and len(Swept(directory).runs) == 4
+    process = commander.sweep(tmp_path, *GRID)  # its trials are those of any sweep
+    assert process.exit_code == 0 and len(Swept(tmp_path).runs) == 4
 
 
 def test_the_dry_run_lists_the_points_and_leaves_nothing(commander, tmp_path):
