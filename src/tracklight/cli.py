@@ -79,13 +79,15 @@ def exit_code(error: BaseException) -> int:
 
 
 def _run(task: Task, argv: Sequence[str]) -> Any:
+    from omegaconf import OmegaConf
+
     from tracklight import ranks
     from tracklight.config import compose, settled
     from tracklight.overrides import read, split_for_resume
 
     leader = ranks.leader()
     if leader is not None:
-        return task(settled(leader.cfg))
+        return task(settled(OmegaConf.create(dict(leader.cfg))))
     arguments = _parse(argv)
     flags = {name: value for name, value in vars(arguments).items() if name != "overrides"}
     many = arguments.multirun or "hydra.mode=multirun" in map(str.lower, arguments.overrides)

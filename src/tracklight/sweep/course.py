@@ -20,13 +20,7 @@ from tracklight.sweep.pool import Slots
 from tracklight.sweep.progress import Progress
 from tracklight.sweep.sources import Source
 from tracklight.sweep.study import REFUSED, RUNS, Asked, Trials
-from tracklight.sweep.trial import (
-    PARENT_TAG,
-    POINT_TAG,
-    TRIAL_TAG,
-    Epoch,
-    Outcome,
-)
+from tracklight.sweep.trial import PARENT_TAG, POINT_TAG, TRIAL_TAG, Epoch, Outcome
 
 WAIT_S = 0.25  # how soon a signal is noticed
 OUTAGE_S = 300.0  # how long a store that is away is waited for
@@ -156,10 +150,9 @@ class Course:
         if self._board is None or not self._trials.is_search:
             return
         for trial in self._trials.ended():
-            outcomes = self._known(trial.user_attrs.get(RUNS, []))
-            if reason := trial.user_attrs.get(REFUSED):
-                outcomes = [Outcome("failed", reason=reason)]
-            if outcomes:
+            reason = trial.user_attrs.get(REFUSED)
+            refused = [Outcome("failed", reason=reason)] if reason else []
+            if outcomes := refused or self._known(trial.user_attrs.get(RUNS, [])):
                 self._keep(trial.number, self._trials.params(trial), outcomes)
             else:
                 self._trials.retry(trial.number)
@@ -242,13 +235,17 @@ class Course:
             assert self._board
             self._board.discard(child.info.run_id)
             run_id = None
-        asks = self._asks and job.key == self._points[job.number].jobs[0].key
+        asks = self._asks_for(job)
         tags = self._tags(job.number, job.params, job.key)
         assignment = assign(job, tags=tags, run_id=run_id, asks=asks, log=self._log(job))
         if run_id is not None:
             self._progress.note(f"trial {job.name}  goes on in run {run_id}")
         self._progress.began(job)
         self._slots.start(assignment, job)
+
+    def _asks_for(self, job: Job) -> bool:
+        """Say whether a run is the one by which its trial is pruned."""
+        return self._asks and job.key == self._points[job.number].jobs[0].key
 
     def _log(self, job: Job) -> Path | None:
         return self._logs / f"{job.number:04d}.log" if self._logs else None
@@ -261,8 +258,7 @@ class Course:
 
     def _take(self, job: Job, message: Epoch | Outcome) -> None:
         if isinstance(message, Epoch):
-            asks = self._asks and job.key == self._points[job.number].jobs[0].key
-            if asks:
+            if self._asks_for(job):
                 prune = self._trials.report(job.number, message.number, message.value)
                 self._slots.answer(job, prune)
             self._progress.epoch(job, message)
@@ -300,12 +296,5 @@ class Course:
 
 
 def _row(job: Job, outcome: Outcome) -> Row:
-    return Row(
-        trial=job.number,
-        params=job.params,
-        seed=job.cfg.seed,
-        state=outcome.kind,
-        score=outcome.score,
-        run_id=outcome.run_id or "",
-        reason=outcome.reason,
-    )
+    ended = {"state": outcome.kind, "score": outcome.score, "reason": outcome.reason}
+    return Row(job.number, job.params, job.cfg.seed, run_id=outcome.run_id or "", **ended)
