@@ -287,6 +287,7 @@ print((peak() - before) // 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.full_mnist
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc to measure the peak")
 def test_loading_takes_little_more_memory_than_the_images(full_mnist):

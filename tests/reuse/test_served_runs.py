@@ -16,7 +16,7 @@ from tracklight.reuse import compare, evaluate, predict, reproduce
 from tracklight.tracking.layout import PARENT_TAG, REPRODUCES_TAG
 from tracklight.tracking.store import Store, connect
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 TRAINING = ("data=table", "trainer.max_epochs=2")
 COLUMNS = "age,sex,bmi,bp,s1,s2,s3,s4,s5,s6"
 ROWS = ("59,2,32.1,101,157,93.2,38,4,4.8598,87", "48,1,21.6,87,183,103.2,70,3,3.8918,69")

@@ -36,6 +36,7 @@ def test_a_grid_is_a_parent_with_a_child_a_point_and_its_leaderboard(commander, 
     assert "plotly" in (swept.artifacts / "plots.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_same_grid_again_runs_nothing_and_a_longer_one_what_is_new(commander, tmp_path):
     directory = tmp_path / "runs"
     commander.sweep(directory, "optimizer.lr=0.01,0.05", *QUICK)
@@ -114,6 +115,7 @@ def test_the_first_failure_stops_a_sweep_that_is_told_so(commander, tmp_path):
     assert [run.status for run in Swept(directory).children] == ["FAILED"]
 
 
+@pytest.mark.slow
 def test_a_point_of_a_search_that_is_no_valid_config_is_a_failed_trial(commander, tmp_path):
     directory = tmp_path / "runs"
     command = ("trainer.min_epochs=1,4", "trainer.max_epochs=5,2", "sweep.sampler=grid")
@@ -194,6 +196,7 @@ def test_a_sweep_whose_winner_fails_its_test_has_failed(commander, tmp_path):
     assert Swept(directory).parent.status == "FAILED"
 
 
+@pytest.mark.slow
 def test_a_sweep_may_start_from_the_weights_of_a_run(commander, tmp_path):
     directory = tmp_path / "runs"
     commander.train(directory, *QUICK, faults=[["spare_model"]])
@@ -207,6 +210,7 @@ def test_a_sweep_may_start_from_the_weights_of_a_run(commander, tmp_path):
     assert len(Swept(directory).runs) == 5
 
 
+@pytest.mark.slow
 def test_changed_code_is_refused_and_the_finished_sweep_left_as_it_was(commander, tmp_path):
     directory = tmp_path / "runs"
     assert commander.sweep(directory, *GRID).exit_code == 0
@@ -218,6 +222,7 @@ def test_changed_code_is_refused_and_the_finished_sweep_left_as_it_was(commander
     assert [vars(run) for run in after.runs] == [vars(run) for run in before.runs]
 
 
+@pytest.mark.slow
 def test_changed_data_are_refused_unless_that_is_allowed(commander, tmp_path):
     directory, label = tmp_path / "runs", tmp_path / "label"
     blobs = [word for word in BLOBS if not word.startswith("data._target_")]
