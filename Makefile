@@ -55,7 +55,7 @@ test: $(INSTALLED)
 	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 slow: $(INSTALLED)
-	@$(BIN)/python -m pytest -m slow $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m slow $(ARGS)
 
 # The store is made by us where there is none: MLflow's own first start can be broken by a kill.
 ui: $(INSTALLED)
