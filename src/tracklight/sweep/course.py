@@ -85,6 +85,8 @@ class Course:
                 self._retry_lost()
                 while not self._is_over():
                     self._fill()
+                    if self._board:
+                        self._board.refresh()  # takes its time: no slot is to wait for it
                     if self._slots.running:
                         for job, message in self._slots.messages(WAIT_S):
                             self._take(job, message)
@@ -92,8 +94,6 @@ class Course:
                         self._await_store()
                     else:
                         break
-                    if self._board:
-                        self._board.refresh()
                 self._wind_down()
             finally:
                 self._slots.kill()
