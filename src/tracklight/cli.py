@@ -28,7 +28,7 @@ QUIET = {
 
 # Allocations between collections of garbage: the imports make a million objects, all to stay, and
 # searching them again and again takes seconds.
-SELDOM = (100_000, 50, 1000)
+SELDOM = (50_000, 10, 10)
 
 
 def main(task: Task) -> Any:

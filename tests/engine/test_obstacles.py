@@ -6,6 +6,8 @@ from fitting import Fit, OneByOne
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import (
     EarlyStopping,
+    GradientAccumulationScheduler,
+    LambdaCallback,
     LearningRateMonitor,
     ModelCheckpoint,
     Timer,
@@ -142,6 +144,24 @@ def test_validation_within_an_epoch_happens_there(arguments, reason):
 )
 def test_what_looks_into_each_step_is_plain(arguments, reason, monkeypatch, capsys):
     assert str(Fit(max_epochs=1, **arguments).reason).startswith(reason)
+
+
+def test_validation_by_the_clock_is_plain():
+    reason = Fit(val_check_interval="00:00:10:00").reason
+    assert str(reason).startswith("trainer.val_check_interval")
+
+
+def test_accumulation_on_a_schedule_accumulates():
+    fit = Fit(GradientAccumulationScheduler({0: 4}), max_epochs=1)
+    assert fit.reason == "callback GradientAccumulationScheduler"
+    assert fit.trainer.global_step == -(-STEPS // 4)
+
+
+def test_a_callback_made_of_functions_hears_of_each_step():
+    calls = []
+    fit = Fit(LambdaCallback(on_train_batch_end=lambda *_: calls.append(1)))
+    assert fit.reason == "callback LambdaCallback overrides on_train_batch_end"
+    assert len(calls) == 2 * STEPS
 
 
 def test_what_stops_in_time_is_plain():

@@ -57,6 +57,24 @@ def test_a_traced_step_has_the_bits_of_the_step_by_hand(optimizer, dropout):
     assert all(map(torch.equal, ours.parameters(), by_hand.parameters()))
 
 
+def test_an_optimizer_of_some_parameters_leaves_the_others_alone():
+    model = build()
+    head = list(model.parameters())[-2:]
+    step = make_step(model, torch.optim.SGD(head, lr=0.1))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for inputs, targets in minibatches():
+        step(inputs, targets)
+    same = [torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert same == [True] * (len(same) - 2) + [False] * 2
+
+
+def test_purity_is_promised_by_a_class_itself():
+    class Heir(MLP):
+        pass
+
+    assert not may_trace(Heir(in_features=20, out_features=4, hidden=[8]))
+
+
 def test_a_traced_step_sees_a_changed_learning_rate():
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -112,19 +112,19 @@ class Blocks(Callback):
             if index:  # Lightning itself steps the schedulers after the block's last step
                 for scheduler in schedulers:
                     scheduler.step()
+                self._count()
             seed_step(self.seed, first + index)
             losses.append(self.step(x, y))
-        self._count(len(losses) - 1)
         return torch.stack(losses)
 
-    def _count(self, further: int) -> None:
-        """Add the steps that Lightning does not know of; it counts the block as one."""
+    def _count(self) -> None:
+        """Count a step that Lightning does not know of; it counts the block as one."""
         loop = self.trainer.fit_loop.epoch_loop
         progress = loop.automatic_optimization.optim_progress.optimizer.step
         for counter in (progress.total, progress.current):
-            counter.ready += further
-            counter.completed += further
-        loop._batches_that_stepped += further
+            counter.ready += 1
+            counter.completed += 1
+        loop._batches_that_stepped += 1
 
     @override
     def on_train_batch_end(

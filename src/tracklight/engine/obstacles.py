@@ -5,9 +5,11 @@ from typing import Any
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import (
     BatchSizeFinder,
+    GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
     ProgressBar,
+    StochasticWeightAveraging,
     Timer,
 )
 from pytorch_lightning.profilers import PassThroughProfiler
@@ -59,6 +61,15 @@ def obstacle(
     )
 
 
+# Callbacks that change what a step is, though they override no hook of one.
+CHANGERS = (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
+
+
 def trainer_obstacle(trainer: Any) -> str | None:
     """Name the first Trainer argument for which an epoch is not all minibatches, one step each."""
     required = {
@@ -71,7 +82,8 @@ def trainer_obstacle(trainer: Any) -> str | None:
         "limit_train_batches": (trainer.limit_train_batches, (1.0,)),
         "overfit_batches": (trainer.overfit_batches, (0.0,)),
         "fast_dev_run": (trainer.fast_dev_run, (False,)),
-        "val_check_interval": (trainer.val_check_interval, (1.0,)),
+        # Lightning sets none where it is a time.
+        "val_check_interval": (getattr(trainer, "val_check_interval", None), (1.0,)),
         "check_val_every_n_epoch": (trainer.check_val_every_n_epoch is None, (False,)),
         "profiler": (type(trainer.profiler), (PassThroughProfiler,)),
         "detect_anomaly": (trainer._detect_anomaly, (False,)),
@@ -100,7 +112,7 @@ def _hook_obstacle(trainer: Any, module: Supervised, data: TensorData) -> str | 
     for callback in trainer.callbacks:
         if isinstance(callback, Timer):
             return "trainer.max_time"
-        if isinstance(callback, BatchSizeFinder | LearningRateFinder):
+        if isinstance(callback, CHANGERS):
             return f"callback {type(callback).__name__}"
         if isinstance(callback, ProgressBar) or getattr(callback, "listens_by_block", False):
             continue
@@ -109,7 +121,8 @@ def _hook_obstacle(trainer: Any, module: Supervised, data: TensorData) -> str | 
                 return "ModelCheckpoint by step or time"
             continue
         for hook in CALLBACK_HOOKS:
-            if getattr(type(callback), hook, None) is not getattr(Callback, hook):
+            own = vars(callback).get(hook) or getattr(type(callback), hook, None)
+            if own is not getattr(Callback, hook):
                 return f"callback {type(callback).__name__} overrides {hook}"
     return None
 

@@ -50,7 +50,7 @@ def may_trace(module: Supervised) -> bool:
     """Say whether one trace serves all steps: nothing but parameters and the batch enters them."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return (
-        module.pure
+        vars(type(module)).get("pure", False)  # promised of this class, not of its parents
         and module._compiled_call_impl is None
         and next(module.buffers(), None) is None
         and all(parameter.requires_grad for parameter in module.parameters())
@@ -137,7 +137,7 @@ def _bare_update(optimizer: Optimizer, parameters: list[Tensor]) -> Callable[[li
     What PyTorch wraps around plain SGD (profiling, hooks, collecting parameters) costs a fifth of a
     small model's step; the fused kernel gives the bits of the loop over the parameters.
     """
-    if not _is_plain_sgd(optimizer):
+    if not _is_plain_sgd(optimizer, parameters):
         return lambda gradients: optimizer.step()
     optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]; schedulers ask for it
 
@@ -159,14 +159,16 @@ def _bare_update(optimizer: Optimizer, parameters: list[Tensor]) -> Callable[[li
     return update
 
 
-def _is_plain_sgd(optimizer: Optimizer) -> bool:
-    """Say whether the step is parameters minus learning rate times gradient, and nobody listens.
+def _is_plain_sgd(optimizer: Optimizer, parameters: list[Tensor]) -> bool:
+    """Say whether the step is all parameters minus rate times gradient, and nobody listens.
 
     With momentum the fused kernel differs from the loop in the last place.
     """
     if type(optimizer) is not SGD or len(optimizer.param_groups) != 1:
         return False
     (group,) = optimizer.param_groups
+    if {*map(id, group["params"])} != {*map(id, parameters)}:
+        return False
     return (
         group["fused"] is not False
         and not (group["foreach"] or group["differentiable"] or group["momentum"])
