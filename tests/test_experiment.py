@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import LinearRegression
 
 from tracklight.assemble import build_data
 from tracklight.config import compose
 from tracklight.experiment import run
+from tracklight.models.mlp import MLP
+from tracklight.tracking.quiet import mlflow
 
 SMALL = ("model=mlp", "data.download=false", "trainer.accelerator=cpu", "tracking.figures=false")
 WARNING = "ignore:data.root=nowhere. no MNIST files:UserWarning"
@@ -49,6 +52,28 @@ def test_the_diabetes_preset_reaches_the_coefficients_of_least_squares(train):
     np.testing.assert_allclose(weight.numpy(), exact.coef_, atol=1e-4 * largest)
     np.testing.assert_allclose(bias.numpy(), exact.intercept_, rtol=1e-4)
     assert finished.history("ols/gap")[0][1] < 1e-4
+
+
+@pytest.mark.filterwarnings(WARNING)
+def test_mlflows_own_client_reads_all_of_a_run(train, monkeypatch):
+    finished = train(*SMALL, "data.root=nowhere", "trainer.max_epochs=2", "model.hidden=[16]")
+    client, run = finished.client, finished.run
+    assert run.data.params["model.hidden"] == "[16]"
+    steps = [step for step, _ in finished.history("train/loss")]
+    assert steps == list(range(1, 2 * 55 + 1))  # 3,500 images in minibatches of 64, two epochs
+    names = {each.path for each in client.list_artifacts(run.info.run_id)}
+    assert {"checkpoints", "config.yaml", "provenance"} <= names
+    (dataset,) = [each.dataset for each in run.inputs.dataset_inputs]
+    assert run.data.tags["tracklight.data"].startswith(dataset.digest)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)
+    (output,) = run.outputs.model_outputs
+    images = torch.randn(5, 1, 28, 28)
+    model = MLP(in_features=784, out_features=10, hidden=[16])
+    model.load_state_dict(finished.checkpoint("best")["state_dict"])
+    with torch.no_grad():
+        wanted = model(images).numpy()
+    logged = mlflow.pyfunc.load_model(f"models:/{output.model_id}")
+    np.testing.assert_allclose(logged.predict(images.numpy()), wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
