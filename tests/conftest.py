@@ -25,6 +25,16 @@ def mnist_root() -> Path:
     return MNIST_ROOT
 
 
+@pytest.fixture(scope="session")
+def template(tmp_path_factory) -> Path:
+    """A new database, to be copied: making one takes a second and a half."""
+    from tracklight.tracking.store import connect
+
+    directory = tmp_path_factory.mktemp("template")
+    connect(None, directory)
+    return directory / "mlflow.db"
+
+
 class Finished:
     """A run of this process, as MLflow and its folder have it."""
 

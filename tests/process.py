@@ -69,13 +69,14 @@ class Trainees:
 
     Args:
         folder: For the empty store that each tracking directory starts with a copy of.
+        script: What the imports and the forking are done by.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, script: Path = TESTS / "trainee.py") -> None:
         self._template = folder / "mlflow.db"
         env = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "MNIST_ROOT"))}
         self._server = subprocess.Popen(
-            [sys.executable, TESTS / "trainee.py", self._template],
+            [sys.executable, script, self._template],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

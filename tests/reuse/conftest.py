@@ -66,14 +66,6 @@ def copied(kept, tmp_path) -> Path:
     return directory
 
 
-@pytest.fixture(scope="session")
-def template(tmp_path_factory) -> Path:
-    """A new database, to be copied: making one takes a second and a half."""
-    directory = tmp_path_factory.mktemp("template")
-    connect(None, directory)
-    return directory / "mlflow.db"
-
-
 @pytest.fixture
 def store(tmp_path, template) -> Store:
     """An empty store in `tmp_path`."""

@@ -1,11 +1,14 @@
 """The parent run, its store away."""
 
+import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mlflow
 from mlflow.store.entities import PagedList
 
 from tracklight.sweep.board import Board
+from tracklight.sweep.leaderboard import Row, standings
 
 TAGS = {"tracklight.point": "key"}
 
@@ -59,3 +62,20 @@ def test_a_store_is_away_until_it_answers():
     store.gone = False
     found._refreshed_s = -1e9
     assert found.refresh() == [] and found.away_s == 0
+
+
+def test_the_last_word_is_logged_though_the_sweep_ends_within_the_second(monkeypatch):
+    _, found = board()
+    logged = []
+    found.run.log_series = lambda *point: logged.append(point)
+    scores = iter([0.5, 0.25])
+    row = Row(0, {"lr": "0.1"}, 0, "complete", None)
+    found.standings = lambda: standings([replace(row, score=next(scores))], "min", 1)
+    monkeypatch.setattr(found, "_plot", lambda *_: None)
+    monkeypatch.setattr(time, "time", lambda: 12.25)
+    found.refresh(final=True)
+    found.refresh(final=True)
+    assert [point for point in logged if point[0] == "best/loss"] == [
+        ("best/loss", (12,), (0.5,)),
+        ("best/loss", (13,), (0.25,)),
+    ]

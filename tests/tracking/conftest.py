@@ -26,14 +26,6 @@ def processes() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-@pytest.fixture(scope="session")
-def template(tmp_path_factory) -> Path:
-    """A new database, to be copied: making one takes a second and a half."""
-    directory = tmp_path_factory.mktemp("template")
-    connect(None, directory)
-    return directory / "mlflow.db"
-
-
 @pytest.fixture
 def directory(tmp_path, template) -> Path:
     """A tracking directory with an empty store."""

@@ -188,8 +188,10 @@ class Board:
                 metrics[f"best/{self._metric}_ci95_low"] = best.interval[0]
                 metrics[f"best/{self._metric}_ci95_high"] = best.interval[1]
         self.run.set_tags(tags)
-        at = int(time.time() - self._began_s)  # one axis through restarts: seconds of the sweep
-        if metrics != self._logged and at > self._logged_at:
+        if metrics != self._logged:
+            # One axis through restarts: seconds of the sweep. The end may come in the second of
+            # what was logged last, and must not be lost to it.
+            at = max(int(time.time() - self._began_s), self._logged_at + 1)
             self._logged, self._logged_at = metrics, at
             for key, value in metrics.items():
                 self.run.log_series(key, (at,), (value,))
