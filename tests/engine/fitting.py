@@ -73,10 +73,9 @@ class Fit:
         self.data = data or Blobs(batch_size=16, seed=3, num_train=200)
         self.logger, said = Recorder(), []
         self.trainer = Trainer(
-            **QUIET | {"accelerator": "cpu", "max_epochs": 2} | arguments,
+            **QUIET | {"accelerator": "cpu", "max_epochs": 2, "log_every_n_steps": 1} | arguments,
             callbacks=[Blocks(3, tell=said.append), *callbacks],
             logger=self.logger,
-            log_every_n_steps=1,
             enable_checkpointing=any(isinstance(each, ModelCheckpoint) for each in callbacks),
         )
         self.logger.trainer = self.trainer

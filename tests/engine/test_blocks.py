@@ -47,6 +47,34 @@ def test_several_blocks_an_epoch_give_the_bits_of_single_steps():
     assert blocks.trainer.global_step == 2 * (2 * STEPS_PER_BLOCK + 5)
 
 
+def test_blocks_of_doubles_give_the_bits_of_single_steps():
+    blocks, single = Fit(precision="64-true"), Fit(OneByOne(), precision="64-true")
+    assert (blocks.reason, blocks.weights[0].dtype) == (None, torch.float64)
+    assert blocks.same_bits(single)
+    assert blocks.logger.points["train/loss"] == single.logger.points["train/loss"]
+
+
+def test_a_loss_that_asks_for_the_step_gets_it():
+    class Annealed(MLP):
+        def loss(self, outputs, targets):
+            return super().loss(outputs, targets) / (1 + self.trainer.global_step)
+
+    def fit(*callbacks):
+        torch.manual_seed(0)
+        return Fit(*callbacks, module=Annealed(8, 4, hidden=[6]))
+
+    blocks, single = fit(), fit(OneByOne())
+    assert (blocks.error, blocks.reason) == (None, None)
+    assert blocks.logger.points["train/loss"] == single.logger.points["train/loss"]
+
+
+def test_a_loss_is_logged_every_so_many_steps_wherever_blocks_begin():
+    blocks, single = (Fit(*each, log_every_n_steps=5, max_epochs=3) for each in ((), (OneByOne(),)))
+    points = blocks.logger.points["train/loss"]
+    assert points == single.logger.points["train/loss"]
+    assert [step for step, _ in points] == [5, 10, 15, 20, 25, 30, 35]
+
+
 def test_the_cycle_of_learning_rates_moves_every_step():
     rates = []
 

@@ -1,24 +1,33 @@
 """Each setting under which somebody could tell a block from single steps leads to single steps."""
 
+from datetime import timedelta
+
 import pytest
 import torch
-from fitting import Fit, OneByOne
-from pytorch_lightning import Callback
+from fitting import QUIET, Fit, OneByOne
+from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import (
     EarlyStopping,
     GradientAccumulationScheduler,
     LambdaCallback,
+    LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
     Timer,
     TQDMProgressBar,
 )
+from pytorch_lightning.profilers import SimpleProfiler
 
 from foreign import Blobs, Net, NoisyData
-from tracklight.engine.obstacles import CALLBACK_HOOKS, MODULE_HOOKS
+from tracklight.engine.obstacles import CALLBACK_HOOKS, MODULE_HOOKS, trainer_obstacle
 from tracklight.models.mlp import MLP
 
 STEPS = 13  # of an epoch: 200 examples in minibatches of 16
+
+
+def halving(optimizer):
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    return {"scheduler": scheduler, "interval": "step"}
 
 
 class Seen(Callback):
@@ -55,6 +64,8 @@ def test_callbacks_that_hear_of_no_batch_leave_blocks(tmp_path):
     )
     # the learning rate monitor listens to each batch, whatever it is asked for
     assert fit.reason == "callback LearningRateMonitor overrides on_train_batch_start"
+    by_step = Fit(LearningRateMonitor("step"), scheduler=halving).logger.points["lr-Adam"]
+    assert [value for _, value in by_step] == [0.01 * 0.5**step for step in range(2 * STEPS)]
     assert Fit(EarlyStopping("val/loss"), ModelCheckpoint(tmp_path / "2")).reason is None
 
 
@@ -65,8 +76,14 @@ def test_max_steps_really_stops_there(steps):
     assert fit.reason == f"trainer.max_steps={steps}"
 
 
-def test_min_steps_is_plain():
-    assert Fit(min_steps=20).reason == "trainer.min_steps=20"
+def test_min_steps_are_taken_though_something_asks_to_stop():
+    class Stopping(Callback):
+        def on_validation_end(self, trainer, *_) -> None:
+            trainer.should_stop = True
+
+    assert Fit(Stopping()).trainer.global_step == STEPS
+    fit = Fit(Stopping(), min_steps=20)
+    assert (fit.reason, fit.trainer.global_step) == ("trainer.min_steps=20", 20)
 
 
 @pytest.mark.parametrize(("limit", "steps"), [(10, 10), (0.5, 6), (1, 1)])
@@ -133,17 +150,47 @@ def test_validation_within_an_epoch_happens_there(arguments, reason):
     assert steps == wanted[arguments["val_check_interval"]]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        ({"max_time": "00:01:00:00"}, "trainer.max_time"),
-        ({"profiler": "simple"}, "trainer.profiler"),
-        ({"detect_anomaly": True}, "trainer.detect_anomaly=True"),
-        ({"precision": "bf16-mixed"}, "trainer.precision=bf16-mixed"),
-    ],
-)
-def test_what_looks_into_each_step_is_plain(arguments, reason, monkeypatch, capsys):
-    assert str(Fit(max_epochs=1, **arguments).reason).startswith(reason)
+def test_what_stops_in_time_stops_within_an_epoch():
+    fit = Fit(max_time={"milliseconds": 1})
+    assert (fit.reason, fit.trainer.global_step) == ("trainer.max_time", 1)
+    assert Fit(Timer("00:00:01:00")).reason == "trainer.max_time"
+
+
+def test_a_profiler_times_each_step():
+    profiler = SimpleProfiler()
+    fit = Fit(profiler=profiler, max_epochs=1)
+    assert str(fit.reason).startswith("trainer.profiler")
+    assert len(profiler.recorded_durations["run_training_batch"]) == STEPS
+
+
+def test_anomaly_detection_names_a_backward_pass_that_gives_nan():
+    class Rooted(MLP):
+        def loss(self, outputs, targets):
+            return super().loss(outputs, targets) + (0 * outputs).abs().sqrt().sum()
+
+    fit = Fit(module=Rooted(8, 4, hidden=[6]), detect_anomaly=True)
+    assert fit.reason == "trainer.detect_anomaly=True"
+    assert "returned nan values" in str(fit.error)
+
+
+def test_half_precision_is_what_each_step_computes_in():
+    kinds = set()
+
+    class Typed(MLP):
+        def loss(self, outputs, targets):
+            kinds.add(outputs.dtype)
+            return super().loss(outputs, targets)
+
+    fit = Fit(module=Typed(8, 4, hidden=[6]), precision="bf16-mixed", limit_val_batches=0)
+    assert fit.reason == "trainer.precision=bf16-mixed"
+    assert kinds == {torch.bfloat16}
+
+
+def test_one_device_by_a_strategy_of_several_is_plain():
+    trainer = Trainer(**QUIET, accelerator="cpu", devices=1, strategy="ddp", logger=False)
+    assert str(trainer_obstacle(trainer)).startswith("trainer.strategy=")
+    several = Trainer(**QUIET, accelerator="cpu", devices=2, strategy="ddp", logger=False)
+    assert str(trainer_obstacle(several)).startswith("trainer.devices=")
 
 
 def test_validation_by_the_clock_is_plain():
@@ -164,8 +211,21 @@ def test_a_callback_made_of_functions_hears_of_each_step():
     assert len(calls) == 2 * STEPS
 
 
-def test_what_stops_in_time_is_plain():
-    assert Fit(Timer("00:00:01:00")).reason == "trainer.max_time"
+def test_checkpoints_by_the_clock_are_written_within_an_epoch(tmp_path):
+    clock = ModelCheckpoint(tmp_path, train_time_interval=timedelta(microseconds=1), save_top_k=-1)
+    fit = Fit(clock, max_epochs=1)
+    assert fit.reason == "ModelCheckpoint by step or time"
+    assert len([*tmp_path.iterdir()]) == STEPS
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning")
+def test_a_learning_rate_finder_tries_rates_step_by_step(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    finder = LearningRateFinder(num_training_steps=20, update_attr=False)
+    fit = Fit(finder)
+    assert (fit.error, fit.reason) == (None, "callback LearningRateFinder")
+    assert finder.optimal_lr is not None
+    assert len(finder.optimal_lr.results["loss"]) == 20
 
 
 def test_checkpoints_by_step_are_written_at_their_steps(tmp_path):
@@ -259,6 +319,18 @@ def test_schedulers_by_step_that_blocks_cannot_time_are_plain():
     fit = Fit(scheduler=every_third, max_epochs=1)
     assert fit.reason == "scheduler ExponentialLR steps on a metric or not every step"
     assert fit.trainer.optimizers[0].param_groups[0]["lr"] == 0.01 * 0.5 ** (STEPS // 3)
+
+
+def test_a_plateau_looked_for_at_each_step_is_plain():
+    def plateau(optimizer):
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, factor=0.5, patience=0, threshold=1e9, eps=0.0
+        )
+        return {"scheduler": scheduler, "interval": "step", "monitor": "train/loss"}
+
+    fit = Fit(scheduler=plateau, max_epochs=1)
+    assert fit.reason == "scheduler ReduceLROnPlateau steps on a metric or not every step"
+    assert fit.trainer.optimizers[0].param_groups[0]["lr"] == 0.01 * 0.5**STEPS
 
 
 def test_blocks_and_single_steps_see_the_same_obstacle_only_once():

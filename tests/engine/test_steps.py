@@ -3,6 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from tracklight.engine import steps
+from tracklight.engine.graphs import CapturedStep, OnDevice, may_capture
 from tracklight.engine.seeding import seed_step
 from tracklight.engine.steps import TracedStep, eager_step, make_step, may_trace
 from tracklight.models.linear_regression import LinearRegression
@@ -127,23 +128,66 @@ def test_what_a_trace_would_miss_is_not_traced(spoil):
     assert not may_trace(model)
 
 
+class Idle(MLP):
+    """Has a parameter that plays no part."""
+
+    pure = True
+
+    def __init__(self) -> None:
+        super().__init__(20, 4, hidden=[8])
+        self.idle = nn.Parameter(torch.ones(3))
+
+
+def test_a_model_that_cannot_be_traced_takes_its_steps_by_hand():
+    torch.manual_seed(0)
+    model = Idle()
+    step = make_step(model, torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1))
+    losses = [step(*batch).item() for batch in 3 * minibatches()]
+    assert isinstance(step, TracedStep) and set(step.traces.values()) == {None}
+    assert losses[-2] < losses[0]
+    assert torch.equal(model.idle, torch.ones(3))  # no gradient, no decay: as by hand
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "adamw"])
+def test_rates_on_the_device_give_the_bits_of_floats_and_leave_the_optimizer_as_it_was(optimizer):
+    ours, plain = build(), build()
+    lent, fused = (OPTIMIZERS[optimizer](model.parameters()) for model in (ours, plain))
+    fused.param_groups[0]["fused"] = True
+    on_device = OnDevice(lent, torch.device("cpu"))
+    asked = lent.param_groups[0]["fused"]
+    for rate, (inputs, targets) in enumerate(minibatches(), 1):
+        for each in (lent, fused):
+            each.param_groups[0]["lr"] = 1 / (64 * rate)  # float32 has it exactly
+        with on_device.used():
+            eager_step(ours, lent)(inputs, targets)
+        eager_step(plain, fused)(inputs, targets)
+        assert torch.equal(on_device.rates[0], torch.tensor(1 / (64 * rate)))
+    assert all(
+        torch.allclose(a, b) for a, b in zip(ours.parameters(), plain.parameters(), strict=True)
+    )
+    assert (lent.param_groups[0]["lr"], lent.param_groups[0]["fused"]) == (1 / 448, asked)
+    assert may_capture(lent)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "adamw"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_captured_steps_have_the_bits_of_the_eager_ones(optimizer, dropout):
-    from tracklight.engine.graphs import CapturedStep, _make_capturable
-
     ours, eager = build(dropout).cuda(), build(dropout).cuda()
     step = make_step(ours, OPTIMIZERS[optimizer](ours.parameters()))
     assert isinstance(step, CapturedStep)
     reference = OPTIMIZERS[optimizer](eager.parameters())
-    _make_capturable(reference, torch.device("cuda"))  # the same fused kernels
+    on_device = OnDevice(reference, torch.device("cuda"))  # the same fused kernels
     take = eager_step(eager, reference)
     for epoch in range(5):
         for index, (inputs, targets) in enumerate(minibatches()):
             torch.cuda.manual_seed(10 * epoch + index)
             loss = step(inputs.cuda(), targets.cuda())
             torch.cuda.manual_seed(10 * epoch + index)
-            assert torch.equal(loss, take(inputs.cuda(), targets.cuda()))
+            with on_device.used():
+                assert torch.equal(loss, take(inputs.cuda(), targets.cuda()))
+            for a, b in zip(ours.parameters(), eager.parameters(), strict=True):
+                assert a.grad is not None and b.grad is not None
+                assert torch.equal(a.grad, b.grad)
     assert all(map(torch.equal, ours.parameters(), eager.parameters()))

@@ -8,6 +8,7 @@ Shapes: `S` steps in a block, `B` minibatch size, `...` an example's own shape.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -74,6 +75,8 @@ class Blocks(Callback):
             data.steps_per_block = STEPS_PER_BLOCK
             module.__dict__["optimizer_step"] = self._optimizer_step
             self.step = make_step(module, trainer.optimizers[0])
+            # Lightning takes blocks for batches, and finds them too few to be logged.
+            warnings.filterwarnings("ignore", "The number of training batches", UserWarning)
         elif trainer.is_global_zero:
             self.tell(f"Steps are taken one by one (plain Lightning): {reason}")
 

@@ -4,10 +4,13 @@ One graph holds one step, so that dropout's random numbers, a function of the st
 depend on how many steps a block has.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -20,9 +23,51 @@ CAPTURABLE = (SGD, Adam, AdamW)  # whose fused kernels read the learning rate on
 def may_capture(optimizer: Optimizer) -> bool:
     """Say whether this optimizer's step can be replayed while its learning rate changes."""
     return type(optimizer) in CAPTURABLE and all(
-        group["fused"] is not False and not group["foreach"] and not group["differentiable"]
+        group["fused"] is not False
+        and not (group["foreach"] or group["differentiable"] or isinstance(group["lr"], Tensor))
         for group in optimizer.param_groups
     )
+
+
+class OnDevice:
+    """Keeps an optimizer's learning rates where a captured step can read them anew.
+
+    The optimizer's own stay Python floats: schedulers compute in them, checkpoints hold them.
+
+    Args:
+        optimizer: One of `CAPTURABLE`.
+        device: Of its parameters.
+    """
+
+    def __init__(self, optimizer: Optimizer, device: torch.device):
+        self.optimizer = optimizer
+        self.device = device
+        self.sent: list[float | None] = [None for _ in optimizer.param_groups]
+        self.rates = [torch.zeros((), dtype=torch.float32, device=device) for _ in self.sent]
+
+    def send(self) -> None:
+        """Send the rates that have changed."""
+        for index, group in enumerate(self.optimizer.param_groups):
+            if self.sent[index] != group["lr"]:
+                self.sent[index] = group["lr"]
+                self.rates[index].fill_(group["lr"])
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Let the optimizer, for the time being, take its step by what lies on the device."""
+        self.send()
+        plain = [dict(group) for group in self.optimizer.param_groups]
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            asked = {"lr": rate, "fused": True, "capturable": True}
+            group.update({key: value for key, value in asked.items() if key in group})
+        for state in self.optimizer.state.values():  # a restored count of steps is on the host
+            if "step" in state:
+                state["step"] = state["step"].to(self.device, torch.float32)
+        try:
+            yield
+        finally:
+            for group, own in zip(self.optimizer.param_groups, plain, strict=True):
+                group.update(own)
 
 
 class CapturedStep:
@@ -31,13 +76,16 @@ class CapturedStep:
     Args:
         eager: Takes a step in plain PyTorch: forward, backward and update.
         optimizer: Whose update `eager` makes.
+        parameters: Of the model, all on one CUDA device.
     """
 
-    def __init__(self, eager: Step, optimizer: Optimizer):
+    def __init__(self, eager: Step, optimizer: Optimizer, parameters: Sequence[Parameter]):
         self.eager = eager
         self.optimizer = optimizer
+        self.parameters = parameters
+        self.on_device = OnDevice(optimizer, parameters[0].device)
         self.stream = torch.cuda.Stream()
-        self.taken: dict[Shapes, int] = {}
+        self.taken: Counter[Shapes] = Counter()
         self.captured: dict[Shapes, _Captured] = {}
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -45,15 +93,17 @@ class CapturedStep:
         shapes = (inputs.shape, targets.shape)
         captured = self.captured.get(shapes)
         if captured is None:
-            taken = self.taken[shapes] = self.taken.get(shapes, 0) + 1
-            if taken <= WARM_UP_STEPS:
-                return self._warm_up(inputs, targets)
-            captured = _Captured(self.eager, self.optimizer, inputs, targets)
+            self.taken[shapes] += 1
+            with self.on_device.used():
+                if self.taken[shapes] <= WARM_UP_STEPS:
+                    return self._warm_up(inputs, targets)
+                self.optimizer.zero_grad(set_to_none=True)
+                captured = _Captured(self.eager, self.parameters, inputs, targets)
             self.captured[shapes] = captured
+        self.on_device.send()
         return captured.replay(inputs, targets)
 
     def _warm_up(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        _make_capturable(self.optimizer, inputs.device)
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -65,28 +115,21 @@ class CapturedStep:
 class _Captured:
     """One captured step with the memory that it reads and writes."""
 
-    def __init__(self, eager: Step, optimizer: Optimizer, inputs: Tensor, targets: Tensor):
+    def __init__(
+        self, eager: Step, parameters: Sequence[Parameter], inputs: Tensor, targets: Tensor
+    ):
         self.inputs = inputs.clone()
         self.targets = targets.clone()
+        self.parameters = parameters
         self.graph = torch.cuda.CUDAGraph()
-        optimizer.zero_grad(set_to_none=True)
         with torch.cuda.graph(self.graph):
             self.loss = eager(self.inputs, self.targets)
+        self.gradients = [parameter.grad for parameter in parameters]
 
     def replay(self, inputs: Tensor, targets: Tensor) -> Tensor:
         self.inputs.copy_(inputs)
         self.targets.copy_(targets)
         self.graph.replay()
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient  # another shape's graph has its own
         return self.loss.clone()
-
-
-def _make_capturable(optimizer: Optimizer, device: torch.device) -> None:
-    """Keep on the device what a replay must read anew: the learning rate and the step count."""
-    for group in optimizer.param_groups:
-        group["fused"] = True
-        if "capturable" in group:
-            group["capturable"] = True
-        if not isinstance(group["lr"], Tensor):
-            group["lr"] = torch.tensor(float(group["lr"]), device=device)
-        elif group["lr"].device != device:
-            group["lr"] = group["lr"].to(device)

@@ -29,7 +29,8 @@ def make_step(module: Supervised, optimizer: Optimizer) -> Step:
     if not may_trace(module):
         return eager
     if module.device.type == "cuda":
-        return CapturedStep(eager, optimizer) if may_capture(optimizer) else eager
+        captures = may_capture(optimizer)
+        return CapturedStep(eager, optimizer, [*module.parameters()]) if captures else eager
     return TracedStep(module, optimizer, eager)
 
 
@@ -87,7 +88,7 @@ class TracedStep:
         self.names = [name for name, _ in module.named_parameters()]
         self.parameters: list[Tensor] = list(module.parameters())
         self.update = _bare_update(optimizer, self.parameters)
-        self.traces: dict[tuple[torch.Size, torch.Size], Callable[..., Any]] = {}
+        self.traces: dict[tuple[torch.Size, torch.Size], Callable[..., Any] | None] = {}
         self.seen: Counter[tuple[torch.Size, torch.Size]] = Counter()
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -96,9 +97,9 @@ class TracedStep:
         trace = self.traces.get(shapes)
         if trace is None:
             self.seen[shapes] += 1
-            if self.seen[shapes] <= EAGER_STEPS:
-                return self.eager(inputs, targets)
-            trace = self.traces[shapes] = self._trace(inputs, targets)
+            if self.seen[shapes] == EAGER_STEPS:
+                self.traces[shapes] = self._trace(inputs, targets)
+            return self.eager(inputs, targets)
         with torch.no_grad():
             loss, *gradients = trace(*self.parameters, inputs, targets)
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -106,7 +107,9 @@ class TracedStep:
             self.update(gradients)
         return loss
 
-    def _trace(self, inputs: Tensor, targets: Tensor) -> Callable[..., Any]:
+    def _trace(self, inputs: Tensor, targets: Tensor) -> Callable[..., Any] | None:
+        """Return what computes loss and gradients; None if that takes what a trace cannot hold."""
+
         def loss_and_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
             *parameters, x, y = tensors
             named = dict(zip(self.names, parameters, strict=True))
@@ -115,8 +118,12 @@ class TracedStep:
 
         state = torch.random.get_rng_state()  # tracing runs the operations, dropout's draws too
         leaves = [parameter.detach().requires_grad_() for parameter in self.parameters]
-        traced = make_fx(loss_and_gradients)(*leaves, inputs, targets)
-        torch.random.set_rng_state(state)
+        try:
+            traced = make_fx(loss_and_gradients)(*leaves, inputs, targets)
+        except RuntimeError:  # such as a parameter that has no part in the loss
+            return None
+        finally:
+            torch.random.set_rng_state(state)
         _drop_aliases(traced)
         return traced.forward
 
