@@ -28,6 +28,10 @@ def main() -> None:
             from benchmark import commands
 
             _leave(commands.measure(root, folder, arguments, setting), arguments)
+        if "sweeps" in arguments.only:
+            from benchmark import sweeps
+
+            _leave(sweeps.measure(root, folder, setting), arguments)
         if {"steps", "cuda"} & {*arguments.only}:
             import torch
 
@@ -46,7 +50,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--crowd", type=int, default=10_000, help="runs in the full store")
     parser.add_argument(
         "--only", nargs="+", default=("commands", "steps", "cuda"),
-        choices=("commands", "steps", "cuda"), help="parts to measure",
+        choices=("commands", "steps", "cuda", "sweeps"),
+        help="parts to measure; sweeps, half an hour more, only if named",
     )  # fmt: skip
     parser.add_argument(
         "--root", type=Path, default=Path(os.environ.get("MNIST_ROOT", ROOT / "data")),

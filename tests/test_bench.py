@@ -8,6 +8,7 @@ import pytest
 from benchmark.crowd import crowd
 from benchmark.interval import Interval, of_mean, of_ratio
 from benchmark.race import Relay, Rival, per_epoch, race, ratio
+from benchmark.sweeps import idle
 from benchmark.table import Claim, Section, keep
 from tracklight.tracking.store import connect
 
@@ -76,15 +77,6 @@ def test_rivals_take_all_their_steps_in_slices_that_end_with_the_epoch():
         assert sorted(log[at : at + size]) == ["a"] * (size // 2) + ["b"] * (size // 2)
 
 
-def test_a_slow_rival_has_every_fifth_round():
-    log: list[str] = []
-    fast = Rival("fast", Walk("fast", 128, 5, log))
-    slow = Rival("slow", Walk("slow", 128, 1, log), every=5)
-    race([fast, slow], 10, lambda done: None)
-    assert (sum(fast.steps), sum(slow.steps)) == (5 * 128, 128)
-    assert slow.relay.result == "SLOW"
-
-
 def test_an_error_of_a_rival_ends_the_race():
     def fail(relay: Relay) -> None:
         relay.hand_over()
@@ -94,18 +86,23 @@ def test_an_error_of_a_rival_ends_the_race():
         race([Rival("fails", fail)], 1, lambda done: None)
 
 
-def timed(name: str, steps: list[int], seconds: list[float], every: int = 1) -> Rival:
-    rival = Rival(name, lambda relay: None, every)
-    rival.steps, rival.seconds = steps, seconds
+def timed(name: str, seconds: list[float]) -> Rival:
+    rival = Rival(name, lambda relay: None)
+    rival.seconds = seconds
     return rival
 
 
-def test_rivals_of_unequal_pace_are_compared_by_the_step():
-    fast = timed("fast", [64] * 10, [1.0] * 10)
-    slow = timed("slow", [64] * 2, [8.0] * 2, every=5)
-    assert ratio(fast, slow, rounds_per_epoch=5).estimate == pytest.approx(1 / 8)
-    assert per_epoch(fast, 5, 320).estimate == pytest.approx(5.0)
-    assert per_epoch(slow, 5, 320).estimate == pytest.approx(40.0)
+def test_rivals_are_compared_epoch_by_epoch():
+    fast, slow = timed("fast", [1.0, 2.0] * 5), timed("slow", [8.0, 16.0] * 5)
+    of_both = ratio(fast, slow, rounds_per_epoch=2)
+    assert (of_both.low, of_both.estimate, of_both.high) == pytest.approx((1 / 8, 1 / 8, 1 / 8))
+    assert per_epoch(slow, rounds_per_epoch=2).estimate == pytest.approx(24.0)
+
+
+def test_a_slot_is_idle_only_while_a_trial_waits():
+    lines = ["end 0", "start 1", "start 2", "end 4", "start 5", "end 9", "end 12"]
+    # From 1 to 2 one of two slots, from 4 to 5 one of two; then nothing waits.
+    assert idle(lines, 2, 3) == pytest.approx(2 / 8)
 
 
 def claim(low: float, high: float, holds: bool = True) -> Claim:
@@ -159,4 +156,4 @@ def test_ours_ends_a_race_with_the_bits_of_the_loop_by_hand(tmp_path, mnist_root
 
     section = on_cpu(mnist_root, tmp_path, 1, Setting.here())
     assert "bit-identical" in capsys.readouterr().out
-    assert len(section.times) == 10
+    assert len(section.times) == 11

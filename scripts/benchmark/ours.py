@@ -30,6 +30,7 @@ def train(
     epochs: int,
     tracking: Path | None = None,
     checkpoints: Sequence[type[Callback]] = (),
+    gradients: bool = False,
     accelerator: str = "cpu",
 ) -> None:
     """Train `experiment=seed_mlp`.
@@ -40,11 +41,13 @@ def train(
         epochs: How many.
         tracking: Folder of the store that takes every step's loss; None for no tracking.
         checkpoints: Those taken each epoch, of LAST and BEST.
+        gradients: Whether those are tracked too.
         accelerator: Lightning's name for the device.
     """
     words = ["experiment=seed_mlp", f"data.root={root}", f"trainer.max_epochs={epochs}"]
     words += [f"trainer.accelerator={accelerator}", "trainer.enable_progress_bar=false"]
     words += ["tracking=none" if tracking is None else f"tracking.dir={tracking}"]
+    words += ["tracking.gradients=true"] if gradients else []
     feeder._PERIOD_S = threading.TIMEOUT_MAX  # a gate keeps its time instead
     run(compose(words), callbacks=[Baton(relay, checkpoints)], test=False)
 

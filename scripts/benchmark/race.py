@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from greenlet import getcurrent, greenlet
 
-from benchmark.interval import Interval, of_ratio
+from benchmark.interval import Interval, of_mean, of_ratio
 
 SLICE = 64  # optimizer steps at most
 Item = TypeVar("Item")
@@ -51,12 +51,10 @@ class Rival:
     Args:
         name: As shown.
         train: Trains, handing over to the relay it is given, the last time when all is done.
-        every: Takes a slice only in each such round; for slow ones.
     """
 
-    def __init__(self, name: str, train: Callable[[Relay], object], every: int = 1):
+    def __init__(self, name: str, train: Callable[[Relay], object]):
         self.name = name
-        self.every = every
         self.steps: list[int] = []
         self.seconds: list[float] = []
         self.relay = Relay()
@@ -93,7 +91,7 @@ def race(
 
     Args:
         rivals: Who trains.
-        rounds: Slices of a rival with `every=1`.
+        rounds: Slices of each.
         tell: Told the number of rounds done.
         settle: Waits until the device has done what was asked of it.
     """
@@ -103,8 +101,7 @@ def race(
     gc.freeze()  # what was imported for some must not slow the collections of all
     draw = random.Random(0)
     for turn in range(rounds):
-        due = [rival for rival in rivals if turn % rival.every == 0]
-        for rival in draw.sample(due, len(due)):
+        for rival in draw.sample(rivals, len(rivals)):
             rival.take_slice(settle)
         tell(turn + 1)
     gc.unfreeze()
@@ -113,26 +110,14 @@ def race(
 
 
 def ratio(above: Rival, below: Rival, rounds_per_epoch: int) -> Interval:
-    """Return the ratio of two rivals' times a step, over what lies close in time.
-
-    A pair of measurements is an epoch of both, or one slice of the slower with all that the other
-    did until the next one.
-    """
-    every = max(above.every, below.every)
-    size = every if every > 1 else rounds_per_epoch
-    tops, bottoms = (_sums(rival, size) for rival in (above, below))
-    steps = sum(below.steps) / sum(above.steps)
-    return of_ratio(tops, bottoms).scaled(steps)
+    """Return the ratio of two rivals' times, an epoch of both making a pair."""
+    return of_ratio(_sums(above.seconds, rounds_per_epoch), _sums(below.seconds, rounds_per_epoch))
 
 
-def per_epoch(rival: Rival, rounds_per_epoch: int, steps_per_epoch: int) -> Interval:
+def per_epoch(rival: Rival, rounds_per_epoch: int) -> Interval:
     """Return a rival's seconds an epoch."""
-    size = rounds_per_epoch if rival.every == 1 else rival.every
-    times, counts = _sums(rival, size), _sums(rival, size, rival.steps)
-    return of_ratio(times, counts).scaled(steps_per_epoch)
+    return of_mean(_sums(rival.seconds, rounds_per_epoch))
 
 
-def _sums(rival: Rival, rounds: int, values: Sequence[float] | None = None) -> list[float]:
-    """Sum a rival's slices over stretches of so many rounds."""
-    values, size = rival.seconds if values is None else values, rounds // rival.every
+def _sums(values: Sequence[float], size: int) -> list[float]:
     return [sum(values[at : at + size]) for at in range(0, len(values), size)]

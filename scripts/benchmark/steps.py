@@ -18,8 +18,6 @@ from tracklight.data.mnist import MNIST
 from tracklight.data.tensor_data import epoch_order
 from tracklight.tracking import database
 
-SLOW_EVERY = 5
-
 HAND_UINT8 = "by hand, resident uint8"
 HAND_FLOAT = "by hand, resident float32"
 HAND_LOADER = "by hand, torchvision + DataLoader"
@@ -30,6 +28,7 @@ OURS = "ours, untracked"
 TRACKED = "ours, every step's loss in MLflow"
 DURABLE = "ours, the same and a durable resume checkpoint each epoch"
 BEST = "ours, the same and the best weights kept each epoch"
+GRADIENTS = "ours, every step's loss and tracking.gradients=true"
 
 
 def on_cpu(root: Path, folder: Path, epochs: int, setting: Setting) -> Section:
@@ -48,30 +47,23 @@ def on_cpu(root: Path, folder: Path, epochs: int, setting: Setting) -> Section:
     light = partial(plain_lightning.resident, images=floats, labels=labels, epochs=epochs)
     logger = partial(plain_lightning.mlflow_logger, folder / "stock.db")
     own = partial(ours.train, root=root, epochs=epochs)
-    slow = math.ceil(epochs / SLOW_EVERY)
     rivals = {
-        HAND_UINT8: (lambda relay: hand(relay, images), 1),
-        HAND_FLOAT: (lambda relay: hand(relay, floats), 1),
-        LIGHTNING: (lambda relay: light(relay, logger=None), 1),
-        OURS: (own, 1),
-        TRACKED: (lambda relay: own(relay, tracking=folder / "a"), 1),
-        DURABLE: (lambda relay: own(relay, tracking=folder / "b", checkpoints=[ours.LAST]), 1),
-        BEST: (
-            lambda relay: own(relay, tracking=folder / "c", checkpoints=[ours.LAST, ours.BEST]),
-            1,
-        ),
-        HAND_LOADER: (lambda relay: by_hand.torchvision_loop(relay, root, slow), SLOW_EVERY),
-        STOCK: (
-            lambda relay: plain_lightning.resident(relay, floats, labels, slow, logger("resident")),
-            SLOW_EVERY,
-        ),
-        STOCK_LOADER: (
-            lambda relay: plain_lightning.torchvision_loader(relay, root, slow, logger("loader")),
-            SLOW_EVERY,
+        HAND_UINT8: lambda relay: hand(relay, images),
+        HAND_FLOAT: lambda relay: hand(relay, floats),
+        LIGHTNING: lambda relay: light(relay, logger=None),
+        OURS: own,
+        TRACKED: lambda relay: own(relay, tracking=folder / "a"),
+        DURABLE: lambda relay: own(relay, tracking=folder / "b", checkpoints=[ours.LAST]),
+        BEST: lambda relay: own(relay, tracking=folder / "c", checkpoints=[ours.LAST, ours.BEST]),
+        GRADIENTS: lambda relay: own(relay, tracking=folder / "d", gradients=True),
+        HAND_LOADER: lambda relay: by_hand.torchvision_loop(relay, root, epochs),
+        STOCK: lambda relay: light(relay, logger=logger("resident")),
+        STOCK_LOADER: lambda relay: plain_lightning.torchvision_loader(
+            relay, root, epochs, logger("loader")
         ),
     }
     done = _run(rivals, len(images), epochs)
-    _assert_same_bits(done, [HAND_UINT8, HAND_FLOAT, OURS, TRACKED, DURABLE, BEST])
+    _assert_same_bits(done, [HAND_UINT8, HAND_FLOAT, OURS, TRACKED, DURABLE, BEST, GRADIENTS])
     best_hand = min(done[HAND_UINT8], done[HAND_FLOAT], key=lambda rival: rival.seconds_per(1))
     per = _rounds(len(images))
     claims = [
@@ -82,6 +74,7 @@ def on_cpu(root: Path, folder: Path, epochs: int, setting: Setting) -> Section:
             (TRACKED, STOCK, 1 / 7, "1/7"),
             (TRACKED, HAND_LOADER, 1 / 8, "1/8"),
             (DURABLE, TRACKED, 1.05, "1.05"),
+            (GRADIENTS, TRACKED, 1.1, "1.10"),
             (BEST, TRACKED, None, ""),
             (TRACKED, STOCK_LOADER, None, ""),
             (TRACKED, LIGHTNING, None, ""),
@@ -99,20 +92,20 @@ def on_cuda(root: Path, folder: Path, epochs: int, setting: Setting) -> Section:
     hand = partial(by_hand.resident, labels=labels, order=order, epochs=epochs)
     own = partial(ours.train, root=root, epochs=epochs, accelerator="gpu")
     rivals = {
-        HAND_UINT8: (lambda relay: hand(relay, images), 1),
-        HAND_FLOAT: (lambda relay: hand(relay, floats), 1),
-        OURS: (own, 1),
-        TRACKED: (lambda relay: own(relay, tracking=folder / "gpu"), 1),
+        HAND_UINT8: lambda relay: hand(relay, images),
+        HAND_FLOAT: lambda relay: hand(relay, floats),
+        OURS: own,
+        TRACKED: lambda relay: own(relay, tracking=folder / "gpu"),
     }
     done = _run(rivals, len(images), epochs, torch.cuda.synchronize)
     best_hand = min(done[HAND_UINT8], done[HAND_FLOAT], key=lambda rival: rival.seconds_per(1))
-    per, steps = _rounds(len(images)), _steps(len(images))
+    per = _rounds(len(images))
     claims = [
         Claim(f"{OURS} / {best_hand.name}", ratio(done[OURS], best_hand, per), 0.2, "1/5"),
         Claim(f"{TRACKED} / {best_hand.name}", ratio(done[TRACKED], best_hand, per), None, ""),
         Claim(
             f"{OURS}: milliseconds an epoch (target: on an H200)",
-            per_epoch(done[OURS], per, steps).scaled(1000),
+            per_epoch(done[OURS], per).scaled(1000),
             45.0 if "H200" in device_name() else None,
             "45 ms",
         ),
@@ -140,12 +133,12 @@ def _rounds(num_images: int) -> int:
 
 
 def _run(
-    trains: dict[str, tuple[Callable[[Relay], object], int]],
+    trains: dict[str, Callable[[Relay], object]],
     num_images: int,
     epochs: int,
     settle: Callable[[], None] = lambda: None,
 ) -> dict[str, Rival]:
-    rivals = {name: Rival(name, train, every) for name, (train, every) in trains.items()}
+    rivals = {name: Rival(name, train) for name, train in trains.items()}
     per, steps = _rounds(num_images), _steps(num_images)
 
     def tell(done: int) -> None:
@@ -175,13 +168,12 @@ def _notes(epochs: int, setting: Setting) -> list[str]:
         f"{epochs} epochs of MNIST's 60,000 training images, 784-128-10, batch"
         f" {by_hand.BATCH_SIZE}, SGD, {torch.get_num_threads()} threads; slices of {SLICE} steps,"
         " in one process and an order drawn anew each round.",
-        f"Where an MLFlowLogger or a DataLoader makes a rival slow, it has every {SLOW_EVERY}th"
-        " round only. Nobody shows a progress bar. Final weights of ours and of the loops by hand"
-        " are bit-identical (asserted, CPU).",
+        "Nobody shows a progress bar. Final weights of ours and of the loops by hand on resident"
+        " tensors are bit-identical (asserted, CPU).",
         "An epoch of ours that is tracked ends when MLflow has all of it.",
     ]
 
 
 def _times(done: dict[str, Rival], num_images: int) -> list[tuple[str, Interval]]:
-    per, steps = _rounds(num_images), _steps(num_images)
-    return [(name, per_epoch(rival, per, steps)) for name, rival in done.items()]
+    per = _rounds(num_images)
+    return [(name, per_epoch(rival, per)) for name, rival in done.items()]
