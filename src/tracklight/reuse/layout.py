@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import IO, Any
 
 from tracklight.reuse.leaderboard import Leaderboard, Place
+from tracklight.sweep.leaderboard import short_names
 
 BARS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 12
@@ -83,7 +84,7 @@ def _show(board: Leaderboard, out: IO[str]) -> None:
         table.add_column("± 95 %", justify="right", no_wrap=True)
         table.add_column("seeds", justify="right")
     table.add_column("delta", justify="right", no_wrap=True)
-    for name in _short(columns):
+    for name in short_names(columns):
         table.add_column(name, overflow="fold")
     table.add_column("loss", no_wrap=True)
     table.add_column("run", no_wrap=True)
@@ -112,15 +113,6 @@ def _show(board: Leaderboard, out: IO[str]) -> None:
     if dropped:
         told += f"; further parameters that differ: {', '.join(dropped)} (--csv, --json)"
     console.print(told, style="dim")
-
-
-def _short(keys: Sequence[str]) -> list[str]:
-    """Name columns by the last part of their key where that is unique."""
-    last = [key.rpartition(".")[2] for key in keys]
-    return [
-        key if last.count(short) > 1 or short == "_target_" else short
-        for key, short in zip(keys, last, strict=True)
-    ]
 
 
 def _value(text: str) -> str:

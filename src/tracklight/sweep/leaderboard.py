@@ -29,6 +29,15 @@ class Row:
     reason: str = ""
 
 
+def short_names(keys: Sequence[str]) -> list[str]:
+    """Return the last part of each dotted key; the whole of one that would not be told apart."""
+    last = [key.rpartition(".")[2] for key in keys]
+    return [
+        key if last.count(short) > 1 or short == "_target_" else short
+        for key, short in zip(keys, last, strict=True)
+    ]
+
+
 def row(run: Any, names: Iterable[str]) -> Row:
     """Read a child run.
 
@@ -67,6 +76,11 @@ class Standing:
     interval: tuple[float, float] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def reason(self) -> str:
+        """Why it failed, as the first run that did tells it."""
+        return next((row.reason for row in self.runs if row.reason), "")
+
     def flat(self) -> dict[str, Any]:
         """Return it as a row of a table."""
         low, high = self.interval or (None, None)
@@ -80,7 +94,7 @@ class Standing:
             "state": self.state,
             "epochs": sum(row.epochs for row in self.runs),
             "seconds": round(sum(row.seconds for row in self.runs), 2),
-            "reason": next((row.reason for row in self.runs if row.reason), ""),
+            "reason": self.reason,
             "run_id": " ".join(row.run_id for row in self.runs),
         }
 

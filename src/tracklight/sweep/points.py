@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from tracklight import config
 from tracklight.errors import BadInput
+from tracklight.sweep.leaderboard import short_names
 from tracklight.sweep.space import Space
 
 
@@ -49,14 +50,14 @@ class Job:
 
 def shown(params: Mapping[str, str]) -> str:
     """Lay out what varies, keys by their last part and numbers with five digits."""
-    last = [key.rpartition(".")[2] for key in params]
-    names = [
-        key if last.count(short) > 1 else short for key, short in zip(params, last, strict=True)
-    ]
-    return " ".join(f"{n}={_short(text)}" for n, text in zip(names, params.values(), strict=True))
+    names = short_names([*params])
+    return " ".join(
+        f"{n}={short_value(text)}" for n, text in zip(names, params.values(), strict=True)
+    )
 
 
-def _short(text: str) -> str:
+def short_value(text: str) -> str:
+    """Return a number with five digits, anything else as it is."""
     try:
         number = float(text)
     except ValueError:

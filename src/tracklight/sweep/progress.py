@@ -5,14 +5,14 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.status import Status
 from rich.table import Table
+from rich.text import Text
 
-from tracklight.sweep.leaderboard import Standing
-from tracklight.sweep.points import Job, shown
+from tracklight.sweep.leaderboard import Standing, short_names
+from tracklight.sweep.points import Job, short_value, shown
 from tracklight.sweep.trial import Epoch, Outcome
 
 MAX_ROWS = 20
@@ -126,24 +126,45 @@ class Progress:
         self.close()
         failed = [each for each in found if each.state == "failed"]
         rest = [each for each in found if each.state != "failed"]
-        rows = [each.flat() for each in rest[:MAX_ROWS] + failed]
-        columns = [key for key in dict.fromkeys(key for each in rows for key in each)]
-        dropped = {"run_id"} | ({"reason"} if not failed else set())
-        columns = [key for key in columns if key not in dropped]
-        table = Table(title=title, title_justify="left")
-        for column in columns:
-            table.add_column(self._metric if column == "score" else column, overflow="fold")
+        rows = rest[:MAX_ROWS] + failed
+        names = [*dict.fromkeys(name for each in rows for name in each.params)]
+        several = any(each.interval for each in rows)
+        table = Table(
+            title=title, title_justify="left", title_style="", box=None, pad_edge=False,
+            header_style="bold", padding=(0, 2, 0, 0),
+        )  # fmt: skip
+        for column in ("#", self._metric, *(("± 95 %", "seeds") if several else ())):
+            table.add_column(column, justify="right", no_wrap=True)
+        for column in ("trial", *short_names(names), "state"):
+            table.add_column(column, overflow="fold")
+        for column in ("epochs", "s"):
+            table.add_column(column, justify="right", no_wrap=True)
+        if failed:
+            table.add_column("reason", overflow="fold")
         for each in rows:
-            table.add_row(*(_cell(each.get(column)) for column in columns))
+            cells = _cells(each, names)
+            spread, reason = (*cells[2:4],) if several else (), (each.reason,) if failed else ()
+            style = "bold green" if each.rank == 1 else None
+            table.add_row(*map(Text, (*cells[:2], *spread, *cells[4:], *reason)), style=style)
         self._console.print(table)
         if len(rest) > MAX_ROWS:
             self.note(f"and {len(rest) - MAX_ROWS} more; all are in leaderboard.csv")
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+def _cells(standing: Standing, names: Sequence[str]) -> list[str]:
+    """Return rank, mean score, half its interval, seeds, trial, what varies, state, epochs, s."""
+    interval, runs = standing.interval, standing.runs
+    return [
+        str(standing.rank or "-"),
+        "-" if standing.score is None else f"{standing.score:.5g}",
+        "" if interval is None else f"±{(interval[1] - interval[0]) / 2:.2g}",
+        str(len(runs)),
+        str(standing.trial),
+        *(short_value(standing.params.get(name, "")) for name in names),
+        standing.state,
+        str(sum(run.epochs for run in runs)),
+        f"{sum(run.seconds for run in runs):.1f}",
+    ]
 
 
 def duration(seconds: float) -> str:
