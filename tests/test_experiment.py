@@ -19,7 +19,11 @@ WARNING = "ignore:data.root=nowhere. no MNIST files:UserWarning"
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning")
 @pytest.mark.parametrize(
     "limit",
-    ["trainer.max_steps=3", "+trainer.check_val_every_n_epoch=9", "trainer.fast_dev_run=true"],
+    [
+        "trainer.max_steps=3",
+        pytest.param("+trainer.check_val_every_n_epoch=9", marks=pytest.mark.slow),
+        pytest.param("trainer.fast_dev_run=true", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_that_compares_no_epochs_ends_well_with_its_last_weights(train, capsys, limit):
     limit = limit.removeprefix("+")

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import io
 import json
 import os
 import resource
@@ -258,6 +259,15 @@ def prepare(template: Path) -> None:
     from tracklight.tracking.database import ensure
 
     ensure(template, (template.parent / "artifacts").as_uri())
+    _warm_up()
+
+
+def _warm_up() -> None:
+    """Train once: grammars, traces and dispatch tables are then there for all that are forked."""
+    from tracklight.config import compose
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        run(compose(["trainer.max_epochs=1", "num_threads=1", "tracking=none"]))
 
 
 PRELOADED = (

@@ -73,6 +73,7 @@ def test_a_run_killed_at_named_points_ends_in_the_same_bits(trainees, undisturbe
     assert Outcome(tmp_path / "runs").differences(undisturbed("blocks")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mutation", "seen"),
     [

@@ -186,6 +186,7 @@ def test_only_the_winner_meets_the_test_set_and_only_once(commander, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_sweep_whose_winner_fails_its_test_has_failed(commander, tmp_path):
     directory = tmp_path / "runs"
     command = ("optimizer.lr=0.01,0.1", *BLOBS, "model._target_=odd.Untestable")
@@ -265,7 +266,9 @@ def test_a_pruned_trial_ends_cleanly_and_costs_no_more_epochs(commander, tmp_pat
     assert process.exit_code == 0 and len(Swept(directory).runs) == 6
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "signum", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_a_signal_stops_trials_so_that_the_same_command_continues_them(commander, tmp_path, signum):
     directory = tmp_path / "runs"
     command = ("seed=1,2,3", "+model.seconds=0.15", "sweep.workers=2", *ODD)

@@ -74,7 +74,10 @@ def test_a_server_killed_and_back_in_the_middle_misses_and_doubles_nothing(
     server.kill()
 
 
-@pytest.mark.parametrize(("spoilt", "times"), [("500", 1), ("500", 1000), ("hang", 1)])
+@pytest.mark.parametrize(
+    ("spoilt", "times"),
+    [("500", 1), ("500", 1000), pytest.param("hang", 1, marks=pytest.mark.slow)],
+)
 def test_lost_answers_to_create_run_make_no_orphan(proxy, local, short_requests, spoilt, times):
     def lose_first(method, path):
         creations = [p for p in proxy.requests if p.endswith("runs/create")]
@@ -89,7 +92,7 @@ def test_lost_answers_to_create_run_make_no_orphan(proxy, local, short_requests,
     assert [path.name for path in (local / "artifacts").iterdir()] == [run.run_id]
 
 
-@pytest.mark.parametrize("spoilt", ["500", "hang"])
+@pytest.mark.parametrize("spoilt", ["500", pytest.param("hang", marks=pytest.mark.slow)])
 def test_a_lost_answer_to_log_batch_doubles_no_point(
     proxy, local, swift, short_requests, caplog, spoilt
 ):

@@ -11,6 +11,7 @@ import pytest
 from disturbances import full_disk, locked, points_of
 
 from tracklight.errors import BadInput, RunFailed
+from tracklight.tracking.lock import RunLock
 from tracklight.tracking.store import connect
 
 
@@ -86,6 +87,19 @@ def test_a_run_in_progress_is_refused_with_its_pid_and_not_written_to(directory,
     holder.join()
     store.reopen(run.run_id).finish("FINISHED")
     assert store.client.get_run(run.run_id).info.status == "FINISHED"
+
+
+def test_a_run_whose_process_died_and_is_being_recovered_is_waited_for(store, processes):
+    run = store.create("mine", None, {})
+    run.finish("KILLED")
+    died = processes.Process(target=int)
+    died.start()
+    died.join()
+    RunLock(run.folder, {"store": store.mark, "pid": died.pid}).close()
+    recovering = RunLock(run.folder, None)
+    threading.Timer(0.2, recovering.close).start()
+    store.reopen(run.run_id).finish("FAILED")
+    assert store.client.get_run(run.run_id).info.status == "FAILED"
 
 
 def test_a_continued_run_is_running_again_and_keeps_every_point_once(store):

@@ -23,11 +23,24 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 class Held(Exception):
-    """Another process holds the lock; `pid` is what it wrote there, or None."""
+    """Another process holds the lock; `pid` is what its owner wrote there, or None."""
 
     def __init__(self, pid: int | None):
         super().__init__(pid)
         self.pid = pid
+
+    @property
+    def passes(self) -> bool:
+        """Whether its owner is gone: then it is held to recover the run, and soon free."""
+        if self.pid is None:
+            return True
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:  # alive, of another user
+            pass
+        return False
 
 
 class RunLock:

@@ -146,7 +146,11 @@ class Store:
         folder = self.root / run.info.run_id
         try:
             folder.mkdir(exist_ok=True)
-            lock = RunLock(folder, {"store": self.mark})
+            lock = persist(
+                lambda: RunLock(folder, {"store": self.mark}),
+                self.patience_s,
+                when=lambda error: isinstance(error, Held) and error.passes,
+            )
         except Held as held:
             raise BadInput(f"run {run_id} is in progress (pid {held.pid})") from None
         except OSError as error:
