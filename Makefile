@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CANDIDATES := $(PYTHON) python3.13 python3.12 python3.11 python3 python
 IN_RANGE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+# Workers share the cores out: with threads of their own they would wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 PORT ?= 5001
 ARGS ?=
 
@@ -52,10 +54,10 @@ train: $(INSTALLED)
 	@echo 'Run your own:   source $(BIN)/activate, then python train.py model=mlp optimizer.lr=0.1'
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 slow: $(INSTALLED)
-	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m slow $(ARGS)
+	@$(PYTEST) -m slow $(ARGS)
 
 # The store is made by us where there is none: MLflow's own first start can be broken by a kill.
 ui: $(INSTALLED)

@@ -69,6 +69,7 @@ def test_a_run_moved_to_another_folder_keeps_its_best_and_ends_in_the_same_bits(
     assert Outcome(moved).differences(undisturbed("plateau")) == []
 
 
+@pytest.mark.slow
 def test_a_run_begun_with_the_weights_of_another_is_continued(trainees, tmp_path):
     outcomes = []
     for name, faults in (("whole", SPARE), ("killed", DIE)):
@@ -141,6 +142,7 @@ def test_a_finished_run_asked_for_more_epochs_ends_as_if_asked_at_once(
     assert [each for each in differences if "test/" not in each and "score" not in each] == []
 
 
+@pytest.mark.slow
 def test_more_epochs_under_a_schedule_of_the_total_are_another_training(trainees, tmp_path):
     directory = tmp_path / "runs"
     trainees.train(directory, *CONFIGS["blocks"], "trainer.max_epochs=3", faults=SPARE)
@@ -155,6 +157,7 @@ def test_more_epochs_under_a_schedule_of_the_total_are_another_training(trainees
     assert [status for _, status in runs] == ["FINISHED", "FINISHED"]
 
 
+@pytest.mark.slow
 def test_resume_auto_finds_its_run_whatever_the_number_of_threads_is_left_to(trainees, tmp_path):
     directory = tmp_path / "runs"
     command = [word for word in CONFIGS["plateau"] if "num_threads" not in word]

@@ -41,6 +41,7 @@ def test_a_disk_too_full_for_a_checkpoint_leaves_the_one_before(trainees, tmp_pa
     assert [status for _, status in Outcome(directory).runs] == ["FINISHED"]
 
 
+@pytest.mark.slow
 def test_a_disk_too_full_for_the_database_breaks_neither_it_nor_the_run(
     trainees, undisturbed, tmp_path
 ):

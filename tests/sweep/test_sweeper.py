@@ -79,6 +79,7 @@ def test_one_bad_trial_fails_alone_and_is_told_with_its_reason(commander, tmp_pa
     assert swept.parent.status == "FAILED"
 
 
+@pytest.mark.slow
 def test_a_diverged_trial_is_failed_for_good_and_its_siblings_are_not(commander, tmp_path):
     directory = tmp_path / "runs"
     command = ("optimizer.lr=0.01,1e30", *QUICK)
@@ -92,6 +93,7 @@ def test_a_diverged_trial_is_failed_for_good_and_its_siblings_are_not(commander,
     assert len(Swept(directory).children) == 2
 
 
+@pytest.mark.slow
 def test_a_trial_that_failed_in_passing_goes_on_in_its_own_run(commander, tmp_path):
     directory = tmp_path / "runs"
     mark = f"+model.only_once={tmp_path / 'mark'}"
