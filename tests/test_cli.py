@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import pytest
 
@@ -236,3 +237,13 @@ def test_the_library_still_prints_its_tips_where_they_are_filtered():
 
     assert 'rank_zero_info(\n                "💡 Tip:' in inspect.getsource(logger_connector)
     assert rank_zero.rank_zero_module.log.name == "pytorch_lightning.utilities.rank_zero"
+
+
+def test_a_warning_is_a_line_and_ours_names_no_place_in_the_code(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", None)
+    cli.quiet()
+    place = (UserWarning, f"{cli.PACKAGE}/data/mnist.py", 136)
+    assert warnings.formatwarning("no MNIST", *place) == "warning: no MNIST\n"
+    place = (FutureWarning, "/somewhere/lib.py", 7)
+    said = warnings.formatwarning("is deprecated", *place, "call()")
+    assert said == "warning: is deprecated (FutureWarning at /somewhere/lib.py:7)\n"

@@ -11,11 +11,14 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
 from typing import Any, NoReturn
 
 from tracklight.errors import BadInput, RunFailed
 
 Task = Callable[[Any], Any]
+
+PACKAGE = Path(__file__).parent
 
 # No usage reporting, no lines of advertising: set before any library is imported.
 QUIET = {
@@ -60,6 +63,16 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)
     if _is_no_advertisement not in log.filters:
         log.addFilter(_is_no_advertisement)
+    warnings.formatwarning = _format_warning
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None
+) -> str:
+    """Lay out a warning in a line; ours speak to the user, and need no place in the code."""
+    ours = Path(filename).is_relative_to(PACKAGE)
+    place = "" if ours else f" ({category.__name__} at {filename}:{lineno})"
+    return f"warning: {message}{place}\n"
 
 
 def exit_code(error: BaseException) -> int:

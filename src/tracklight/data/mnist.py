@@ -190,7 +190,9 @@ def _download(root: Path) -> str:
     except (OSError, RuntimeError, HTTPException) as error:
         if new and root.is_dir() and not any(root.iterdir()):
             root.rmdir()
-        return f" (download failed: {' '.join(str(error).split())})"
+        what, _, mirrors = " ".join(str(error).split()).partition(": Tried ")
+        last = mirrors.rpartition("got: ")[2]  # torchvision tells of each mirror it tried
+        return f" (download failed: {': '.join(filter(None, (what, last)))})"
     finally:
         socket.setdefaulttimeout(patience)
 
