@@ -183,7 +183,7 @@ def residuals(points: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     figure = canvas(7.2, 3.7)
     cloud, spread = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
     every = np.concatenate([(true - predicted).ravel() for true, predicted in points.values()])
-    bins = np.linspace(every.min(), every.max() + 1e-12, min(30, max(5, every.size // 8)))
+    bins = np.linspace(every.min(), every.max() + 1e-12, min(30, max(13, every.size // 8)))
     figure.subplots_adjust(left=0.12, right=0.98, bottom=0.15, top=0.9, wspace=0.06)
     title = []
     for split, (true, predicted) in points.items():
