@@ -1,5 +1,7 @@
 """Runs that were never trained, but look so to who reads many."""
 
+import uuid
+
 from tracklight.tracking.layout import DATA_TAG, IDENTITY_TAG, SETTING_TAG
 from tracklight.tracking.store import Store
 
@@ -8,7 +10,8 @@ def add_run(
     store: Store, score: float | None, setting: str | None = None, seed: int = 0, **more
 ) -> str:
     """Add a run and return its id."""
-    tags = {IDENTITY_TAG: "x", DATA_TAG: more.get("data", "d"), **more.get("tags", {})}
+    identity = f"{setting} {seed}" if setting is not None else uuid.uuid4().hex
+    tags = {IDENTITY_TAG: identity, DATA_TAG: more.get("data", "d"), **more.get("tags", {})}
     if setting is not None:
         tags[SETTING_TAG] = setting
     run = store.create(more.get("experiment", "tracklight"), more.get("name"), tags)

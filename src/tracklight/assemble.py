@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from pytorch_lightning.profilers import Profiler
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
@@ -110,7 +111,11 @@ def depends_on_total(scheduler: Any) -> bool:
 def _total(trainer: Any, interval: str) -> int:
     if interval == "epoch":
         total = trainer.max_epochs
-    elif isinstance(trainer.datamodule, TensorData) and trainer_obstacle(trainer) is None:
+    elif (
+        isinstance(trainer.datamodule, TensorData)
+        and trainer_obstacle(trainer) is None
+        and not any(isinstance(each, GradientAccumulationScheduler) for each in trainer.callbacks)
+    ):
         data = trainer.datamodule  # Lightning would count blocks
         num_rows = len(data.splits["train"])
         total = (trainer.max_epochs or 0) * math.ceil(num_rows / (data.batch_size or num_rows))

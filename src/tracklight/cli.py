@@ -43,7 +43,7 @@ def main(task: Task) -> Any:
     """
     quiet()
     gc.set_threshold(*SELDOM)
-    signal.signal(signal.SIGTERM, _exit_terminated)  # until the engine's handlers take over
+    signal.signal(signal.SIGTERM, exit_terminated)  # until the engine's handlers take over
     try:
         return _run(task, sys.argv[1:])
     except SystemExit:
@@ -180,5 +180,6 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("💡 Tip:")
 
 
-def _exit_terminated(signum: int, frame: Any) -> NoReturn:
+def exit_terminated(signum: int, frame: Any) -> NoReturn:
+    """Handle SIGTERM by leaving as from any exit, so that what is to be cleared away is."""
     sys.exit(128 + signum)

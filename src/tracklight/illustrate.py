@@ -38,20 +38,20 @@ def illustrate(
     Returns:
         The files.
     """
-    try:
-        from tracklight.tracking import figures  # imports matplotlib: only who draws waits for it
+    from tracklight.tracking import figures  # imports matplotlib: only who draws waits for it
 
-        drawn = {"learning_curves": figures.learning_curves(series, best_step)}
-        if isinstance(data, TensorData):
-            drawn |= _of_fit(model, data, tested)
-        paths = []
-        for name, figure in drawn.items():
-            paths.append(folder / f"{name}.png")
-            figures.save(figure, paths[-1])
-        return paths
-    except Exception as error:  # noqa: BLE001, an arbitrary model may give anything
-        _log.warning("no figures: %s", (str(error) or type(error).__name__).splitlines()[0])
-        return []
+    paths = []
+    for draw in (
+        lambda: {"learning_curves": figures.learning_curves(series, best_step)},
+        lambda: _of_fit(model, data, tested) if isinstance(data, TensorData) else {},
+    ):
+        try:
+            for name, figure in draw().items():
+                figures.save(figure, folder / f"{name}.png")
+                paths.append(folder / f"{name}.png")
+        except Exception as error:  # noqa: BLE001, an arbitrary model may give anything
+            _log.warning("no figures: %s", (str(error) or type(error).__name__).splitlines()[0])
+    return paths
 
 
 def predict(model: nn.Module, data: TensorData, features: Tensor) -> Tensor:
@@ -103,7 +103,10 @@ def _of_regression(
         slope = (line[-1] - line[0]) / ((high - low) or 1.0)
         name = (data.feature_names or ["x"])[0]
         start = line[0] - slope * low
-        equation = f"y = {slope:.4g} {name} {'-' if start < 0 else '+'} {abs(start):.4g}"
+        straight = start + slope * grid[:, 0].numpy()
+        is_straight = np.allclose(line, straight, rtol=0, atol=1e-3 * float(np.ptp(line)) + 1e-6)
+        sign = "-" if start < 0 else "+"
+        equation = f"y = {slope:.4g} {name} {sign} {abs(start):.4g}" if is_straight else "Fit"
         drawn["fit"] = figures.fitted_line(points, (grid[:, 0].numpy(), line), name, equation)
     else:
         drawn["fit"] = figures.predicted_against_true(pairs)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from fitting import Fit, OneByOne
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import ModelCheckpoint, ModelPruning
 
 from foreign import Blobs, Diverging
 from tracklight.engine.blocks import STEPS_PER_BLOCK, NonFiniteLoss
@@ -66,6 +67,87 @@ def test_a_loss_that_asks_for_the_step_gets_it():
     blocks, single = fit(), fit(OneByOne())
     assert (blocks.error, blocks.reason) == (None, None)
     assert blocks.logger.points["train/loss"] == single.logger.points["train/loss"]
+
+
+class Talking(MLP):
+    """Logs in its loss."""
+
+    def loss(self, outputs, targets):
+        loss = super().loss(outputs, targets)
+        if self.training:
+            self.log("train/twice", 2 * loss)
+            self.log_dict({"train/mean": loss}, on_step=False, on_epoch=True)
+            self.log("train/both", loss, on_step=True, on_epoch=True)
+        return loss
+
+
+def test_what_a_loss_logs_is_logged_at_each_step_and_averaged_over_examples():
+    def points(*callbacks):
+        torch.manual_seed(0)
+        fit = Fit(*callbacks, module=Talking(8, 4, hidden=[6]))
+        assert fit.error is None and (fit.reason is None) == (not callbacks)
+        return fit.logger.points
+
+    blocks, single = points(), points(OneByOne())
+    assert len(blocks["train/twice"]) == 2 * STEPS
+    for key in ("train/twice", "train/both_step"):
+        assert blocks[key] == single[key], key
+    for key in ("train/mean", "train/both_epoch"):
+        for (step, ours), (same, theirs) in zip(blocks[key], single[key], strict=True):
+            assert step == same and ours == pytest.approx(theirs, rel=1e-6)  # sums in float32
+
+
+class Freezing(Callback):
+    """Freezes the first layer after an epoch."""
+
+    def on_train_epoch_start(self, trainer, module) -> None:
+        if trainer.current_epoch == 1:
+            next(module.parameters()).requires_grad_(False)
+
+
+class Counting(Callback):
+    """Counts forward passes by a hook that it sets up late."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def on_train_start(self, trainer, module) -> None:
+        def count(owner, *_) -> None:
+            self.calls += owner.training
+
+        module.register_forward_hook(count)
+
+
+@pytest.mark.parametrize("changer", [Freezing, lambda: ModelPruning("l1_unstructured", amount=0.5)])
+def test_what_a_callback_changes_between_epochs_takes_effect(changer):
+    def fit(*callbacks):
+        torch.manual_seed(0)
+        data = Blobs(batch_size=4, seed=3, num_train=200)
+        return Fit(changer(), *callbacks, module=MLP(8, 4, hidden=[6]), data=data, max_epochs=3)
+
+    blocks, single = fit(), fit(OneByOne())
+    assert (blocks.error, single.error) == (None, None)
+    assert (blocks.reason, single.reason is None) == (None, False)
+    assert blocks.same_bits(single)
+    assert blocks.logger.points["train/loss"] == single.logger.points["train/loss"]
+
+
+def test_a_hook_that_is_set_late_hears_every_step():
+    counting = Counting()
+    fit = Fit(counting, data=Blobs(batch_size=4, seed=3, num_train=200))
+    assert (fit.error, fit.reason) == (None, None)
+    assert counting.calls == 2 * 50
+
+
+def test_blocks_are_used_though_the_model_asks_for_the_number_of_steps():
+    class Asking(MLP):
+        def configure_optimizers(self):
+            self.total = self.trainer.estimated_stepping_batches
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    fit = Fit(module=Asking(8, 4, hidden=[6]))
+    assert (fit.error, fit.reason, fit.module.total) == (None, None, 2 * STEPS)
+    assert fit.trainer.num_training_batches == 1  # a block, not 13 of one step
 
 
 def test_a_loss_is_logged_every_so_many_steps_wherever_blocks_begin():

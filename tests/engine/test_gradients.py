@@ -1,12 +1,10 @@
 import math
-import time
 
 import pytest
 import torch
 from torch import nn
 
 from tracklight.engine.gradients import STEPS_APART, statistics
-from tracklight.models.mlp import MLP
 
 MLP_STEPS = ("model=mlp", "model.hidden=[4]", "trainer.max_epochs=2", "data.batch_size=50")
 MLP_STEPS += ("data.num_val=500", "num_threads=1", "tracking.figures=false", "data.download=false")
@@ -54,25 +52,3 @@ def test_gradients_are_told_every_so_many_steps_and_change_no_bit(train, tmp_pat
         for what in ("norm", "max", "ratio")
     }
     assert plain.history("train/loss") == watched.history("train/loss")
-
-
-def test_watching_costs_less_than_a_tenth_of_the_steps_between():
-    model = MLP(784, 10, [128])
-    inputs, targets = torch.randn(64, 784), torch.randint(10, (64,))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-
-    def steps():
-        for _ in range(STEPS_APART):
-            optimizer.zero_grad()
-            model.loss(model(inputs), targets).backward()
-            optimizer.step()
-
-    def seconds(work):
-        start_s = time.thread_time()
-        work()
-        return time.thread_time() - start_s
-
-    steps(), statistics(model)
-    walk_s = min(seconds(steps) for _ in range(10))
-    watch_s = min(seconds(lambda: statistics(model)) for _ in range(10))
-    assert watch_s < 0.1 * walk_s

@@ -17,6 +17,7 @@ from pytorch_lightning.callbacks import (
     TQDMProgressBar,
 )
 from pytorch_lightning.profilers import SimpleProfiler
+from torch.utils.data import DataLoader, TensorDataset
 
 from foreign import Blobs, Net, NoisyData
 from tracklight.engine.obstacles import CALLBACK_HOOKS, MODULE_HOOKS, trainer_obstacle
@@ -50,7 +51,7 @@ class Seen(Callback):
 
 def test_by_default_steps_are_taken_in_blocks():
     fit = Fit()
-    assert (fit.error, fit.reason, fit.data.steps_per_block > 1) == (None, None, True)
+    assert (fit.error, fit.reason, fit.trainer.num_training_batches) == (None, None, 1)
     assert fit.trainer.global_step == 2 * STEPS
 
 
@@ -274,6 +275,18 @@ def test_data_that_override_a_transfer_hook_keep_it(hook):
     fit = Fit(data=type("Own", (Blobs,), {hook: override})(batch_size=16, seed=3))
     assert fit.reason == f"Own overrides {hook}"
     assert len(calls) >= 2 * STEPS
+
+
+def test_data_with_a_loader_of_their_own_keep_it():
+    class Own(Blobs):
+        def train_dataloader(self):
+            train = self.splits["train"]
+            rows = TensorDataset(train.features, train.targets)
+            return DataLoader(rows, batch_size=40, num_workers=0)
+
+    fit = Fit(data=Own(batch_size=16, seed=3, num_train=200), max_epochs=1)
+    assert (fit.error, fit.reason) == (None, "Own overrides train_dataloader")
+    assert fit.trainer.global_step == 5
 
 
 def test_own_training_steps_manual_optimization_and_foreign_parts_are_plain():

@@ -58,6 +58,50 @@ def test_a_traced_step_has_the_bits_of_the_step_by_hand(optimizer, dropout):
     assert all(map(torch.equal, ours.parameters(), by_hand.parameters()))
 
 
+class Penalised(MLP):
+    """Its loss depends on the parameters beside the outputs."""
+
+    pure = True
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return super().loss(outputs, targets) + 0.1 * sum(
+            p.square().sum() for p in self.parameters()
+        )
+
+
+def test_a_traced_step_has_the_gradient_of_parameters_that_the_loss_itself_uses():
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(Penalised(in_features=20, out_features=4, hidden=[16]))
+    ours, by_hand = models
+    step = make_step(ours, torch.optim.SGD(ours.parameters(), lr=0.1))
+    take = eager_step(by_hand, torch.optim.SGD(by_hand.parameters(), lr=0.1))
+    for batch in minibatches():
+        assert torch.equal(step(*batch), take(*batch))
+    assert isinstance(step, TracedStep) and any(step.traces.values())
+    assert all(map(torch.equal, ours.parameters(), by_hand.parameters()))
+
+
+def test_momentum_that_is_switched_on_later_counts():
+    ours, by_hand = build(), build()
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (ours, by_hand)]
+    step, take = make_step(ours, optimizers[0]), eager_step(by_hand, optimizers[1])
+    for index, batch in enumerate(minibatches()):
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["momentum"] = 0.9 if index > 3 else 0.0
+        assert torch.equal(step(*batch), take(*batch))
+    assert all(map(torch.equal, ours.parameters(), by_hand.parameters()))
+
+
+def test_a_learning_rate_that_is_a_tensor_is_left_to_the_optimizer():
+    model = build()
+    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.01))
+    step = make_step(model, optimizer)
+    losses = [step(*batch).item() for batch in 4 * minibatches()]
+    assert losses[-2] < losses[0]
+
+
 def test_an_optimizer_of_some_parameters_leaves_the_others_alone():
     model = build()
     head = list(model.parameters())[-2:]

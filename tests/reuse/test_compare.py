@@ -34,6 +34,37 @@ def test_settings_are_ranked_by_the_mean_over_their_seeds(add, tmp_path):
     assert found.places[0].half_width is None
 
 
+def test_the_same_seed_again_is_no_new_evidence_and_other_data_another_place(add, tmp_path):
+    for score in (0.5, 0.7):
+        add(score, "one", 0)
+    add(0.6, "one", 1)
+    add(0.9, "one", 0, data="other")
+    found = board(tmp_path)
+    assert [place.values for place in found.places] == [[0.9], [0.6, 0.7]]
+    assert found.places[1].flags == ["other data"]
+
+
+def test_runs_of_a_place_that_were_made_by_different_code_are_flagged(add, tmp_path):
+    for seed, code in enumerate("ab"):
+        add(0.5, "one", seed, tags={"tracklight.code": code})
+    assert board(tmp_path).places[0].flags == ["mixed code"]
+
+
+def test_an_infinite_loss_ranks_nothing(add, tmp_path):
+    for seed in (0, 1):
+        add(0.5, "one", seed, losses=(float("inf"),))
+    add(0.4, "two", 0, losses=(2.0,))
+    found = board(tmp_path, metric="train/loss_epoch")
+    assert [place.values for place in found.places] == [[2.0], []]
+
+
+def test_a_metric_that_is_the_score_is_ranked_as_the_score_is(add, tmp_path):
+    params = {"score.metric": "val/nll", "score.mode": "min"}
+    for score in (0.5, 0.4):
+        add(score, params=params)
+    assert [place.values for place in board(tmp_path, metric="score").places] == [[0.4], [0.5]]
+
+
 def test_each_run_has_its_own_place_when_asked(add, tmp_path):
     add(0.7, "one", 0), add(0.9, "one", 1)
     assert [place.mean for place in board(tmp_path, each=True).places] == [0.9, 0.7]
@@ -159,10 +190,12 @@ def test_long_series_keeps_its_ends():
         (["--metric", "nope"], "no chosen run has it; the newest has score"),
         (["--tag", "x"], "must be KEY=VALUE"),
         (["--sweep", "last"], "there is no sweep"),
+        (["--sweep", "best"], "is no sweep"),
         (["--limit", "0"], "must be 1 or more"),
         (["--experiment", "nowhere"], "leave a filter out"),
         (["--nonsense"], "unrecognized arguments"),
         (["--csv", "--json"], "not allowed with"),
+        (["--csv", "last", "best"], "of two runs, --json tells all"),
     ],
 )
 def test_bad_command_line_is_answered_in_one_line(add, tmp_path, words, told):

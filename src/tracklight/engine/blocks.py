@@ -21,7 +21,7 @@ from typing_extensions import override
 from tracklight.data.tensor_data import TensorData
 from tracklight.engine.obstacles import obstacle
 from tracklight.engine.seeding import seed_step
-from tracklight.engine.steps import make_step
+from tracklight.engine.steps import make_step, standing
 from tracklight.errors import RunFailed
 from tracklight.models.supervised import Supervised
 
@@ -44,6 +44,24 @@ class SeriesLog(Protocol):
 
     def log_series(self, key: str, steps: Sequence[int], values: Sequence[float]) -> None:
         """Record `values[i]` at `steps[i]`."""
+
+
+class Heard:
+    """What a model logs during a block, which Lightning would take for one step's.
+
+    Args:
+        losses: Of the steps taken so far; their number is the step under way.
+    """
+
+    def __init__(self, losses: Sequence[Tensor]):
+        self.losses = losses
+        self.notes: dict[str, tuple[list[int], list[Tensor], dict[str, Any]]] = {}
+
+    def note(self, name: str, value: Any, prog_bar: bool = False, **how: Any) -> None:
+        """Take the arguments of `LightningModule.log`."""
+        indices, values, _ = self.notes.setdefault(name, ([], [], how | {"prog_bar": prog_bar}))
+        indices.append(len(self.losses))
+        values.append(torch.as_tensor(value, dtype=torch.float32).detach())
 
 
 class Blocks(Callback):
@@ -70,11 +88,14 @@ class Blocks(Callback):
         data = self.trainer.datamodule
         reason = obstacle(trainer, module, data)
         self.walking = reason is None
+        if isinstance(data, TensorData):
+            data.steps_per_block = 1
         if isinstance(module, Supervised) and isinstance(data, TensorData) and self.walking:
             self.module, self.data = module, data
             data.steps_per_block = STEPS_PER_BLOCK
+            trainer.fit_loop._combined_loader = None  # who asked for the number of steps, made one
             module.__dict__["optimizer_step"] = self._optimizer_step
-            self.step = make_step(module, trainer.optimizers[0])
+            self.standing: Any = None
             # Lightning takes blocks for batches, and finds them too few to be logged.
             warnings.filterwarnings("ignore", "The number of training batches", UserWarning)
         elif trainer.is_global_zero:
@@ -84,6 +105,7 @@ class Blocks(Callback):
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
         if self.walking:
             del module.optimizer_step
+            self.data.steps_per_block = 1
 
     @override
     def on_train_batch_start(
@@ -91,6 +113,9 @@ class Blocks(Callback):
     ) -> None:
         if self.walking:
             self.block = batch
+            if batch_idx == 0 and standing(self.module) != self.standing:
+                self.standing = standing(self.module)
+                self.step = make_step(self.module, trainer.optimizers[0])
         else:
             step = trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1
             seed_step(self.seed, step, trainer.global_rank)
@@ -110,14 +135,19 @@ class Blocks(Callback):
         ]
         first = self.trainer.global_step
         size = self.data.batch_size or len(targets)
-        losses = []
-        for index, (x, y) in enumerate(zip(inputs.split(size), targets.split(size), strict=True)):
-            if index:  # Lightning itself steps the schedulers after the block's last step
-                for scheduler in schedulers:
-                    scheduler.step()
-                self._count()
-            seed_step(self.seed, first + index)
-            losses.append(self.step(x, y))
+        losses: list[Tensor] = []
+        self.heard = Heard(losses)
+        self.module.__dict__["log"] = self.heard.note
+        try:
+            for x, y in zip(inputs.split(size), targets.split(size), strict=True):
+                if losses:  # Lightning itself steps the schedulers after the block's last step
+                    for scheduler in schedulers:
+                        scheduler.step()
+                    self._count()
+                seed_step(self.seed, first + len(losses))
+                losses.append(self.step(x, y))
+        finally:
+            del self.module.log
         return torch.stack(losses)
 
     def _count(self) -> None:
@@ -128,6 +158,9 @@ class Blocks(Callback):
             counter.ready += 1
             counter.completed += 1
         loop._batches_that_stepped += 1
+        for name in ("ready", "started", "processed", "completed"):
+            total = loop.batch_progress.total
+            setattr(total, name, getattr(total, name) + 1)
 
     @override
     def on_train_batch_end(
@@ -145,7 +178,7 @@ class Blocks(Callback):
         steps = range(trainer.global_step - len(losses) + 1, trainer.global_step + 1)
         values = losses.tolist()  # the block's one synchronisation
         bad = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
-        self._log_steps(steps[: None if bad is None else bad + 1], values)
+        self._log_steps("train/loss", steps[: None if bad is None else bad + 1], values)
         if bad is not None:
             raise NonFiniteLoss(steps[bad], values[bad])
         sizes = losses.new_full((len(losses),), self.data.batch_size or num_examples)
@@ -155,12 +188,30 @@ class Blocks(Callback):
             "train/loss", losses[-1], on_step=True, on_epoch=False, prog_bar=True, logger=False
         )
         module.log("train/loss_epoch", mean, on_step=False, on_epoch=True, batch_size=num_examples)
+        self._pass_on(steps, sizes)
 
-    def _log_steps(self, steps: range, values: list[float]) -> None:
+    def _pass_on(self, steps: Sequence[int], sizes: Tensor) -> None:
+        """Log what the model logged in forward pass or loss, step by step as Lightning would."""
+        for name, (indices, values, how) in self.heard.notes.items():
+            on_step, on_epoch = how.pop("on_step", None), how.pop("on_epoch", None) or False
+            found = torch.stack(values)
+            if on_step is None or on_step:
+                key = f"{name}_step" if on_epoch else name
+                if how.get("logger") is not False:
+                    self._log_steps(key, [steps[index] for index in indices], found.tolist())
+                self.module.log(key, found[-1], **{**how, "logger": False})
+            if on_epoch:
+                key = name if on_step is False else f"{name}_epoch"
+                weights = sizes[indices]
+                mean, total = (found * weights).sum() / weights.sum(), int(weights.sum())
+                how |= {"batch_size": total, "on_step": False, "on_epoch": True}
+                self.module.log(key, mean, **how)
+
+    def _log_steps(self, key: str, steps: Sequence[int], values: Sequence[float]) -> None:
         if self.track is None or not self.trainer.log_every_n_steps:
             return
         chosen = [i for i, step in enumerate(steps) if step % self.trainer.log_every_n_steps == 0]
-        self.track.log_series("train/loss", [steps[i] for i in chosen], [values[i] for i in chosen])
+        self.track.log_series(key, [steps[i] for i in chosen], [values[i] for i in chosen])
 
     def _check_loss(self, outputs: Any) -> None:
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs

@@ -7,6 +7,7 @@ depend on how many steps a block has.
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +23,27 @@ CAPTURABLE = (SGD, Adam, AdamW)  # whose fused kernels read the learning rate on
 
 def may_capture(optimizer: Optimizer) -> bool:
     """Say whether this optimizer's step can be replayed while its learning rate changes."""
-    return type(optimizer) in CAPTURABLE and all(
+    return (
+        type(optimizer) in CAPTURABLE
+        and not (optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+        and all(_suits(group) for group in optimizer.param_groups)
+    )
+
+
+def _suits(group: dict[str, Any]) -> bool:
+    return (
         group["fused"] is not False
         and not (group["foreach"] or group["differentiable"] or isinstance(group["lr"], Tensor))
-        for group in optimizer.param_groups
+        and all(each.dtype == torch.float32 for each in group["params"])  # as the rates sent
     )
+
+
+def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return all that a capture makes a constant of; some schedulers change momentum or betas."""
+    return [
+        {key: value for key, value in group.items() if key not in ("params", "lr")}
+        for group in optimizer.param_groups
+    ]
 
 
 class OnDevice:
@@ -87,26 +104,30 @@ class CapturedStep:
         self.stream = torch.cuda.Stream()
         self.taken: Counter[Shapes] = Counter()
         self.captured: dict[Shapes, _Captured] = {}
+        self.settings: dict[Shapes, list[dict[str, Any]]] = {}  # at capture
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Take the step."""
-        shapes = (inputs.shape, targets.shape)
+        shapes, settings = (inputs.shape, targets.shape), _settings(self.optimizer)
         captured = self.captured.get(shapes)
         if captured is None:
             self.taken[shapes] += 1
+            if self.taken[shapes] <= WARM_UP_STEPS:
+                return self._take(inputs, targets)
             with self.on_device.used():
-                if self.taken[shapes] <= WARM_UP_STEPS:
-                    return self._warm_up(inputs, targets)
                 self.optimizer.zero_grad(set_to_none=True)
                 captured = _Captured(self.eager, self.parameters, inputs, targets)
-            self.captured[shapes] = captured
+            self.captured[shapes], self.settings[shapes] = captured, settings
+        if self.settings[shapes] != settings:
+            return self._take(inputs, targets)
         self.on_device.send()
         return captured.replay(inputs, targets)
 
-    def _warm_up(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _take(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Take the step without a capture, by the same kernels."""
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream), self.on_device.used():
             loss = self.eager(inputs, targets)
         current.wait_stream(self.stream)
         return loss

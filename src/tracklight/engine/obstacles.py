@@ -109,6 +109,8 @@ def _hook_obstacle(trainer: Any, module: Supervised, data: TensorData) -> str | 
         for hook in hooks:
             if is_overridden(hook, owner, base):
                 return f"{type(owner).__name__} overrides {hook}"
+    if type(data).train_dataloader is not TensorData.train_dataloader:
+        return f"{type(data).__name__} overrides train_dataloader"
     for callback in trainer.callbacks:
         if isinstance(callback, Timer):
             return "trainer.max_time"

@@ -11,13 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from tracklight.engine.graphs import CapturedStep, Step, may_capture
 from tracklight.models.supervised import Supervised
 
+MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 EAGER_STEPS = 16  # of a shape of minibatch, before it is worth a trace
 
 
@@ -49,14 +51,27 @@ def eager_step(module: Supervised, optimizer: Optimizer) -> Step:
 
 def may_trace(module: Supervised) -> bool:
     """Say whether one trace serves all steps: nothing but parameters and the batch enters them."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return (
         vars(type(module)).get("pure", False)  # promised of this class, not of its parents
         and module._compiled_call_impl is None
         and next(module.buffers(), None) is None
         and all(parameter.requires_grad for parameter in module.parameters())
-        and not any(getattr(part, hook) for part in module.modules() for hook in hooks)
+        and not any(_hooks(module))
     )
+
+
+def standing(module: Supervised) -> tuple[Any, ...]:
+    """Return what a step was made for: where it has changed, another has to be made."""
+    parameters = [(id(each), each.requires_grad) for each in module.parameters()]
+    buffers = [id(each) for each in module.buffers()]
+    return parameters, buffers, _hooks(module), module._compiled_call_impl is None
+
+
+def _hooks(module: nn.Module) -> list[int]:
+    """Count the hooks of each module and parameter."""
+    owners = [(part, MODULE_HOOKS) for part in module.modules()]
+    owners += [(each, PARAMETER_HOOKS) for each in module.parameters()]
+    return [len(getattr(owner, hook, None) or ()) for owner, names in owners for hook in names]
 
 
 def _unburden(optimizer: Optimizer) -> None:
@@ -69,7 +84,10 @@ def _unburden(optimizer: Optimizer) -> None:
         return
     optimizer.__dict__["_accelerator_graph_capture_health_check"] = lambda: None
     for group in optimizer.param_groups:
-        if group["foreach"] is None and not (group["fused"] or group["differentiable"]):
+        has_tensors = any(isinstance(each, Tensor) for each in (group["lr"], *group["betas"]))
+        if group["foreach"] is None and not (
+            group["fused"] or group["differentiable"] or has_tensors
+        ):
             group["foreach"] = True
 
 
@@ -85,7 +103,8 @@ class TracedStep:
     def __init__(self, module: Supervised, optimizer: Optimizer, eager: Step):
         self.module = module
         self.eager = eager
-        self.names = [name for name, _ in module.named_parameters()]
+        self.of_batch = _LossOfBatch(module)
+        self.names = [name for name, _ in self.of_batch.named_parameters()]
         self.parameters: list[Tensor] = list(module.parameters())
         self.update = _bare_update(optimizer, self.parameters)
         self.traces: dict[tuple[torch.Size, torch.Size], Callable[..., Any] | None] = {}
@@ -113,7 +132,7 @@ class TracedStep:
         def loss_and_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
             *parameters, x, y = tensors
             named = dict(zip(self.names, parameters, strict=True))
-            loss = self.module.loss(torch.func.functional_call(self.module, named, (x,)), y)
+            loss = torch.func.functional_call(self.of_batch, named, (x, y))
             return loss.detach(), *torch.autograd.grad(loss, parameters)
 
         state = torch.random.get_rng_state()  # tracing runs the operations, dropout's draws too
@@ -126,6 +145,17 @@ class TracedStep:
             torch.random.set_rng_state(state)
         _drop_aliases(traced)
         return traced.forward
+
+
+class _LossOfBatch(nn.Module):
+    """Forward pass and loss as one module: a trace has to see the parameters of both."""
+
+    def __init__(self, module: Supervised):
+        super().__init__()
+        self.module = module
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return self.module.loss(self.module(inputs), targets)
 
 
 def _drop_aliases(traced: torch.fx.GraphModule) -> None:
@@ -149,6 +179,9 @@ def _bare_update(optimizer: Optimizer, parameters: list[Tensor]) -> Callable[[li
     optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]; schedulers ask for it
 
     def update(gradients: list[Tensor]) -> None:
+        if not _is_plain_sgd(optimizer, parameters):  # any more: somebody changed a setting
+            optimizer.step()
+            return
         group = optimizer.param_groups[0]  # a restored state brings a new one
         torch._fused_sgd_(  # pyright: ignore[reportPrivateImportUsage]
             parameters,

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,6 +53,7 @@ class Parser(argparse.ArgumentParser):
 def enter(main: Callable[[Sequence[str]], int]) -> NoReturn:
     """Run a script's main on the command line and exit as the contract says."""
     cli.quiet()
+    signal.signal(signal.SIGTERM, cli.exit_terminated)
     try:
         code = main(sys.argv[1:])
     except SystemExit:

@@ -6,8 +6,8 @@ from typing import Any
 
 from tracklight.errors import BadInput
 from tracklight.reuse.command import RUN_HELP, Parser
-from tracklight.tracking.layout import PARENT_TAG
-from tracklight.tracking.ledger import Chosen, Ledger, open_ledger
+from tracklight.tracking.layout import PARENT_TAG, SWEEP_TAG
+from tracklight.tracking.ledger import Chosen, Ledger, open_ledger, parts
 
 EPILOG = """\
 Without RUNs, a leaderboard: settings that differ in their seed alone share a place, ranked by the
@@ -39,6 +39,8 @@ def main(argv: Sequence[str]) -> int:
     asked = parser.parse_intermixed_args(argv)
     if len(asked.runs) not in (0, 2):
         raise BadInput(f"{len(asked.runs)} RUN given; give none for a leaderboard, or two")
+    if asked.runs and asked.form == "csv":
+        raise BadInput("--csv is of a leaderboard; of two runs, --json tells all")
     if asked.limit < 1:
         raise BadInput(f"--limit {asked.limit} must be 1 or more")
     ledger = open_ledger(asked.uri, asked.dir)
@@ -76,9 +78,13 @@ def _sweep(ledger: Ledger, word: str, experiment: str | None) -> str:
     from tracklight.tracking.choice import SCORE, choose_id
 
     if word != "last":
-        return choose_id(ledger, word, experiment)
-    for run in ledger.scored(Chosen(experiment), SCORE):
-        parent = ledger.entries([run.run_id])[0].tags.get(PARENT_TAG)
-        if parent:
-            return parent
+        run_id = choose_id(ledger, word, experiment)
+        if SWEEP_TAG not in ledger.entries([run_id])[0].tags:
+            raise BadInput(f"--sweep {word}: run {run_id} is no sweep; name one, or `last`")
+        return run_id
+    trained = [run.run_id for run in ledger.scored(Chosen(experiment), SCORE)]
+    for part in parts(trained):
+        for entry in ledger.entries(part):
+            if PARENT_TAG in entry.tags:
+                return entry.tags[PARENT_TAG]
     raise BadInput(f"there is no sweep in {ledger.shown_uri}")

@@ -47,6 +47,8 @@ def evaluate(asked: Any) -> dict[str, float]:
     wrong = [each for each in asked.overrides if not each.startswith("data.")]
     if wrong:
         raise BadInput(f"{wrong[0]}: only the data can be changed, data.KEY=VALUE")
+    if asked.table is not None and asked.split is not None:
+        raise BadInput(f"--split {asked.split}: every row of --table is tested; leave one out")
     store = stored.open_store(asked.uri, asked.dir)
     named = query.choose(store, asked.run, asked.experiment)
     run = query.trained(store, named)
@@ -58,7 +60,7 @@ def evaluate(asked: Any) -> dict[str, float]:
         kept = stored.rebuild(store, run, cfg, read=True)
         split = evaluation.choose_split(kept, asked.split)
     if asked.into_run:
-        evaluation.check_room(run, split)
+        evaluation.check_room(run, kept, split)
     metrics = evaluation.measure(kept, split)
     lines = {"run": f"{run.info.run_id} ({run.info.run_name})"}
     if named.info.run_id != run.info.run_id:

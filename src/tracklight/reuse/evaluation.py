@@ -10,6 +10,7 @@ from typing import Any
 from pytorch_lightning import Trainer
 
 from tracklight import config
+from tracklight.assemble import has_test
 from tracklight.data.csv_columns import read_columns
 from tracklight.data.table import Table
 from tracklight.data.tensor_data import Split, TensorData
@@ -35,6 +36,11 @@ def choose_split(kept: Stored, wanted: str | None) -> str:
     if not isinstance(kept.data, TensorData):
         if wanted == "train":
             raise BadInput("--split train needs a tracklight data set (TensorData)")
+        if wanted != "val" and not has_test(kept.model, kept.data):
+            raise BadInput(
+                f"{type(kept.model).__name__} has no test_step, or its data no test_dataloader; "
+                "try --split val"
+            )
         return wanted or "test"
     there = list(kept.data.splits)
     if wanted is not None and wanted not in there:
@@ -115,12 +121,18 @@ def against_record(run: Any, kept: Stored, split: str, metrics: dict[str, float]
     return lines
 
 
-def check_room(run: Any, split: str) -> None:
+def check_room(run: Any, kept: Stored, split: str) -> None:
     """Refuse to log to a run what could not be told from what it has.
 
     Raises:
-        BadInput: The run is in progress, or has metrics of this split already.
+        BadInput: The run is in progress, has metrics of this split already, or other data.
     """
+    data = _digest(kept)
+    if data != run.data.tags.get(DATA_TAG, data):
+        raise BadInput(
+            "--into-run: this is not the run's own data; leave --into-run out to log to a child of"
+            " it, which names its data"
+        )
     if run.info.status == "RUNNING":
         raise BadInput(f"--into-run: run {run.info.run_id} is RUNNING; leave --into-run out")
     there = [

@@ -11,7 +11,7 @@ from tracklight.errors import BadInput
 from tracklight.reuse.statistic import half_width
 from tracklight.tracking.choice import SCORE
 from tracklight.tracking.layout import DATA_TAG
-from tracklight.tracking.ledger import Chosen, Entry, Ledger, Scored
+from tracklight.tracking.ledger import Chosen, Entry, Ledger, Scored, distinct
 
 LOSSES = ("train/loss_epoch", "train/loss", "val/loss")  # the first that a run has is drawn
 MINIMISED = ("loss", "error", "gap", "rmse", "mse", "mae", "perplexity")
@@ -86,6 +86,7 @@ def rank(
             chosen.experiment, chosen.parent, chosen.tags, chosen.params | same, chosen.ids
         )
         found = ledger.scored(narrowed, SCORE)
+    if metric in (None, SCORE, newest.params.get("score.metric")):
         mode = mode or newest.params.get("score.mode")
     if metric is not None and all(run.value is None for run in found):
         there = ", ".join(sorted(newest.metrics)[:12])
@@ -114,7 +115,7 @@ def rank(
                 values=values,
                 delta=None if best is None or mean is None else mean - best,
                 params={key: _value(runs, key) for key in columns},
-                flags=_flags(runs[0], places[0].runs[0] if places else runs[0]),
+                flags=_flags(runs, places[0].runs[0] if places else runs[0]),
                 loss=losses.get(runs[0].run_id, []),
             )
         )
@@ -137,10 +138,12 @@ def _newest(found: Sequence[Scored]) -> Scored:
 
 
 def _grouped(found: Sequence[Scored], each: bool) -> list[list[Scored]]:
-    groups: dict[str, list[Scored]] = {}
+    if each:
+        return [[run] for run in found]
+    groups: dict[tuple[str, str], list[Scored]] = {}
     for run in found:
-        groups.setdefault(run.run_id if each else run.setting, []).append(run)
-    return list(groups.values())
+        groups.setdefault((run.setting, run.data), []).append(run)
+    return [distinct(group) for group in groups.values()]
 
 
 def _ordered(groups: list[list[Scored]], mode: str) -> list[list[Scored]]:
@@ -184,14 +187,16 @@ def _value(runs: list[Entry], key: str) -> str:
     return ", ".join(dict.fromkeys(run.params.get(key, "") for run in runs))
 
 
-def _flags(run: Entry, first: Entry) -> list[str]:
-    """Tell where a run stands on other ground than the first place."""
+def _flags(runs: Sequence[Entry], first: Entry) -> list[str]:
+    """Tell where runs stand on other ground than the first place, or than one another."""
     flags = []
     for name, tag in (("git", COMMIT), ("code", CODE), ("data", DATA_TAG)):
-        if run.tags.get(tag) != first.tags.get(tag):
+        found = {run.tags.get(tag) for run in runs}
+        if len(found) > 1:
+            flags.append(f"mixed {name}")
+        elif found != {first.tags.get(tag)}:
             flags.append(f"other {name}")
-    if run.tags.get(DIRTY) == "true":
+    if any(run.tags.get(DIRTY) == "true" for run in runs):
         flags.append("uncommitted")
-    if run.status != "FINISHED":
-        flags.append(run.status.lower())
+    flags += dict.fromkeys(run.status.lower() for run in runs if run.status != "FINISHED")
     return flags

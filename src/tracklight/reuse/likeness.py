@@ -11,7 +11,7 @@ from torch import Tensor
 from tracklight import config
 from tracklight.engine.checkpoint import load_plain
 from tracklight.errors import BadInput
-from tracklight.resume import CHANGES_TAG, CODE_TAG
+from tracklight.resume import CHANGES_TAG, CODE_TAG, EPOCHS_TAG
 from tracklight.tracking import provenance, query
 from tracklight.tracking.layout import DATA_TAG, IDENTITY_TAG
 from tracklight.tracking.store import Store
@@ -123,6 +123,9 @@ def config_reasons(run: Any, cfg: DictConfig) -> list[str]:
         for key, value in now.items()
         if run.data.params.get(key, str(value)) != str(value)
     ]
+    epochs = str(cfg.trainer.max_epochs)
+    if (asked := run.data.tags.get(EPOCHS_TAG, epochs)) != epochs:
+        told.append(f"config: the run was asked for {asked} epochs, its stored config for {epochs}")
     if not told and run.data.tags.get(IDENTITY_TAG) not in (None, config.identity(cfg)):
         told.append("config: the stored one is not that of the run's identity")
     return told

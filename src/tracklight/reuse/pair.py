@@ -7,6 +7,7 @@ import json
 import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,15 @@ from tracklight.reuse.leaderboard import CODE, COMMIT, DIRTY, decides, guess_mod
 from tracklight.reuse.statistic import difference, half_width
 from tracklight.tracking.choice import SCORE, choose_id
 from tracklight.tracking.client_ledger import ClientLedger
-from tracklight.tracking.layout import DATA_TAG, FOLDER, SETTING_TAG
-from tracklight.tracking.ledger import Chosen, Entry, Ledger
+from tracklight.tracking.layout import (
+    BEST_TAG,
+    DATA_TAG,
+    FOLDER,
+    IDENTITY_TAG,
+    SETTING_TAG,
+    SWEEP_TAG,
+)
+from tracklight.tracking.ledger import Chosen, Entry, Ledger, distinct
 
 ROOT = Path(__file__).resolve().parents[3]
 MAX_LINES = 40  # of one kind; a patch asked for by --diff is whole
@@ -31,9 +39,8 @@ def told(ledger: Ledger, asked: Any) -> str:
     Raises:
         BadInput: A run is not to be had.
     """
-    ids = [choose_id(ledger, word, asked.experiment) for word in asked.runs]
-    by_id = {entry.run_id: entry for entry in ledger.entries(ids)}
-    one, other = (by_id[run_id] for run_id in ids)
+    one, other = (_trained(ledger, choose_id(ledger, w, asked.experiment)) for w in asked.runs)
+    ids = [one.run_id, other.run_id]
     texts = _texts(ledger, asked, ids)
     if asked.form == "json":
         return json.dumps(_plain(ledger, one, other, *texts), indent=1) + "\n"
@@ -58,6 +65,19 @@ def told(ledger: Ledger, asked: Any) -> str:
     if asked.diff:
         print("\n" + _patch(one, other, *texts), file=out)
     return out.getvalue()
+
+
+def _trained(ledger: Ledger, run_id: str) -> Entry:
+    """Return the run; of a sweep, the best of its trials."""
+    (entry,) = ledger.entries([run_id])
+    if SWEEP_TAG not in entry.tags or IDENTITY_TAG in entry.tags:
+        return entry
+    if BEST_TAG not in entry.tags:
+        raise BadInput(f"run {run_id} is a sweep without a finished trial; name a run")
+    (best,) = ledger.entries([entry.tags[BEST_TAG]]) or [None]
+    if best is None:
+        raise BadInput(f"run {run_id} is a sweep whose best trial was deleted; name a run")
+    return replace(best, name=f"{best.name}, the best of {entry.name}")
 
 
 def _plain(ledger: Ledger, one: Entry, other: Entry, before: Texts, after: Texts) -> dict[str, Any]:
@@ -135,6 +155,8 @@ def _texts(ledger: Ledger, asked: Any, ids: Sequence[str]) -> list[Texts]:
     if isinstance(ledger, ClientLedger):
         return _fetched(asked, ids)
     folders = [asked.dir.absolute() / FOLDER / run_id / "artifacts" for run_id in ids]
+    if not all(folder.is_dir() for folder in folders):  # elsewhere, or deleted: MLflow knows
+        return _fetched(asked, ids)
     return [
         {path: (folder / path).read_text("utf-8") for path in KEPT if (folder / path).is_file()}
         for folder in folders
@@ -196,7 +218,8 @@ def _seeds(ledger: Ledger, entry: Entry) -> list[float]:
     setting = entry.tags.get(SETTING_TAG)
     if setting is None:
         return [entry.metrics[SCORE]] if SCORE in entry.metrics else []
-    found = ledger.scored(Chosen(tags={SETTING_TAG: setting}), SCORE)
+    data = {key: entry.tags[key] for key in (DATA_TAG,) if key in entry.tags}
+    found = distinct(ledger.scored(Chosen(tags={SETTING_TAG: setting, **data}), SCORE))
     return [run.value for run in found if run.value is not None]
 
 
@@ -210,12 +233,12 @@ def _scores(ledger: Ledger, one: Entry, other: Entry) -> list[str]:
         half = half_width(found)
         spread = "" if half is None else f" ± {half:.2g}"
         mean = f"{statistics.fmean(found):.6g}" if found else "none"
-        lines.append(f"{name}: {metric} {mean}{spread} over {len(found)} runs of its setting")
+        lines.append(f"{name}: {metric} {mean}{spread} over {len(found)} seeds of its setting")
     if one.tags.get(SETTING_TAG) == other.tags.get(SETTING_TAG) and SETTING_TAG in one.tags:
         return [*lines[:1], "A and B are of one setting: what differs is chance, or the code"]
     found = difference(*values)
     if found is None:
-        return [*lines, "one run each cannot tell chance apart; train both with several seeds"]
+        return [*lines, "one seed each cannot tell chance apart; train both with several seeds"]
     mode = one.params.get("score.mode") or guess_mode(metric or "")
     better = "better" if (found.value > 0) == (mode == "max") else "worse"
     verdict = f"more than noise: B is {better}" if found.is_real else "no more than noise"

@@ -8,8 +8,12 @@ from tracklight.reuse.command import RUN_HELP, Parser
 EPILOG = """\
 Nothing is checked out and nothing is installed: differences of code, packages, machine and data are
 told, and the run is made again as a new run beside the old one. KEY=VALUE may change what no result
-depends on, such as data.root or trainer.enable_progress_bar. A sweep stands for its best trial.
+depends on, such as data.root or trainer.enable_progress_bar, and trainer.accelerator or
+trainer.devices where this machine has not those of the run. A sweep stands for its best trial.
 Exit codes: 0 identical to the bit, 1 not, 2 bad input."""
+
+
+ELSEWHERE = ("trainer.accelerator:", "trainer.devices:")  # what another machine may force
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,7 +30,7 @@ def reproduce(asked: Any) -> int:
     Raises:
         BadInput: The run is not to be had, did not finish, or an override would change its result.
     """
-    from tracklight import config, experiment
+    from tracklight import experiment
     from tracklight.errors import BadInput, RunFailed
     from tracklight.reuse import likeness, stored
     from tracklight.tracking import query
@@ -40,14 +44,13 @@ def reproduce(asked: Any) -> int:
         )
     query.fetch(store, run, query.LAST)  # without weights there is nothing to compare with
     cfg = stored.stored_config(store, run, asked.overrides)
-    changed = config.differences(
-        config.deciding(stored.stored_config(store, run)), config.deciding(cfg)
-    )
-    if changed:
-        raise BadInput(f"{changed[0]} changes the result; that is a new run: use train.py")
+    changed = _changes(stored.stored_config(store, run), cfg)
+    refused = [line for line in changed if not line.startswith(ELSEWHERE)]
+    if refused:
+        raise BadInput(f"{refused[0]} changes the result; that is a new run: use train.py")
     cfg.tracking.experiment = store.client.get_experiment(run.info.experiment_id).name
     cfg.tracking.run_name = f"reproduce-{run.info.run_name}"[:250]
-    reasons = likeness.reasons(store, run, cfg)
+    reasons = [f"config: {line}" for line in changed] + likeness.reasons(store, run, cfg)
     print(f"reproducing {run.info.run_id} ({run.info.run_name})")
     for reason in reasons:
         print(f"warning: {reason}")
@@ -65,3 +68,14 @@ def reproduce(asked: Any) -> int:
         for line in likeness.explained(reasons, cfg):
             print(f"  why: {line}")
     return 0 if found.identical else 1
+
+
+def _changes(stored: Any, cfg: Any) -> list[str]:
+    """Tell where overrides change what the result depends on."""
+    from tracklight import config
+
+    trained_by = [
+        config.deciding(each) | {"trainer.max_epochs": each.trainer.max_epochs}
+        for each in (stored, cfg)
+    ]
+    return config.differences(*trained_by)

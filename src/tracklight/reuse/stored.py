@@ -65,7 +65,8 @@ def stored_config(store: Store, run: Any, overrides: Sequence[str] = ()) -> Dict
     if not isinstance(tree, dict):
         raise BadInput(f"run {run.info.run_id}: its {CONFIG} is no config")
     cfg = config.amend(tree, overrides)
-    now = config.compose([f"tracking.dir={store.directory}"])
+    now = config.compose([])
+    OmegaConf.update(now, "tracking.dir", str(store.directory))
     for key in OURS:
         OmegaConf.update(cfg, key, now[key], force_add=True)
     cfg.tracking.uri = store.uri
@@ -103,8 +104,17 @@ def rebuild(store: Store, run: Any, cfg: DictConfig, *, read: bool) -> Stored:
 
 
 def inputs_of(store: Store, run: Any) -> dict[str, Any]:
-    """Return what the run wrote down about its model's inputs."""
-    return json.loads(query.read_text(store, run, INPUTS))
+    """Return what the run wrote down about its model's inputs.
+
+    Raises:
+        BadInput: It wrote nothing down.
+    """
+    try:
+        return json.loads(query.read_text(store, run, INPUTS))
+    except BadInput as error:
+        raise BadInput(
+            f"{error}; a run on a data set of one's own (no TensorData) has none"
+        ) from None
 
 
 def _code_change(run: Any, cfg: DictConfig) -> str:

@@ -13,6 +13,7 @@ from tracklight.sweep.leaderboard import Row, Standing, row, standings
 from tracklight.sweep.parent import children
 from tracklight.sweep.plots import page
 from tracklight.sweep.trial import OUTCOME_TAG, PARENT_TAG, POINT_TAG, REASON_TAG
+from tracklight.tracking.layout import BEST_TAG
 from tracklight.tracking.patience import persist
 from tracklight.tracking.quiet import mlflow
 from tracklight.tracking.run import Run
@@ -181,7 +182,7 @@ class Board:
         best = found[0] if found and found[0].rank == 1 else None
         if best is not None and best.score is not None:
             tags |= {f"best.{name}": text for name, text in best.params.items()}
-            tags |= {"best.run": best.runs[0].run_id, "best.score": repr(best.score)}
+            tags |= {BEST_TAG: best.runs[0].run_id, "best.score": repr(best.score)}
             metrics[f"best/{self._metric}"] = best.score
             if best.std is not None and best.interval is not None:
                 metrics[f"best/{self._metric}_std"] = best.std

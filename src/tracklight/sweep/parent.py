@@ -11,11 +11,11 @@ from tracklight.errors import BadInput
 from tracklight.sweep.plan import Plan
 from tracklight.sweep.trial import PARENT_TAG
 from tracklight.tracking import provenance
+from tracklight.tracking.layout import SWEEP_TAG
 from tracklight.tracking.patience import persist
 from tracklight.tracking.run import Run
 from tracklight.tracking.store import Store
 
-SWEEP_TAG = "tracklight.sweep"
 THREADS_TAG = "tracklight.threads"
 PAGE = 1000  # runs an answer of MLflow's holds at most
 

@@ -179,6 +179,7 @@ class _Sweep:
         from tracklight.sweep import parent
         from tracklight.sweep.board import Board
         from tracklight.sweep.changes import check_unchanged
+        from tracklight.tracking.layout import SWEEP_TAG
 
         plan = self.plan
         cfg = plan.points[0][0].cfg
@@ -191,7 +192,7 @@ class _Sweep:
         tags = parent.parent_tags(plan) | {parent.THREADS_TAG: str(threads)}
         if found is None:
             name = cfg.tracking.run_name or "sweep " + " ".join(plan.space.written())
-            tags |= {parent.SWEEP_TAG: plan.identity}
+            tags |= {SWEEP_TAG: plan.identity}
             run = store.create(cfg.tracking.experiment, name, tags)
         else:
             run = parent.reopen_parent(store, found.info.run_id, tags)

@@ -6,7 +6,7 @@ from typing import Any
 from typing_extensions import override
 
 from tracklight.errors import BadInput
-from tracklight.tracking.layout import IDENTITY_TAG, SETTING_TAG
+from tracklight.tracking.layout import DATA_TAG, IDENTITY_TAG, SETTING_TAG
 from tracklight.tracking.ledger import (
     Chosen,
     Entry,
@@ -65,6 +65,8 @@ class ClientLedger(Ledger):
             Scored(
                 run.info.run_id,
                 run.data.tags.get(SETTING_TAG, run.info.run_id),
+                run.data.tags[IDENTITY_TAG],
+                run.data.tags.get(DATA_TAG, ""),
                 finite(run.data.metrics.get(metric)),
                 run.info.start_time,
             )

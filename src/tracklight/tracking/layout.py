@@ -9,4 +9,6 @@ IDENTITY_TAG = "tracklight.identity"
 SETTING_TAG = "tracklight.setting"  # the identity without its seeds: runs to be averaged share it
 PARENT_TAG = "mlflow.parentRunId"  # MLflow's own
 DATA_TAG = "tracklight.data"  # digest of the data set
+SWEEP_TAG = "tracklight.sweep"  # of a sweep's parent run: the sweep's identity
+BEST_TAG = "best.run"  # of a sweep's parent run: id of its best trial
 REPRODUCES_TAG = "tracklight.reproduces"  # id of the run that one was made again from

@@ -1,6 +1,6 @@
 """Many runs at once, read for comparison."""
 
-import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,8 @@ class Scored:
 
     run_id: str
     setting: str  # the config without its seeds; the run itself where that is not known
+    identity: str  # the config with its seeds: the same again is no new evidence
+    data: str  # digest
     value: float | None
     start_ms: int
 
@@ -111,7 +113,17 @@ def open_ledger(uri: str | None, directory: Path) -> Ledger:
 
 def finite(value: float | None) -> float | None:
     """Return the value, or None where it is no finite number."""
-    return value if value is not None and math.isfinite(value) else None
+    # SQL has no infinity: MLflow stores the largest float instead.
+    is_finite = value is not None and abs(value) < sys.float_info.max
+    return value if is_finite else None
+
+
+def distinct(found: Iterable[Scored]) -> list[Scored]:
+    """Keep of the runs of one config, seeds included, the newest that has a value."""
+    kept: dict[str, Scored] = {}
+    for run in sorted(found, key=lambda each: each.value is None):
+        kept.setdefault(run.identity, run)
+    return [*kept.values()]
 
 
 def newest_first(entries: Iterable[Entry]) -> list[Entry]:

@@ -10,8 +10,9 @@ from typing import Any
 from tracklight.errors import BadInput
 from tracklight.tracking.choice import WORDS, check_id, choose_id
 from tracklight.tracking.client_ledger import ClientLedger
-from tracklight.tracking.layout import IDENTITY_TAG
+from tracklight.tracking.layout import BEST_TAG, IDENTITY_TAG, SWEEP_TAG
 from tracklight.tracking.ledger import Ledger
+from tracklight.tracking.patience import reason
 from tracklight.tracking.quiet import mlflow
 from tracklight.tracking.sqlite_ledger import SqliteLedger
 from tracklight.tracking.store import Store
@@ -19,8 +20,6 @@ from tracklight.tracking.store import Store
 CHECKPOINTS = "checkpoints"
 BEST = f"{CHECKPOINTS}/best.ckpt"
 LAST = f"{CHECKPOINTS}/last.ckpt"
-SWEEP_TAG = "tracklight.sweep"  # of a sweep's parent run
-BEST_TAG = "best.run"  # of a sweep's parent run: id of its best trial
 
 
 def find_run(store: Store, run_id: str) -> Any:
@@ -37,7 +36,8 @@ def find_run(store: Store, run_id: str) -> Any:
             raise BadInput(f"there is no run {run_id} in {store.shown_uri}") from None
         if run.info.lifecycle_stage == "deleted":
             raise BadInput(
-                f"run {run_id} is deleted; restore it with `mlflow runs restore --run-id {run_id}`"
+                f"run {run_id} is deleted; restore it with "
+                f"`MLFLOW_TRACKING_URI={store.shown_uri} mlflow runs restore --run-id {run_id}`"
             )
         return run
     experiments = [each.experiment_id for each in store.client.search_experiments()]
@@ -101,8 +101,10 @@ def fetch(store: Store, run: Any, path: str) -> Path:
     try:
         folder = tempfile.mkdtemp(dir=_temporary())
         return Path(store.client.download_artifacts(run.info.run_id, path, folder))
-    except Exception:
-        raise BadInput(f"run {run.info.run_id} has no artifact {path}, or it was deleted") from None
+    except Exception as error:
+        raise BadInput(
+            f"run {run.info.run_id} has no artifact {path}, or it was deleted: {reason(error)}"
+        ) from None
 
 
 @functools.cache

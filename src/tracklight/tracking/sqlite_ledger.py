@@ -14,7 +14,7 @@ from typing import Any
 from typing_extensions import override
 
 from tracklight.errors import BadInput
-from tracklight.tracking.layout import IDENTITY_TAG, SETTING_TAG
+from tracklight.tracking.layout import DATA_TAG, IDENTITY_TAG, SETTING_TAG
 from tracklight.tracking.ledger import (
     Chosen,
     Entry,
@@ -64,9 +64,10 @@ class SqliteLedger(Ledger):
         joins = [
             "JOIN tags AS own ON own.run_uuid = r.run_uuid AND own.key = ?",
             "LEFT JOIN tags AS s ON s.run_uuid = r.run_uuid AND s.key = ?",
+            "LEFT JOIN tags AS d ON d.run_uuid = r.run_uuid AND d.key = ?",
             "LEFT JOIN latest_metrics AS m ON m.run_uuid = r.run_uuid AND m.key = ?",
         ]
-        values: list[Any] = [IDENTITY_TAG, SETTING_TAG, metric]
+        values: list[Any] = [IDENTITY_TAG, SETTING_TAG, DATA_TAG, metric]
         pairs = [("tags", pair) for pair in chosen.all_tags.items()]
         pairs += [("params", pair) for pair in chosen.params.items()]
         for at, (table, pair) in enumerate(pairs):
@@ -81,15 +82,18 @@ class SqliteLedger(Ledger):
             where += " AND e.name = ?"
             values.append(chosen.experiment)
         rows = self._ask(
-            "SELECT r.run_uuid, s.value, m.value, m.is_nan, r.start_time"
+            "SELECT r.run_uuid, s.value, own.value, d.value, m.value, m.is_nan, r.start_time"
             f" FROM runs AS r {' '.join(joins)} WHERE {where}"
             " ORDER BY r.start_time DESC, r.run_uuid",
             values,
         )
         wanted = None if chosen.ids is None else set(chosen.ids)
         return [
-            Scored(run_id, setting or run_id, None if nan else finite(value), start_ms)
-            for run_id, setting, value, nan, start_ms in rows
+            Scored(
+                *(run_id, setting or run_id, identity, data or ""),
+                *(None if nan else finite(value), start_ms),
+            )
+            for run_id, setting, identity, data, value, nan, start_ms in rows
             if wanted is None or run_id in wanted
         ]
 
