@@ -58,7 +58,12 @@ def resolve(
         BadInput: There is no such run, or the command asks for what cannot be continued.
     """
     if into is not None:
-        return cfg, Continued(find_run(store, into), [])
+        run = find_run(store, into)
+        try:
+            found = _stored_checkpoints(store, run)
+        except BadInput:  # trained again from the start, it comes to the same points
+            found = None, None
+        return cfg, Continued(run, [], *found)
     if cfg.resume is None:
         return cfg, None
     if cfg.resume == "auto":

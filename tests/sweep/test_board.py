@@ -19,7 +19,8 @@ class Away:
     patience_s = 0.0
 
     def __init__(self):
-        run = SimpleNamespace(info=SimpleNamespace(start_time=0, experiment_id="0"))
+        info = SimpleNamespace(start_time=0, experiment_id="0")
+        run = SimpleNamespace(info=info, data=SimpleNamespace(tags={}))
         self.gone = False
         self.client = SimpleNamespace(
             get_run=lambda _: run,

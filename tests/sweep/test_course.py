@@ -40,6 +40,8 @@ def complete(score):
 class Scripted:
     """Slots whose trials tell what a script says, by key; each in turn."""
 
+    blocks = False
+
     def __init__(self, script, size=1):
         self.script = {key: list(messages) for key, messages in script.items()}
         self.size = size
@@ -256,3 +258,38 @@ def test_a_store_that_stays_away_ends_the_sweep(tmp_path, monkeypatch):
     with pytest.raises(RunFailed, match="has not answered for 300 s; the same command continues"):
         run(grid(trials), trials, slots, board)
     assert slots.began == []
+
+
+def test_a_second_signal_leaves_at_once(tmp_path, monkeypatch, capsys):
+    class Left(Exception):
+        pass
+
+    def leave(code):
+        raise Left(code)
+
+    trials = trials_at(tmp_path / "a")
+    slots = Scripted({"1/0": [Epoch(1, 0.5), Epoch(2, 0.4), complete(0.3)]})
+    slots.on_message = lambda: signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(module.os, "_exit", leave)
+    with pytest.raises(Left, match="130"):
+        run(grid(trials), trials, slots, Noted())
+    assert slots.running == []
+    assert "stopping 1 running; again to leave at once" in capsys.readouterr().out
+
+
+def test_a_signal_ends_a_launch_that_tells_nothing_before_its_end(tmp_path):
+    trials = trials_at(tmp_path / "a")
+    slots = Scripted({"1/0": [complete(0.3)]})
+    slots.blocks = True
+    slots.on_message = lambda: signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(grid(trials), trials, slots, Noted())
+    assert slots.began == ["1/0"]
+
+
+def test_nobody_is_told_to_press_again_where_nobody_pressed(tmp_path, capsys):
+    trials = trials_at(tmp_path / "a")
+    script = {"1/0": [Outcome("failed", reason="odd")], "2/0": [complete(0.1)]}
+    run(grid(trials), trials, Scripted(script, size=2), Noted(), stops=True)
+    said = capsys.readouterr().out
+    assert "stopping 1 running\n" in said

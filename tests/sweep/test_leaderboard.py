@@ -55,3 +55,10 @@ def test_spread_is_students_interval():
     assert std == pytest.approx(np.std(scores, ddof=1), rel=1e-12)
     half = 2.776445105 * np.sqrt(2.5 / 5)
     assert (low, high) == pytest.approx((3 - half, 3 + half), rel=1e-9)
+
+
+def test_a_value_that_stands_for_another_config_now_is_ranked_by_the_newest(tmp_path):
+    old = replace(ROW, score=0.9, setting="old", start_ms=1)
+    new = replace(ROW, score=0.4, setting="new", start_ms=2, run_id="new")
+    (found,) = standings([old, new], "max", 1)
+    assert (found.score, [row.run_id for row in found.runs]) == (0.4, ["new"])

@@ -1,9 +1,11 @@
 """Whole sweeps, as typed: real processes, a real database."""
 
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -341,6 +343,29 @@ def test_an_untracked_sweep_ranks_its_points_and_leaves_nothing(commander, tmp_p
     process = commander.sweep(directory, *GRID, "tracking=none")
     assert process.exit_code == 0, process.stderr
     assert "train/loss (min), 3 trials" in process.stdout and Swept(directory).runs == []
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_parent_was_deleted_says_so_and_runs_nothing(commander, tmp_path):
+    directory = tmp_path / "runs"
+    assert commander.sweep(directory, *GRID).exit_code == 0
+    parent = Swept(directory).parent.run_id
+    with closing(sqlite3.connect(directory / "mlflow.db")) as connection, connection:
+        connection.execute(
+            "UPDATE runs SET lifecycle_stage = 'deleted' WHERE run_uuid = ?", [parent]
+        )
+    process = commander.sweep(directory, *GRID)
+    assert process.exit_code == 2 and process.stderr.count("\n") == 1
+    assert f"the parent run of this sweep, {parent}, was deleted" in process.stderr
+    assert len(Swept(directory).runs) == 3
+
+
+@pytest.mark.slow
+def test_a_first_point_that_is_refused_does_not_refuse_the_others(commander, tmp_path):
+    directory = tmp_path / "runs"
+    process = commander.sweep(directory, "+model.mood=refuses,good", *ODD)
+    assert process.exit_code == 1, process.stderr
+    assert [row["state"] for row in Swept(directory).leaderboard()] == ["complete", "failed"]
 
 
 @pytest.mark.slow

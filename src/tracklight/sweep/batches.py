@@ -42,6 +42,8 @@ class Batches:
         size: Trials in a batch; None for all there are.
     """
 
+    blocks = True
+
     def __init__(self, context: HydraContext, master: DictConfig, size: int | None):
         self._task = BatchTask()
         self._launcher = Plugins.instance().instantiate_launcher(

@@ -57,6 +57,9 @@ class Board:
         info = store.client.get_run(run.run_id).info
         self._began_s = info.start_time / 1000
         self._experiment = store.client.get_experiment(info.experiment_id).name
+        tags = store.client.get_run(run.run_id).data.tags
+        self._best = tags.get(BEST_TAG)
+        self._tested = [key for key in tags if key.startswith("best.test/")]
         self._logged: dict[str, float] = {}
         self._logged_at = -1
 
@@ -181,6 +184,9 @@ class Board:
         metrics = {f"sweep/{state}": float(count) for state, count in counts.items()}
         best = found[0] if found and found[0].rank == 1 else None
         if best is not None and best.score is not None:
+            if self._best not in (None, best.runs[0].run_id):
+                tags |= {key: "" for key in self._tested}  # of the one that was best before
+            self._best = best.runs[0].run_id
             tags |= {f"best.{name}": text for name, text in best.params.items()}
             tags |= {BEST_TAG: best.runs[0].run_id, "best.score": repr(best.score)}
             metrics[f"best/{self._metric}"] = best.score

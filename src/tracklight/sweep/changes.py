@@ -23,12 +23,15 @@ def check_unchanged(jobs: Sequence[Job], children: Iterable[Any], data: str | No
         BadInput: One of the runs had other code or data.
     """
     kinds = {tuple(config.targets(job.cfg)) for job in jobs}
-    code = {provenance.code_digest(targets) for targets in kinds}
+    digests = {kind: provenance.code_digest(kind) for kind in kinds}
     first = _settings(config.flatten(jobs[0].cfg))
     for child in children:
-        tags = child.data.tags
-        _check("code", tags.get(CODE_TAG), code)
-        if data is not None and _settings(child.data.params) == first:
+        tags, params = child.data.tags, child.data.params
+        own = tuple(sorted({v for k, v in params.items() if k.rpartition(".")[2] == "_target_"}))
+        if own not in digests:  # a point that this command does not name
+            digests[own] = provenance.code_digest(own)
+        _check("code", tags.get(CODE_TAG), {*digests.values()})
+        if data is not None and _settings(params) == first:
             _check("data", tags.get(DATA_TAG), {data})
 
 
@@ -42,9 +45,9 @@ def _check(what: str, before: str | None, now: set[str]) -> None:
 
 
 def _settings(params: Mapping[str, Any]) -> dict[str, str]:
-    """Pick what decides which data a run reads; where they lie does not."""
+    """Pick what decides which data a run reads; where they lie and in what portions does not."""
     return {
         key: str(value)
         for key, value in params.items()
-        if key.startswith("data.") and key != "data.root"
+        if key.startswith("data.") and key not in ("data.root", "data.batch_size")
     }

@@ -1,5 +1,6 @@
 """The course of a sweep: which run is next, what its outcome means, and when it is over."""
 
+import os
 import signal
 import time
 from collections import deque
@@ -13,7 +14,7 @@ from typing import Any
 from tracklight.errors import RunFailed
 from tracklight.sweep.board import NEVER_BEGAN_TAG, Board
 from tracklight.sweep.leaderboard import Row
-from tracklight.sweep.outcomes import joined, known
+from tracklight.sweep.outcomes import as_row, joined, known
 from tracklight.sweep.plan import assign
 from tracklight.sweep.points import Job, params_key, shown
 from tracklight.sweep.pool import Slots
@@ -129,16 +130,19 @@ class Course:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is None:
             self.signum = signum
+            if self._slots.blocks:  # a launcher, which tells nothing before all of its trials ended
+                raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
             return
-        signal.signal(signum, signal.SIG_IGN)
-        self._slots.kill()  # trials die with this process in any case
-        raise SystemExit(128 + signum)
+        self._progress.close()
+        self._slots.kill()
+        os._exit(128 + signum)  # the next start says of the parent run that it was killed
 
     def _wind_down(self) -> None:
         """Stop what runs, so that it can be continued."""
         if not self._slots.running:
             return
-        self._progress.note(f"stopping {len(self._slots.running)} running; again to leave at once")
+        hint = "; again to leave at once" if self.signum is not None else ""
+        self._progress.note(f"stopping {len(self._slots.running)} running{hint}")
         self._slots.stop()
         for job, message in self._slots.drain():
             if isinstance(message, Outcome) and message.reason.startswith("killed by"):
@@ -268,7 +272,7 @@ class Course:
         if message.kind == "failed" and self._board:
             tags = self._tags(job.number, job.params, job.key)
             self._board.record_failure(message.run_id, job.name, tags, message.reason)
-        self.rows.append(_row(job, message))
+        self.rows.append(as_row(job, message))
         if message.kind != "stopped":
             self._outcomes[job.key] = message
         for twin in self._awaited.pop(job.key, [job]):
@@ -293,8 +297,3 @@ class Course:
         self._trials.tell(job.number, kind, score)
         if kind == "complete" and score is not None:
             self._progress.standing(job.number, job.params, score)
-
-
-def _row(job: Job, outcome: Outcome) -> Row:
-    ended = {"state": outcome.kind, "score": outcome.score, "reason": outcome.reason}
-    return Row(job.number, job.params, job.cfg.seed, run_id=outcome.run_id or "", **ended)

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tracklight.sweep.trial import EPOCHS_RUN_TAG, OUTCOME_TAG, REASON_TAG, TRIAL_TAG
+from tracklight.sweep.trial import EPOCHS_RUN_TAG, OUTCOME_TAG, REASON_TAG, SECONDS_TAG, TRIAL_TAG
+from tracklight.tracking.layout import SETTING_TAG
 
 SCORE = "score"  # metric of a run: the best value of score.metric
 SEED_PARAM = "seed"
@@ -27,6 +28,8 @@ class Row:
     seconds: float = 0.0
     run_id: str = ""
     reason: str = ""
+    setting: str = ""  # digest of the config without its seeds; empty where it is not known
+    start_ms: int = 0
 
 
 def short_names(keys: Sequence[str]) -> list[str]:
@@ -48,7 +51,7 @@ def row(run: Any, names: Iterable[str]) -> Row:
     tags, info = run.data.tags, run.info
     state = ENDED.get(info.status) or tags.get(OUTCOME_TAG, "complete")
     score = run.data.metrics.get(SCORE) if info.status == "FINISHED" else None
-    seconds = ((info.end_time or info.start_time) - info.start_time) / 1000
+    lasted_s = ((info.end_time or info.start_time) - info.start_time) / 1000
     return Row(
         trial=int(tags.get(TRIAL_TAG, -1)),
         params={name: tags[name] for name in names if name in tags},
@@ -56,9 +59,11 @@ def row(run: Any, names: Iterable[str]) -> Row:
         state=state,
         score=None if score is None or math.isnan(score) else score,
         epochs=int(tags.get(EPOCHS_RUN_TAG, 0)),
-        seconds=seconds,
+        seconds=float(tags.get(SECONDS_TAG, lasted_s)),
         run_id=info.run_id,
         reason=tags.get(REASON_TAG, ""),
+        setting=tags.get(SETTING_TAG, ""),
+        start_ms=info.start_time,
     )
 
 
@@ -110,7 +115,7 @@ def standings(rows: Sequence[Row], mode: str, seeds: int) -> list[Standing]:
     points: dict[tuple[tuple[str, str], ...], list[Row]] = {}
     for each in sorted(rows, key=lambda each: (each.trial, each.seed)):
         points.setdefault(tuple(sorted(each.params.items())), []).append(each)
-    found = [_standing(runs, seeds) for runs in points.values()]
+    found = [_standing(_of_one_config(runs), seeds) for runs in points.values()]
     sign = 1 if mode == "min" else -1
     complete = [each for each in found if each.state == "complete" and each.score is not None]
     complete.sort(key=lambda each: (sign * (each.score or 0.0), each.trial))
@@ -118,6 +123,13 @@ def standings(rows: Sequence[Row], mode: str, seeds: int) -> list[Standing]:
         each.rank = rank
     others = [each for each in found if each.rank is None]
     return complete + sorted(others, key=lambda each: each.trial)
+
+
+def _of_one_config(runs: list[Row]) -> list[Row]:
+    """Keep the newest config's: a value such as `adam` may have come to stand for another one."""
+    known = [each for each in runs if each.setting]
+    newest = max(known, key=lambda each: each.start_ms, default=None)
+    return [each for each in runs if newest is None or each.setting in ("", newest.setting)]
 
 
 def _standing(runs: list[Row], seeds: int) -> Standing:

@@ -4,7 +4,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from tracklight.sweep.leaderboard import SCORE
+from tracklight.sweep.leaderboard import SCORE, Row
+from tracklight.sweep.points import Job
 from tracklight.sweep.trial import OUTCOME_TAG, REASON_TAG, Outcome
 
 
@@ -20,6 +21,12 @@ def known(child: Any | None) -> Outcome | None:
         return Outcome("failed", reason=reason, run_id=run_id)
     kind = "pruned" if tags.get(OUTCOME_TAG) == "pruned" else "complete"
     return Outcome(kind, child.data.metrics.get(SCORE), run_id=run_id)
+
+
+def as_row(job: Job, outcome: Outcome) -> Row:
+    """Return a run as the leaderboard lists it where nothing is tracked."""
+    ended = {"state": outcome.kind, "score": outcome.score, "reason": outcome.reason}
+    return Row(job.number, job.params, job.cfg.seed, run_id=outcome.run_id or "", **ended)
 
 
 def joined(outcomes: Sequence[Outcome]) -> tuple[str, float | None]:

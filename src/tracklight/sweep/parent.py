@@ -13,6 +13,7 @@ from tracklight.sweep.trial import PARENT_TAG
 from tracklight.tracking import provenance
 from tracklight.tracking.layout import SWEEP_TAG
 from tracklight.tracking.patience import persist
+from tracklight.tracking.quiet import mlflow
 from tracklight.tracking.run import Run
 from tracklight.tracking.store import Store
 
@@ -50,12 +51,41 @@ def find_parent(store: Store, identity: str) -> Any | None:
     return next(iter(store.search(f"tags.`{SWEEP_TAG}` = '{identity}'")), None)
 
 
+def check_not_deleted(store: Store, identity: str) -> None:
+    """Refuse to run again what somebody deleted, the parent's trials perhaps still being there.
+
+    Raises:
+        BadInput: This sweep has a parent run, which is deleted.
+    """
+    client = store.client
+
+    def search() -> list[Any]:
+        experiments = [each.experiment_id for each in client.search_experiments()]
+        query = f"tags.`{SWEEP_TAG}` = '{identity}'"
+        return client.search_runs(
+            experiments, query, mlflow.entities.ViewType.DELETED_ONLY, max_results=1
+        )
+
+    for run in persist(search, store.patience_s):
+        raise BadInput(
+            f"the parent run of this sweep, {run.info.run_id}, was deleted; sweep.fresh=true "
+            f"starts over, `MLFLOW_TRACKING_URI={store.shown_uri} mlflow runs restore --run-id "
+            f"{run.info.run_id}` brings it back"
+        )
+
+
 def reopen_parent(store: Store, run_id: str, tags: Mapping[str, str]) -> Run:
     """Continue a parent run.
 
     Raises:
-        BadInput: The sweep is in progress.
+        BadInput: The sweep is in progress, here or elsewhere.
     """
+    is_here = (store.root / run_id).is_dir()
+    if not is_here and store.client.get_run(run_id).info.status == "RUNNING":
+        raise BadInput(
+            f"this very sweep is RUNNING elsewhere, as run {run_id}; wait for it, or "
+            "sweep.fresh=true"
+        )
     try:
         run = store.reopen(run_id)
     except BadInput as error:

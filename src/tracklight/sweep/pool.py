@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from tracklight.sweep.trial import Assignment, Epoch, Outcome, work
 
 PRELOADED = [
+    "tracklight.sweep.forkserver",
     "tracklight.experiment",
     "tracklight.sweep.reporting",
     "mlflow.store.tracking.sqlalchemy_store",
@@ -28,6 +29,8 @@ JOIN_S = 5.0
 
 class Slots(Protocol):
     """What runs trials: a pool of processes, or one of Hydra's launchers."""
+
+    blocks: bool  # whether messages come only when all of the trials have ended
 
     @property
     def has_room(self) -> bool: ...  # noqa: D102
@@ -62,6 +65,8 @@ class Pool:
         size: Trials at once.
         gpus: How many GPUs the slots share; 0 on the CPU.
     """
+
+    blocks = False
 
     def __init__(self, size: int, gpus: int = 0):
         self._slots: dict[int, _Slot] = {}

@@ -1,12 +1,14 @@
 """The callback that tells a sweep how a trial goes, and ends it when the sweep says so."""
 
+import math
+import time
 from collections.abc import Callable
 from typing import Any
 
 from pytorch_lightning import Callback, Trainer
 from typing_extensions import override
 
-from tracklight.sweep.trial import EPOCHS_RUN_TAG, OUTCOME_TAG, Epoch
+from tracklight.sweep.trial import EPOCHS_RUN_TAG, OUTCOME_TAG, SECONDS_TAG, Epoch
 
 
 class Reporter(Callback):
@@ -35,20 +37,31 @@ class Reporter(Callback):
         self.run_id: str | None = None
         self.metrics: set[str] = set()
         self.data: str | None = None
+        self.before_s = 0.0
+        self.began_s = math.nan
 
     @override
-    def state_dict(self) -> dict[str, bool]:
-        return {"pruned": self.pruned}
+    def state_dict(self) -> dict[str, Any]:
+        return {"pruned": self.pruned, "seconds": self._seconds()}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, bool]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.pruned = state_dict["pruned"]
+        self.before_s = state_dict["seconds"]
+
+    def _seconds(self) -> float:
+        """Return how long the trial has trained, all its starts together."""
+        return self.before_s + time.monotonic() - self.began_s
 
     @override
     def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         self.run_id = getattr(trainer.logger, "run_id", None)
         if self.once:
             self.data = getattr(getattr(trainer, "datamodule", None), "digest", None)
+
+    @override
+    def on_fit_start(self, *_: Any) -> None:
+        self.began_s = time.monotonic()
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
@@ -67,5 +80,6 @@ class Reporter(Callback):
         tags = {
             OUTCOME_TAG: "pruned" if self.pruned else "complete",
             EPOCHS_RUN_TAG: str(trainer.current_epoch),
+            SECONDS_TAG: f"{self._seconds():.3f}",
         }
         trainer.logger.set_tags(tags)  # pyright: ignore[reportAttributeAccessIssue]

@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,16 +85,29 @@ def _rehearsal(plan: Plan, pool: Pool) -> Iterator[list[Outcome]]:
     thread.join()
     if errors:
         raise errors[0]
-    while not outcomes:
-        outcomes += [message for _, message in pool.messages(1.0) if isinstance(message, Outcome)]
+    outcomes += _outcomes(pool)
     found = outcomes[0]
-    if found.kind == "failed" and found.is_input:
-        raise BadInput(found.reason)
+    rest, told = [jobs[0] for jobs in plan.points[1:]], set()
+    while found.kind == "failed" and found.is_input:
+        if found.reason in told or not rest:  # it is not this point's alone
+            raise BadInput(found.reason)
+        told.add(found.reason)
+        pool.start(assign(rest.pop(0), rehearse=True), job)
+        (found,) = _outcomes(pool)
+        outcomes[0] = replace(found, data=None)  # of another point than the first
     if found.kind != "failed" and plan.metric not in found.metrics:
         raise BadInput(
             f"score.metric={plan.metric} is never logged; logged are {', '.join(found.metrics)}; "
             f"try score.metric={found.metrics[0] if found.metrics else 'train/loss'}"
         )
+
+
+def _outcomes(pool: Pool) -> list[Outcome]:
+    """Wait for the next outcome."""
+    found: list[Outcome] = []
+    while not found:
+        found += [message for _, message in pool.messages(1.0) if isinstance(message, Outcome)]
+    return found
 
 
 def _open_store(plan: Plan) -> "Store | None":
@@ -133,6 +147,8 @@ class _Sweep:
 
     def run(self) -> float | None:
         """Run what is left of it, test the winner, close the parent run as it really ended."""
+        from optuna.exceptions import StorageInternalError
+
         from tracklight.sweep.progress import Progress
         from tracklight.tracking.patience import reason
         from tracklight.tracking.quiet import mlflow
@@ -160,6 +176,11 @@ class _Sweep:
             raise RunFailed(
                 f"the tracking store fails ({reason(error)}); the same command continues the sweep"
             ) from None
+        except StorageInternalError as error:
+            cause = error.__cause__ or error
+            raise RunFailed(
+                f"sweep.storage fails ({reason(cause)}); the same command continues the sweep"
+            ) from None
         finally:
             progress.close()
             if self.board:
@@ -184,6 +205,8 @@ class _Sweep:
         plan = self.plan
         cfg = plan.points[0][0].cfg
         found = None if plan.settings["fresh"] else parent.find_parent(store, plan.identity)
+        if found is None and not plan.settings["fresh"]:
+            parent.check_not_deleted(store, plan.identity)
         if found is not None and not cfg.allow_changes:  # refused, it stays as it is
             jobs = [job for jobs in plan.points for job in jobs]
             check_unchanged(jobs, parent.children(store, found.info.run_id), self.data)

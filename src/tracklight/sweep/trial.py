@@ -17,6 +17,7 @@ POINT_TAG = "tracklight.point"
 TRIAL_TAG = "tracklight.trial"
 OUTCOME_TAG = "tracklight.outcome"  # of a finished run: complete or pruned; of a failed one: failed
 EPOCHS_RUN_TAG = "tracklight.epochs_run"
+SECONDS_TAG = "tracklight.seconds"  # that a trial trained, all its starts together
 REASON_TAG = "tracklight.reason"
 
 
@@ -108,6 +109,8 @@ def work(assignment: Assignment, line: Connection) -> None:
     line.send(outcome)
     sys.stdout.flush()
     sys.stderr.flush()
+    if query := sys.modules.get("tracklight.tracking.query"):
+        query.discard()
     os._exit(0)  # the run is closed; tearing the interpreter down would keep the slot for longer
 
 

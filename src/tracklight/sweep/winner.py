@@ -32,7 +32,13 @@ def test(plan: Plan, pool: Pool, board: Board, winner: Standing) -> str:
     while todo or pool.running:
         while todo and pool.has_room:
             child = todo.pop()
-            job = jobs[child.data.tags[POINT_TAG]]
+            job = jobs.get(child.data.tags[POINT_TAG])
+            if job is None:
+                raise RunFailed(
+                    f"the winner, run {child.info.run_id}, was trained by another config than "
+                    f"{shown(winner.params)} stands for now, and is not tested; sweep.fresh=true "
+                    "starts over"
+                )
             tags = {PARENT_TAG: board.run.run_id}
             log = board.run.folder / "logs" / f"{winner.trial:04d}.log"
             pool.start(assign(job, tags=tags, run_id=child.info.run_id, test=True, log=log), child)
@@ -56,7 +62,7 @@ def _tested(board: Board, child: "Run", outcome: Outcome) -> None:
 def _jobs(plan: Plan, winner: Standing, runs: "list[Run]") -> dict[str, Job]:
     """Compose the winner again, under each of its seeds, by key."""
     jobs = {}
-    for offset in range(plan.settings["seeds"]):
+    for offset in range(max(plan.settings["seeds"], len(winner.runs))):
         job = plan.composer.job(winner.trial, winner.params, offset)
         job = pinned(job, int(runs[0].data.params["num_threads"])) if runs else job
         jobs[job.key] = job

@@ -5,6 +5,7 @@ is left out.
 """
 
 import contextlib
+import functools
 import getpass
 import hashlib
 import importlib.util
@@ -107,19 +108,33 @@ def code_digest(modules: Iterable[str] = (), folders: Sequence[Path] = OWN_CODE)
     Returns:
         The sha256 in hex over names and contents, the same wherever the folders lie.
     """
-    files = {}
-    for folder in folders:
-        for path in folder.rglob("*.py"):
-            files[f"{folder.name}/{path.relative_to(folder).as_posix()}"] = path
+    contents = dict(own_code() if folders == OWN_CODE else _contents(folders))
     for name in modules:
         module, path = _module_file(name)
         if path is not None and not any(path.is_relative_to(folder) for folder in folders):
-            files[module] = path
+            contents[module] = _sha256(path)
     digest = hashlib.sha256()
-    for name in sorted(files):
-        content = hashlib.sha256(files[name].read_bytes()).hexdigest()
-        digest.update(f"{name}\0{content}\n".encode())
+    for name in sorted(contents):
+        digest.update(f"{name}\0{contents[name]}\n".encode())
     return digest.hexdigest()
+
+
+@functools.cache
+def own_code() -> dict[str, str]:
+    """Digest each of our files, as they were when this process first asked."""
+    return _contents(OWN_CODE)
+
+
+def _contents(folders: Sequence[Path]) -> dict[str, str]:
+    return {
+        f"{folder.name}/{path.relative_to(folder).as_posix()}": _sha256(path)
+        for folder in folders
+        for path in folder.rglob("*.py")
+    }
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def git_state(root: Path) -> Git:

@@ -3,6 +3,7 @@
 import atexit
 import functools
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tracklight.tracking.quiet import mlflow
 from tracklight.tracking.sqlite_ledger import SqliteLedger
 from tracklight.tracking.store import Store
 
+ID_CHARS = 32
 CHECKPOINTS = "checkpoints"
 BEST = f"{CHECKPOINTS}/best.ckpt"
 LAST = f"{CHECKPOINTS}/last.ckpt"
@@ -29,25 +31,18 @@ def find_run(store: Store, run_id: str) -> Any:
         BadInput: There is no such run, it is deleted, or several ids begin so.
     """
     check_id(run_id)
-    if len(run_id) == 32:
-        try:
-            run = store.client.get_run(run_id)
-        except mlflow.exceptions.MlflowException:
-            raise BadInput(f"there is no run {run_id} in {store.shown_uri}") from None
-        if run.info.lifecycle_stage == "deleted":
-            raise BadInput(
-                f"run {run_id} is deleted; restore it with "
-                f"`MLFLOW_TRACKING_URI={store.shown_uri} mlflow runs restore --run-id {run_id}`"
-            )
-        return run
-    experiments = [each.experiment_id for each in store.client.search_experiments()]
-    found = store.client.search_runs(
-        experiments, f"attributes.run_id LIKE '{run_id}%'", max_results=2
-    )
-    if len(found) != 1:
-        what = "several runs begin" if found else "no run begins"
-        raise BadInput(f"{what} with {run_id} in {store.shown_uri}; give the whole id")
-    return found[0]
+    if len(run_id) < ID_CHARS:
+        run_id = choose_id(ledger_of(store), run_id)
+    try:
+        run = store.client.get_run(run_id)
+    except mlflow.exceptions.MlflowException:
+        raise BadInput(f"there is no run {run_id} in {store.shown_uri}") from None
+    if run.info.lifecycle_stage == "deleted":
+        raise BadInput(
+            f"run {run_id} is deleted; restore it with "
+            f"`MLFLOW_TRACKING_URI={store.shown_uri} mlflow runs restore --run-id {run_id}`"
+        )
+    return run
 
 
 def choose(store: Store, word: str, experiment: str | None = None) -> Any:
@@ -110,9 +105,15 @@ def fetch(store: Store, run: Any, path: str) -> Path:
 @functools.cache
 def _temporary() -> str:
     """Return the folder of what this process fetches; it is removed when the process ends."""
-    folder = tempfile.TemporaryDirectory(prefix="tracklight-")
-    atexit.register(folder.cleanup)
-    return folder.name
+    folder = tempfile.mkdtemp(prefix="tracklight-")
+    atexit.register(discard)
+    return folder
+
+
+def discard() -> None:
+    """Remove what this process fetched."""
+    if _temporary.cache_info().currsize:
+        shutil.rmtree(_temporary(), ignore_errors=True)
 
 
 def read_text(store: Store, run: Any, path: str) -> str:
