@@ -142,3 +142,23 @@ def test_sweep_is_unfolded_selected_and_compared_with_its_charts_and_values(ui, 
     assert tabulated(page, "score") == {
         run.info.run_id: pytest.approx(run.data.metrics["score"], abs=5e-4) for run in trials
     }
+
+    switch = page.locator('[role="switch"]').first  # of the parameters
+    switch.scroll_into_view_if_needed()
+    same = page.locator("th, td").get_by_text("trainer.max_epochs", exact=True)
+    same.first.wait_for()
+    switch.click()
+    same.first.wait_for(state="detached")
+    page.locator("th, td").get_by_text("optimizer.lr", exact=True).first.wait_for()
+    keep(page, "difference")
+
+    experiment, run = trials[0].info.experiment_id, trials[0]
+    page.goto(f"{uri}/#/experiments/{experiment}/runs/{run.info.run_id}/model-metrics")
+    page.get_by_text(f"{run.info.run_name} (train/loss)", exact=True).wait_for()
+    steps = MlflowClient(uri).get_metric_history(run.info.run_id, "train/loss")
+    page.wait_for_function(
+        "steps => [...document.querySelectorAll('.js-plotly-plot')]"
+        ".some(plot => plot.querySelectorAll('.points .point').length === steps)",
+        arg=len(steps),
+    )
+    keep(page, "curves")
