@@ -2,7 +2,7 @@
 
 import uuid
 
-from tracklight.tracking.layout import DATA_TAG, IDENTITY_TAG, SETTING_TAG
+from tracklight.tracking.layout import DATA_NAME_TAG, DATA_TAG, IDENTITY_TAG, SETTING_TAG
 from tracklight.tracking.store import Store
 
 
@@ -11,7 +11,12 @@ def add_run(
 ) -> str:
     """Add a run and return its id."""
     identity = f"{setting} {seed}" if setting is not None else uuid.uuid4().hex
-    tags = {IDENTITY_TAG: identity, DATA_TAG: more.get("data", "d"), **more.get("tags", {})}
+    tags = {
+        IDENTITY_TAG: identity,
+        DATA_TAG: more.get("data", "d"),
+        DATA_NAME_TAG: more.get("data_name", "n"),
+        **more.get("tags", {}),
+    }
     if setting is not None:
         tags[SETTING_TAG] = setting
     run = store.create(more.get("experiment", "tracklight"), more.get("name"), tags)

@@ -9,7 +9,7 @@ from pytorch_lightning import LightningDataModule, LightningModule
 
 from tracklight import config, resume
 from tracklight.data.tensor_data import TensorData
-from tracklight.tracking.layout import IDENTITY_TAG, SETTING_TAG
+from tracklight.tracking.layout import DATA_NAME_TAG, IDENTITY_TAG, SETTING_TAG
 from tracklight.tracking.provenance import Provenance
 from tracklight.tracking.run import Run
 from tracklight.tracking.store import Store
@@ -47,6 +47,7 @@ def open_run(
         IDENTITY_TAG: config.identity(cfg),
         SETTING_TAG: config.setting(cfg),
         resume.DATA_TAG: digest,
+        DATA_NAME_TAG: getattr(data, "name", None) or type(data).__name__,
         resume.EPOCHS_TAG: str(cfg.trainer.max_epochs),
     }
     if continued is None:

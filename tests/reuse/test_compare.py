@@ -38,10 +38,20 @@ def test_the_same_seed_again_is_no_new_evidence_and_other_data_another_place(add
     for score in (0.5, 0.7):
         add(score, "one", 0)
     add(0.6, "one", 1)
-    add(0.9, "one", 0, data="other")
+    add(0.9, "one", 0, data="other", data_name="other")
     found = board(tmp_path)
     assert [place.values for place in found.places] == [[0.9], [0.6, 0.7]]
     assert found.places[1].flags == ["other data"]
+
+
+def test_seeds_that_split_the_data_differently_are_one_place_without_a_flag(add, tmp_path):
+    for setting, score in (("one", 0.5), ("two", 0.4)):
+        for seed in (0, 1):
+            add(score, setting, seed, data=f"split {seed}")
+    add(0.3, "three", 1, data="changed")
+    found = board(tmp_path)
+    assert [len(place.values) for place in found.places] == [2, 2, 1]
+    assert [place.flags for place in found.places] == [[], [], ["other data"]]
 
 
 def test_runs_of_a_place_that_were_made_by_different_code_are_flagged(add, tmp_path):

@@ -10,7 +10,7 @@ from tracklight.config import NOT_IDENTITY
 from tracklight.errors import BadInput
 from tracklight.reuse.statistic import half_width
 from tracklight.tracking.choice import SCORE
-from tracklight.tracking.layout import DATA_TAG
+from tracklight.tracking.layout import DATA_NAME_TAG, DATA_TAG
 from tracklight.tracking.ledger import Chosen, Entry, Ledger, Scored, distinct
 
 LOSSES = ("train/loss_epoch", "train/loss", "val/loss")  # the first that a run has is drawn
@@ -115,7 +115,7 @@ def rank(
                 values=values,
                 delta=None if best is None or mean is None else mean - best,
                 params={key: _value(runs, key) for key in columns},
-                flags=_flags(runs, places[0].runs[0] if places else runs[0]),
+                flags=_flags(runs, places[0].runs if places else runs),
                 loss=losses.get(runs[0].run_id, []),
             )
         )
@@ -187,15 +187,23 @@ def _value(runs: list[Entry], key: str) -> str:
     return ", ".join(dict.fromkeys(run.params.get(key, "") for run in runs))
 
 
-def _flags(runs: Sequence[Entry], first: Entry) -> list[str]:
-    """Tell where runs stand on other ground than the first place, or than one another."""
+def _flags(runs: Sequence[Entry], first: Sequence[Entry]) -> list[str]:
+    """Tell where runs stand on other ground than the first place's, or than one another."""
     flags = []
-    for name, tag in (("git", COMMIT), ("code", CODE), ("data", DATA_TAG)):
+    for name, tag in (("git", COMMIT), ("code", CODE)):
         found = {run.tags.get(tag) for run in runs}
         if len(found) > 1:
             flags.append(f"mixed {name}")
-        elif found != {first.tags.get(tag)}:
+        elif found != {first[0].tags.get(tag)}:
             flags.append(f"other {name}")
+    # A seed may decide how the data are split: digests are compared seed by seed.
+    digests = {run.params.get("seed"): run.tags.get(DATA_TAG) for run in first}
+    names = {run.tags.get(DATA_NAME_TAG) for run in (*runs, *first)}
+    if len(names) > 1 or any(
+        run.tags.get(DATA_TAG) != digests.get(run.params.get("seed"), run.tags.get(DATA_TAG))
+        for run in runs
+    ):
+        flags.append("other data")
     if any(run.tags.get(DIRTY) == "true" for run in runs):
         flags.append("uncommitted")
     flags += dict.fromkeys(run.status.lower() for run in runs if run.status != "FINISHED")

@@ -18,6 +18,7 @@ from tracklight.tracking.choice import SCORE, choose_id
 from tracklight.tracking.client_ledger import ClientLedger
 from tracklight.tracking.layout import (
     BEST_TAG,
+    DATA_NAME_TAG,
     DATA_TAG,
     FOLDER,
     IDENTITY_TAG,
@@ -218,7 +219,7 @@ def _seeds(ledger: Ledger, entry: Entry) -> list[float]:
     setting = entry.tags.get(SETTING_TAG)
     if setting is None:
         return [entry.metrics[SCORE]] if SCORE in entry.metrics else []
-    data = {key: entry.tags[key] for key in (DATA_TAG,) if key in entry.tags}
+    data = {key: entry.tags[key] for key in (DATA_NAME_TAG,) if key in entry.tags}
     found = distinct(ledger.scored(Chosen(tags={SETTING_TAG: setting, **data}), SCORE))
     return [run.value for run in found if run.value is not None]
 

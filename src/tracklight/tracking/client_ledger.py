@@ -6,7 +6,7 @@ from typing import Any
 from typing_extensions import override
 
 from tracklight.errors import BadInput
-from tracklight.tracking.layout import DATA_TAG, IDENTITY_TAG, SETTING_TAG
+from tracklight.tracking.layout import DATA_NAME_TAG, IDENTITY_TAG, SETTING_TAG
 from tracklight.tracking.ledger import (
     Chosen,
     Entry,
@@ -66,7 +66,7 @@ class ClientLedger(Ledger):
                 run.info.run_id,
                 run.data.tags.get(SETTING_TAG, run.info.run_id),
                 run.data.tags[IDENTITY_TAG],
-                run.data.tags.get(DATA_TAG, ""),
+                run.data.tags.get(DATA_NAME_TAG, ""),
                 finite(run.data.metrics.get(metric)),
                 run.info.start_time,
             )

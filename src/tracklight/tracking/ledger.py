@@ -35,7 +35,7 @@ class Scored:
     run_id: str
     setting: str  # the config without its seeds; the run itself where that is not known
     identity: str  # the config with its seeds: the same again is no new evidence
-    data: str  # digest
+    data: str  # name of the data set
     value: float | None
     start_ms: int
 

@@ -14,7 +14,7 @@ from typing import Any
 from typing_extensions import override
 
 from tracklight.errors import BadInput
-from tracklight.tracking.layout import DATA_TAG, IDENTITY_TAG, SETTING_TAG
+from tracklight.tracking.layout import DATA_NAME_TAG, IDENTITY_TAG, SETTING_TAG
 from tracklight.tracking.ledger import (
     Chosen,
     Entry,
@@ -67,7 +67,7 @@ class SqliteLedger(Ledger):
             "LEFT JOIN tags AS d ON d.run_uuid = r.run_uuid AND d.key = ?",
             "LEFT JOIN latest_metrics AS m ON m.run_uuid = r.run_uuid AND m.key = ?",
         ]
-        values: list[Any] = [IDENTITY_TAG, SETTING_TAG, DATA_TAG, metric]
+        values: list[Any] = [IDENTITY_TAG, SETTING_TAG, DATA_NAME_TAG, metric]
         pairs = [("tags", pair) for pair in chosen.all_tags.items()]
         pairs += [("params", pair) for pair in chosen.params.items()]
         for at, (table, pair) in enumerate(pairs):
