@@ -178,8 +178,9 @@ def test_signals_have_their_exit_codes(call):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_before_training_ends_with_its_exit_code(number, code):
     program = """
-        import time
+        import signal, time
         from tracklight.cli import main
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has none
         def task(cfg):
             print("ready", flush=True)
             time.sleep(30)
