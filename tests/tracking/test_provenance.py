@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tracklight.tracking import provenance
 from tracklight.tracking.provenance import (
     OWN_CODE,
     Git,
@@ -175,3 +176,12 @@ def test_provenance_takes_less_than_a_tenth_of_a_second(repository):
         collect(repository, "train.py", code_digest())
         times.append(time.perf_counter() - start)
     assert min(times) < 0.1
+
+
+def test_our_own_code_counts_as_it_was_when_the_process_first_asked(monkeypatch):
+    before = provenance.code_digest()
+    monkeypatch.setattr(provenance, "_contents", lambda folders: {"edited.py": "meanwhile"})
+    assert provenance.code_digest() == before
+    provenance.own_code.cache_clear()
+    assert provenance.code_digest() != before
+    provenance.own_code.cache_clear()

@@ -113,8 +113,8 @@ class Blocks(Callback):
     ) -> None:
         if self.walking:
             self.block = batch
-            if batch_idx == 0 and standing(self.module) != self.standing:
-                self.standing = standing(self.module)
+            if batch_idx == 0 and (found := standing(self.module)) != self.standing:
+                self.standing = found
                 self.step = make_step(self.module, trainer.optimizers[0])
         else:
             step = trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1
@@ -158,8 +158,8 @@ class Blocks(Callback):
             counter.ready += 1
             counter.completed += 1
         loop._batches_that_stepped += 1
+        total = loop.batch_progress.total
         for name in ("ready", "started", "processed", "completed"):
-            total = loop.batch_progress.total
             setattr(total, name, getattr(total, name) + 1)
 
     @override
