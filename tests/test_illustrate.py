@@ -8,6 +8,7 @@ from PIL import Image
 from tracklight import illustrate
 from tracklight.data.line import Line
 from tracklight.data.tensor_data import Split, TensorData
+from tracklight.engine.blocks import NonFiniteLoss
 from tracklight.models.linear_regression import LinearRegression
 from tracklight.models.mlp import MLP
 
@@ -114,6 +115,13 @@ def test_run_keeps_its_figures_beside_its_checkpoints(train):
     names = {path.name for path in (finished.folder / "figures").iterdir()}
     assert names == {"learning_curves.png", "fit.png", "residuals.png"}
     assert finished.history("score") == [(2, finished.score)]
+
+
+def test_run_that_failed_keeps_the_curves_that_show_why(train, tmp_path):
+    with pytest.raises(NonFiniteLoss):
+        train("optimizer.lr=10.0", "num_threads=1")
+    (folder,) = tmp_path.glob("runs/artifacts/*/artifacts/figures")
+    assert [path.name for path in folder.iterdir()] == ["learning_curves.png"]
 
 
 def test_run_without_figures_has_none(train):

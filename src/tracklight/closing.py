@@ -1,6 +1,7 @@
-"""What a run leaves when it ends well: its score and, unless it is a mere trial, figures, model."""
+"""What a run leaves: its score, figures and, unless it is a mere trial, the model."""
 
 import json
+from contextlib import suppress
 
 from pytorch_lightning import LightningDataModule, LightningModule
 
@@ -44,3 +45,16 @@ def leave(
     if tested and isinstance(data, TensorData):
         rows = data.splits["train"].features[:2]
         log_model(store.client, run.run_id, model, data.transform(rows), step=step)
+
+
+def leave_failed(run: Run, model: LightningModule) -> None:
+    """Draw how far a run came that failed: its curves often show why.
+
+    Args:
+        run: Open.
+        model: As it was left.
+    """
+    with suppress(OSError):  # what made it fail may be the disk
+        series = run.series()
+        if any(len(steps) > 1 for steps, _ in series.values()):
+            illustrate(model, None, series, run.artifacts / FOLDER)

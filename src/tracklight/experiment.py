@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers.logger import DummyLogger
 
 from tracklight import assemble, config, failures, ranks, report, resume
-from tracklight.closing import leave
+from tracklight.closing import leave, leave_failed
 from tracklight.data.tensor_data import TensorData
 from tracklight.engine.blocks import Blocks, NonFiniteLoss
 from tracklight.engine.checkpoint import DurableCheckpointIO, load_weights, remove_leftovers
@@ -163,6 +163,8 @@ class _Experiment:
             self.tracked.set_tags({resume.NON_FINITE_TAG: str(error.step)})
             raise
         finally:
+            if status == "FAILED" and self.cfg.tracking.figures:
+                leave_failed(self.tracked, self.model)
             self.tracked.finish(status)
         print(self._summary(score, time.perf_counter() - started))
         return score
@@ -239,7 +241,7 @@ class _Experiment:
         score = None if score is None else float(score)
         if tracked and self.store:
             keep_last(tracked.artifacts / query.CHECKPOINTS, self.io)
-            figures = test and self.cfg.tracking.figures
+            figures = self.cfg.tracking.figures
             leave(self.store, tracked, self.model, self.data, step, score, test, figures)
         return score
 

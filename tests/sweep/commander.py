@@ -15,7 +15,6 @@ if __name__ == "__main__":
     import trainee
     from tracklight.sweep import pool
 
-    pool.PRELOADED += ["odd", "foreign", "sparing"]
     multiprocessing.get_context("forkserver").set_forkserver_preload(pool.PRELOADED)
     forkserver.ensure_running()
     trainee.prepare(Path(sys.argv[1]))

@@ -11,6 +11,7 @@ QUICK = (
     *("num_threads=1", "trainer.accelerator=cpu", "trainer.max_epochs=5"),
     "allowed_targets=[tracklight.models,tracklight.data,torch.optim,pytorch_lightning.callbacks,"
     "foreign,odd]",
+    "tracking.figures=false",
 )
 ODD = ("model._target_=odd.Odd", "score.metric=train/loss_epoch", *QUICK)
 
@@ -18,7 +19,7 @@ ODD = ("model._target_=odd.Odd", "score.metric=train/loss_epoch", *QUICK)
 BLOBS = (
     *("model=mlp", "model.hidden=[16]", "data._target_=foreign.Blobs", "data.batch_size=16"),
     *("data.num_val=64", *(f"~data.{key}" for key in ("root", "download", "fallback"))),
-    *("~data.mean", "~data.std", "score.metric=val/loss", "score.mode=min", *QUICK[:2], QUICK[3]),
+    *("~data.mean", "~data.std", "score.metric=val/loss", "score.mode=min", *QUICK[:2], *QUICK[3:]),
 )
 
 

@@ -72,6 +72,14 @@ class Untestable(MLP):
         raise ArithmeticError("no test for me")
 
 
+class Lingering(MLP):
+    """Takes its time over the test set."""
+
+    def on_test_start(self) -> None:
+        print("lingers", flush=True)
+        time.sleep(1.0)
+
+
 class Kept(Blobs):
     """`Blobs` whose first label is what a file says."""
 

@@ -18,7 +18,8 @@ GRID = ("optimizer.lr=0.01,0.05,0.1", *QUICK)
 
 def test_a_grid_is_a_parent_with_a_child_a_point_and_its_leaderboard(commander, tmp_path):
     directory = tmp_path / "runs"
-    process = commander.sweep(directory, *GRID)
+    drawn = [word for word in GRID if word != "tracking.figures=false"]
+    process = commander.sweep(directory, *drawn)
     assert process.exit_code == 0, process.stderr
     swept = Swept(directory)
     assert len(swept.parents) == 1 and swept.parent.status == "FINISHED"
@@ -31,6 +32,8 @@ def test_a_grid_is_a_parent_with_a_child_a_point_and_its_leaderboard(commander, 
     ]
     for child in swept.children:
         assert child.score == min(value for _, value in child.metrics["train/loss"])
+        figures = directory / "artifacts" / child.run_id / "artifacts" / "figures"
+        assert {path.stem for path in figures.iterdir()} == {"learning_curves", "fit", "residuals"}
     assert [row["run_id"] for row in swept.csv()] == [child.run_id for child in ranked]
     assert swept.parent.tags["best.optimizer.lr"] == ranked[0].tags["optimizer.lr"]
     assert swept.parent.tags["best.run"] == ranked[0].run_id
@@ -188,6 +191,36 @@ def test_only_the_winner_meets_the_test_set_and_only_once(commander, tmp_path):
     assert (
         float(swept.parent.tags["best.test/accuracy"]) == tested[0].metrics["test/accuracy"][0][1]
     )
+
+
+@pytest.mark.parametrize(
+    "signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
+def test_a_signal_in_the_winners_test_closes_its_run_to_be_continued(commander, tmp_path, signum):
+    directory = tmp_path / "runs"
+    command = ("optimizer.lr=0.01,0.1", *BLOBS, "model._target_=odd.Lingering")
+    process = commander.start(directory, ("-m", *command))
+    logs = "artifacts/*/logs/*.log"
+    wait_until(lambda: any("lingers" in log.read_text() for log in directory.glob(logs)))
+    process.send(signum, group=signum == signal.SIGINT)
+    assert process.wait() == 128 + signum
+    before = Swept(directory)
+    assert sorted(run.status for run in before.runs) == ["FINISHED", "KILLED", "KILLED"]
+    assert before.parent.status == "KILLED" and not trials_of(directory)
+    process = commander.sweep(directory, *command)
+    assert process.exit_code == 0, process.stderr
+    after = Swept(directory)
+    assert {run.status for run in after.runs} == {"FINISHED"} and len(after.runs) == 3
+    (winner,) = (run for run in after.children if run.run_id == after.parent.tags["best.run"])
+    assert winner.metrics["test/accuracy"]
+
+
+def test_of_two_first_starts_at_once_one_is_refused(commander, tmp_path):
+    directory = tmp_path / "runs"
+    slow = ["slow", "tracklight.sweep.parent:_tags", 1.0]
+    both = [commander.start(directory, ("-m", *GRID), faults=[slow]) for _ in range(2)]
+    assert sorted(process.wait() for process in both) == [0, 2]
+    assert len(Swept(directory).parents) == 1
 
 
 @pytest.mark.slow

@@ -55,6 +55,13 @@ def test_wide_positive_metric_has_a_logarithmic_axis(values, scale):
     assert figure.axes[0].get_yscale() == scale
 
 
+@pytest.mark.parametrize("top", [25.0, 1e3, 1e9, 1e36])
+def test_a_logarithmic_axis_is_labelled_however_far_it_goes(top):
+    (axes,) = figures.learning_curves({"val/loss": ([1, 2], [1.0, top])}).axes
+    low, high = axes.get_ylim()
+    assert 3 <= sum(low <= tick <= high for tick in axes.get_yticks()) <= 12
+
+
 def test_points_that_are_not_finite_are_left_out():
     figure = figures.learning_curves({"val/loss": ([3, 1, 2], [1.0, 3.0, float("nan")])})
     assert line(figure.axes[0], "val").get_xydata().tolist() == [[1, 3], [3, 1]]

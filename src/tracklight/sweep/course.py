@@ -21,7 +21,8 @@ from tracklight.sweep.pool import Slots
 from tracklight.sweep.progress import Progress
 from tracklight.sweep.sources import Source
 from tracklight.sweep.study import REFUSED, RUNS, Asked, Trials
-from tracklight.sweep.trial import PARENT_TAG, POINT_TAG, TRIAL_TAG, Epoch, Outcome
+from tracklight.sweep.trial import POINT_TAG, TRIAL_TAG, Epoch, Outcome
+from tracklight.tracking.layout import PARENT_TAG
 
 WAIT_S = 0.25  # how soon a signal is noticed
 OUTAGE_S = 300.0  # how long a store that is away is waited for

@@ -17,11 +17,13 @@ PRELOADED = [
     "tracklight.sweep.forkserver",
     "tracklight.experiment",
     "tracklight.sweep.reporting",
+    "tracklight.tracking.class_figures",
     "mlflow.store.tracking.sqlalchemy_store",
     "sqlalchemy.dialects.sqlite",
     "alembic.command",
     "fsspec.implementations.local",
     "hydra.utils",
+    "PIL.PngImagePlugin",
 ]
 STOP_S = 60.0  # what a trial may take to reach a safe point and close its run
 JOIN_S = 5.0

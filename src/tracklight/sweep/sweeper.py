@@ -196,29 +196,12 @@ class _Sweep:
         return open_storage(url, None) if url or not self.store else None
 
     def _open_board(self, store: "Store") -> "tuple[Board, int]":
-        """Continue the parent run of this very sweep, or make it; return it and the threads."""
-        from tracklight.sweep import parent
+        """Return the parent run and how many threads a trial has."""
         from tracklight.sweep.board import Board
-        from tracklight.sweep.changes import check_unchanged
-        from tracklight.tracking.layout import SWEEP_TAG
+        from tracklight.sweep.parent import open_parent
 
         plan = self.plan
-        cfg = plan.points[0][0].cfg
-        found = None if plan.settings["fresh"] else parent.find_parent(store, plan.identity)
-        if found is None and not plan.settings["fresh"]:
-            parent.check_not_deleted(store, plan.identity)
-        if found is not None and not cfg.allow_changes:  # refused, it stays as it is
-            jobs = [job for jobs in plan.points for job in jobs]
-            check_unchanged(jobs, parent.children(store, found.info.run_id), self.data)
-        before = found.data.tags if found else {}
-        threads = int(before.get(parent.THREADS_TAG, plan.threads))
-        tags = parent.parent_tags(plan) | {parent.THREADS_TAG: str(threads)}
-        if found is None:
-            name = cfg.tracking.run_name or "sweep " + " ".join(plan.space.written())
-            tags |= {SWEEP_TAG: plan.identity}
-            run = store.create(cfg.tracking.experiment, name, tags)
-        else:
-            run = parent.reopen_parent(store, found.info.run_id, tags)
+        run, threads = open_parent(store, plan, self.data)
         names = [axis.name for axis in plan.space.axes]
         seeds = plan.settings["seeds"]
         return Board(store, run, names, plan.metric, plan.mode, seeds), threads

@@ -12,7 +12,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
-PARENT_TAG = "mlflow.parentRunId"
 POINT_TAG = "tracklight.point"
 TRIAL_TAG = "tracklight.trial"
 OUTCOME_TAG = "tracklight.outcome"  # of a finished run: complete or pruned; of a failed one: failed

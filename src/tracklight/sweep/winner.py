@@ -8,7 +8,8 @@ from tracklight.sweep.leaderboard import Standing
 from tracklight.sweep.plan import Plan, assign
 from tracklight.sweep.points import Job, pinned, shown
 from tracklight.sweep.pool import Pool
-from tracklight.sweep.trial import PARENT_TAG, POINT_TAG, Outcome
+from tracklight.sweep.trial import POINT_TAG, Outcome
+from tracklight.tracking.layout import PARENT_TAG
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -28,6 +29,20 @@ def test(plan: Plan, pool: Pool, board: Board, winner: Standing) -> str:
     children = {child.info.run_id: child for child in board.children()}
     wanted = [children[run.run_id] for run in winner.runs]
     todo = [child for child in wanted if TESTED_TAG not in child.data.tags]
+    try:
+        _run_tests(plan, pool, board, winner, todo)
+    except (KeyboardInterrupt, SystemExit):
+        pool.stop()  # each closes its run, and the same command goes on with it
+        for _ in pool.drain():
+            pass
+        raise
+    found = board.log_test([run.run_id for run in winner.runs])
+    told = "  ".join(f"{key} {value:.5g}" for key, value in sorted(found.items()))
+    score = f"{plan.metric} {winner.score:.5g}"
+    return f"best  trial {winner.trial} {shown(winner.params)}  {score}  {told}".rstrip()
+
+
+def _run_tests(plan: Plan, pool: Pool, board: Board, winner: Standing, todo: "list[Run]") -> None:
     jobs = _jobs(plan, winner, todo)
     while todo or pool.running:
         while todo and pool.has_room:
@@ -45,10 +60,6 @@ def test(plan: Plan, pool: Pool, board: Board, winner: Standing) -> str:
         for child, message in pool.messages(1.0):
             if isinstance(message, Outcome):
                 _tested(board, child, message)
-    found = board.log_test([run.run_id for run in winner.runs])
-    told = "  ".join(f"{key} {value:.5g}" for key, value in sorted(found.items()))
-    score = f"{plan.metric} {winner.score:.5g}"
-    return f"best  trial {winner.trial} {shown(winner.params)}  {score}  {told}".rstrip()
 
 
 def _tested(board: Board, child: "Run", outcome: Outcome) -> None:

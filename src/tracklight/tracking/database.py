@@ -1,13 +1,12 @@
 """Makes MLflow's SQLite file, so that it is whole or not there, whoever is killed meanwhile."""
 
-import fcntl
 import os
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 from tracklight.errors import BadInput
+from tracklight.tracking.lock import alone
 
 _MAGIC = b"SQLite format 3\0"
 
@@ -25,7 +24,7 @@ def ensure(path: Path, artifact_root: str) -> None:
         if _exists(path):
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_name(f".{path.name}.lock")):
+        with alone(path.with_name(f".{path.name}.lock")):
             if not _exists(path):
                 _create(path, artifact_root)
     except OSError as error:
@@ -52,16 +51,6 @@ def _exists(path: Path) -> bool:
     if not {"alembic_version", "runs", "latest_metrics"} <= tables:
         raise BadInput(f"{path} is no MLflow database, or was left half made; move it away")
     return True
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
 
 
 def _create(path: Path, artifact_root: str) -> None:

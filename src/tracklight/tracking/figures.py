@@ -72,7 +72,8 @@ def learning_curves(series: Series, best_step: int | None = None) -> Figure:
         values = np.concatenate([_finite(*series[key])[1] for key in keys])
         if len(values) and values.min() > 0 and values.max() > LOG_FROM * values.min():
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            is_wide = values.max() > 1e3 * values.min()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1,) if is_wide else (1, 2, 5)))
             axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         if best_step:
