@@ -61,7 +61,7 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
         HydraConfig.instance().cfg = before
 
 
-def checked(cfg: DictConfig) -> DictConfig:
+def checked(cfg: DictConfig, here: bool = True) -> DictConfig:
     """Check and resolve what Hydra has just composed (it still knows the choices made)."""
     from hydra import compose
     from hydra.core.hydra_config import HydraConfig
@@ -72,19 +72,23 @@ def checked(cfg: DictConfig) -> DictConfig:
     if preset is not None:
         bare = compose("config", [f"{group}={name}" for group, name in chosen.items() if name])
         _check_preset(preset, cfg, bare, chosen, list(hydra.overrides.task))
-    return settled(cfg)
+    return settled(cfg, here)
 
 
-def settled(cfg: DictConfig) -> DictConfig:
+def settled(cfg: DictConfig, here: bool = True) -> DictConfig:
     """Check a config and resolve it for good; new keys are closed to it."""
-    check(cfg)
+    check(cfg, here)
     resolved = OmegaConf.create(plain(cfg))
     OmegaConf.set_struct(resolved, True)
     return resolved
 
 
-def check(cfg: Any) -> None:
+def check(cfg: Any, here: bool = True) -> None:
     """Hold a config against everything that can be told from it alone.
+
+    Args:
+        cfg: As composed.
+        here: Whether it will run on this machine, and may ask for no more than that has.
 
     Raises:
         BadInput: One line that names the key, its value, what is allowed and what works.
@@ -93,7 +97,7 @@ def check(cfg: Any) -> None:
     tree = plain(cfg)
     check_values(tree)
     check_targets(tree, tree.get("allowed_targets", allowed_targets()))
-    check_relations(tree)
+    check_relations(tree, here)
 
 
 def allowed_targets() -> list[str]:

@@ -215,8 +215,12 @@ def check_values(tree: Mapping[str, Any]) -> None:
                 raise BadInput(f"{got} must be {rule.values.said}; try {key}={rule.example}")
 
 
-def check_relations(tree: Mapping[str, Any]) -> None:
+def check_relations(tree: Mapping[str, Any], here: bool = True) -> None:
     """Hold against each other the values that limit each other.
+
+    Args:
+        tree: The config.
+        here: Whether it will run on this machine.
 
     Raises:
         BadInput: Two keys contradict each other, or the machine lacks what is asked for.
@@ -236,7 +240,8 @@ def check_relations(tree: Mapping[str, Any]) -> None:
         )
     if tree.get("tracking", {}).get("enabled") and "dir" in tree["tracking"]:
         check_folder("tracking.dir", Path(tree["tracking"]["dir"]))
-    check_machine(str(trainer.get("accelerator", "auto")), trainer.get("devices", 1))
+    if here:
+        check_machine(str(trainer.get("accelerator", "auto")), trainer.get("devices", 1))
 
 
 def _foreign(tree: Mapping[str, Any], key: str) -> bool:

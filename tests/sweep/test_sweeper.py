@@ -1,5 +1,7 @@
 """Whole sweeps, as typed: real processes, a real database."""
 
+import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -327,6 +329,60 @@ def test_a_signal_stops_trials_so_that_the_same_command_continues_them(commander
 
 
 @pytest.mark.slow
+def test_ctrl_c_on_a_terminal_ends_no_trial_before_it_is_told(tmp_path):
+    directory = tmp_path / "runs"
+    command = ("seed=1,2", "+model.seconds=0.3", "sweep.workers=2", *ODD)
+    words = [sys.executable, ROOT / "train.py", "-m", *command, f"tracking.dir={directory}"]
+    paths = os.pathsep.join(map(str, (ROOT / "tests", ROOT / "tests" / "sweep")))
+    with subprocess.Popen(  # with a forkserver of its own, which gets the signal, too
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"PYTHONPATH": paths}, cwd=tmp_path,
+    ) as process:  # fmt: skip
+        wait_until(lambda: points(directory) > 2)
+        os.killpg(process.pid, signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr + stdout and "stopping 2 running" in stdout
+    assert {run.status for run in Swept(directory).runs} == {"KILLED"}
+
+
+@pytest.mark.slow
+def test_a_storage_that_fails_in_passing_is_one_line_and_the_sweep_continues(commander, tmp_path):
+    directory, path = tmp_path / "runs", tmp_path / "study.db"
+    command = (
+        "optimizer.lr=interval(0.01,0.1)",
+        "sweep.trials=3",
+        f"sweep.storage=sqlite:///{path}",
+    )
+    command = (*command, "+model.seconds=0.2", *ODD)
+    process = commander.start(directory, ("-m", *command))
+    wait_until(lambda: points(directory) > 2)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        assert process.wait() == 1
+    assert process.stderr.startswith("error: sweep.storage fails (")
+    assert "database is locked" in process.stderr and process.stderr.count("\n") == 1
+    process = commander.sweep(directory, *command)
+    assert process.exit_code == 0, process.stderr
+    swept = Swept(directory)
+    assert {run.status for run in swept.runs} == {"FINISHED"} and len(swept.children) == 3
+
+
+@pytest.mark.slow
+def test_a_sweep_that_runs_on_another_machine_is_left_alone(commander, tmp_path):
+    directory = tmp_path / "runs"
+    assert commander.sweep(directory, *GRID).exit_code == 0
+    parent = Swept(directory).parent.run_id
+    shutil.rmtree(directory / "artifacts" / parent)
+    with closing(sqlite3.connect(directory / "mlflow.db")) as connection, connection:
+        connection.execute("UPDATE runs SET status = 'RUNNING' WHERE run_uuid = ?", [parent])
+    process = commander.sweep(directory, *GRID)
+    assert process.exit_code == 2 and process.stderr.count("\n") == 1
+    assert f"this very sweep is RUNNING elsewhere, as run {parent}" in process.stderr
+    assert len(Swept(directory).runs) == 4
+
+
+@pytest.mark.slow
 def test_a_killed_sweep_leaves_no_orphans_and_continues_to_the_same_best(commander, tmp_path):
     search = (
         *("optimizer.lr=tag(log,interval(1e-3,1e-1))", "sweep.trials=4", "sweep.pruner=median"),
@@ -426,6 +482,26 @@ def test_a_launcher_of_hydras_runs_a_grid(commander, tmp_path):
     assert [row["state"] for row in swept.leaderboard()] == ["complete"] * 3
     process = commander.sweep(tmp_path, *GRID)  # its trials are those of any sweep
     assert process.exit_code == 0 and len(Swept(tmp_path).runs) == 4
+
+
+def test_a_metric_that_is_never_logged_is_told_before_a_launcher_starts(commander, tmp_path):
+    pytest.importorskip(
+        "hydra_plugins.hydra_joblib_launcher", reason="needs the package hydra-joblib-launcher"
+    )
+    directory = tmp_path / "runs"
+    process = commander.sweep(directory, *GRID, "hydra/launcher=joblib", "score.metric=train/f1")
+    assert process.exit_code == 2 and process.stderr.count("\n") == 1
+    assert "score.metric=train/f1 is never logged" in process.stderr
+    assert Swept(directory).runs == []
+
+
+def test_what_this_machine_lacks_is_refused_unless_a_launcher_runs_elsewhere(commander, tmp_path):
+    words = ("seed=1,2", "trainer.accelerator=cpu", "trainer.devices=999", "sweep.dry_run=true")
+    process = commander.sweep(tmp_path / "runs", *words)
+    assert process.exit_code == 2 and "trainer.devices=999" in process.stderr
+    elsewhere = "hydra.launcher._target_=of_a_cluster.Launcher"
+    process = commander.sweep(tmp_path / "runs", *words, elsewhere)
+    assert process.exit_code == 0, process.stderr
 
 
 def test_the_dry_run_lists_the_points_and_leaves_nothing(commander, tmp_path):

@@ -64,7 +64,7 @@ class Course:
     ):
         self._source = source
         self._trials = trials
-        self._slots = slots
+        self.slots = slots
         self._board = board
         self._progress = progress
         self._asks = asks
@@ -89,8 +89,8 @@ class Course:
                     self._fill()
                     if self._board:
                         self._board.refresh()  # takes its time: no slot is to wait for it
-                    if self._slots.running:
-                        for job, message in self._slots.messages(WAIT_S):
+                    if self.slots.running:
+                        for job, message in self.slots.messages(WAIT_S):
                             self._take(job, message)
                     elif self._away_s:
                         self._await_store()
@@ -98,7 +98,7 @@ class Course:
                         break
                 self._wind_down()
             finally:
-                self._slots.kill()
+                self.slots.kill()
 
     def _is_over(self) -> bool:
         return self.signum is not None or self.halted
@@ -131,21 +131,21 @@ class Course:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is None:
             self.signum = signum
-            if self._slots.blocks:  # a launcher, which tells nothing before all of its trials ended
+            if self.slots.blocks:  # a launcher, which tells nothing before all of its trials ended
                 raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
             return
         self._progress.close()
-        self._slots.kill()
+        self.slots.kill()
         os._exit(128 + signum)  # the next start says of the parent run that it was killed
 
     def _wind_down(self) -> None:
         """Stop what runs, so that it can be continued."""
-        if not self._slots.running:
+        if not self.slots.running:
             return
         hint = "; again to leave at once" if self.signum is not None else ""
-        self._progress.note(f"stopping {len(self._slots.running)} running{hint}")
-        self._slots.stop()
-        for job, message in self._slots.drain():
+        self._progress.note(f"stopping {len(self.slots.running)} running{hint}")
+        self.slots.stop()
+        for job, message in self.slots.drain():
             if isinstance(message, Outcome) and message.reason.startswith("killed by"):
                 message = Outcome("stopped", run_id=message.run_id)  # before it could listen
             self._take(job, message)
@@ -172,7 +172,7 @@ class Course:
         return outcomes if len(outcomes) == len(keys) else []
 
     def _fill(self) -> None:
-        while self._slots.has_room and not self._is_over() and not self._away_s:
+        while self.slots.has_room and not self._is_over() and not self._away_s:
             job = self._next()
             if job is None:
                 break
@@ -246,7 +246,7 @@ class Course:
         if run_id is not None:
             self._progress.note(f"trial {job.name}  goes on in run {run_id}")
         self._progress.began(job)
-        self._slots.start(assignment, job)
+        self.slots.start(assignment, job)
 
     def _asks_for(self, job: Job) -> bool:
         """Say whether a run is the one by which its trial is pruned."""
@@ -265,7 +265,7 @@ class Course:
         if isinstance(message, Epoch):
             if self._asks_for(job):
                 prune = self._trials.report(job.number, message.number, message.value)
-                self._slots.answer(job, prune)
+                self.slots.answer(job, prune)
             self._progress.epoch(job, message)
             return
         if message.kind == "stopped" and not self._is_over():

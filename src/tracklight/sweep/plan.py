@@ -17,6 +17,7 @@ from tracklight.sweep.space import Space, read_space
 from tracklight.sweep.trial import Assignment
 
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
 TRIALS = 20  # of a search, unless told
 
 
@@ -57,7 +58,8 @@ class Plan:
         space = read_space(arguments, settings["space"] or {}, context.config_loader)
         searched = space.has_interval or settings["trials"] is not None
         _check_space(space, searched, settings)
-        composer = Composer(context.config_loader, master, space)
+        here = master.hydra.launcher._target_ in (BASIC, JOBLIB)
+        composer = Composer(context.config_loader, master, space, here)
         seeds = settings["seeds"] if isinstance(settings["seeds"], int) else 1
         if searched:
             points = [[composer.job(n, each)] for n, each in enumerate(space.corners())]

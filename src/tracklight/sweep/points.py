@@ -79,12 +79,14 @@ class Composer:
         loader: Hydra's.
         master: The config of the whole command.
         space: What varies.
+        here: Whether trials run on this machine.
     """
 
-    def __init__(self, loader: ConfigLoader, master: DictConfig, space: Space):
+    def __init__(self, loader: ConfigLoader, master: DictConfig, space: Space, here: bool):
         self._loader = loader
         self._master = master
         self._space = space
+        self._here = here
         self._parser = OverridesParser.create(config_loader=loader)
         self._templates: dict[tuple[str, ...], tuple[DictConfig, DictConfig]] = {}
         self._checked: set[tuple[str, ...]] = set()
@@ -112,7 +114,7 @@ class Composer:
         if seed:
             cfg.seed += seed
         check = config.settled if groups in self._checked else config.checked
-        cfg = check(cfg)
+        cfg = check(cfg, self._here)
         self._checked.add(groups)
         moved = [f"seed={cfg.seed}"] if seed else []
         return Job(

@@ -60,6 +60,9 @@ def sweep(arguments: list[str], master: DictConfig, context: HydraContext) -> fl
 def _rehearsal(plan: Plan, pool: Pool) -> Iterator[list[Outcome]]:
     """Take one batch of the first point, untracked, while this process does its own imports.
 
+    Of trials that are not to run as it does, elsewhere or on several devices, it says only what
+    they log: its own failure is none of theirs.
+
     Yields:
         A list that holds its outcome in the end, if there is a rehearsal.
 
@@ -67,15 +70,16 @@ def _rehearsal(plan: Plan, pool: Pool) -> Iterator[list[Outcome]]:
         BadInput: The data or the model refuse, or nothing of the score's name is logged.
     """
     job = plan.points[0][0]
-    if plan.launcher or job.cfg.trainer.devices != 1:  # further processes would not know of it
-        yield []
-        return
+    assignment = assign(job, rehearse=True)
+    differs = plan.launcher is not None or job.cfg.trainer.devices != 1
+    if differs:
+        assignment.cfg["trainer"]["accelerator"] = "cpu"
     outcomes: list[Outcome] = []
     errors: list[Exception] = []
 
     def start() -> None:
         try:
-            pool.start(assign(job, rehearse=True), job)
+            pool.start(assignment, job)
         except Exception as error:
             errors.append(error)
 
@@ -88,7 +92,7 @@ def _rehearsal(plan: Plan, pool: Pool) -> Iterator[list[Outcome]]:
     outcomes += _outcomes(pool)
     found = outcomes[0]
     rest, told = [jobs[0] for jobs in plan.points[1:]], set()
-    while found.kind == "failed" and found.is_input:
+    while found.kind == "failed" and found.is_input and not differs:
         if found.reason in told or not rest:  # it is not this point's alone
             raise BadInput(found.reason)
         told.add(found.reason)
@@ -257,7 +261,7 @@ class _Sweep:
         if course.signum is None and not course.halted:
             from tracklight.sweep.winner import test
 
-            progress.note(test(self.plan, self.pool, self.board, winner))
+            progress.note(test(self.plan, course.slots, self.board, winner))
         progress.note(f"sweep  {self.board.run.run_id}  {self.board.run.folder}")
         return winner.score
 

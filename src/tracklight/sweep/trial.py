@@ -150,7 +150,9 @@ def run(assignment: Assignment, line: Connection | None = None) -> Outcome:
     else:
         kind = "pruned" if reporter.pruned else "complete"
         outcome = Outcome(kind, score, metrics=tuple(sorted(reporter.metrics)))
-        if score is not None and score != score:
+        if score is None and not assignment.rehearse:
+            outcome = Outcome("failed", reason=f"{cfg.score.metric} was never logged")
+        elif score is not None and score != score:
             outcome = Outcome("failed", reason=f"{cfg.score.metric} is nan")
     if outcome.reason:
         print(f"failed: {outcome.reason}", flush=True)

@@ -7,7 +7,7 @@ from tracklight.sweep.board import Board
 from tracklight.sweep.leaderboard import Standing
 from tracklight.sweep.plan import Plan, assign
 from tracklight.sweep.points import Job, pinned, shown
-from tracklight.sweep.pool import Pool
+from tracklight.sweep.pool import Slots
 from tracklight.sweep.trial import POINT_TAG, Outcome
 from tracklight.tracking.layout import PARENT_TAG
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 TESTED_TAG = "tracklight.tested"
 
 
-def test(plan: Plan, pool: Pool, board: Board, winner: Standing) -> str:
+def test(plan: Plan, slots: Slots, board: Board, winner: Standing) -> str:
     """Test the runs of the winning point that were not tested yet.
 
     Returns:
@@ -30,10 +30,10 @@ def test(plan: Plan, pool: Pool, board: Board, winner: Standing) -> str:
     wanted = [children[run.run_id] for run in winner.runs]
     todo = [child for child in wanted if TESTED_TAG not in child.data.tags]
     try:
-        _run_tests(plan, pool, board, winner, todo)
+        _run_tests(plan, slots, board, winner, todo)
     except (KeyboardInterrupt, SystemExit):
-        pool.stop()  # each closes its run, and the same command goes on with it
-        for _ in pool.drain():
+        slots.stop()  # each closes its run, and the same command goes on with it
+        for _ in slots.drain():
             pass
         raise
     found = board.log_test([run.run_id for run in winner.runs])
@@ -42,10 +42,11 @@ def test(plan: Plan, pool: Pool, board: Board, winner: Standing) -> str:
     return f"best  trial {winner.trial} {shown(winner.params)}  {score}  {told}".rstrip()
 
 
-def _run_tests(plan: Plan, pool: Pool, board: Board, winner: Standing, todo: "list[Run]") -> None:
+def _run_tests(plan: Plan, slots: Slots, board: Board, winner: Standing, todo: "list[Run]") -> None:
     jobs = _jobs(plan, winner, todo)
-    while todo or pool.running:
-        while todo and pool.has_room:
+    runs = {child.data.tags[POINT_TAG]: child.info.run_id for child in todo}
+    while todo or slots.running:
+        while todo and slots.has_room:
             child = todo.pop()
             job = jobs.get(child.data.tags[POINT_TAG])
             if job is None:
@@ -56,14 +57,13 @@ def _run_tests(plan: Plan, pool: Pool, board: Board, winner: Standing, todo: "li
                 )
             tags = {PARENT_TAG: board.run.run_id}
             log = board.run.folder / "logs" / f"{winner.trial:04d}.log"
-            pool.start(assign(job, tags=tags, run_id=child.info.run_id, test=True, log=log), child)
-        for child, message in pool.messages(1.0):
+            slots.start(assign(job, tags=tags, run_id=runs[job.key], test=True, log=log), job)
+        for job, message in slots.messages(1.0):
             if isinstance(message, Outcome):
-                _tested(board, child, message)
+                _tested(board, runs[job.key], message)
 
 
-def _tested(board: Board, child: "Run", outcome: Outcome) -> None:
-    run_id = child.info.run_id
+def _tested(board: Board, run_id: str, outcome: Outcome) -> None:
     if outcome.kind not in ("complete", "pruned"):
         why = outcome.reason or outcome.kind
         raise RunFailed(f"the winner, run {run_id}, could not be tested: {why}")
