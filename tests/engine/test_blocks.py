@@ -1,12 +1,14 @@
 """Steps in blocks are the steps of plain Lightning: bits, schedules, counts, metrics, stops."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from fitting import Fit, OneByOne
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint, ModelPruning
+from torchmetrics.classification import MulticlassAccuracy
 
 from foreign import Blobs, Diverging
 from tracklight.engine.blocks import STEPS_PER_BLOCK, NonFiniteLoss
@@ -72,10 +74,19 @@ def test_a_loss_that_asks_for_the_step_gets_it():
 class Talking(MLP):
     """Logs in its loss."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.accuracy = MulticlassAccuracy(4)  # of torchmetrics: it is macro-averaged
+
     def loss(self, outputs, targets):
         loss = super().loss(outputs, targets)
         if self.training:
             self.log("train/twice", 2 * loss)
+            self.log("train/weight", next(self.parameters())[0, 0])  # which the step then changes
+            self.log("train/one", loss.double()[None] / 3)
+            self.log("train/third", 1 / 3)
+            self.accuracy(outputs, targets)
+            self.log("train/accuracy", self.accuracy, on_step=True, on_epoch=True)
             self.log_dict({"train/mean": loss}, on_step=False, on_epoch=True)
             self.log("train/both", loss, on_step=True, on_epoch=True)
         return loss
@@ -90,7 +101,15 @@ def test_what_a_loss_logs_is_logged_at_each_step_and_averaged_over_examples():
 
     blocks, single = points(), points(OneByOne())
     assert len(blocks["train/twice"]) == 2 * STEPS
-    for key in ("train/twice", "train/both_step"):
+    for key in (
+        "train/twice",
+        "train/weight",
+        "train/one",
+        "train/third",
+        "train/both_step",
+        "train/accuracy_step",
+        "train/accuracy_epoch",
+    ):
         assert blocks[key] == single[key], key
     for key in ("train/mean", "train/both_epoch"):
         for (step, ours), (same, theirs) in zip(blocks[key], single[key], strict=True):

@@ -10,7 +10,7 @@ from tracklight.errors import BadInput
 from tracklight.reuse import leaderboard
 from tracklight.reuse.compare import main
 from tracklight.reuse.layout import sparkline
-from tracklight.tracking.layout import PARENT_TAG
+from tracklight.tracking.layout import IDENTITY_TAG, PARENT_TAG
 from tracklight.tracking.ledger import Chosen, open_ledger
 
 
@@ -52,6 +52,22 @@ def test_seeds_that_split_the_data_differently_are_one_place_without_a_flag(add,
     found = board(tmp_path)
     assert [len(place.values) for place in found.places] == [2, 2, 1]
     assert [place.flags for place in found.places] == [[], [], ["other data"]]
+
+
+def test_a_run_whose_process_is_gone_is_said_to_have_died(store, tmp_path, capsys):
+    def begin(name):
+        run = store.create("tracklight", name, {IDENTITY_TAG: name})
+        run.log_params({"score.metric": "train/loss", "score.mode": "min"})
+        run.publish()
+        return run
+
+    alive, dead = begin("alive"), begin("dead")
+    dead.abandon()
+    main(["--dir", str(tmp_path), "--json"])
+    places = json.loads(capsys.readouterr().out)
+    flags = {place["runs"][0]: place["flags"] for place in places}
+    assert (flags[alive.run_id], flags[dead.run_id]) == (["running"], ["died"])
+    alive.finish("FINISHED")
 
 
 def test_runs_of_a_place_that_were_made_by_different_code_are_flagged(add, tmp_path):

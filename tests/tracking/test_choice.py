@@ -91,6 +91,14 @@ def test_best_and_last_look_into_the_experiment_named(add, ledger):
         choose_id(ledger(), "last", "nowhere")
 
 
+def test_a_deleted_run_is_said_to_be_so_and_how_it_is_brought_back(add, store, ledger):
+    run_id = add(0.1)
+    store.client.delete_run(run_id)
+    for word in (run_id, run_id[:6]):
+        with pytest.raises(BadInput, match=f"run {run_id} is deleted; restore it with"):
+            choose_id(ledger(), word)
+
+
 def test_both_ledgers_give_the_same_answers(add, store, tmp_path):
     parent = add(0.1, tags={"tracklight.sweep": "s"})
     for seed in range(3):

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from tracklight.tracking.lock import FILE_NAME, Held, RunLock, read_note
+from tracklight.tracking.lock import FILE_NAME, Held, RunLock, is_left, read_note
 
 
 def hold(folder, ready, release):
@@ -25,6 +25,16 @@ def test_a_second_process_is_told_who_holds_the_lock(tmp_path, processes):
     release.set()
     holder.join()
     assert not (tmp_path / FILE_NAME).exists()
+
+
+def test_a_run_is_left_once_nobody_holds_its_lock_file(tmp_path):
+    assert not is_left(tmp_path / "elsewhere") and not is_left(tmp_path)
+    lock = RunLock(tmp_path, {})
+    assert not is_left(tmp_path)
+    lock.close()
+    assert is_left(tmp_path)
+    RunLock(tmp_path, {}).remove()  # looking has not taken it
+    assert not is_left(tmp_path)
 
 
 def test_the_kernel_releases_the_lock_of_a_killed_process(tmp_path, processes):

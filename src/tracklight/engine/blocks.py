@@ -16,6 +16,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loops.optimization.automatic import Closure, ClosureResult
 from torch import Tensor
+from torchmetrics import Metric
 from typing_extensions import override
 
 from tracklight.data.tensor_data import TensorData
@@ -59,9 +60,14 @@ class Heard:
 
     def note(self, name: str, value: Any, prog_bar: bool = False, **how: Any) -> None:
         """Take the arguments of `LightningModule.log`."""
-        indices, values, _ = self.notes.setdefault(name, ([], [], how | {"prog_bar": prog_bar}))
+        how |= {"prog_bar": prog_bar}
+        if isinstance(value, Metric):  # which keeps its own account of the epoch
+            how["metric"], value = value, value._forward_cache
+        indices, values, _ = self.notes.setdefault(name, ([], [], how))
         indices.append(len(self.losses))
-        values.append(torch.as_tensor(value, dtype=torch.float32).detach())
+        is_tensor = isinstance(value, Tensor)  # copied: the step may change it
+        value = value.detach().clone() if is_tensor else torch.tensor(float(value or 0.0))
+        values.append(value.squeeze())
 
 
 class Blocks(Callback):
@@ -194,6 +200,7 @@ class Blocks(Callback):
         """Log what the model logged in forward pass or loss, step by step as Lightning would."""
         for name, (indices, values, how) in self.heard.notes.items():
             on_step, on_epoch = how.pop("on_step", None), how.pop("on_epoch", None) or False
+            metric = how.pop("metric", None)
             found = torch.stack(values)
             if on_step is None or on_step:
                 key = f"{name}_step" if on_epoch else name
@@ -205,7 +212,7 @@ class Blocks(Callback):
                 weights = sizes[indices]
                 mean, total = (found * weights).sum() / weights.sum(), int(weights.sum())
                 how |= {"batch_size": total, "on_step": False, "on_epoch": True}
-                self.module.log(key, mean, **how)
+                self.module.log(key, mean if metric is None else metric, **how)
 
     def _log_steps(self, key: str, steps: Sequence[int], values: Sequence[float]) -> None:
         if self.track is None or not self.trainer.log_every_n_steps:

@@ -6,7 +6,7 @@ from typing import Any
 
 from tracklight.errors import BadInput
 from tracklight.reuse.command import RUN_HELP, Parser
-from tracklight.tracking.layout import PARENT_TAG, SWEEP_TAG
+from tracklight.tracking.layout import FOLDER, PARENT_TAG, SWEEP_TAG
 from tracklight.tracking.ledger import Chosen, Ledger, open_ledger, parts
 
 EPILOG = """\
@@ -51,8 +51,9 @@ def main(argv: Sequence[str]) -> int:
         return 0
     from tracklight.reuse import layout, leaderboard
 
+    runs, folders = chosen(ledger, asked), asked.dir.absolute() / FOLDER
     board = leaderboard.rank(
-        ledger, chosen(ledger, asked), asked.metric, asked.mode, asked.limit, asked.each
+        ledger, runs, asked.metric, asked.mode, asked.limit, asked.each, folders
     )
     layout.write(board, asked.form or "table", sys.stdout)
     return 0

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tracklight.config import NOT_IDENTITY
@@ -12,6 +13,7 @@ from tracklight.reuse.statistic import half_width
 from tracklight.tracking.choice import SCORE
 from tracklight.tracking.layout import DATA_NAME_TAG, DATA_TAG
 from tracklight.tracking.ledger import Chosen, Entry, Ledger, Scored, distinct
+from tracklight.tracking.lock import is_left
 
 LOSSES = ("train/loss_epoch", "train/loss", "val/loss")  # the first that a run has is drawn
 MINIMISED = ("loss", "error", "gap", "rmse", "mse", "mae", "perplexity")
@@ -61,6 +63,7 @@ def rank(
     mode: str | None,
     limit: int,
     each: bool = False,
+    folders: Path | None = None,
 ) -> Leaderboard:
     """Rank the chosen runs.
 
@@ -71,6 +74,7 @@ def rank(
         mode: `min` or `max`; None to tell from the metric.
         limit: How many places to fill in.
         each: Whether each run has a place of its own, instead of each setting.
+        folders: Where run folders lie, which tell what has died; None to believe the store.
 
     Raises:
         BadInput: There are no such runs.
@@ -115,7 +119,7 @@ def rank(
                 values=values,
                 delta=None if best is None or mean is None else mean - best,
                 params={key: _value(runs, key) for key in columns},
-                flags=_flags(runs, places[0].runs if places else runs),
+                flags=_flags(runs, places[0].runs if places else runs) + _states(runs, folders),
                 loss=losses.get(runs[0].run_id, []),
             )
         )
@@ -206,5 +210,13 @@ def _flags(runs: Sequence[Entry], first: Sequence[Entry]) -> list[str]:
         flags.append("other data")
     if any(run.tags.get(DIRTY) == "true" for run in runs):
         flags.append("uncommitted")
-    flags += dict.fromkeys(run.status.lower() for run in runs if run.status != "FINISHED")
     return flags
+
+
+def _states(runs: Sequence[Entry], folders: Path | None) -> list[str]:
+    """Tell of runs that have not finished; only a start of training marks those that died."""
+    states = []
+    for run in runs:
+        died = run.status == "RUNNING" and folders is not None and is_left(folders / run.run_id)
+        states += [] if run.status == "FINISHED" else ["died" if died else run.status.lower()]
+    return [*dict.fromkeys(states)]

@@ -49,7 +49,8 @@ def reproduce(asked: Any) -> int:
     if refused:
         raise BadInput(f"{refused[0]} changes the result; that is a new run: use train.py")
     cfg.tracking.experiment = store.client.get_experiment(run.info.experiment_id).name
-    cfg.tracking.run_name = f"reproduce-{run.info.run_name}"[:250]
+    name = (run.info.run_name or "").removeprefix("reproduce-")
+    cfg.tracking.run_name = f"reproduce-{name}"[:250]
     reasons = [f"config: {line}" for line in changed] + likeness.reasons(store, run, cfg)
     print(f"reproducing {run.info.run_id} ({run.info.run_name})")
     for reason in reasons:

@@ -22,6 +22,14 @@ def check_id(word: str) -> None:
         )
 
 
+def deleted(run_id: str, shown_uri: str) -> str:
+    """Say of a run that it is deleted, and how it is brought back."""
+    return (
+        f"run {run_id} is deleted; restore it with "
+        f"`MLFLOW_TRACKING_URI={shown_uri} mlflow runs restore --run-id {run_id}`"
+    )
+
+
 def choose_id(ledger: Ledger, word: str, experiment: str | None = None) -> str:
     """Return the id of the run that a word names, as `choose` does.
 
@@ -31,10 +39,12 @@ def choose_id(ledger: Ledger, word: str, experiment: str | None = None) -> str:
     if word not in WORDS:
         check_id(word)
         found = ledger.ids(word)
-        if len(found) != 1:
-            what = "several runs begin" if found else "no run begins"
-            raise BadInput(f"{what} with {word} in {ledger.shown_uri}")
-        return found[0]
+        if len(found) == 1:
+            return found[0]
+        if not found and (gone := ledger.ids(word, deleted=True)):
+            raise BadInput(deleted(gone[0], ledger.shown_uri))
+        what = "several runs begin" if found else "no run begins"
+        raise BadInput(f"{what} with {word} in {ledger.shown_uri}")
     runs = ledger.scored(Chosen(experiment), SCORE)
     if word == "best":  # of what is comparable with the newest run that came to a score
         runs = [run for run in runs if run.value is not None]

@@ -16,6 +16,7 @@ from tracklight.tracking.ledger import (
     newest_first,
     parts,
 )
+from tracklight.tracking.quiet import mlflow
 
 _MAX_RUNS = 50_000
 _PAGE = 1000
@@ -34,7 +35,15 @@ class ClientLedger(Ledger):
         self._client = client
         self._experiments = {e.experiment_id: e.name for e in client.search_experiments()}
 
-    def _search(self, query: str, experiment: str | None = None, limit: int = _MAX_RUNS) -> list:
+    def _search(
+        self,
+        query: str,
+        experiment: str | None = None,
+        limit: int = _MAX_RUNS,
+        deleted: bool = False,
+    ) -> list:
+        view = mlflow.entities.ViewType
+        stage = view.DELETED_ONLY if deleted else view.ACTIVE_ONLY
         ids = [i for i, name in self._experiments.items() if experiment in (None, name)]
         runs: list[Any] = []
         token = None
@@ -42,7 +51,7 @@ class ClientLedger(Ledger):
             newest = ["attributes.start_time DESC"]
             size = min(_PAGE, limit - len(runs))
             page = self._client.search_runs(
-                ids, query, max_results=size, order_by=newest, page_token=token
+                ids, query, stage, max_results=size, order_by=newest, page_token=token
             )
             runs += page
             token = page.token
@@ -51,8 +60,8 @@ class ClientLedger(Ledger):
         return runs
 
     @override
-    def ids(self, prefix: str) -> list[str]:
-        found = self._search(f"attributes.run_id LIKE '{prefix}%'", limit=2)
+    def ids(self, prefix: str, deleted: bool = False) -> list[str]:
+        found = self._search(f"attributes.run_id LIKE '{prefix}%'", limit=2, deleted=deleted)
         return [run.info.run_id for run in found]
 
     @override

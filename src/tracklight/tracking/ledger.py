@@ -72,8 +72,8 @@ class Ledger(Protocol):
 
     shown_uri: str
 
-    def ids(self, prefix: str) -> list[str]:
-        """Return up to two ids that begin so, of runs of any kind."""
+    def ids(self, prefix: str, deleted: bool = False) -> list[str]:
+        """Return up to two ids that begin so, of runs of any kind, or of deleted ones."""
         ...
 
     def scored(self, chosen: Chosen, metric: str) -> list[Scored]:

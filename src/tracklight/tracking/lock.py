@@ -112,6 +112,24 @@ class RunLock:
         self.close()
 
 
+def is_left(folder: Path) -> bool:
+    """Whether a process died over the run in this folder: its lock file is there, held by nobody.
+
+    False where there is no such folder, as of a run on another machine.
+    """
+    try:
+        fd = os.open(folder / FILE_NAME, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
 def read_note(folder: Path) -> dict[str, Any]:
     """What the lock file's last holder left in it; empty if there is no such file, or no sense."""
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tracklight.errors import BadInput
-from tracklight.tracking.choice import WORDS, check_id, choose_id
+from tracklight.tracking.choice import WORDS, check_id, choose_id, deleted
 from tracklight.tracking.client_ledger import ClientLedger
 from tracklight.tracking.layout import BEST_TAG, IDENTITY_TAG, SWEEP_TAG
 from tracklight.tracking.ledger import Ledger
@@ -38,10 +38,7 @@ def find_run(store: Store, run_id: str) -> Any:
     except mlflow.exceptions.MlflowException:
         raise BadInput(f"there is no run {run_id} in {store.shown_uri}") from None
     if run.info.lifecycle_stage == "deleted":
-        raise BadInput(
-            f"run {run_id} is deleted; restore it with "
-            f"`MLFLOW_TRACKING_URI={store.shown_uri} mlflow runs restore --run-id {run_id}`"
-        )
+        raise BadInput(deleted(run_id, store.shown_uri))
     return run
 
 

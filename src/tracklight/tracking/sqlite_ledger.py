@@ -52,12 +52,13 @@ class SqliteLedger(Ledger):
             raise BadInput(f"{self._path} cannot be read: {error}") from None
 
     @override
-    def ids(self, prefix: str) -> list[str]:
+    def ids(self, prefix: str, deleted: bool = False) -> list[str]:
         query = (
-            "SELECT run_uuid FROM runs WHERE lifecycle_stage = 'active' AND run_uuid LIKE ?"
+            "SELECT run_uuid FROM runs WHERE lifecycle_stage = ? AND run_uuid LIKE ?"
             " ORDER BY start_time DESC LIMIT 2"
         )
-        return [row[0] for row in self._ask(query, [f"{prefix}%"])]
+        stage = "deleted" if deleted else "active"
+        return [row[0] for row in self._ask(query, [stage, f"{prefix}%"])]
 
     @override
     def scored(self, chosen: Chosen, metric: str) -> list[Scored]:
