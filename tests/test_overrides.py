@@ -35,6 +35,8 @@ def composed(*words, many=False):
         (["model.hidden=[8"], "cannot read model.hidden=[8"),
         (["a b"], "cannot read a b"),
         (["seed"], "cannot read seed"),
+        (["seed=choice()"], "choice() is empty"),
+        (["seed=rnage(1,3)"], "no function rnage; did you mean range?"),
         (["trainer.logger=true"], "use tracking=mlflow or tracking=none"),
         (["+trainer.logger=true"], "use tracking=mlflow or tracking=none"),
         (["trainer.default_root_dir=/tmp"], "use tracking.dir=FOLDER"),

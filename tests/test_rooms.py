@@ -16,7 +16,7 @@ ROOMS = ("reuse", "sweep", "tracking", "engine", "models", "data")
 MAY_IMPORT = {
     "reuse": ("tracklight",),  # like the experiment, it joins all rooms, for finished runs
     "sweep": (
-        *("tracklight.config", "tracklight.machine", "tracklight.resume"),
+        *("tracklight.config", "tracklight.machine", "tracklight.report", "tracklight.resume"),
         *("tracklight.tracking", "tracklight.experiment"),
     ),
     "tracking": (),

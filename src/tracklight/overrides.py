@@ -14,6 +14,7 @@ from tracklight.config import CONF
 from tracklight.errors import BadInput
 from tracklight.rules import OWNED, nodes
 
+FUNCTIONS = ("interval", "range", "choice", "tag", "glob", "shuffle", "sort")  # of Hydra's grammar
 RUN_KEYS = ("resume", "init_from")  # 1234e567 is a run id, not a number
 
 
@@ -110,6 +111,14 @@ def split_for_resume(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def told(error: Exception) -> str:
     """Say in one line what Hydra or OmegaConf objects to, and what would work."""
     if isinstance(error, OverrideParseException):
+        if called := re.search(r"=\s*(\w+)\(", str(error.override)):
+            hint = _nearest(called[1], FUNCTIONS) if called[1] not in FUNCTIONS else ""
+            empty = re.search(r"\(\s*\)", str(error.override)) and "; it takes values: (A,B)"
+            if hint or empty:
+                what = (
+                    f"no function {called[1]}{hint}" if hint else f"{called[1]}() is empty{empty}"
+                )
+                return f"cannot read {error.override}: {what}"
         reason = _first_line(str(error).removeprefix("LexerNoViableAltException: "))
         return f"cannot read {error.override}: {reason}; write key=value, text 'key=\"a, b\"'"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
@@ -125,6 +134,8 @@ def told(error: Exception) -> str:
         return unknown_key(
             match[1], dict(nodes({k: v for k, v in _unresolved(root).items() if k != "hydra"}))
         )
+    if match := re.match(r"Could not override '(\w+)@", message):
+        return f"{_first_line(message)} Write {match[1]}=CHOICE, without @"
     if isinstance(cause, OmegaConfBaseException):
         return f"{_first_line(message)}: {_first_line(str(cause))}".lstrip(": ")
     return _first_line(message)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.callbacks import RichProgressBar
+from pytorch_lightning.callbacks import EarlyStopping, RichProgressBar
 from typing_extensions import override
 
 
@@ -17,7 +17,39 @@ def progress(enabled: bool) -> Callback | None:
     return RichProgressBar(leave=True) if sys.stdout.isatty() else EpochLines()
 
 
-class EpochLines(Callback):
+class AfterEpoch(EarlyStopping):
+    """A callback whose epochs end after the module's own `on_train_epoch_end`, and what that logs.
+
+    Lightning grants this to early stopping and checkpoints alone; of the former only the name is
+    used.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(monitor="")
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return type(self).__qualname__
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        return
+
+    @override
+    def setup(self, *_: Any, **__: Any) -> None:
+        return
+
+    @override
+    def on_validation_end(self, *_: Any) -> None:
+        return
+
+
+class EpochLines(AfterEpoch):
     """Prints one line an epoch: its metrics and its seconds."""
 
     listens_by_block = True

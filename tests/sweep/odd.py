@@ -44,6 +44,10 @@ class Odd(LinearRegression):
         if self.mood == "exits":
             os._exit(3)
 
+    def on_train_epoch_end(self) -> None:
+        if self.mood != "quiet":
+            self.log("odd/mood", float(self.current_epoch))
+
     def _was_here(self) -> bool:
         if self.only_once is None:
             return False

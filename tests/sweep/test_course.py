@@ -199,7 +199,7 @@ def test_an_epoch_told_while_trials_are_stopped_is_judged_as_any_other(tmp_path)
     course = Course(
         Drawn(trials), trials, slots, None, Progress("loss", "min", 1), True, False, None
     )
-    slots.on_message = lambda: setattr(course, "signum", signal.SIGTERM)
+    slots.on_message = lambda: setattr(course._interrupts, "signum", signal.SIGTERM)
     course.run()
     (trial,) = trials._all()
     assert trial.intermediate_values == {1: 0.5, 2: 0.4}
@@ -270,7 +270,7 @@ def test_a_second_signal_leaves_at_once(tmp_path, monkeypatch, capsys):
     trials = trials_at(tmp_path / "a")
     slots = Scripted({"1/0": [Epoch(1, 0.5), Epoch(2, 0.4), complete(0.3)]})
     slots.on_message = lambda: signal.raise_signal(signal.SIGINT)
-    monkeypatch.setattr(module.os, "_exit", leave)
+    monkeypatch.setattr("tracklight.sweep.interrupts.os._exit", leave)
     with pytest.raises(Left, match="130"):
         run(grid(trials), trials, slots, Noted())
     assert slots.running == []

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from tracklight.sweep import sweeper
 from tracklight.sweep.points import Job
+from tracklight.sweep.rehearsal import rehearsal
 
 
 class Refusing:
@@ -25,6 +25,6 @@ def test_a_rehearsal_that_cannot_start_says_why():
     plan = SimpleNamespace(points=[[job]], launcher=None, metric="train/loss")
     with (
         pytest.raises(OSError, match="no more processes"),
-        sweeper._rehearsal(plan, Refusing()),  # pyright: ignore
+        rehearsal(plan, Refusing()),  # pyright: ignore
     ):
         pass

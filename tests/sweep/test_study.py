@@ -78,7 +78,7 @@ def test_a_retry_takes_the_place_of_the_failed_trial(tmp_path):
     study.tell(first.number, "failed", None)
     study.retry(first.number)
     again = study.ask()
-    assert again.params == first.params and again.number != first.number
+    assert again.params == first.params and again.number == first.number
     study.tell(again.number, "complete", 1.0)
     assert study.ask() is not None and study.ask() is None
     assert len(study.counted()) == 2

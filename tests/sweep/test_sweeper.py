@@ -111,9 +111,68 @@ def test_a_trial_that_failed_in_passing_goes_on_in_its_own_run(commander, tmp_pa
     after = Swept(directory)
     assert process.exit_code == 0, process.stderr
     assert [run.run_id for run in after.children] == [run.run_id for run in before.children]
+    assert [run.tags["tracklight.trial"] for run in after.children] == ["0", "1"]
     assert {run.status for run in after.children} == {"FINISHED"}
     for child in after.children:
         assert [step for step, _ in child.metrics["train/loss_epoch"]] == [1, 2, 3, 4, 5]
+
+
+def test_a_trial_that_never_logs_the_score_fails_alone_wherever_it_stands(commander, tmp_path):
+    directory = tmp_path / "runs"
+    command = ("+model.mood=quiet,good", *ODD[:1], "score.metric=odd/mood", *QUICK)
+    process = commander.sweep(directory, *command)
+    assert process.exit_code == 1
+    assert process.stderr == "error: 1 trial failed: trial 0 (odd/mood was never logged)\n"
+    swept = Swept(directory)
+    assert [(row["state"], row["epochs"]) for row in swept.leaderboard()] == [
+        ("complete", 5),
+        ("failed", 5),
+    ]
+    assert sorted(run.status for run in swept.children) == ["FAILED", "FINISHED"]
+
+
+def test_a_sweep_all_of_whose_trials_fail_says_where_it_is_and_what_was_done(commander, tmp_path):
+    directory = tmp_path / "runs"
+    command = ("+model.mood=raises,dies", "+model.at=3", *ODD)
+    process = commander.sweep(directory, *command)
+    assert process.exit_code == 1
+    swept = Swept(directory)
+    assert f"sweep  {swept.parent.run_id}  {directory}" in process.stdout
+    epochs = {row["model.mood"]: row["epochs"] for row in swept.leaderboard()}
+    assert epochs == {"raises": 3, "dies": 0}  # a killed one has told nobody
+    process = commander.sweep(directory, *command)
+    assert "the sweep goes on: 0 runs have ended, 2 to be taken up again" in process.stdout
+    assert sorted(run.tags["tracklight.trial"] for run in Swept(directory).children) == ["0", "1"]
+
+
+def test_repeated_draws_are_said_and_counted(commander, tmp_path):
+    directory = tmp_path / "runs"
+    command = ("seed=range(0,2)", "sweep.trials=4", "sweep.sampler=random", *QUICK)
+    process = commander.sweep(directory, *command)
+    assert process.exit_code == 0, process.stderr
+    assert process.stdout.count("  same as trial ") == 2
+    assert "4 trials, 2 of them different" in process.stdout
+    assert len(Swept(directory).children) == 2
+
+
+def test_what_the_data_warn_of_is_said_by_a_sweep_too(commander, tmp_path):
+    words = ("model=mlp", "data.download=false", f"data.root={tmp_path}", "model.hidden=[2]")
+    short = ("seed=1,2", "trainer.max_epochs=1", "tracking=none", *QUICK[:2])
+    process = commander.sweep(tmp_path / "runs", *words, *short)
+    assert process.exit_code == 0, process.stderr
+    assert process.stderr.startswith("warning: ") and process.stderr.count("\n") == 1
+    assert "USING 5000 IMAGES" in process.stderr
+
+
+def test_settings_without_effect_are_said(commander, tmp_path):
+    def said(*words):
+        return commander.sweep(tmp_path / "runs", *words, "sweep.dry_run=true").stdout
+
+    assert "sweep.sampler=random needs sweep.trials" in said("seed=1,2", "sweep.sampler=random")
+    mixed = ("optimizer.lr=interval(0.1,1)", "optimizer.momentum=range(0.0,0.9,0.1)", "seed=1,2")
+    assert "cmaes draws seed at random" in said(*mixed, "sweep.sampler=cmaes")
+    assert "at random" not in said(*mixed[:2], "sweep.sampler=cmaes")
+    assert "cmaes draws optimizer.lr at random" in said(*mixed[:1], "sweep.sampler=cmaes")
 
 
 def test_the_first_failure_stops_a_sweep_that_is_told_so(commander, tmp_path):
@@ -432,6 +491,7 @@ def test_an_untracked_sweep_ranks_its_points_and_leaves_nothing(commander, tmp_p
     process = commander.sweep(directory, *GRID, "tracking=none")
     assert process.exit_code == 0, process.stderr
     assert "train/loss (min), 3 trials" in process.stdout and Swept(directory).runs == []
+    assert process.stdout.count(" complete       5  ") == 3  # epochs
 
 
 @pytest.mark.slow
@@ -530,6 +590,13 @@ BAD = {
     ),
     "metric": (("optimizer.lr=0.1,0.2", "score.metric=train/f1"), "score.metric=train/f1 is never"),
     "key": (("optimizer.rl=0.1,0.2",), "did you mean optimizer.lr"),
+    "own settings": (("sweep.workers=1,2",), "sweep.workers is of the command as a whole"),
+    "tracking": (("tracking.experiment=a,b",), "tracking.experiment is of the command as a whole"),
+    "untracked": (
+        ("seed=1,2", "tracking=none", "sweep.storage=sqlite:///study.db"),
+        "sweep.storage remembers trials whose runs MLflow has",
+    ),
+    "function": (("optimizer.lr=intervall(0,1)",), "did you mean interval?"),
     "two scores": (("model=linear,mlp",), "scored by different metrics"),
     "seeds": (("seed=1,2", "sweep.seeds=3"), "seed varies already"),
     "resume": (("seed=1,2", "resume=0123abcd"), "resume=0123abcd is one run"),

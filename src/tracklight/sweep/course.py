@@ -1,18 +1,15 @@
 """The course of a sweep: which run is next, what its outcome means, and when it is over."""
 
-import os
-import signal
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from tracklight.errors import RunFailed
 from tracklight.sweep.board import NEVER_BEGAN_TAG, Board
+from tracklight.sweep.interrupts import Interrupts
 from tracklight.sweep.leaderboard import Row
 from tracklight.sweep.outcomes import as_row, joined, known
 from tracklight.sweep.plan import assign
@@ -75,15 +72,17 @@ class Course:
         self._queue: deque[Job] = deque()
         self._points: dict[int, Point] = {}
         self._awaited: dict[str, list[Job]] = {}  # jobs in progress by key; twins wait
+        self._began: dict[str, int] = {}  # trial by key
         self.rows: list[Row] = []  # what this command ran
         self.failures: dict[int, str] = {}
-        self.signum: int | None = None
+        self._interrupts = Interrupts(slots, progress)
         self.halted = False
 
     def run(self) -> None:
         """Run all trials; `signum` tells afterwards if a signal ended it."""
-        with self._listening():
+        with self._interrupts.listening():
             try:
+                self._tell_before()
                 self._retry_lost()
                 while not self._is_over():
                     self._fill()
@@ -99,6 +98,16 @@ class Course:
                 self._wind_down()
             finally:
                 self.slots.kill()
+
+    @property
+    def signum(self) -> int | None:
+        """The signal that ended it, if one did."""
+        return self._interrupts.signum
+
+    @property
+    def num_ended(self) -> int:
+        """How many trials have ended, those of earlier commands and repeated ones among them."""
+        return len(self._trials.ended())
 
     def _is_over(self) -> bool:
         return self.signum is not None or self.halted
@@ -116,28 +125,6 @@ class Course:
             )
         time.sleep(WAIT_S)
 
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        before = {
-            number: signal.signal(number, self._handle)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is None:
-            self.signum = signum
-            if self.slots.blocks:  # a launcher, which tells nothing before all of its trials ended
-                raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
-            return
-        self._progress.close()
-        self.slots.kill()
-        os._exit(128 + signum)  # the next start says of the parent run that it was killed
-
     def _wind_down(self) -> None:
         """Stop what runs, so that it can be continued."""
         if not self.slots.running:
@@ -150,6 +137,14 @@ class Course:
                 message = Outcome("stopped", run_id=message.run_id)  # before it could listen
             self._take(job, message)
 
+    def _tell_before(self) -> None:
+        """Say of a sweep that is continued what there is of it."""
+        if self._board and self._children:
+            num_open = sum(known(child) is None for child in self._children.values())
+            num_ended = len(self._children) - num_open
+            more = f", {num_open} to be taken up again" if num_open else ""
+            self._progress.note(f"the sweep goes on: {num_ended} runs have ended{more}")
+
     def _retry_lost(self) -> None:
         """Keep ended trials of a search; those that failed in passing or lost runs go again."""
         if self._board is None or not self._trials.is_search:
@@ -158,9 +153,9 @@ class Course:
             reason = trial.user_attrs.get(REFUSED)
             refused = [Outcome("failed", reason=reason)] if reason else []
             if outcomes := refused or self._known(trial.user_attrs.get(RUNS, [])):
-                self._keep(trial.number, self._trials.params(trial), outcomes)
+                self._keep(self._trials.number(trial), self._trials.params(trial), outcomes)
             else:
-                self._trials.retry(trial.number)
+                self._trials.retry(self._trials.number(trial))
 
     def _known(self, keys: Sequence[str]) -> list[Outcome]:
         """Return the outcomes of a trial's runs; none if there is something to run."""
@@ -196,7 +191,6 @@ class Course:
                     self._keep(asked.number, asked.params, outcomes)
                     continue
                 asked = self._trials.retried(asked.number)
-                jobs = [job.numbered(asked.number) for job in jobs]
             self._trials.note_runs(asked.number, [job.key for job in jobs])
             self._points[asked.number] = Point(asked, jobs)
             self._queue.extend(jobs[:1] if self._asks else jobs)
@@ -226,6 +220,8 @@ class Course:
 
     def _begin(self, job: Job) -> None:
         child = self._children.get(job.key)
+        if job.key in self._began:
+            self._progress.note(f"trial {job.name}  same as trial {self._began[job.key]}")
         outcome = self._outcomes.get(job.key) or known(child)
         if outcome is not None:
             self._progress.kept(outcome)
@@ -246,6 +242,7 @@ class Course:
         if run_id is not None:
             self._progress.note(f"trial {job.name}  goes on in run {run_id}")
         self._progress.began(job)
+        self._began[job.key] = job.number
         self.slots.start(assignment, job)
 
     def _asks_for(self, job: Job) -> bool:

@@ -26,7 +26,8 @@ def known(child: Any | None) -> Outcome | None:
 def as_row(job: Job, outcome: Outcome) -> Row:
     """Return a run as the leaderboard lists it where nothing is tracked."""
     ended = {"state": outcome.kind, "score": outcome.score, "reason": outcome.reason}
-    return Row(job.number, job.params, job.cfg.seed, run_id=outcome.run_id or "", **ended)
+    spent = {"epochs": outcome.epochs, "seconds": outcome.seconds}
+    return Row(job.number, job.params, job.cfg.seed, run_id=outcome.run_id or "", **ended, **spent)
 
 
 def joined(outcomes: Sequence[Outcome]) -> tuple[str, float | None]:

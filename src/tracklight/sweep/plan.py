@@ -18,6 +18,7 @@ from tracklight.sweep.trial import Assignment
 
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
+OUTSIDE = ("sweep", "tracking", "resume", "allow_changes", "allowed_targets", "hydra")
 TRIALS = 20  # of a search, unless told
 
 
@@ -71,7 +72,7 @@ class Plan:
         points = list({jobs[0].key: jobs for jobs in points}.values())
         metric, mode = check_scores([jobs[0] for jobs in points])
         plan = cls(master, context, settings, space, composer, points, metric, mode)
-        _check_points(points, plan.methods)
+        _check_points(points, plan.methods, settings["storage"])
         if searched:
             plan.methods.check({axis.name: axis.distribution() for axis in space.axes})
         return plan
@@ -124,6 +125,26 @@ class Plan:
         return None if target == BASIC else target
 
     @property
+    def remarks(self) -> list[str]:
+        """What of the settings has no effect here, a line each."""
+        told = []
+        sampler = self.settings["sampler"]
+        if self.launcher and self.methods.prunes:
+            told.append("pruning needs trials in processes of our own: sweep.pruner ignored")
+        if not self.is_search and sampler != "tpe":
+            told.append(f"lists alone are a grid: sweep.sampler={sampler} needs sweep.trials")
+        if self.is_search and sampler == "cmaes":
+            listed = [axis.name for axis in self.space.axes if not axis.is_numeric]
+            if len(self.space.axes) - len(listed) < 2:
+                listed = [axis.name for axis in self.space.axes]
+            if listed:
+                told.append(
+                    f"sweep.sampler=cmaes draws {', '.join(listed)} at random: it needs two ranges "
+                    "of numbers at least, and no lists"
+                )
+        return told
+
+    @property
     def gpus(self) -> int:
         """How many GPUs the trials share, one each; 0 on the CPU."""
         trainer = self.points[0][0].cfg.trainer
@@ -151,7 +172,7 @@ class Plan:
             for number, jobs in enumerate(self.points):
                 told.append(f"  {number}  " + " ".join(self.space.words(jobs[0].params)))
         how = f"{self.settings['workers']} at once, ranked by {self.metric} ({self.mode})"
-        return "\n".join([*told, how])
+        return "\n".join([*told, how, *self.remarks])
 
 
 def _check_space(space: Space, searched: bool, settings: Mapping[str, Any]) -> None:
@@ -161,6 +182,11 @@ def _check_space(space: Space, searched: bool, settings: Mapping[str, Any]) -> N
             "'optimizer.lr=interval(0.01,0.1)', or drop -m"
         )
     for axis in space.axes:
+        if axis.name.partition("@")[0].partition(".")[0] in OUTSIDE:
+            raise BadInput(
+                f"{axis.name}={axis.written}: {axis.name} is of the command as a whole, and cannot "
+                "vary within a sweep; give it one value"
+            )
         axis.check(searched)
     if importlib.util.find_spec("optuna") is None:
         raise BadInput("sweeps need Optuna and Plotly: pip install 'tracklight[sweep]'")
@@ -171,8 +197,12 @@ def _check_space(space: Space, searched: bool, settings: Mapping[str, Any]) -> N
         )
 
 
-def _check_points(points: list[list[Job]], methods: Methods) -> None:
+def _check_points(points: list[list[Job]], methods: Methods, storage: str | None) -> None:
     cfg = points[0][0].cfg
+    if storage and not cfg.tracking.enabled:
+        raise BadInput(
+            "sweep.storage remembers trials whose runs MLflow has; drop it, or tracking=none"
+        )
     if cfg.resume not in (None, "auto"):
         raise BadInput(
             f"resume={cfg.resume} is one run, and -m makes several; drop -m, or drop resume: a "

@@ -3,15 +3,17 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
-from pytorch_lightning import Callback, Trainer
+from pytorch_lightning import Trainer
 from typing_extensions import override
 
+from tracklight.report import AfterEpoch
 from tracklight.sweep.trial import EPOCHS_RUN_TAG, OUTCOME_TAG, SECONDS_TAG, Epoch
 
 
-class Reporter(Callback):
+class Reporter(AfterEpoch):
     """Reports the score after each epoch, and marks the run with how it ended.
 
     With a pruner the answer is awaited before the epoch's checkpoint is taken, so that a continued
@@ -29,6 +31,7 @@ class Reporter(Callback):
     def __init__(
         self, metric: str, tell: Callable[[Epoch, bool], bool], asks: bool, once: bool = False
     ):
+        super().__init__()
         self.metric = metric
         self.tell = tell
         self.asks = asks
@@ -37,21 +40,24 @@ class Reporter(Callback):
         self.run_id: str | None = None
         self.metrics: set[str] = set()
         self.data: str | None = None
+        self.epochs = 0
         self.before_s = 0.0
         self.began_s = math.nan
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"pruned": self.pruned, "seconds": self._seconds()}
+        return {"pruned": self.pruned, "seconds": self.seconds}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.pruned = state_dict["pruned"]
         self.before_s = state_dict["seconds"]
 
-    def _seconds(self) -> float:
-        """Return how long the trial has trained, all its starts together."""
-        return self.before_s + time.monotonic() - self.began_s
+    @property
+    def seconds(self) -> float:
+        """How long the trial has trained, all its starts together."""
+        now_s = 0.0 if math.isnan(self.began_s) else time.monotonic() - self.began_s
+        return self.before_s + now_s
 
     @override
     def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
@@ -67,19 +73,23 @@ class Reporter(Callback):
     def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
         self.metrics |= set(trainer.callback_metrics)
         value = trainer.callback_metrics.get(self.metric)
-        if value is None or not trainer.is_global_zero:
-            return
-        self.pruned = self.tell(Epoch(trainer.current_epoch + 1, float(value)), self.asks)
+        if value is not None and trainer.is_global_zero:
+            self.pruned = self.tell(Epoch(trainer.current_epoch + 1, float(value)), self.asks)
         if self.pruned or self.once:
             trainer.should_stop = True
 
     @override
     def on_fit_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.logger is None:
-            return
-        tags = {
-            OUTCOME_TAG: "pruned" if self.pruned else "complete",
-            EPOCHS_RUN_TAG: str(trainer.current_epoch),
-            SECONDS_TAG: f"{self._seconds():.3f}",
-        }
-        trainer.logger.set_tags(tags)  # pyright: ignore[reportAttributeAccessIssue]
+        self._leave(trainer, {OUTCOME_TAG: "pruned" if self.pruned else "complete"})
+
+    @override
+    def on_exception(self, trainer: Trainer, *_: Any) -> None:
+        if not math.isnan(self.began_s):
+            with suppress(OSError):  # what it failed by may be the disk
+                self._leave(trainer, {})
+
+    def _leave(self, trainer: Trainer, outcome: dict[str, str]) -> None:
+        self.epochs = trainer.current_epoch
+        if trainer.logger is not None:
+            spent = {EPOCHS_RUN_TAG: str(self.epochs), SECONDS_TAG: f"{self.seconds:.3f}"}
+            trainer.logger.set_tags(spent | outcome)  # pyright: ignore[reportAttributeAccessIssue]

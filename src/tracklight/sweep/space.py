@@ -45,6 +45,11 @@ class Axis:
         """Whether it has no finite list of values."""
         return self.override.is_interval_sweep()
 
+    @property
+    def is_numeric(self) -> bool:
+        """Whether its values have an order and distances, as those of a list have not."""
+        return self.is_interval or self.override.is_range_sweep()
+
     def word(self, text: str) -> str:
         """Return the override that sets one value."""
         return f"{self.override.get_key_element()}={text}"

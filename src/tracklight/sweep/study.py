@@ -1,7 +1,7 @@
 """The trials of a sweep as Optuna remembers them: asked for, reported on, pruned, told.
 
-Only the sweep's own process talks to the storage. A trial is identified by its number; its
-parameters are text as in an override.
+Only the sweep's own process talks to the storage. A trial is identified by its number, which one
+that takes the place of another keeps; its parameters are text as in an override.
 """
 
 import warnings
@@ -20,7 +20,7 @@ from tracklight.sweep.space import Space
 POINT = "point"  # of a grid's trial: its parameters as text
 RUNS = "runs"  # the keys of a trial's runs
 REFUSED = "refused"  # of a trial that is no valid config: why
-RETRY_OF = "retry_of"  # of a trial that takes the place of an earlier one: its number
+RETRY_OF = "retry_of"  # of a trial that takes the place of an earlier one: Optuna's number of that
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -99,6 +99,13 @@ class Trials:
         whole = self._distributions.keys() <= trial.params.keys()
         return not (whole or "fixed_params" in trial.system_attrs)
 
+    def number(self, trial: FrozenTrial) -> int:
+        """Return the number of a trial: Optuna's of the one whose place it has taken in the end."""
+        trials, number = self._all(), trial.number
+        while (earlier := trials[number].user_attrs.get(RETRY_OF)) is not None:
+            number = earlier
+        return number
+
     def params(self, trial: FrozenTrial) -> dict[str, str]:
         """Return what a trial varies, as text."""
         if POINT in trial.user_attrs:
@@ -118,12 +125,12 @@ class Trials:
             return self._popped(found.number)
         if found.state == TrialState.RUNNING:
             return self._started(Trial(self._study, found._trial_id))
-        return Asked(found.number, dict(params), has_ended=True)
+        return Asked(self.number(found), dict(params), has_ended=True)
 
     def retry(self, number: int) -> None:
         """Put a trial in the queue that takes the place of an ended one."""
-        trial = self._all()[number]
-        attrs = {RETRY_OF: number} | {
+        trial = next(trial for trial in self.ended() if self.number(trial) == number)
+        attrs = {RETRY_OF: trial.number} | {
             key: value for key, value in trial.user_attrs.items() if key == POINT
         }
         self._study.enqueue_trial(
@@ -170,9 +177,10 @@ class Trials:
     def _started(self, trial: Trial) -> Asked:
         for name, distribution in self._distributions.items():
             trial._suggest(name, distribution)
-        self._live[trial.number] = trial
         frozen = self._study._storage.get_trial(trial._trial_id)
-        return Asked(trial.number, self.params(frozen))
+        number = self.number(frozen)
+        self._live[number] = trial
+        return Asked(number, self.params(frozen))
 
     @property
     def waiting(self) -> int:

@@ -2,10 +2,7 @@
 
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,17 +10,20 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from tracklight.errors import BadInput, RunFailed
-from tracklight.sweep.plan import Plan, assign
+from tracklight.sweep.plan import Plan
 from tracklight.sweep.pool import Pool
-from tracklight.sweep.trial import Outcome
+from tracklight.sweep.rehearsal import rehearsal
 
 if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+
     from tracklight.sweep.board import Board
     from tracklight.sweep.course import Course
     from tracklight.sweep.progress import Progress
     from tracklight.tracking.store import Store
 
 MAX_TOLD = 3  # failed trials that the last line names
+MAX_REASON = 80  # characters there; the table has the whole
 
 
 def sweep(arguments: list[str], master: DictConfig, context: HydraContext) -> float | None:
@@ -49,69 +49,21 @@ def sweep(arguments: list[str], master: DictConfig, context: HydraContext) -> fl
         return None
     pool = Pool(plan.settings["workers"], plan.gpus)
     try:
-        with _rehearsal(plan, pool) as rehearsed:
+        with rehearsal(plan, pool) as rehearsed:
+            storage = _open_storage(plan)
             store = _open_store(plan)
-        return _Sweep(plan, pool, store, rehearsed[0].data if rehearsed else None).run()
+        return _Sweep(plan, pool, store, storage, rehearsed[0].data).run()
     finally:
         pool.kill()
 
 
-@contextmanager
-def _rehearsal(plan: Plan, pool: Pool) -> Iterator[list[Outcome]]:
-    """Take one batch of the first point, untracked, while this process does its own imports.
+def _open_storage(plan: Plan) -> "BaseStorage | None":
+    """Open the database that `sweep.storage` names, before there is a parent run."""
+    from tracklight.sweep.storage import open_storage
 
-    Of trials that are not to run as it does, elsewhere or on several devices, it says only what
-    they log: its own failure is none of theirs.
-
-    Yields:
-        A list that holds its outcome in the end, if there is a rehearsal.
-
-    Raises:
-        BadInput: The data or the model refuse, or nothing of the score's name is logged.
-    """
-    job = plan.points[0][0]
-    assignment = assign(job, rehearse=True)
-    differs = plan.launcher is not None or job.cfg.trainer.devices != 1
-    if differs:
-        assignment.cfg["trainer"]["accelerator"] = "cpu"
-    outcomes: list[Outcome] = []
-    errors: list[Exception] = []
-
-    def start() -> None:
-        try:
-            pool.start(assignment, job)
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=start, daemon=True)
-    thread.start()  # blocks until the forkserver has done its imports
-    yield outcomes
-    thread.join()
-    if errors:
-        raise errors[0]
-    outcomes += _outcomes(pool)
-    found = outcomes[0]
-    rest, told = [jobs[0] for jobs in plan.points[1:]], set()
-    while found.kind == "failed" and found.is_input and not differs:
-        if found.reason in told or not rest:  # it is not this point's alone
-            raise BadInput(found.reason)
-        told.add(found.reason)
-        pool.start(assign(rest.pop(0), rehearse=True), job)
-        (found,) = _outcomes(pool)
-        outcomes[0] = replace(found, data=None)  # of another point than the first
-    if found.kind != "failed" and plan.metric not in found.metrics:
-        raise BadInput(
-            f"score.metric={plan.metric} is never logged; logged are {', '.join(found.metrics)}; "
-            f"try score.metric={found.metrics[0] if found.metrics else 'train/loss'}"
-        )
-
-
-def _outcomes(pool: Pool) -> list[Outcome]:
-    """Wait for the next outcome."""
-    found: list[Outcome] = []
-    while not found:
-        found += [message for _, message in pool.messages(1.0) if isinstance(message, Outcome)]
-    return found
+    url = plan.settings["storage"]
+    tracked = plan.points[0][0].cfg.tracking.enabled
+    return open_storage(url, None) if url or not tracked else None
 
 
 def _open_store(plan: Plan) -> "Store | None":
@@ -139,13 +91,22 @@ class _Sweep:
         plan: What to run.
         pool: Processes for it.
         store: Where it is recorded; None for nowhere.
+        storage: Optuna's, opened already; None for the journal in the parent's folder.
         data: Digest of the first point's data, where it is known.
     """
 
-    def __init__(self, plan: Plan, pool: Pool, store: "Store | None", data: str | None):
+    def __init__(
+        self,
+        plan: Plan,
+        pool: Pool,
+        store: "Store | None",
+        storage: "BaseStorage | None",
+        data: str | None,
+    ):
         self.plan = plan
         self.pool = pool
         self.store = store
+        self.storage = storage
         self.data = data
         self.board: Board | None = None
 
@@ -158,7 +119,6 @@ class _Sweep:
         from tracklight.tracking.quiet import mlflow
 
         plan = self.plan
-        storage = self._check_storage()
         threads = plan.threads
         if self.store:
             self.board, threads = self._open_board(self.store)
@@ -166,7 +126,7 @@ class _Sweep:
         progress = Progress(plan.metric, plan.mode, plan.settings["workers"])
         try:
             plan.pin(threads)
-            course = self._course(storage, progress, threads)
+            course = self._course(progress, threads)
             course.run()
             if course.signum is not None:
                 status = "KILLED"
@@ -188,16 +148,11 @@ class _Sweep:
         finally:
             progress.close()
             if self.board:
+                hint = "; the same command continues it" if status == "KILLED" else ""
+                progress.note(f"sweep  {self.board.run.run_id}  {self.board.run.folder}{hint}")
                 self.board.finish(status)
         _raise_what_happened(course)
         return score
-
-    def _check_storage(self):
-        """Open a database before there is a parent run."""
-        from tracklight.sweep.storage import open_storage
-
-        url = self.plan.settings["storage"]
-        return open_storage(url, None) if url or not self.store else None
 
     def _open_board(self, store: "Store") -> "tuple[Board, int]":
         """Return the parent run and how many threads a trial has."""
@@ -210,7 +165,7 @@ class _Sweep:
         seeds = plan.settings["seeds"]
         return Board(store, run, names, plan.metric, plan.mode, seeds), threads
 
-    def _course(self, storage, progress: "Progress", threads: int) -> "Course":
+    def _course(self, progress: "Progress", threads: int) -> "Course":
         from tracklight.sweep.batches import Batches
         from tracklight.sweep.course import Course
         from tracklight.sweep.parent import journal
@@ -218,7 +173,7 @@ class _Sweep:
         from tracklight.sweep.storage import open_storage
         from tracklight.sweep.study import Trials
 
-        plan, board = self.plan, self.board
+        plan, board, storage = self.plan, self.board, self.storage
         name = plan.identity[:16]
         if storage is None:
             assert board
@@ -234,8 +189,8 @@ class _Sweep:
         if plan.launcher:
             size = plan.settings["workers"] if plan.is_search else None
             slots = Batches(plan.context, plan.master, size)
-            if prunes:
-                progress.note("pruning needs trials in processes of our own: sweep.pruner ignored")
+        for remark in plan.remarks:
+            progress.note(remark)
         seeds = plan.settings["seeds"]
         source = (
             Search(trials, plan.composer, seeds, threads)
@@ -254,16 +209,15 @@ class _Sweep:
             found = standings(course.rows, self.plan.mode, self.plan.settings["seeds"])
         else:
             found = self.board.refresh(final=True) or []
-        progress.table(found, f"{self.plan.metric} ({self.plan.mode}), {len(found)} trials")
+        num = max(len(found), course.num_ended)
+        several = f", {len(found)} of them different" if num > len(found) else ""
+        progress.table(found, f"{self.plan.metric} ({self.plan.mode}), {num} trials{several}")
         winner = found[0] if found and found[0].rank == 1 else None
-        if winner is None or self.board is None:
-            return winner.score if winner else None
-        if course.signum is None and not course.halted:
+        if self.board and winner and course.signum is None and not course.halted:
             from tracklight.sweep.winner import test
 
             progress.note(test(self.plan, course.slots, self.board, winner))
-        progress.note(f"sweep  {self.board.run.run_id}  {self.board.run.folder}")
-        return winner.score
+        return winner.score if winner else None
 
 
 def _raise_what_happened(course: "Course") -> None:
@@ -272,7 +226,10 @@ def _raise_what_happened(course: "Course") -> None:
     if course.signum is not None:
         sys.exit(128 + course.signum)
     if course.failures:
-        told = [f"trial {n} ({reason})" for n, reason in course.failures.items()][:MAX_TOLD]
+        told = [
+            f"trial {number} ({textwrap.shorten(reason, MAX_REASON, placeholder='...')})"
+            for number, reason in course.failures.items()
+        ][:MAX_TOLD]
         more = ", ..." if len(course.failures) > MAX_TOLD else ""
         num = len(course.failures)
         raise RunFailed(f"{num} trial{'s' * (num > 1)} failed: {', '.join(told)}{more}")

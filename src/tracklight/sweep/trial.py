@@ -5,13 +5,16 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
+PACKAGE = Path(__file__).resolve().parents[1]
 POINT_TAG = "tracklight.point"
 TRIAL_TAG = "tracklight.trial"
 OUTCOME_TAG = "tracklight.outcome"  # of a finished run: complete or pruned; of a failed one: failed
@@ -83,8 +86,11 @@ class Outcome:
         reason: Why it failed, one line.
         run_id: Its run, if it came to have one.
         is_input: Whether it failed by what the user asked for.
+        epochs: How many it has behind it.
+        seconds: How long it trained, all its starts together.
         metrics: What a rehearsal found to be logged.
         data: Digest of the data set that a rehearsal read, if it has one.
+        warnings: Ours, of a rehearsal: what trials print goes to their logs.
     """
 
     kind: Literal["complete", "pruned", "failed", "stopped"]
@@ -92,8 +98,11 @@ class Outcome:
     reason: str = ""
     run_id: str | None = None
     is_input: bool = False
+    epochs: int = 0
+    seconds: float = 0.0
     metrics: tuple[str, ...] = ()
     data: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def work(assignment: Assignment, line: Connection) -> None:
@@ -132,14 +141,16 @@ def run(assignment: Assignment, line: Connection | None = None) -> Outcome:
         cfg.merge_with(REHEARSAL)
     OmegaConf.set_struct(cfg, True)
     reporter = Reporter(cfg.score.metric, _teller(line), assignment.asks, assignment.rehearse)
+    warned: list[str] = []
     try:
-        score = experiment.run(
-            cfg,
-            tags=assignment.tags,
-            callbacks=[reporter],
-            test=assignment.test,
-            into=assignment.run_id,
-        )
+        with _overheard(warned) if assignment.rehearse else nullcontext():
+            score = experiment.run(
+                cfg,
+                tags=assignment.tags,
+                callbacks=[reporter],
+                test=assignment.test,
+                into=assignment.run_id,
+            )
     except Stopped:
         outcome = Outcome("stopped")
     except (BadInput, RunFailed) as error:
@@ -156,7 +167,25 @@ def run(assignment: Assignment, line: Connection | None = None) -> Outcome:
             outcome = Outcome("failed", reason=f"{cfg.score.metric} is nan")
     if outcome.reason:
         print(f"failed: {outcome.reason}", flush=True)
-    return replace(outcome, run_id=reporter.run_id or assignment.run_id, data=reporter.data)
+    return replace(
+        outcome,
+        run_id=reporter.run_id or assignment.run_id,
+        epochs=reporter.epochs,
+        seconds=reporter.seconds,
+        data=reporter.data,
+        warnings=tuple(dict.fromkeys(warned)),
+    )
+
+
+@contextmanager
+def _overheard(found: list[str]) -> Iterator[None]:
+    """Append what our own code warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        try:
+            yield
+        finally:
+            ours = [each for each in caught if Path(each.filename).is_relative_to(PACKAGE)]
+            found += [str(each.message) for each in ours]
 
 
 def _teller(line: Connection | None) -> Callable[[Epoch, bool], bool]:
