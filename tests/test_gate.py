@@ -68,11 +68,11 @@ def test_the_refusal_names_the_key_the_target_and_the_line_to_add():
     cfg = compose()
     cfg.model._target_ = "my_package.nets.Net"
     with pytest.raises(
-        BadInput, match=r"model\._target_=my_package.nets.Net .*`  - my_package.nets`"
+        BadInput, match=r"model\._target_=my_package.nets.Net .* list my_package.nets under"
     ):
         check(cfg)
     with pytest.raises(
-        BadInput, match=r"model\._target_=my_package.nets.Net .*`  - my_package.nets`"
+        BadInput, match=r"model\._target_=my_package.nets.Net .*list my_package.nets under"
     ):
         build(cfg.model, ALLOWED)
 

@@ -1,13 +1,11 @@
 """What a run leaves: its score, figures and, unless it is a mere trial, the model."""
 
-import json
 from contextlib import suppress
 
 from pytorch_lightning import LightningDataModule, LightningModule
 
 from tracklight.data.tensor_data import TensorData
 from tracklight.illustrate import FOLDER, illustrate
-from tracklight.inputs import INPUTS, describe
 from tracklight.tracking.choice import SCORE
 from tracklight.tracking.model import log_model
 from tracklight.tracking.run import Run
@@ -40,8 +38,6 @@ def leave(
         run.log_series(SCORE, (step,), (score,))
     if figures:
         illustrate(model, data, run.series(), run.artifacts / FOLDER, step, tested)
-    if isinstance(data, TensorData):
-        run.log_text(json.dumps(describe(data), indent=1) + "\n", INPUTS)
     if tested and isinstance(data, TensorData):
         rows = data.splits["train"].features[:2]
         log_model(store.client, run.run_id, model, data.transform(rows), step=step)

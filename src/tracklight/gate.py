@@ -176,6 +176,6 @@ def _within(name: str, allowed: Sequence[str]) -> bool:
 def _refused(key: str, target: str, home: str) -> BadInput:
     hop = "" if home == target else f", which is {home},"
     return BadInput(
-        f"{key}={target}{hop} is not on the allow-list; if you trust it, add the line "
-        f"`  - {home.rpartition('.')[0]}` to allowed_targets in conf/config.yaml"
+        f"{key}={target}{hop} is not on the allow-list; if you trust it, list "
+        f"{home.rpartition('.')[0]} under allowed_targets in conf/config.yaml"
     )

@@ -1,5 +1,6 @@
 """How a run begins: made or taken up again, and described so that it can be rebuilt."""
 
+import json
 import time
 from collections.abc import Mapping
 
@@ -7,7 +8,7 @@ import yaml
 from omegaconf import DictConfig
 from pytorch_lightning import LightningDataModule, LightningModule
 
-from tracklight import config, resume
+from tracklight import config, inputs, resume
 from tracklight.data.tensor_data import TensorData
 from tracklight.tracking.layout import DATA_NAME_TAG, IDENTITY_TAG, SETTING_TAG
 from tracklight.tracking.provenance import Provenance
@@ -72,6 +73,8 @@ def describe(
         told = {key: value for key, value in tree.items() if key not in OF_THE_COMMAND}
         run.log_params(config.flatten(told))  # last: with them the run counts as described
     run.log_text(yaml.safe_dump(tree, sort_keys=False), resume.CONFIG)
+    if isinstance(data, TensorData):
+        run.log_text(json.dumps(inputs.describe(data), indent=1) + "\n", inputs.INPUTS)
     for path, text in facts.texts().items():
         run.log_text(text, path)
     run.publish()  # a run that dies can be rebuilt from its store, too

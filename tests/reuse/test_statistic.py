@@ -3,7 +3,7 @@ import statistics
 import pytest
 from scipy import stats
 
-from tracklight.reuse.statistic import difference, half_width, quantile
+from tracklight.reuse.statistic import between, difference, half_width, quantile
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 7, 30, 31, 50, 1000])
@@ -33,6 +33,22 @@ def test_difference_is_welchs():
     assert found.high >= high - 1e-6
     assert found.high - found.low < 1.3 * (high - low)
     assert found.is_real
+
+
+def test_scores_that_share_their_seeds_are_compared_in_pairs():
+    before = {"0": 0.90, "1": 0.70, "2": 0.50, "3": 0.30}
+    after = {"3": 0.33, "2": 0.52, "1": 0.71, "0": 0.93, "9": 0.1}
+    found = between(before, after)
+    expected = stats.ttest_rel([0.93, 0.71, 0.52, 0.33], list(before.values()))
+    interval = expected.confidence_interval(0.95)
+    assert found.is_paired and found.value == pytest.approx(0.0225)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), rel=1e-4)
+
+
+def test_too_few_pairs_are_two_independent_means():
+    before, after = {"0": 0.9, "1": 0.7, "2": 0.8}, {"0": 0.8, "1": 0.6, "7": 0.5}
+    assert between(before, after) == difference([*before.values()], [*after.values()])
+    assert between({"0": 1.0}, after) is None
 
 
 def test_overlapping_scores_are_no_more_than_noise():

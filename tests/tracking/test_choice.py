@@ -8,9 +8,9 @@ import pytest
 
 from made_runs import add_run
 from tracklight.errors import BadInput
-from tracklight.tracking.choice import check_id, choose_id
+from tracklight.tracking.choice import check_id, check_trained, choose_id
 from tracklight.tracking.client_ledger import ClientLedger
-from tracklight.tracking.layout import PARENT_TAG
+from tracklight.tracking.layout import EVALUATES_TAG, PARENT_TAG, REPRODUCES_TAG
 from tracklight.tracking.ledger import Chosen, open_ledger
 from tracklight.tracking.sqlite_ledger import SqliteLedger
 
@@ -62,17 +62,19 @@ def test_prefix_of_two_runs_is_refused(add, ledger, tmp_path):
 def test_last_is_the_newest_run_that_training_made(add, ledger, store):
     add(0.9)
     newest = add(None, status="FAILED")
+    add(0.9, tags={REPRODUCES_TAG: newest})
     store.create("tracklight", "an evaluation", {}).finish("FINISHED")
     assert choose_id(ledger(), "last") == newest
 
 
 def test_best_is_among_those_scored_as_the_newest_on_the_same_data(add, ledger):
-    add(0.99, data="other")
+    add(0.99, data_name="other")
     add(0.999, params={"score.metric": "val/loss", "score.mode": "min"})
-    best = add(0.8)
+    best = add(0.8, data="split by another seed")
     add(math.nan)
     add(0.7)
     add(None, status="KILLED")
+    add(0.9, tags={REPRODUCES_TAG: best})  # no new evidence, nor what was trained last
     assert choose_id(ledger(), "best") == best
 
 
@@ -99,6 +101,12 @@ def test_a_deleted_run_is_said_to_be_so_and_how_it_is_brought_back(add, store, l
             choose_id(ledger(), word)
 
 
+def test_an_evaluation_is_no_trained_run_and_names_the_one_it_tested():
+    with pytest.raises(BadInput, match="run a1 is an evaluation of run b2; name that one"):
+        check_trained("a1", {EVALUATES_TAG: "b2"})
+    check_trained("b2", {})
+
+
 def test_both_ledgers_give_the_same_answers(add, store, tmp_path):
     parent = add(0.1, tags={"tracklight.sweep": "s"})
     for seed in range(3):
@@ -109,15 +117,18 @@ def test_both_ledgers_give_the_same_answers(add, store, tmp_path):
             params={"optimizer.lr": 10.0**-seed, "quoted": "it is"},
         )
     add(math.inf, experiment="else"), add(math.nan), add(None, status="FAILED")
+    again = add(0.1, tags={REPRODUCES_TAG: parent})
     tables, client = open_ledger(None, tmp_path), ClientLedger(store.client, "")
     assert isinstance(tables, SqliteLedger)
     for chosen in (
         *(Chosen(), Chosen("tracklight"), Chosen("else"), Chosen("no"), Chosen(parent=parent)),
         *(Chosen(params={"optimizer.lr": "0.1"}), Chosen(tags={"tracklight.sweep": "s"})),
+        Chosen(tags={REPRODUCES_TAG: parent}),
     ):
         assert tables.scored(chosen, "score") == client.scored(chosen, "score")
     ids = [run.run_id for run in tables.scored(Chosen(), "score")]
-    assert len(ids) == 7
+    assert len(ids) == 7 and again not in ids
+    assert [run.run_id for run in client.scored(Chosen(ids=[again]), "score")] == [again]
 
     def settled(entries):  # NaN is not equal to itself
         return [repr(each) for each in entries]

@@ -107,7 +107,7 @@ def read_features(path: Path, names: list[str], delimiter: str) -> np.ndarray:
     Args:
         path: The file; columns that are not named may hold anything.
         names: Of the columns.
-        delimiter: The one character between cells.
+        delimiter: The one character between cells; where it parts nothing, a usual one is tried.
 
     Returns:
         (N, C) float64.
@@ -123,7 +123,7 @@ def read_features(path: Path, names: list[str], delimiter: str) -> np.ndarray:
                 raise BadInput(f"{where}: {count} named {name!r}; the model takes {_shown(names)}")
         return names, []
 
-    return _read(str(path), path, choose, delimiter)[2]
+    return _read(str(path), path, choose, delimiter, guess=True)[2]
 
 
 def _read(
@@ -131,6 +131,7 @@ def _read(
     path: Path,
     choose: Callable[[str, list[str]], tuple[list[str], list[str]]],
     delimiter: str,
+    guess: bool = False,
 ) -> tuple[list[str], list[str], np.ndarray]:
     try:
         if path.exists() and not path.is_file():
@@ -143,8 +144,11 @@ def _read(
         if len(header) == 1 and (
             found := [d for d in ";\t|," if d in header[0] and d != delimiter]
         ):
+            if guess:
+                return _read(where, path, choose, found[0])
+            shown = found[0].replace("\t", "\\t")
             raise BadInput(
-                f"{where}: one column {header[0][:80]!r}; try 'data.delimiter=\"{found[0]}\"'"
+                f"{where}: one column {header[0][:80]!r}; try 'data.delimiter=\"{shown}\"'"
             )
         features, targets = choose(where, header)
         columns = [(name, header.index(name)) for name in features + targets]

@@ -55,6 +55,8 @@ class Table(TensorData):
             raise BadInput(
                 "data.path= is empty; give a CSV file, or data.path=null for the diabetes table"
             )
+        if delimiter == "\\t":  # as one can type it
+            delimiter = "\t"
         if not isinstance(delimiter, str) or len(delimiter) != 1 or delimiter in '"\r\n ':
             raise BadInput(
                 f"data.delimiter={delimiter!r} must be one character; try data.delimiter=','"

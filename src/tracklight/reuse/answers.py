@@ -104,7 +104,8 @@ def write(found: list[Answer], form: str) -> None:
         return
     if form == "csv":
         flat = [_flat(each) for each in found]
-        columns = list(dict.fromkeys(key for each in flat for key in each))
+        keys = dict.fromkeys(key for each in flat for key in each if key != "note")
+        columns = [*keys, "note"] if keys else ["file"]
         writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(flat)

@@ -12,7 +12,10 @@ from tracklight import cli
 from tracklight.errors import BadInput
 
 DIRECTORY = Path(__file__).resolve().parents[3] / "mlruns"  # as in conf/tracking/mlflow.yaml
-RUN_HELP = "id of a run, the unique beginning of one, `best` or `last`"
+RUN_HELP = (
+    "id of a run, the unique beginning of one, `last`, or `best`: of the runs with the newest's "
+    "metric and data set"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,9 +59,13 @@ def enter(main: Callable[[Sequence[str]], int]) -> NoReturn:
     signal.signal(signal.SIGTERM, cli.exit_terminated)
     try:
         code = main(sys.argv[1:])
+        sys.stdout.flush()
     except SystemExit:
         raise
+    except BrokenPipeError:  # whoever read had enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except BaseException as error:  # noqa: BLE001, each kind has its exit code
         code = cli.exit_code(error)
-    sys.stdout.flush()
+        sys.stdout.flush()
     sys.exit(code)

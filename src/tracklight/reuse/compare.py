@@ -9,10 +9,12 @@ from tracklight.reuse.command import RUN_HELP, Parser
 from tracklight.tracking.layout import FOLDER, PARENT_TAG, SWEEP_TAG
 from tracklight.tracking.ledger import Chosen, Ledger, open_ledger, parts
 
+LIMIT = 50
 EPILOG = """\
 Without RUNs, a leaderboard: settings that differ in their seed alone share a place, ranked by the
 mean of their scores with its 95 % interval. Runs scored by another metric than the newest are left
-out; --metric ranks any. "other git", "other code" and "other data": than that of the first place.
+out; --metric ranks all that have it. Reproductions are no new evidence, and left out. "other git",
+"other code" and "other data": than that of the first place.
 With two RUNs, all that differs between them, and whether their scores differ by more than chance,
 where there are several seeds of each.
 
@@ -30,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--metric", help="rank by its last value (default: each run's own score)")
     parser.add_argument("--mode", choices=("min", "max"), help="default: as the metric's name says")
     parser.add_argument("--tag", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--limit", type=int, default=50, help="places to show (default: 50)")
+    parser.add_argument("--limit", type=int, help=f"places to show (default: {LIMIT})")
     parser.add_argument("--each", action="store_true", help="a place for each run, not setting")
     parser.add_argument("--diff", action="store_true", help="of two runs: show the code's patch")
     form = parser.add_mutually_exclusive_group()
@@ -41,8 +43,13 @@ def main(argv: Sequence[str]) -> int:
         raise BadInput(f"{len(asked.runs)} RUN given; give none for a leaderboard, or two")
     if asked.runs and asked.form == "csv":
         raise BadInput("--csv is of a leaderboard; of two runs, --json tells all")
-    if asked.limit < 1:
+    if asked.limit is not None and asked.limit < 1:
         raise BadInput(f"--limit {asked.limit} must be 1 or more")
+    others = ("sweep", "metric", "mode", "tag", "limit", "each") if asked.runs else ("diff",)
+    for name in others:
+        if getattr(asked, name):
+            what = "a leaderboard" if asked.runs else "two runs"
+            raise BadInput(f"--{name} is of {what}; leave it out")
     ledger = open_ledger(asked.uri, asked.dir)
     if asked.runs:
         from tracklight.reuse import pair
@@ -53,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
 
     runs, folders = chosen(ledger, asked), asked.dir.absolute() / FOLDER
     board = leaderboard.rank(
-        ledger, runs, asked.metric, asked.mode, asked.limit, asked.each, folders
+        ledger, runs, asked.metric, asked.mode, asked.limit or LIMIT, asked.each, folders
     )
     layout.write(board, asked.form or "table", sys.stdout)
     return 0

@@ -7,7 +7,7 @@ from typing import Any
 from tracklight.reuse.command import RUN_HELP, Parser
 
 EPILOG = """\
-KEY=VALUE changes the stored config's data, to test on other data:
+KEY=VALUE says where the data lie now, or other data of the same kind:
   evaluate.py best data.root=/other/mnist       the test part of other IDX files
   evaluate.py RUN --table new.csv               every row of a CSV file with the same columns,
                                                 standardised as in training
@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
     """Evaluate as the command line says; return the exit code."""
     parser = Parser("Test the best weights of a run again.", EPILOG)
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the stored config")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="of data")
     parser.add_argument(
         "--split", choices=("train", "val", "test"), help="default: test, where there is one"
     )
@@ -58,9 +58,10 @@ def evaluate(asked: Any) -> dict[str, float]:
         split = evaluation.read_rows(kept, stored.inputs_of(store, run), asked.table)
     else:
         kept = stored.rebuild(store, run, cfg, read=True)
+        evaluation.check_overrides(kept, asked.overrides)
         split = evaluation.choose_split(kept, asked.split)
     if asked.into_run:
-        evaluation.check_room(run, kept, split)
+        evaluation.check_room(kept, split, asked.overrides)
     metrics = evaluation.measure(kept, split)
     lines = {"run": f"{run.info.run_id} ({run.info.run_name})"}
     if named.info.run_id != run.info.run_id:

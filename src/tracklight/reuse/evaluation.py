@@ -4,6 +4,7 @@ import logging
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,20 @@ from pytorch_lightning import Trainer
 
 from tracklight import config
 from tracklight.assemble import has_test
-from tracklight.data.csv_columns import read_columns
+from tracklight.data.csv_columns import read_features
 from tracklight.data.table import Table
 from tracklight.data.tensor_data import Split, TensorData
 from tracklight.errors import BadInput, RunFailed
 from tracklight.resume import CODE_TAG
 from tracklight.reuse.stored import Stored
 from tracklight.tracking import provenance
-from tracklight.tracking.layout import DATA_TAG, PARENT_TAG
+from tracklight.tracking.layout import DATA_TAG, EVALUATES_TAG, PARENT_TAG
 from tracklight.tracking.patience import persist, reason
 from tracklight.tracking.quiet import mlflow
 from tracklight.tracking.store import Store
 
 ROWS = "rows"  # the split that a table of its own is
-EVALUATES_TAG = "tracklight.evaluates"
+PLACES = ("data.root", "data.path", "data.download", "data.fallback", "data.batch_size")
 
 
 def choose_split(kept: Stored, wanted: str | None) -> str:
@@ -48,6 +49,28 @@ def choose_split(kept: Stored, wanted: str | None) -> str:
     return wanted or there[-1]
 
 
+def check_overrides(kept: Stored, overrides: Sequence[str]) -> None:
+    """Refuse to prepare or to split a data set of ours otherwise than for training.
+
+    Raises:
+        BadInput: A part would hold examples of the training part, or be encoded otherwise.
+    """
+    if not isinstance(kept.data, TensorData):  # what its keys mean is not known
+        return
+    keys = {word.partition("=")[0].lstrip("+~"): word for word in overrides}
+    for key, word in keys.items():
+        if key not in PLACES:
+            raise BadInput(
+                f"{word} would prepare or split the data otherwise than for training; what can be "
+                f"changed is {', '.join(PLACES)}"
+            )
+    if "data.path" in keys and not _is_own(kept):
+        raise BadInput(
+            f"{keys['data.path']} holds other rows than the run's; --table "
+            f"{keys['data.path'].partition('=')[2]} tests all of them, standardised as in training"
+        )
+
+
 def read_rows(kept: Stored, facts: dict[str, Any], path: Path) -> str:
     """Read every row of a table, encoded as in training, as the one split there is.
 
@@ -57,7 +80,7 @@ def read_rows(kept: Stored, facts: dict[str, Any], path: Path) -> str:
     if not isinstance(kept.data, Table):
         raise BadInput(f"--table {path}: the run was not trained on a table; use data.KEY=VALUE")
     names, targets = facts["feature_names"], facts["target_names"]
-    _, _, values = read_columns(path, targets, names, kept.data.delimiter)
+    values = read_features(path, [*names, *targets], kept.data.delimiter)
     features = kept.data.encode(values[:, : len(names)])
     kept.data.splits = {ROWS: Split(features, features.new_tensor(values[:, len(names) :]))}
     kept.data.name, kept.data.source = path.name, str(path.absolute())
@@ -107,8 +130,7 @@ def against_record(run: Any, kept: Stored, split: str, metrics: dict[str, float]
     if split != "test" or not recorded or kept.data is None:
         return {}
     lines = {}
-    data = _digest(kept)
-    if data != run.data.tags.get(DATA_TAG, data):
+    if not _is_own(kept):
         lines["note"] = "this is not the data that the run was tested on"
     elif all(metrics[name] == value for name, value in recorded.items()):
         lines["note"] = "the same to the bit as recorded by the run"
@@ -121,14 +143,15 @@ def against_record(run: Any, kept: Stored, split: str, metrics: dict[str, float]
     return lines
 
 
-def check_room(run: Any, kept: Stored, split: str) -> None:
+def check_room(kept: Stored, split: str, overrides: Sequence[str]) -> None:
     """Refuse to log to a run what could not be told from what it has.
 
     Raises:
         BadInput: The run is in progress, has metrics of this split already, or other data.
     """
-    data = _digest(kept)
-    if data != run.data.tags.get(DATA_TAG, data):
+    run = kept.run
+    is_ours = isinstance(kept.data, TensorData)
+    if not _is_own(kept) or (overrides and not is_ours):
         raise BadInput(
             "--into-run: this is not the run's own data; leave --into-run out to log to a child of"
             " it, which names its data"
@@ -187,6 +210,12 @@ def log_child(store: Store, kept: Stored, split: str, metrics: dict[str, float])
 
 def _key(split: str, name: str) -> str:
     return f"evaluate/{split}_{name}"
+
+
+def _is_own(kept: Stored) -> bool:
+    """Say whether the data have the digest of those that the run was trained on."""
+    digest = _digest(kept)
+    return digest == kept.run.data.tags.get(DATA_TAG, digest)
 
 
 def _digest(kept: Stored) -> str:

@@ -110,6 +110,8 @@ def _show(board: Leaderboard, out: IO[str]) -> None:
     told = f"{board.num_runs:,} runs of {board.num_settings:,} settings, {board.mode} first"
     if len(board.places) < board.num_settings:
         told += f", {len(board.places)} shown (--limit)"
+    if board.left_out:
+        told += f"; {board.left_out}"
     if dropped:
         told += f"; further parameters that differ: {', '.join(dropped)} (--csv, --json)"
     console.print(told, style="dim")

@@ -12,10 +12,10 @@ from tracklight.errors import BadInput
 from tracklight.reuse.statistic import half_width
 from tracklight.tracking.choice import SCORE
 from tracklight.tracking.layout import DATA_NAME_TAG, DATA_TAG
-from tracklight.tracking.ledger import Chosen, Entry, Ledger, Scored, distinct
+from tracklight.tracking.ledger import Chosen, Entry, Ledger, Scored, distinct, finite
 from tracklight.tracking.lock import is_left
 
-LOSSES = ("train/loss_epoch", "train/loss", "val/loss")  # the first that a run has is drawn
+LOSSES = ("train/loss_epoch", "train/loss", "val/loss", "train_loss", "val_loss", "loss")
 MINIMISED = ("loss", "error", "gap", "rmse", "mse", "mae", "perplexity")
 IGNORED = tuple(key for key in NOT_IDENTITY if key != "trainer.max_epochs")
 COMMIT, DIRTY, CODE = "mlflow.source.git.commit", "mlflow.source.git.dirty", "tracklight.code"
@@ -54,6 +54,7 @@ class Leaderboard:
     columns: list[str]  # the parameters that differ
     num_runs: int
     num_settings: int
+    left_out: str  # runs that are no part of it, in words
 
 
 def rank(
@@ -84,6 +85,7 @@ def rank(
         raise BadInput(f"no run in {ledger.shown_uri} is like that; leave a filter out")
     newest = ledger.entries([_newest(found).run_id])[0]
     shown = metric or newest.params.get("score.metric", SCORE)
+    num_all = len(found)
     if metric is None and "score.metric" in newest.params:
         same = {"score.metric": newest.params["score.metric"]}
         narrowed = Chosen(
@@ -95,6 +97,11 @@ def rank(
     if metric is not None and all(run.value is None for run in found):
         there = ", ".join(sorted(newest.metrics)[:12])
         raise BadInput(f"--metric {metric}: no chosen run has it; the newest has {there}")
+    if metric is not None:
+        found = [run for run in found if run.value is not None]
+    why = f"without a finite {metric}" if metric is not None else "scored by another metric"
+    num_out = num_all - len(found)
+    left_out = f"{num_out:,} runs {why} left out" if num_out else ""
     mode = mode or guess_mode(shown)
     groups = _ordered(_grouped(found, each), mode)
     kept = groups[:limit]
@@ -104,7 +111,7 @@ def rank(
     }
     kept = [[run for run in group if run.run_id in entries] for group in kept]
     kept = [group for group in kept if group]
-    losses = _losses(ledger, [group[0].run_id for group in kept])
+    losses = _losses(ledger, [group[0].run_id for group in kept], shown)
     columns = _columns([[entries[run.run_id] for run in group] for group in kept])
     places: list[Place] = []
     for group in kept:
@@ -123,7 +130,7 @@ def rank(
                 loss=losses.get(runs[0].run_id, []),
             )
         )
-    return Leaderboard(shown, mode, places, columns, len(found), len(groups))
+    return Leaderboard(shown, mode, places, columns, len(found), len(groups), left_out)
 
 
 def guess_mode(metric: str) -> str:
@@ -160,13 +167,14 @@ def _ordered(groups: list[list[Scored]], mode: str) -> list[list[Scored]]:
     return sorted(groups, key=key)
 
 
-def _losses(ledger: Ledger, ids: list[str]) -> dict[str, list[float]]:
+def _losses(ledger: Ledger, ids: list[str], ranked_by: str) -> dict[str, list[float]]:
+    """Return of each run the first loss that it has, else the metric that it is ranked by."""
     found: dict[str, list[float]] = {}
-    for metric in LOSSES:
+    for metric in dict.fromkeys((*LOSSES, ranked_by)):
         missing = [run_id for run_id in ids if run_id not in found]
         if missing:
             for run_id, points in ledger.series(missing, metric).items():
-                found[run_id] = [value for _, value in points]
+                found[run_id] = [value for _, value in points if finite(value) is not None]
     return found
 
 

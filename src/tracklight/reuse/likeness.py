@@ -1,6 +1,7 @@
 """How far two runs are from each other, and why that may be."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,17 +9,18 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from tracklight import config
+from tracklight import assemble, config
+from tracklight.data.tensor_data import TensorData
 from tracklight.engine.checkpoint import load_plain
 from tracklight.errors import BadInput
 from tracklight.resume import CHANGES_TAG, CODE_TAG, EPOCHS_TAG
 from tracklight.tracking import provenance, query
-from tracklight.tracking.layout import DATA_TAG, IDENTITY_TAG
+from tracklight.tracking.layout import DATA_NAME_TAG, DATA_TAG, IDENTITY_TAG
 from tracklight.tracking.store import Store
 
 MAX_TOLD = 8
-COMPARED = ("train", "val", "test", "score", "ols")  # stages; the others are no result
-AT_THE_END = ("test", "score", "ols")  # a run given more epochs has a point for each of its ends
+NO_RESULT = re.compile(r"(system|gradient|evaluate)/")  # metrics that say nothing of a training
+AT_THE_END = re.compile(r"test|score|ols")  # a run given more epochs has a point for each end
 MACHINE = ("python", "torch", "cuda", "cpu", "usable_cores", "gpus", "system")
 
 
@@ -54,14 +56,12 @@ def compare(store: Store, old: Any, new: Any) -> Likeness:
     for path in (query.LAST, query.BEST):
         before, after = (load_plain(query.fetch(store, run, path)) for run in (old, new))
         _compare_weights(found, path, before["state_dict"], after["state_dict"])
-    keys = {
-        key for run in (old, new) for key in run.data.metrics if key.partition("/")[0] in COMPARED
-    }
+    keys = {key for run in (old, new) for key in run.data.metrics if not NO_RESULT.match(key)}
     ledger = query.ledger_of(store)
     ids = [old.info.run_id, new.info.run_id]
     for key in sorted(keys):
         series = ledger.series(ids, key)
-        first = -1 if key.partition("/")[0] in AT_THE_END else 0
+        first = -1 if AT_THE_END.match(key) else 0
         _compare_series(found, key, *(series.get(run_id, [])[first:] for run_id in ids))
     return found
 
@@ -155,12 +155,15 @@ def machine_reasons(text: str) -> list[str]:
     return [f"machine: {_first(changed)}"] if changed else []
 
 
-def data_reasons(old: Any, new: Any) -> list[str]:
-    """Tell whether two runs were trained on the same bytes."""
-    before, after = (run.data.tags.get(DATA_TAG, "unknown") for run in (old, new))
-    if before == after:
+def data_reasons(run: Any, cfg: DictConfig) -> list[str]:
+    """Tell whether a config's data, read now, are the bytes that a run was trained on."""
+    data = assemble.build_data(cfg)
+    before = run.data.tags.get(DATA_TAG)
+    now = data.digest if isinstance(data, TensorData) else before
+    if before in (None, now):
         return []
-    return [f"data: digest {before[:12]} -> {after[:12]}"]
+    names = run.data.tags.get(DATA_NAME_TAG, "data"), getattr(data, "name", "data")
+    return [f"data: {names[0]} {before[:12]} -> {names[1]} {str(now)[:12]}"]
 
 
 def explained(known: list[str], cfg: DictConfig) -> list[str]:

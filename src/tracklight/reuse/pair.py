@@ -13,8 +13,8 @@ from typing import Any
 
 from tracklight.errors import BadInput
 from tracklight.reuse.leaderboard import CODE, COMMIT, DIRTY, decides, guess_mode
-from tracklight.reuse.statistic import difference, half_width
-from tracklight.tracking.choice import SCORE, choose_id
+from tracklight.reuse.statistic import between, half_width
+from tracklight.tracking.choice import SCORE, check_trained, choose_id
 from tracklight.tracking.client_ledger import ClientLedger
 from tracklight.tracking.layout import (
     BEST_TAG,
@@ -25,7 +25,7 @@ from tracklight.tracking.layout import (
     SETTING_TAG,
     SWEEP_TAG,
 )
-from tracklight.tracking.ledger import Chosen, Entry, Ledger, distinct
+from tracklight.tracking.ledger import Chosen, Entry, Ledger, distinct, finite
 
 ROOT = Path(__file__).resolve().parents[3]
 MAX_LINES = 40  # of one kind; a patch asked for by --diff is whole
@@ -71,6 +71,7 @@ def told(ledger: Ledger, asked: Any) -> str:
 def _trained(ledger: Ledger, run_id: str) -> Entry:
     """Return the run; of a sweep, the best of its trials."""
     (entry,) = ledger.entries([run_id])
+    check_trained(run_id, entry.tags)
     if SWEEP_TAG not in entry.tags or IDENTITY_TAG in entry.tags:
         return entry
     if BEST_TAG not in entry.tags:
@@ -82,8 +83,8 @@ def _trained(ledger: Ledger, run_id: str) -> Entry:
 
 
 def _plain(ledger: Ledger, one: Entry, other: Entry, before: Texts, after: Texts) -> dict[str, Any]:
-    values = [_seeds(ledger, entry) for entry in (one, other)]
-    found = difference(*values)
+    scores = [_seeds(ledger, entry) for entry in (one, other)]
+    found = between(*scores)
     return {
         "runs": [one.run_id, other.run_id],
         "config": _changes(_deciding(one.params), _deciding(other.params)),
@@ -92,10 +93,11 @@ def _plain(ledger: Ledger, one: Entry, other: Entry, before: Texts, after: Texts
         "packages": _packages(before, after),
         "machine": _machine(before, after),
         "metrics": {
-            key: [one.metrics.get(key), other.metrics.get(key)]
+            key: [finite(entry.metrics.get(key)) for entry in (one, other)]
             for key in sorted({*one.metrics, *other.metrics})
         },
-        "scores": values,
+        "scores": [[*each.values()] for each in scores],
+        "paired": found and found.is_paired,
         "difference": found and [found.value, found.low, found.high],
         "more_than_noise": found and found.is_real,
     }
@@ -214,34 +216,41 @@ def _metrics(before: Mapping[str, float], after: Mapping[str, float]) -> list[st
     return lines
 
 
-def _seeds(ledger: Ledger, entry: Entry) -> list[float]:
-    """Return the scores of all runs of this run's setting."""
+def _seeds(ledger: Ledger, entry: Entry) -> dict[str, float]:
+    """Return the scores of all runs of this run's setting, by what their seeds are."""
     setting = entry.tags.get(SETTING_TAG)
     if setting is None:
-        return [entry.metrics[SCORE]] if SCORE in entry.metrics else []
+        return {"": entry.metrics[SCORE]} if SCORE in entry.metrics else {}
     data = {key: entry.tags[key] for key in (DATA_NAME_TAG,) if key in entry.tags}
     found = distinct(ledger.scored(Chosen(tags={SETTING_TAG: setting, **data}), SCORE))
-    return [run.value for run in found if run.value is not None]
+    values = {run.run_id: run.value for run in found if run.value is not None}
+    return {
+        " ".join(
+            text for key, text in run.params.items() if key.rpartition(".")[2] == "seed"
+        ): values[run.run_id]
+        for run in ledger.entries([*values])
+    }
 
 
 def _scores(ledger: Ledger, one: Entry, other: Entry) -> list[str]:
     metric = one.params.get("score.metric")
     if metric != other.params.get("score.metric"):
         return [f"A is scored by {metric}, B by {other.params.get('score.metric')}"]
-    values = [_seeds(ledger, entry) for entry in (one, other)]
+    scores = [_seeds(ledger, entry) for entry in (one, other)]
     lines = []
-    for name, found in zip("AB", values, strict=True):
-        half = half_width(found)
+    for name, found in zip("AB", scores, strict=True):
+        half = half_width([*found.values()])
         spread = "" if half is None else f" ± {half:.2g}"
-        mean = f"{statistics.fmean(found):.6g}" if found else "none"
+        mean = f"{statistics.fmean(found.values()):.6g}" if found else "none"
         lines.append(f"{name}: {metric} {mean}{spread} over {len(found)} seeds of its setting")
     if one.tags.get(SETTING_TAG) == other.tags.get(SETTING_TAG) and SETTING_TAG in one.tags:
         return [*lines[:1], "A and B are of one setting: what differs is chance, or the code"]
-    found = difference(*values)
+    found = between(*scores)
     if found is None:
-        return [*lines, "one seed each cannot tell chance apart; train both with several seeds"]
+        return [*lines, "a single seed cannot tell chance apart; train both with several seeds"]
     mode = one.params.get("score.mode") or guess_mode(metric or "")
     better = "better" if (found.value > 0) == (mode == "max") else "worse"
     verdict = f"more than noise: B is {better}" if found.is_real else "no more than noise"
-    interval = f"95 % interval {found.low:+.3g} to {found.high:+.3g}"
+    pairs = ", seed by seed" if found.is_paired else ""
+    interval = f"95 % interval {found.low:+.3g} to {found.high:+.3g}{pairs}"
     return [*lines, f"B - A: {found.value:+.4g}, {interval}: {verdict}"]

@@ -33,8 +33,9 @@ def reproduce(asked: Any) -> int:
     from tracklight import experiment
     from tracklight.errors import BadInput, RunFailed
     from tracklight.reuse import likeness, stored
+    from tracklight.sweep.trial import POINT_TAG, TESTED_TAG
     from tracklight.tracking import query
-    from tracklight.tracking.layout import REPRODUCES_TAG, SETTING_TAG
+    from tracklight.tracking.layout import REPRODUCES_TAG
 
     store = stored.open_store(asked.uri, asked.dir)
     run = query.trained(store, query.choose(store, asked.run, asked.experiment))
@@ -52,17 +53,16 @@ def reproduce(asked: Any) -> int:
     name = (run.info.run_name or "").removeprefix("reproduce-")
     cfg.tracking.run_name = f"reproduce-{name}"[:250]
     reasons = [f"config: {line}" for line in changed] + likeness.reasons(store, run, cfg)
+    reasons += likeness.data_reasons(run, cfg)
     print(f"reproducing {run.info.run_id} ({run.info.run_name})")
     for reason in reasons:
         print(f"warning: {reason}")
-    # A setting of its own: the same seed twice would make the mean of several look surer.
-    again = {REPRODUCES_TAG: run.info.run_id, SETTING_TAG: f"again {run.info.run_id}"}
-    tested = any(key.startswith("test/") for key in run.data.metrics)  # a sweep tests but one trial
-    experiment.run(cfg, tags=again, test=tested)
+    tags = run.data.tags
+    tested = POINT_TAG not in tags or TESTED_TAG in tags  # a sweep tests but one trial
+    experiment.run(cfg, tags={REPRODUCES_TAG: run.info.run_id}, test=tested)
     made = store.search(f"tags.`{REPRODUCES_TAG}` = '{run.info.run_id}'")
     if not made:
         raise RunFailed(f"the new run is not in {store.shown_uri}")
-    reasons += likeness.data_reasons(run, made[0])
     found = likeness.compare(store, run, made[0])
     print(f"\n{found.said()}")
     if not found.identical:

@@ -2,11 +2,12 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 CONFIDENCE = 0.95
+MIN_PAIRS = 3  # of two, the interval would be wider than what it compares, almost always
 # Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom; from scipy.stats.t.ppf.
 _QUANTILES = (
     *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
@@ -22,6 +23,7 @@ class Difference:
     value: float
     low: float
     high: float
+    is_paired: bool = False
 
     @property
     def is_real(self) -> bool:
@@ -70,3 +72,22 @@ def difference(before: Sequence[float], after: Sequence[float]) -> Difference | 
     freedom = sum(parts) ** 2 / sum(p**2 / n for p, n in zip(parts, sizes, strict=True))
     half = quantile(freedom) * math.sqrt(sum(parts))
     return Difference(value, value - half, value + half)
+
+
+def between(before: Mapping[str, float], after: Mapping[str, float]) -> Difference | None:
+    """Compare scores by seed: pairs where enough seeds are shared, else two independent means.
+
+    A seed decides initial weights, order and perhaps the split of the data for both sides alike;
+    what it does to both is no part of their difference.
+
+    Args:
+        before: Score by seed.
+        after: Likewise.
+
+    Source: Student 1908, "The probable error of a mean", for pairs.
+    """
+    deltas = [after[seed] - before[seed] for seed in before if seed in after]
+    if len(deltas) < MIN_PAIRS:
+        return difference([*before.values()], [*after.values()])
+    value, half = statistics.fmean(deltas), half_width(deltas) or 0.0
+    return Difference(value, value - half, value + half, is_paired=True)

@@ -59,7 +59,8 @@ def open_storage(url: str | None, journal: Path | None) -> BaseStorage:
     except Exception as error:
         reason = redact(" ".join(str(error).split("\n")[0].split()))[:200]
         raise BadInput(
-            f"sweep.storage={shown} cannot be opened ({reason}); try sweep.storage=null"
+            f"sweep.storage={shown} cannot be opened ({reason}); give a database, sqlite:///FILE "
+            "or postgresql://..., or null for a file in tracking.dir"
         ) from None
 
 

@@ -21,7 +21,7 @@ OUTCOME_TAG = "tracklight.outcome"  # of a finished run: complete or pruned; of 
 EPOCHS_RUN_TAG = "tracklight.epochs_run"
 SECONDS_TAG = "tracklight.seconds"  # that a trial trained, all its starts together
 REASON_TAG = "tracklight.reason"
-
+TESTED_TAG = "tracklight.tested"  # of the winner, once it met the test set
 
 REHEARSAL = {  # one batch of an epoch; the length of a schedule stays
     "tracking": {"enabled": False},

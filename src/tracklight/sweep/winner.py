@@ -8,13 +8,11 @@ from tracklight.sweep.leaderboard import Standing
 from tracklight.sweep.plan import Plan, assign
 from tracklight.sweep.points import Job, pinned, shown
 from tracklight.sweep.pool import Slots
-from tracklight.sweep.trial import POINT_TAG, Outcome
+from tracklight.sweep.trial import POINT_TAG, TESTED_TAG, Outcome
 from tracklight.tracking.layout import PARENT_TAG
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
-
-TESTED_TAG = "tracklight.tested"
 
 
 def test(plan: Plan, slots: Slots, board: Board, winner: Standing) -> str:

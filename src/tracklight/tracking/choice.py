@@ -1,9 +1,10 @@
 """Which run a word means: an id, the beginning of one, `last` or `best`."""
 
 import re
+from collections.abc import Mapping
 
 from tracklight.errors import BadInput
-from tracklight.tracking.layout import DATA_TAG
+from tracklight.tracking.layout import DATA_NAME_TAG, EVALUATES_TAG
 from tracklight.tracking.ledger import Chosen, Ledger
 
 SCORE = "score"  # metric: the best value of the monitored one, of every run that ended well
@@ -20,6 +21,16 @@ def check_id(word: str) -> None:
         raise BadInput(
             f"run id {word[:60]!r} must be 4 to 32 hexadecimal digits, as MLflow shows it"
         )
+
+
+def check_trained(run_id: str, tags: Mapping[str, str]) -> None:
+    """Refuse a run that holds but a repeated test.
+
+    Raises:
+        BadInput: It does; the message names the run that was tested.
+    """
+    if EVALUATES_TAG in tags:
+        raise BadInput(f"run {run_id} is an evaluation of run {tags[EVALUATES_TAG]}; name that one")
 
 
 def deleted(run_id: str, shown_uri: str) -> str:
@@ -56,7 +67,7 @@ def choose_id(ledger: Ledger, word: str, experiment: str | None = None) -> str:
     if word == "last":
         return runs[0].run_id
     newest = ledger.entries([runs[0].run_id])[0]
-    tags = {key: newest.tags[key] for key in (DATA_TAG,) if key in newest.tags}
+    tags = {key: newest.tags[key] for key in (DATA_NAME_TAG,) if key in newest.tags}
     params = {"score.metric": newest.params["score.metric"]}
     sign = 1 if newest.params["score.mode"] == "max" else -1
     rivals = ledger.scored(Chosen(experiment, tags=tags, params=params), SCORE)

@@ -1,12 +1,13 @@
 """Many runs at once, by MLflow's client, wherever the store is."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from typing_extensions import override
 
 from tracklight.errors import BadInput
-from tracklight.tracking.layout import DATA_NAME_TAG, IDENTITY_TAG, SETTING_TAG
+from tracklight.tracking.layout import DATA_NAME_TAG, IDENTITY_TAG, REPRODUCES_TAG, SETTING_TAG
 from tracklight.tracking.ledger import (
     Chosen,
     Entry,
@@ -15,6 +16,7 @@ from tracklight.tracking.ledger import (
     finite,
     newest_first,
     parts,
+    restored,
 )
 from tracklight.tracking.quiet import mlflow
 
@@ -81,6 +83,7 @@ class ClientLedger(Ledger):
             )
             for run in self._search(" AND ".join(words), chosen.experiment)
             if wanted is None or run.info.run_id in wanted
+            if chosen.with_reproductions or REPRODUCES_TAG not in run.data.tags
         ]
         return sorted(found, key=lambda each: (-each.start_ms, each.run_id))
 
@@ -95,7 +98,12 @@ class ClientLedger(Ledger):
                     Entry(
                         *(info.run_id, info.run_name, self._experiments[info.experiment_id]),
                         *(info.status, info.start_time, info.end_time),
-                        *(dict(data.params), dict(data.metrics), dict(data.tags)),
+                        dict(data.params),
+                        {
+                            key: value if math.isnan(value) else restored(value)
+                            for key, value in data.metrics.items()
+                        },
+                        dict(data.tags),
                     )
                 )
         return newest_first(found)

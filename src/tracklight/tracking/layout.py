@@ -13,3 +13,4 @@ DATA_NAME_TAG = "tracklight.data_name"
 SWEEP_TAG = "tracklight.sweep"  # of a sweep's parent run: the sweep's identity
 BEST_TAG = "best.run"  # of a sweep's parent run: id of its best trial
 REPRODUCES_TAG = "tracklight.reproduces"  # id of the run that one was made again from
+EVALUATES_TAG = "tracklight.evaluates"  # id of the run whose weights one tested again

@@ -1,5 +1,6 @@
 """Many runs at once, read for comparison."""
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Protocol
 
 from tracklight.errors import BadInput
 from tracklight.tracking import address
-from tracklight.tracking.layout import PARENT_TAG
+from tracklight.tracking.layout import PARENT_TAG, REPRODUCES_TAG
 
 _MAX_VARIABLES = 500  # of one SQL statement, and of one of the client's filters
 
@@ -44,6 +45,8 @@ class Scored:
 class Chosen:
     """Which training runs are asked for; None and empty leave all of them in.
 
+    Reproductions, which are no new evidence, are left out unless ids or their tag ask for them.
+
     Attributes:
         experiment: Name of their experiment.
         parent: Id of the sweep they are trials of.
@@ -57,6 +60,11 @@ class Chosen:
     tags: dict[str, str] = field(default_factory=dict)
     params: dict[str, str] = field(default_factory=dict)
     ids: Sequence[str] | None = None
+
+    @property
+    def with_reproductions(self) -> bool:
+        """Whether runs made again are asked for."""
+        return self.ids is not None or REPRODUCES_TAG in self.tags
 
     @property
     def all_tags(self) -> dict[str, str]:
@@ -116,6 +124,11 @@ def finite(value: float | None) -> float | None:
     # SQL has no infinity: MLflow stores the largest float instead.
     is_finite = value is not None and abs(value) < sys.float_info.max
     return value if is_finite else None
+
+
+def restored(value: float) -> float:
+    """Return a metric's value as it was logged: infinite, where MLflow stored the largest float."""
+    return value if finite(value) is not None else math.copysign(math.inf, value)
 
 
 def distinct(found: Iterable[Scored]) -> list[Scored]:

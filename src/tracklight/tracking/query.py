@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tracklight.errors import BadInput
-from tracklight.tracking.choice import WORDS, check_id, choose_id, deleted
+from tracklight.tracking.choice import WORDS, check_id, check_trained, choose_id, deleted
 from tracklight.tracking.client_ledger import ClientLedger
 from tracklight.tracking.layout import BEST_TAG, IDENTITY_TAG, SWEEP_TAG
 from tracklight.tracking.ledger import Ledger
@@ -63,8 +63,9 @@ def trained(store: Store, run: Any) -> Any:
     """Return the run itself, or of a sweep the best of its trials.
 
     Raises:
-        BadInput: The sweep has no best trial.
+        BadInput: The sweep has no best trial, or the run is a mere test of another.
     """
+    check_trained(run.info.run_id, run.data.tags)
     if SWEEP_TAG not in run.data.tags or IDENTITY_TAG in run.data.tags:
         return run
     best = run.data.tags.get(BEST_TAG)

@@ -14,7 +14,7 @@ from typing import Any
 from typing_extensions import override
 
 from tracklight.errors import BadInput
-from tracklight.tracking.layout import DATA_NAME_TAG, IDENTITY_TAG, SETTING_TAG
+from tracklight.tracking.layout import DATA_NAME_TAG, IDENTITY_TAG, REPRODUCES_TAG, SETTING_TAG
 from tracklight.tracking.ledger import (
     Chosen,
     Entry,
@@ -23,6 +23,7 @@ from tracklight.tracking.ledger import (
     finite,
     newest_first,
     parts,
+    restored,
 )
 
 
@@ -78,6 +79,10 @@ class SqliteLedger(Ledger):
             )
             values += pair
         where = "r.lifecycle_stage = 'active'"
+        if not chosen.with_reproductions:
+            joins.append("LEFT JOIN tags AS a ON a.run_uuid = r.run_uuid AND a.key = ?")
+            where += " AND a.value IS NULL"
+            values.append(REPRODUCES_TAG)
         if chosen.experiment is not None:
             joins.append("JOIN experiments AS e ON e.experiment_id = r.experiment_id")
             where += " AND e.name = ?"
@@ -121,7 +126,7 @@ class SqliteLedger(Ledger):
             )
             for run_id, key, value, nan in self._ask(query, part):
                 if run_id in found:
-                    found[run_id].metrics[key] = math.nan if nan else value
+                    found[run_id].metrics[key] = math.nan if nan else restored(value)
         return newest_first(found.values())
 
     @override
