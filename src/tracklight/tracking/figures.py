@@ -5,9 +5,10 @@ Matplotlib is imported by who draws; no state of its pyplot is touched.
 Shapes: `N` examples, `T` targets.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,10 +19,15 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 Series = Mapping[str, tuple[Sequence[int], Sequence[float]]]  # metric to its steps and values
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2f6db3", "#d9822b", "#3a8f5c", "#c23b3b", "#8a8f98"
+PURPLE = "#7a5aa6"  # of what has no stage
 STAGES = {"train": BLUE, "val": ORANGE, "test": GREEN}
+STAGED = re.compile("(train|val|valid|validation|test)[/_](.+)")
+BESIDE = ("system/", "gradient/", "evaluate/", "best/", "sweep/", "ols/", "DeviceStatsMonitor.")
+NO_CURVES = ("score", "epoch")  # nor what begins as one of `BESIDE`: not of the training itself
 MAX_DRAWN = 400  # more points along one line, or twice as many in one cloud, are mere ink
 MAX_PANELS = 4
-LOG_FROM = 20.0  # a positive metric that spans this factor is read better on a logarithmic axis
+MAX_NAME = 48  # more characters of a metric would run into the next panel
+LOG_FROM = 5.0  # a positive metric that spans this factor is mostly flat on a linear axis
 
 
 def canvas(width_in: float, height_in: float) -> Figure:
@@ -37,9 +43,9 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, pil_kwargs={"compress_level": 4})
 
 
-def style(axes: Axes, title: str, x: str, y: str) -> None:
-    """Give axes the look all figures share."""
-    axes.set_title(title, fontsize=11, loc="left")
+def style(axes: Axes, title: str, x: str, y: str, title_pad: float = 6.0) -> None:
+    """Give axes the look all figures share; the title stands `title_pad` points above them."""
+    axes.set_title(title, fontsize=11, loc="left", pad=title_pad)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(True, color="#e6e8eb", linewidth=0.8)
@@ -48,74 +54,114 @@ def style(axes: Axes, title: str, x: str, y: str) -> None:
         axes.spines[side].set_visible(False)
 
 
+class _Curve(NamedTuple):
+    stage: str  # of STAGES, or empty
+    name: str  # of the metric, without stage and kind
+    kind: str  # step or epoch where both may be logged; else empty
+    x: np.ndarray
+    y: np.ndarray
+
+
 def learning_curves(series: Series, best_step: int | None = None) -> Figure:
     """Draw each metric over optimizer steps, its stages in one panel.
 
     Args:
-        series: Metrics named `stage/name`; others, and those without two finite points in any
-            stage, are left out. `train/loss` and `train/loss_epoch` share the panel of `loss`.
+        series: Metrics named `stage/name` or `stage_name`, such as `train/loss` and `val_loss`;
+            others have a panel of their own, after these. `loss`, `loss_step` and `loss_epoch` of
+            one stage share a panel. Left out are metrics with fewer than two finite points in
+            all their stages together, and what is logged beside training.
         best_step: Where the best checkpoint was taken; marked.
     """
     panels = _panels(series)
-    figure = canvas(5.2 * max(1, len(panels)) + 0.4, 3.7)
-    grid = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
+    figure = canvas(5.2 * max(1, len(panels)) + 0.5, 3.9)
+    grid = figure.subplots(1, max(1, len(panels)), squeeze=False, sharex=True)[0]
     figure.subplots_adjust(
-        left=0.75 / figure.get_figwidth(), right=1 - 0.15 / figure.get_figwidth(), bottom=0.15,
-        top=0.9, wspace=0.22,
+        left=0.85 / figure.get_figwidth(), right=1 - 0.15 / figure.get_figwidth(), bottom=0.14,
+        top=0.84, wspace=0.22,
     )  # fmt: skip
-    for axes, (name, keys) in zip(grid, panels.items(), strict=False):
-        for key in keys:
-            _draw_stage(axes, key, *series[key], best_step)
-        style(axes, name.replace("_", " "), "optimizer steps", "")
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    for axes, curves in zip(grid, panels, strict=False):
+        for curve in curves:
+            _draw(axes, curve, best_step)
+        name = curves[0].name.replace("_", " ")
+        name = name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
+        style(axes, name, "optimizer steps", "", title_pad=24)
+        axes.tick_params(labelsize=9)
+        axes.margins(y=0.08)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        values = np.concatenate([_finite(*series[key])[1] for key in keys])
-        if len(values) and values.min() > 0 and values.max() > LOG_FROM * values.min():
-            axes.set_yscale("log")
-            is_wide = values.max() > 1e3 * values.min()
-            axes.yaxis.set_major_locator(LogLocator(subs=(1,) if is_wide else (1, 2, 5)))
-            axes.yaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        _scale(axes, curves)
         if best_step:
             axes.axvline(best_step, color=GREY, linewidth=1, linestyle=":", label="best")
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(  # between title and curves, which it cannot cover there
+            frameon=False, fontsize=8.5, ncols=5, loc="lower left", bbox_to_anchor=(-0.02, 0.98),
+            handlelength=1.3, handletextpad=0.5, columnspacing=1, borderpad=0.3,
+        )  # fmt: skip
     if not panels:
         style(grid[0], "no metric was logged twice", "optimizer steps", "")
     return figure
 
 
-def _panels(series: Series) -> dict[str, list[str]]:
-    panels: dict[str, list[str]] = {}
-    for key in sorted(series, key=lambda key: (key.endswith("_epoch"), key)):
-        stage, _, name = key.partition("/")
-        means, _ = series.get(f"{key}_epoch", ((), ()))
-        if stage in STAGES and name and len(series[key][0]) > len(means):  # else they are the same
-            panels.setdefault(name.removesuffix("_epoch"), []).append(key)
+def _panels(series: Series) -> list[list[_Curve]]:
+    panels: dict[tuple[bool, str], list[_Curve]] = {}
+    for key in sorted(series):
+        curve = None if key.startswith(BESIDE) or key in NO_CURVES else _curve(key, series)
+        if curve is not None and len(curve.x):
+            panels.setdefault((not curve.stage, curve.name), []).append(curve)
+    stages = ["", *STAGES]
     drawable = {
-        name: keys
-        for name, keys in panels.items()
-        if any(len(_finite(*series[key])[0]) > 1 for key in keys)
+        panel: sorted(curves, key=lambda curve: (stages.index(curve.stage), curve.kind != "step"))
+        for panel, curves in panels.items()
+        if sum(len(curve.x) for curve in curves) > 1
     }
-    return dict(sorted(drawable.items(), key=lambda item: item[0] != "loss")[:MAX_PANELS])
+    first = sorted(drawable, key=lambda at: (at[0], at[1].startswith("lr"), at[1] != "loss", at[1]))
+    return [drawable[panel] for panel in first[:MAX_PANELS]]
 
 
-def _draw_stage(
-    axes: Axes, key: str, steps: Sequence[int], values: Sequence[float], best_step: int | None
-) -> None:
-    stage, _, name = key.partition("/")
-    x, y = _finite(steps, values)
-    colour = STAGES[stage]
-    if not len(x):
-        return
+def _curve(key: str, series: Series) -> _Curve | None:
+    """Tell what a metric's name says; None where its means over epochs are drawn instead."""
+    staged = STAGED.fullmatch(key)
+    stage, name = staged.groups() if staged else ("", key)
+    stage = "val" if stage.startswith("val") else stage
+    kind = "epoch" if name.endswith("_epoch") else ""
+    for each_step in (key, key.removesuffix("_step")):
+        if f"{each_step}_epoch" in series:
+            means, _ = series[f"{each_step}_epoch"]
+            if stage in ("val", "test") or len(series[key][0]) <= len(means):
+                return None
+            kind = "step"
+    panel = name.removesuffix(f"_{kind}") if kind else name
+    return _Curve(stage, panel, kind, *_finite(*series[key]))
+
+
+def _draw(axes: Axes, curve: _Curve, best_step: int | None) -> None:
+    stage, _, kind, x, y = curve
+    colour, label = STAGES.get(stage, PURPLE), f"{stage} {kind}".strip() or "no stage"
     if stage == "test":
         at = best_step or x[-1]  # the step of the weights that were tested, not of the call
-        axes.plot(at, y[-1], "*", color=colour, markersize=12, label=f"test {y[-1]:.4g}", zorder=5)
-    elif stage == "train" and not name.endswith("_epoch"):
-        axes.plot(*_thinned(x, y), color=colour, alpha=0.45, linewidth=1, label="train, each step")
+        axes.plot(at, y[-1], "*", color=colour, markersize=15, label=f"test {y[-1]:.4g}", zorder=4)
+    elif kind == "step":
+        axes.plot(*_thinned(x, y), color=colour, alpha=0.45, linewidth=1, label=label)
+    elif len(x) <= 40:
+        size = 4 if stage == "val" else 6.5  # the smaller in front: each is seen where all meet
+        axes.plot(x, y, "o-", color=colour, markersize=size, linewidth=1.8, label=label, zorder=5)
     else:
-        label = f"{stage}, each epoch" if stage == "train" else stage
-        marker = "o" if len(x) <= 40 else ""
-        axes.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1.8, label=label)
+        points = (x, y) if stage == "val" or kind else _thinned(x, y)
+        axes.plot(*points, color=colour, linewidth=1.4, label=label)
+
+
+def _scale(axes: Axes, curves: Sequence[_Curve]) -> None:
+    """Choose a logarithmic axis where a linear one would show a flat line, and label it."""
+    values = np.concatenate([curve.y for curve in curves])
+    low, high = values.min(), values.max()
+    longest = max((curve.y for curve in curves), key=len)
+    half = -(-len(longest) // 2)
+    is_share = high <= 1 and longest[:half].mean() <= longest[-half:].mean()  # as an accuracy
+    if low > 0 and high > LOG_FROM * low and not is_share:
+        axes.set_yscale("log")
+        subs = (1, 2, 3, 5, 7) if high < 30 * low else (1, 2, 5) if high < 1e3 * low else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs))
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.7g}"))
 
 
 def _finite(steps: Sequence[int], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
