@@ -1,9 +1,11 @@
-"""Files of any bytes at all, before the reader of images."""
+"""Files of any bytes at all, and what else is no picture, before the reader of images."""
 
 import functools
 import io
+import os
 import resource
 import struct
+import threading
 import zlib
 
 import numpy as np
@@ -112,3 +114,51 @@ def test_any_change_of_a_picture_is_read_or_refused(folder, content, changes, in
 @given(mode=st.sampled_from(["L", "RGB", "P", "LA", "1"]), changes=CHANGES)
 def test_any_change_beneath_the_checksums_of_a_png_is_read_or_refused(folder, mode, changes):
     check(folder, rechecked(mutated(picture("PNG", mode), changes)))
+
+
+def half(tmp_path, name):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99), np.uint8)).save(
+        tmp_path / name
+    )
+    return (tmp_path / name).read_bytes()[:-2000]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (lambda _: b"", "empty"),
+        (lambda _: b"hello\n", "no image"),
+        (lambda _: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image"),
+        (lambda folder: half(folder, "a.png"), "cannot be read"),
+        (lambda folder: half(folder, "a.jpg"), "cannot be read"),
+        (lambda folder: half(folder, "a.bmp"), "cannot be read"),
+    ],
+)
+def test_file_that_is_no_whole_picture_is_named_with_the_reason(tmp_path, content, told):
+    path = tmp_path / "given"
+    path.write_bytes(content(tmp_path))
+    with pytest.raises(BadInput, match=told) as caught:
+        images.read_image(path, SHAPE, "auto")
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("side", [28, 99])
+def test_pixel_that_is_no_finite_number_is_refused(tmp_path, side, value):
+    values = np.zeros((side, side), np.float32)
+    values[4:24, 12:15], values[9, 7] = 1, value
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    with pytest.raises(BadInput, match=r"a\.tif: cannot be read, .* inf or nan"):
+        images.read_image(tmp_path / "a.tif", SHAPE, "auto")
+
+
+def test_named_pipe_is_refused_without_waiting_for_its_writer(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    writer = os.open(tmp_path / "a.png", os.O_RDWR)
+    end = threading.Timer(MOST_S, os.close, [writer])  # a reader that waits fails, not hangs
+    end.start()
+    with pytest.raises(BadInput, match=r"a\.png: no regular file$"):
+        images.read_image(tmp_path / "a.png", SHAPE, "auto")
+    end.cancel()
+    os.close(writer)

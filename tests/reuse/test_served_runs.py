@@ -110,7 +110,7 @@ def test_served_run_comes_out_identical_on_the_server(served, store, away, capsy
 
 
 def test_served_runs_are_ranked_and_told_apart_by_what_the_server_keeps(served, away, capsys):
-    assert compare.main(["--json", "--each", *away]) == 0
+    assert compare.main(["--json", "--each", "--metric", "score", *away]) == 0
     ranked = [run for place in json.loads(capsys.readouterr().out) for run in place["runs"]]
     assert {served.one, served.other} <= {*ranked}
     for other, packages in (
