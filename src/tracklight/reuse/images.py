@@ -16,6 +16,7 @@ from tracklight.errors import BadInput
 # Pillow's other readers start programs or decode what no one scans digits into.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 MAX_PIXELS = 50_000_000
+MAX_SIDE = 2048  # more pixels tell no more of a digit, and cost seconds
 DIGIT_SIDE = 28
 DIGIT_BOX = 20  # MNIST fits a digit into a square of this side
 FAINT = 30 / 255  # ink below this is noise of scanning or compression
@@ -79,7 +80,7 @@ def read_image(path: Path, shape: tuple[int, int], invert: str) -> Read:
     if grey.shape != shape:
         notes.append(f"{grey.shape[1]} x {grey.shape[0]} fitted")
         digit = shape == (DIGIT_SIDE, DIGIT_SIDE)
-        grey = _centred(_ink(grey, path)) if digit else _resized(grey, shape)
+        grey = _centred(_ink(_limited(grey), path)) if digit else _resized(grey, shape)
     return Read(np.round(np.clip(grey, 0, 1) * 255).astype(np.uint8), notes)
 
 
@@ -272,6 +273,12 @@ def _centred(grey: np.ndarray) -> np.ndarray:
     page = np.zeros((DIGIT_SIDE, DIGIT_SIDE))
     page[top : top + height, left : left + width] = small
     return page
+
+
+def _limited(grey: np.ndarray) -> np.ndarray:
+    scale = min(1.0, MAX_SIDE / max(grey.shape))
+    height, width = (max(1, round(side * scale)) for side in grey.shape)
+    return grey if scale == 1 else _resized(grey, (height, width))
 
 
 def _resized(grey: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
