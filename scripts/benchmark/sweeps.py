@@ -22,7 +22,7 @@ NUM_TRIALS = 20
 NUM_COMMANDS = 10  # half of them before the sweep, half after
 NUM_KILLS = 5
 SEEDS = range(5)
-LENGTHS = (5, 120, 10, 80, 5, 60, 40, 5, 20, 100, 10, 30)  # epochs, of trials in two slots
+LENGTHS = (5, 120, 10, 80, 6, 60, 40, 7, 20, 100, 12, 30)  # epochs, each a trial of two slots
 SLOTS = 2
 KILLED = (
     *("-m", *SMALL, "optimizer.lr=tag(log,interval(1e-4,1e0))", "model.hidden=[32],[64]"),
@@ -204,6 +204,7 @@ def idle(lines: Sequence[str], num_slots: int, total: int) -> float:
         total: How many there are.
     """
     events = [(float(at), kind) for kind, at in (line.split() for line in lines)]
+    assert sum(kind == "start" for _, kind in events) == total, "not the trials asked for"
     events = events[next(i for i, (_, kind) in enumerate(events) if kind == "start") :]
     busy = started = 0
     idle_s = waiting_s = 0.0
@@ -223,15 +224,17 @@ sys.argv[0] = {root!r} + "/train.py"
 sys.path.insert(0, {root!r})
 from tracklight.sweep import pool
 from tracklight.sweep.trial import Outcome
-log = open({log!r}, "a", buffering=1)
+log, trials = open({log!r}, "a", buffering=1), []
 start, messages = pool.Pool.start, pool.Pool.messages
 def started(self, assignment, tag):
     start(self, assignment, tag)
     if not assignment.rehearse and not assignment.test:
+        trials.append(tag)
         print("start", time.time(), file=log)
 def told(self, timeout_s):
     for tag, message in messages(self, timeout_s):
-        if isinstance(message, Outcome) and hasattr(tag, "params"):
+        if isinstance(message, Outcome) and tag in trials:
+            trials.remove(tag)
             print("end", time.time(), file=log)
         yield tag, message
 pool.Pool.start, pool.Pool.messages = started, told
