@@ -131,6 +131,7 @@ def test_a_trial_that_never_logs_the_score_fails_alone_wherever_it_stands(comman
     assert sorted(run.status for run in swept.children) == ["FAILED", "FINISHED"]
 
 
+@pytest.mark.slow
 def test_a_sweep_all_of_whose_trials_fail_says_where_it_is_and_what_was_done(commander, tmp_path):
     directory = tmp_path / "runs"
     command = ("+model.mood=raises,dies", "+model.at=3", *ODD)
@@ -155,6 +156,7 @@ def test_repeated_draws_are_said_and_counted(commander, tmp_path):
     assert len(Swept(directory).children) == 2
 
 
+@pytest.mark.slow
 def test_what_the_data_warn_of_is_said_by_a_sweep_too(commander, tmp_path):
     words = ("model=mlp", "data.download=false", f"data.root={tmp_path}", "model.hidden=[2]")
     short = ("seed=1,2", "trainer.max_epochs=1", "tracking=none", *QUICK[:2])
@@ -254,9 +256,8 @@ def test_only_the_winner_meets_the_test_set_and_only_once(commander, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_winners_test_closes_its_run_to_be_continued(commander, tmp_path, signum):
     directory = tmp_path / "runs"
     command = ("optimizer.lr=0.01,0.1", *BLOBS, "model._target_=odd.Lingering")
@@ -276,6 +277,7 @@ def test_a_signal_in_the_winners_test_closes_its_run_to_be_continued(commander, 
     assert winner.metrics["test/accuracy"]
 
 
+@pytest.mark.slow
 def test_of_two_first_starts_at_once_one_is_refused(commander, tmp_path):
     directory = tmp_path / "runs"
     slow = ["slow", "tracklight.sweep.parent:_tags", 1.0]
