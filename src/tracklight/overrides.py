@@ -111,16 +111,11 @@ def split_for_resume(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def told(error: Exception) -> str:
     """Say in one line what Hydra or OmegaConf objects to, and what would work."""
     if isinstance(error, OverrideParseException):
-        if called := re.search(r"=\s*(\w+)\(", str(error.override)):
-            hint = _nearest(called[1], FUNCTIONS) if called[1] not in FUNCTIONS else ""
-            empty = re.search(r"\(\s*\)", str(error.override)) and "; it takes values: (A,B)"
-            if hint or empty:
-                what = (
-                    f"no function {called[1]}{hint}" if hint else f"{called[1]}() is empty{empty}"
-                )
-                return f"cannot read {error.override}: {what}"
-        reason = _first_line(str(error).removeprefix("LexerNoViableAltException: "))
-        return f"cannot read {error.override}: {reason}; write key=value, text 'key=\"a, b\"'"
+        reason = _misread_call(str(error.override)) or (
+            _first_line(str(error).removeprefix("LexerNoViableAltException: "))
+            + "; write key=value, text 'key=\"a, b\"'"
+        )
+        return f"cannot read {error.override}: {reason}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         options = list(error.options or [])
@@ -139,6 +134,17 @@ def told(error: Exception) -> str:
     if isinstance(cause, OmegaConfBaseException):
         return f"{_first_line(message)}: {_first_line(str(cause))}".lstrip(": ")
     return _first_line(message)
+
+
+def _misread_call(word: str) -> str:
+    """Say what is wrong with a function of the grammar; nothing where that is not what is wrong."""
+    call = re.search(r"=\s*(\w+)\(\s*(\))?", word)
+    if call is None:
+        return ""
+    name, is_empty = call.groups()
+    if name not in FUNCTIONS and (hint := _nearest(name, FUNCTIONS)):
+        return f"no function {name}{hint}"
+    return f"{name}() is empty; it takes values: (A,B)" if is_empty else ""
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:

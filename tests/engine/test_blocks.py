@@ -77,6 +77,7 @@ class Talking(MLP):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.accuracy = MulticlassAccuracy(4)  # of torchmetrics: it is macro-averaged
+        self.updated = MulticlassAccuracy(4)  # never called, so without a value of a step
 
     def loss(self, outputs, targets):
         loss = super().loss(outputs, targets)
@@ -87,6 +88,8 @@ class Talking(MLP):
             self.log("train/third", 1 / 3)
             self.accuracy(outputs, targets)
             self.log("train/accuracy", self.accuracy, on_step=True, on_epoch=True)
+            self.updated.update(outputs, targets)
+            self.log("train/updated", self.updated, on_step=True, on_epoch=True)
             self.log_dict({"train/mean": loss}, on_step=False, on_epoch=True)
             self.log("train/both", loss, on_step=True, on_epoch=True)
         return loss
@@ -101,6 +104,8 @@ def test_what_a_loss_logs_is_logged_at_each_step_and_averaged_over_examples():
 
     blocks, single = points(), points(OneByOne())
     assert len(blocks["train/twice"]) == 2 * STEPS
+    assert blocks.keys() == single.keys()
+    assert blocks["train/updated_epoch"] == single["train/updated_epoch"]
     for key in (
         "train/twice",
         "train/weight",

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tracklight.errors import BadInput
-from tracklight.reuse import images
+from tracklight.reuse import images, ink
 
 SHAPE = (28, 28)
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
@@ -162,3 +162,16 @@ def test_named_pipe_is_refused_without_waiting_for_its_writer(tmp_path):
         images.read_image(tmp_path / "a.png", SHAPE, "auto")
     end.cancel()
     os.close(writer)
+
+
+def test_a_very_large_page_is_looked_at_in_a_smaller_copy(tmp_path, monkeypatch):
+    seen, ground = [], ink._ground
+    monkeypatch.setattr(ink, "_ground", lambda grey: seen.append(grey.shape) or ground(grey))
+    monkeypatch.setattr(ink, "MAX_SIDE", 150)
+    page = np.full((120, 300), 255, np.uint8)
+    page[30:90, 140:146] = 0
+    Image.fromarray(page).save(tmp_path / "page.png")
+    found = images.read_image(tmp_path / "page.png", (28, 28), "auto").pixels
+    assert seen == [(60, 150)]
+    rows, columns = np.nonzero(found > 128)
+    assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (20, 2)  # a tenth as wide as it is high

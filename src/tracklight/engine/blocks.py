@@ -64,9 +64,11 @@ class Heard:
         if isinstance(value, Metric):  # which keeps its own account of the epoch
             how["metric"], value = value, value._forward_cache
         indices, values, _ = self.notes.setdefault(name, ([], [], how))
+        if value is None:  # it was updated only: there is nothing to say of the step
+            return
         indices.append(len(self.losses))
         is_tensor = isinstance(value, Tensor)  # copied: the step may change it
-        value = value.detach().clone() if is_tensor else torch.tensor(float(value or 0.0))
+        value = value.detach().clone() if is_tensor else torch.tensor(float(value))
         values.append(value.squeeze())
 
 
@@ -201,8 +203,8 @@ class Blocks(Callback):
         for name, (indices, values, how) in self.heard.notes.items():
             on_step, on_epoch = how.pop("on_step", None), how.pop("on_epoch", None) or False
             metric = how.pop("metric", None)
-            found = torch.stack(values)
-            if on_step is None or on_step:
+            found = torch.stack(values) if values else sizes.new_empty(0)
+            if values and (on_step is None or on_step):
                 key = f"{name}_step" if on_epoch else name
                 if how.get("logger") is not False:
                     self._log_steps(key, [steps[index] for index in indices], found.tolist())

@@ -11,6 +11,7 @@ from tracklight.errors import BadInput
 from tracklight.sweep.changes import check_unchanged
 from tracklight.sweep.plan import Plan
 from tracklight.tracking import provenance
+from tracklight.tracking.choice import restoring
 from tracklight.tracking.layout import PARENT_TAG, SWEEP_TAG
 from tracklight.tracking.lock import alone
 from tracklight.tracking.patience import persist
@@ -78,8 +79,7 @@ def _check_not_deleted(store: Store, identity: str) -> None:
     for run in persist(search, store.patience_s):
         raise BadInput(
             f"the parent run of this sweep, {run.info.run_id}, was deleted; sweep.fresh=true "
-            f"starts over, `MLFLOW_TRACKING_URI={store.shown_uri} mlflow runs restore --run-id "
-            f"{run.info.run_id}` brings it back"
+            f"starts over, {restoring(run.info.run_id, store.shown_uri)} brings it back"
         )
 
 

@@ -35,10 +35,12 @@ def check_trained(run_id: str, tags: Mapping[str, str]) -> None:
 
 def deleted(run_id: str, shown_uri: str) -> str:
     """Say of a run that it is deleted, and how it is brought back."""
-    return (
-        f"run {run_id} is deleted; restore it with "
-        f"`MLFLOW_TRACKING_URI={shown_uri} mlflow runs restore --run-id {run_id}`"
-    )
+    return f"run {run_id} is deleted; restore it with {restoring(run_id, shown_uri)}"
+
+
+def restoring(run_id: str, shown_uri: str) -> str:
+    """Return the command that brings a deleted run back."""
+    return f"`MLFLOW_TRACKING_URI={shown_uri} mlflow runs restore --run-id {run_id}`"
 
 
 def choose_id(ledger: Ledger, word: str, experiment: str | None = None) -> str:
