@@ -117,6 +117,7 @@ def test_a_trial_that_failed_in_passing_goes_on_in_its_own_run(commander, tmp_pa
         assert [step for step, _ in child.metrics["train/loss_epoch"]] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_a_trial_that_never_logs_the_score_fails_alone_wherever_it_stands(commander, tmp_path):
     directory = tmp_path / "runs"
     command = ("+model.mood=quiet,good", *ODD[:1], "score.metric=odd/mood", *QUICK)
@@ -146,6 +147,7 @@ def test_a_sweep_all_of_whose_trials_fail_says_where_it_is_and_what_was_done(com
     assert sorted(run.tags["tracklight.trial"] for run in Swept(directory).children) == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_repeated_draws_are_said_and_counted(commander, tmp_path):
     directory = tmp_path / "runs"
     command = ("seed=range(0,2)", "sweep.trials=4", "sweep.sampler=random", *QUICK)
