@@ -1,6 +1,7 @@
 """Where Optuna remembers a sweep's trials: a journal in the sweep's folder, or a database."""
 
 import fcntl
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from tracklight.errors import BadInput
 from tracklight.sweep.bounded import bounded
 
 STORAGE_S = 15.0
+
+# Its one warning tells, in a page of SQL, that a query failed and is asked in another way; where
+# that fails too, the error says so.
+logging.getLogger("optuna.storages._rdb.storage").setLevel(logging.ERROR)
 
 
 class FileLock:
