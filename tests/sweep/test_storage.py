@@ -3,6 +3,7 @@ from contextlib import closing
 
 import optuna
 import pytest
+from sqlalchemy import Engine, event
 
 from tracklight.errors import BadInput
 from tracklight.sweep.storage import open_storage
@@ -18,15 +19,22 @@ def test_a_storage_that_does_not_open_is_one_line_without_its_password(url):
     assert told.startswith("sweep.storage=") and "\n" not in told and "pw" not in told
 
 
-def test_a_database_that_fails_while_trials_are_read_says_so_once(tmp_path, capfd):
+def test_a_database_locked_between_two_queries_says_so_once(tmp_path, caplog):
     path = tmp_path / "study.db"
     storage = open_storage(f"sqlite:///{path}?timeout=0.1", None)
     study = optuna.create_study(storage=storage)
-    study.enqueue_trial({})
-    capfd.readouterr()
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(optuna.exceptions.StorageInternalError) as failed:
-            study.get_trials()
+    caplog.clear()
+    with closing(sqlite3.connect(path)) as other:
+
+        @event.listens_for(Engine, "before_cursor_execute")
+        def lock(connection, cursor, statement, *_):
+            if "FROM trials" in statement and not other.in_transaction:
+                other.execute("BEGIN EXCLUSIVE")
+
+        try:
+            with pytest.raises(optuna.exceptions.StorageInternalError) as failed:
+                study.get_trials()
+        finally:
+            event.remove(Engine, "before_cursor_execute", lock)
     assert "database is locked" in str(failed.value.__cause__)
-    assert capfd.readouterr().err == ""
+    assert not caplog.records
