@@ -50,7 +50,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 train: $(INSTALLED)
 	@$(BIN)/python train.py model=mlp $(ARGS)
 	@echo
-	@echo 'Look at it:     make ui, then open http://127.0.0.1:$(PORT)'
+	@echo 'Look at it:     make ui'
 	@echo 'Run your own:   source $(BIN)/activate, then python train.py model=mlp optimizer.lr=0.1'
 
 test: $(INSTALLED)
@@ -59,16 +59,8 @@ test: $(INSTALLED)
 slow: $(INSTALLED)
 	@$(PYTEST) -m slow $(ARGS)
 
-# The store is made by us where there is none: MLflow's own first start can be broken by a kill.
 ui: $(INSTALLED)
-	@test -f mlruns/mlflow.db || $(BIN)/python -c \
-	  'from pathlib import Path; from tracklight.tracking.store import connect; connect(None, Path("mlruns"))'
-	@echo 'MLflow UI: http://127.0.0.1:$(PORT) (Ctrl-C ends it)'
-	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false PYTHONWARNINGS=ignore \
-	  $(BIN)/python -m mlflow ui \
-	  --host 127.0.0.1 --port '$(PORT)' --workers 1 \
-	  --backend-store-uri 'sqlite:///$(CURDIR)/mlruns/mlflow.db' \
-	  --default-artifact-root '$(CURDIR)/mlruns/artifacts' $(ARGS)
+	@$(BIN)/python scripts/ui.py --port '$(PORT)' $(ARGS)
 
 check: lint test
 

@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from ui_server import mlflow
+import ui_server
 
 ROOT = Path(__file__).resolve().parents[1]
 ARTIFACTS = ROOT / "test-artifacts"
@@ -45,13 +45,8 @@ def ui(tmp_path_factory) -> Iterator[tuple[str, list[Run]]]:
     client = MlflowClient(store)
     experiment = client.get_experiment_by_name("tracklight")
     runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])
-    with mlflow(
-        *("ui", "--workers", "1", "--backend-store-uri", store),
-        *("--default-artifact-root", str(directory / "artifacts")),
-        health="/health",
-        log=directory / "ui.log",
-    ) as uri:
-        yield uri, [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    with ui_server.ui(directory) as (address, _):
+        yield address, [run for run in runs if "mlflow.parentRunId" in run.data.tags]
 
 
 @pytest.fixture
@@ -105,11 +100,9 @@ def tabulated(page, metric):
 
 
 def test_sweep_is_unfolded_selected_and_compared_with_its_charts_and_values(ui, page):
-    uri, trials = ui
+    address, trials = ui
     assert [run.data.params["optimizer.lr"] for run in trials] == list(RATES)
-    page.goto(uri)
-    page.get_by_text("Model training", exact=True).first.click()
-    page.get_by_role("link", name="tracklight", exact=True).first.click()
+    page.goto(address)
     page.get_by_text("sweep optimizer.lr").first.wait_for()
     names = [run.info.run_name for run in trials]
     assert not any(page.get_by_text(name, exact=True).count() for name in names)  # nested
@@ -129,7 +122,7 @@ def test_sweep_is_unfolded_selected_and_compared_with_its_charts_and_values(ui, 
         key: [min(values), max(values)]
         for key, values in (
             ("optimizer.lr", [float(run.data.params["optimizer.lr"]) for run in trials]),
-            ("train/loss", [run.data.metrics["train/loss"] for run in trials]),
+            ("score", [run.data.metrics["score"] for run in trials]),
         )
     }
     axes = plotted(page)
@@ -152,8 +145,8 @@ def test_sweep_is_unfolded_selected_and_compared_with_its_charts_and_values(ui, 
     page.locator("th, td").get_by_text("optimizer.lr", exact=True).first.wait_for()
     keep(page, "difference")
 
-    experiment, run = trials[0].info.experiment_id, trials[0]
-    page.goto(f"{uri}/#/experiments/{experiment}/runs/{run.info.run_id}/model-metrics")
+    uri, run = address.partition("/#")[0], trials[0]
+    page.goto(f"{uri}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/model-metrics")
     page.get_by_text(f"{run.info.run_name} (train/loss)", exact=True).wait_for()
     steps = MlflowClient(uri).get_metric_history(run.info.run_id, "train/loss")
     page.wait_for_function(

@@ -35,7 +35,7 @@ HEAVY = {
     *("lightning_utilities", "mlflow", "optuna", "plotly", "matplotlib", "pandas", "scipy"),
     *("sklearn", "mlxtend", "sqlalchemy", "numpy"),
 }
-SCRIPTS = ("compare", "evaluate", "predict", "reproduce")
+SCRIPTS = ("compare", "evaluate", "predict", "reproduce", "ui")
 LIGHT = [
     ROOT / "train.py",
     SRC / "tracklight" / "cli.py",

@@ -1,4 +1,4 @@
-"""`mlflow ui` and `mlflow models serve` as the README has them, on a free port of this machine."""
+"""`make ui` and `mlflow models serve` as the README has them, on a free port of this machine."""
 
 import os
 import signal
@@ -12,7 +12,28 @@ from pathlib import Path
 
 from process import free_port
 
+ROOT = Path(__file__).resolve().parents[1]
 STARTED_S = 90.0
+
+
+@contextmanager
+def ui(directory: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Run what `make ui` runs; give the address that it prints."""
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "ui.py"), "--port", str(free_port())]
+        + ["--dir", str(directory)],
+        env={key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            lines = [process.stdout.readline(), process.stdout.readline()]
+            assert lines[1].startswith("MLflow UI: "), (directory / "ui.log").read_text()
+            yield lines[1].split()[2], process
+        finally:
+            process.terminate()
+            process.wait(30)
 
 
 @contextmanager

@@ -262,11 +262,11 @@ class _Experiment:
         epochs = self.trainer.current_epoch - self.last.first_epoch
         rows = len(self.data.splits["train"]) if isinstance(self.data, TensorData) else 0
         named = {}
-        if self.tracked and self.store:
-            run, shown = self.tracked, self.store.shown_uri
+        if self.tracked:
+            run = self.tracked
             named["run"] = f"{run.run_id} ({run.name})"
             named["best"] = str(run.artifacts / query.BEST)
-            named["look"] = f"MLflow at {shown}" if self.cfg.tracking.uri else "make ui"
+            named["look"] = run.look
         return report.summary(
             score={} if score is None else {self.cfg.score.metric: score},
             of="best" if self.saves else "last",

@@ -33,6 +33,20 @@ def rows(database, table, run_id):
     return found
 
 
+def test_the_score_comes_first_for_who_reads_a_run(store):
+    runs = [store.client.create_run("0").info.run_id for _ in range(2)]
+    for run in runs:
+        table = PointTable(store.database, run)
+        table.write([Points(1, "loss", (1, 2), (0.3, 0.2)), Points(1, "accuracy", (2,), (0.9,))])
+        table.write([Points(2, "score", (2,), (0.9,)), Points(2, "test/loss", (2,), (0.4,))])
+        table.write([Points(3, "score", (3,), (0.95,))])
+        table.close()
+    for run in runs:
+        metrics = store.client.get_run(run).data.metrics
+        assert [*metrics] == ["score", "loss", "accuracy", "test/loss"]
+        assert metrics["score"] == 0.95
+
+
 def log_batch(store, run_id, records):
     store.client.log_batch(
         run_id,

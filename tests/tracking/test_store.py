@@ -6,13 +6,15 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from disturbances import full_disk, locked, points_of
 
 from tracklight.errors import BadInput, RunFailed
+from tracklight.tracking import layout
 from tracklight.tracking.lock import RunLock
-from tracklight.tracking.store import connect
+from tracklight.tracking.store import Store, connect
 
 
 def hold_run(directory, run_id, ready):
@@ -43,6 +45,17 @@ def test_a_run_is_created_with_its_tags_name_and_artifact_folder(store):
     assert run.artifacts == store.directory / "artifacts" / run.run_id / "artifacts"
     assert found.info.artifact_uri == run.artifacts.as_uri()
     run.finish("FINISHED")
+
+
+def test_a_run_says_how_it_is_seen(store, monkeypatch, tmp_path):
+    info = SimpleNamespace(experiment_id="7", run_id="abc")
+    assert store.look(info) == f"python scripts/ui.py --dir {store.directory}"
+    monkeypatch.setattr(layout, "HOME", store.directory)
+    assert store.look(info) == "make ui"
+    other = f"sqlite:///{tmp_path}/a b.db"
+    assert Store(None, other, tmp_path, 1.0).look(info) == f"python scripts/ui.py --uri '{other}'"
+    served = Store(None, "https://me:secret@host:80/", tmp_path, 1.0)
+    assert served.look(info) == "https://***@host:80/#/experiments/7/runs/abc"
 
 
 def test_a_run_without_a_name_gets_one(store):

@@ -10,8 +10,8 @@ from typing import NoReturn
 
 from tracklight import cli
 from tracklight.errors import BadInput
+from tracklight.tracking import layout
 
-DIRECTORY = Path(__file__).resolve().parents[3] / "mlruns"  # as in conf/tracking/mlflow.yaml
 RUN_HELP = (
     "id of a run, the unique beginning of one, `last`, or `best`: of the runs with the newest's "
     "metric and data set"
@@ -36,12 +36,12 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--dir",
             type=Path,
-            default=DIRECTORY,
+            default=layout.HOME,
             metavar="FOLDER",
             help="where the runs' folders lie (default: mlruns beside train.py)",
         )
         self.add_argument(
-            "--experiment", metavar="NAME", help="where `best` and `last` look (default: all)"
+            "--experiment", metavar="NAME", help="stay within this one (default: all)"
         )
 
     def error(self, message: str) -> NoReturn:

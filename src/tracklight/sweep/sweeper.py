@@ -149,7 +149,8 @@ class _Sweep:
             progress.close()
             if self.board:
                 hint = "; the same command continues it" if status == "KILLED" else ""
-                progress.note(f"sweep  {self.board.run.run_id}  {self.board.run.folder}{hint}")
+                run = self.board.run
+                progress.note(f"sweep  {run.run_id}  {run.folder}{hint}\nlook   {run.look}")
                 self.board.finish(status)
         _raise_what_happened(course)
         return score

@@ -1,5 +1,8 @@
 """Names that this room gives to things on the disk and in the store."""
 
+from pathlib import Path
+
+HOME = Path(__file__).resolve().parents[3] / "mlruns"  # as conf/tracking/mlflow.yaml has it
 FOLDER = "artifacts"  # in the tracking directory: one folder a run
 NEW = ".new-"  # prefix of a run's folder until the store has told its id
 POINTS = "points.wal"  # in a run's folder

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+from tracklight.tracking.choice import SCORE
 from tracklight.tracking.wal import Points
 
 _BUSY_S = 20.0  # as MLflow's own sessions
@@ -49,9 +50,11 @@ class PointTable:
         try:
             self._check_active()
             for at in range(0, len(rows), _ROWS):
-                self._insert("INSERT OR IGNORE INTO metrics", rows[at : at + _ROWS], "")
+                self._insert("INSERT OR IGNORE INTO metrics", rows[at : at + _ROWS])
             for row in latest.values():
-                self._insert("INSERT INTO latest_metrics", [row], _UPSERT)
+                # MLflow's comparison of runs opens on the metric whose row comes first.
+                rowid = _BEFORE_ALL if row[0] == SCORE else "NULL"
+                self._insert("INSERT INTO latest_metrics", [row], _UPSERT, rowid)
             self._connection.execute("COMMIT")
         except BaseException:
             if self._connection.in_transaction:
@@ -65,11 +68,14 @@ class PointTable:
         if stage != ("active",):
             raise sqlite3.IntegrityError(f"run {self._run_id} is deleted")
 
-    def _insert(self, insert: str, rows: list[Row], conflict: str) -> None:
+    def _insert(
+        self, insert: str, rows: list[Row], conflict: str = "", rowid: str = "NULL"
+    ) -> None:
         # One statement for many rows: SQLite then works without holding Python's lock.
-        values = ",".join(["(?1,?,?,?,?,?)"] * len(rows))
+        values = ",".join([f"({rowid},?1,?,?,?,?,?)"] * len(rows))
+        columns = "rowid, run_uuid, key, value, timestamp, step, is_nan"
         self._connection.execute(
-            f"{insert} (run_uuid, key, value, timestamp, step, is_nan) VALUES {values}{conflict}",
+            f"{insert} ({columns}) VALUES {values}{conflict}",
             [self._run_id, *(field for row in rows for field in row)],
         )
 
@@ -78,6 +84,7 @@ class PointTable:
         self._connection.close()
 
 
+_BEFORE_ALL = "(SELECT min(rowid) - 1 FROM latest_metrics)"
 _UPSERT = """
     ON CONFLICT (key, run_uuid) DO UPDATE SET
         value = excluded.value, timestamp = excluded.timestamp,

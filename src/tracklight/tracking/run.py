@@ -36,6 +36,7 @@ class Run(Logger):
         run_id: MLflow's id of the run.
         folder: The run's folder: checkpoints, write-ahead file, lock.
         artifacts: The run's artifacts as files, inside the folder.
+        look: How to see the run in MLflow's UI: its address, or what to type.
         steps_completed: Optimizer steps completed so far; Lightning's own count starts at zero.
     """
 
@@ -45,6 +46,7 @@ class Run(Logger):
         self.folder = folder
         self.artifacts = folder / "artifacts"
         self.steps_completed: Callable[[], int] = lambda: 0
+        self.look = store.look(run.info)
         self._name = run.info.run_name
         self._params: dict[str, str] = dict(run.data.params)
         self._store = store

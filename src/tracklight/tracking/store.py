@@ -2,6 +2,7 @@
 
 import functools
 import getpass
+import shlex
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -96,6 +97,21 @@ class Store:
         if self.database is not None and self.database.is_relative_to(self.directory):
             return str(self.database.relative_to(self.directory))
         return self.shown_uri
+
+    def look(self, info: Any) -> str:
+        """Return how a run is seen in MLflow's UI: its address, or what to type.
+
+        Args:
+            info: MLflow's, of the run.
+        """
+        if address.is_server(self.uri):
+            page = f"experiments/{info.experiment_id}/runs/{info.run_id}"
+            return f"{self.shown_uri.rstrip('/')}/#/{page}"
+        if self.database == self.directory / address.DATABASE:
+            if self.directory == layout.HOME:
+                return "make ui"
+            return f"python scripts/ui.py --dir {shlex.quote(str(self.directory))}"
+        return f"python scripts/ui.py --uri {shlex.quote(self.shown_uri)}"
 
     def create(self, experiment: str, name: str | None, tags: dict[str, str]) -> "Run":
         """Make a run, its folder and its lock; `tags` are set in the request that makes it.
