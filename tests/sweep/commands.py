@@ -3,6 +3,7 @@
 import csv
 import json
 import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,8 @@ QUICK = (
     "foreign,odd]",
     "tracking.figures=false",
 )
+GRID = ("optimizer.lr=0.01,0.05,0.1", *QUICK)
 ODD = ("model._target_=odd.Odd", "score.metric=train/loss_epoch", *QUICK)
-
-
 BLOBS = (
     *("model=mlp", "model.hidden=[16]", "data._target_=foreign.Blobs", "data.batch_size=16"),
     *("data.num_val=64", *(f"~data.{key}" for key in ("root", "download", "fallback"))),
@@ -74,3 +74,30 @@ class Swept:
     def csv(self) -> list[dict[str, str]]:
         with (self.artifacts / "leaderboard.csv").open(newline="") as file:
             return list(csv.DictReader(file))
+
+
+def points(directory: Path) -> int:
+    """Count the epochs that trials have logged so far."""
+    count = 0
+    for path in directory.glob("artifacts/*/points.wal"):
+        count += path.read_bytes().count(b"train/loss_epoch")
+    return count
+
+
+def trials_of(directory: Path) -> list[int]:
+    """Return processes, the sweep's own gone, that hold a run folder below the directory."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if str(path.readlink()).startswith(f"{directory}/artifacts"):
+                found.append(int(path.parts[2]))
+        except OSError:
+            continue
+    return found
+
+
+def wait_until(holds, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)

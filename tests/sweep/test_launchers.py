@@ -1,0 +1,57 @@
+"""Whole sweeps whose trials take several processes, or Hydra's launchers."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import GRID, QUICK, Swept
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_a_trial_of_several_processes_runs_only_its_own_point(commander, tmp_path):
+    directory = tmp_path / "runs"
+    two = ("trainer.devices=2", "trainer.strategy=ddp", "trainer.max_epochs=2")
+    process = commander.sweep(directory, "seed=1,2", *two, *QUICK[:2], QUICK[3])
+    assert process.exit_code == 0, process.stderr + process.stdout
+    assert {run.status for run in Swept(directory).runs} == {"FINISHED"}
+    assert len(Swept(directory).runs) == 3
+
+
+@pytest.mark.slow
+def test_a_launcher_of_hydras_runs_a_grid(commander, tmp_path):
+    pytest.importorskip(
+        "hydra_plugins.hydra_joblib_launcher", reason="needs the package hydra-joblib-launcher"
+    )
+    launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"tracking.dir={tmp_path}")
+    words = [sys.executable, ROOT / "train.py", "-m", *GRID, *launcher]
+    # A process of its own: joblib's do not end with one that was forked.
+    process = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert process.returncode == 0, process.stderr + process.stdout
+    swept = Swept(tmp_path)
+    assert {run.status for run in swept.runs} == {"FINISHED"}
+    assert [row["state"] for row in swept.leaderboard()] == ["complete"] * 3
+    process = commander.sweep(tmp_path, *GRID)  # its trials are those of any sweep
+    assert process.exit_code == 0 and len(Swept(tmp_path).runs) == 4
+
+
+def test_a_metric_that_is_never_logged_is_told_before_a_launcher_starts(commander, tmp_path):
+    pytest.importorskip(
+        "hydra_plugins.hydra_joblib_launcher", reason="needs the package hydra-joblib-launcher"
+    )
+    directory = tmp_path / "runs"
+    process = commander.sweep(directory, *GRID, "hydra/launcher=joblib", "score.metric=train/f1")
+    assert process.exit_code == 2 and process.stderr.count("\n") == 1
+    assert "score.metric=train/f1 is never logged" in process.stderr
+    assert Swept(directory).runs == []
+
+
+def test_what_this_machine_lacks_is_refused_unless_a_launcher_runs_elsewhere(commander, tmp_path):
+    words = ("seed=1,2", "trainer.accelerator=cpu", "trainer.devices=999", "sweep.dry_run=true")
+    process = commander.sweep(tmp_path / "runs", *words)
+    assert process.exit_code == 2 and "trainer.devices=999" in process.stderr
+    elsewhere = "hydra.launcher._target_=of_a_cluster.Launcher"
+    process = commander.sweep(tmp_path / "runs", *words, elsewhere)
+    assert process.exit_code == 0, process.stderr

@@ -1,0 +1,47 @@
+"""What a sweep cannot be, in one line."""
+
+import pytest
+from commands import QUICK, Swept
+
+BAD = {
+    "empty": ((), "nothing varies"),
+    "reversed": (("optimizer.lr=interval(1,0)",), "optimizer.lr=interval(1,0) is empty"),
+    "no values": (("seed=range(5,5)",), "seed=range(5,5) has no values"),
+    "log of zero": (("optimizer.lr=tag(log,interval(0,1))",), "must start above 0"),
+    "a corner": (("optimizer.lr=interval(-1,1)",), "optimizer.lr=-1.0 must be"),
+    "a point": (("optimizer.lr=0.1,-1",), "optimizer.lr=-1 must be"),
+    "sampler": (("optimizer.lr=interval(0.1,1)", "sweep.sampler=magic"), "sweep.sampler=magic"),
+    "pruner": (("optimizer.lr=0.1,0.2", "sweep.pruner=axe"), "sweep.pruner=axe must be"),
+    "option": (
+        ("optimizer.lr=interval(0.1,1)", "sweep.sampler_options={speed: 3}"),
+        "sweep.sampler_options.speed",
+    ),
+    "storage": (
+        ("optimizer.lr=interval(0.1,1)", "sweep.storage=sqlite:////nowhere/at/all.db"),
+        "sweep.storage=sqlite:////nowhere/at/all.db cannot be opened",
+    ),
+    "metric": (("optimizer.lr=0.1,0.2", "score.metric=train/f1"), "score.metric=train/f1 is never"),
+    "key": (("optimizer.rl=0.1,0.2",), "did you mean optimizer.lr"),
+    "own settings": (("sweep.workers=1,2",), "sweep.workers is of the command as a whole"),
+    "tracking": (("tracking.experiment=a,b",), "tracking.experiment is of the command as a whole"),
+    "untracked": (
+        ("seed=1,2", "tracking=none", "sweep.storage=sqlite:///study.db"),
+        "sweep.storage remembers trials whose runs MLflow has",
+    ),
+    "function": (("optimizer.lr=intervall(0,1)",), "did you mean interval?"),
+    "two scores": (("model=linear,mlp",), "scored by different metrics"),
+    "seeds": (("seed=1,2", "sweep.seeds=3"), "seed varies already"),
+    "resume": (("seed=1,2", "resume=0123abcd"), "resume=0123abcd is one run"),
+    "walk": (("optimizer.lr=interval(0.1,1)", "sweep.sampler=grid"), "cannot walk the interval"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_no_run(commander, tmp_path, case):
+    arguments, told = BAD[case]
+    directory = tmp_path / "runs"
+    process = commander.sweep(directory, *arguments, *QUICK)
+    assert process.exit_code == 2, process.stdout + process.stderr
+    assert told in process.stderr and process.stderr.count("\n") == 1
+    assert process.stderr.startswith("error: ")
+    assert Swept(directory).runs == []
