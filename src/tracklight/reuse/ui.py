@@ -6,9 +6,10 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
+from http import HTTPStatus
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,7 +108,7 @@ def _serve(store: "Store", port: int, page: str) -> None:
             start_new_session=True,  # it has children, and ends only if all of them are told
         )
     try:
-        if _answers(process, f"http://{HOST}:{port}/health"):
+        if _answers(process, port):
             print(f"MLflow UI: http://{HOST}:{port}{page} (Ctrl-C ends it)", flush=True)
             process.wait()
     finally:
@@ -126,13 +127,13 @@ def _environment(store: "Store", environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _answers(process: "subprocess.Popen[bytes]", url: str) -> bool:
+def _answers(process: "subprocess.Popen[bytes]", port: int) -> bool:
     end = time.monotonic() + STARTED_S
     while process.poll() is None and time.monotonic() < end:
-        with suppress(OSError):  # nobody there yet
-            urllib.request.urlopen(url, timeout=2).close()
-            return True
-        time.sleep(0.1)
+        with suppress(OSError), closing(HTTPConnection(HOST, port, timeout=2)) as connection:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == HTTPStatus.OK
+        time.sleep(0.1)  # nobody there yet
     return False
 
 
