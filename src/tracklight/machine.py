@@ -65,6 +65,16 @@ def _devices_needed(devices: Any) -> int:
     return max(devices) + 1 if isinstance(devices, list) else devices
 
 
+def num_devices(devices: Any) -> int | None:
+    """Count the devices that `trainer.devices` asks for; None for as many as there are."""
+    if isinstance(devices, str):
+        indices = re.findall(r"\d+", devices)
+        if "," in devices:
+            return len(indices)
+        return int(indices[0]) if indices and "-" not in devices else None
+    return len(devices) if not isinstance(devices, int) else None if devices < 0 else devices
+
+
 def count_cores() -> int:
     """Count the CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -52,6 +52,8 @@ def _check_word(word: str, override: Override, key: str, many: bool) -> None:
     owned = key.removeprefix("trainer.")
     if owned != key and owned in OWNED:
         raise BadInput(f"{word}: tracklight sets {key} itself; use {OWNED[owned]}")
+    if not many and key.partition(".")[0] == "sweep":
+        raise BadInput(f"{word} is of sweeps, and this is a single run; add -m, or drop it")
     if override.is_sweep_override():
         if not many:
             listed = word.partition("=")[2]

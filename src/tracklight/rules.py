@@ -119,6 +119,8 @@ STEPS = Values(lambda value: type(value) is int and (value == -1 or value >= 1),
 DEVICES = Values(_is_devices, "a number of devices, a list of their indices, or auto")
 PRECISION = Values(lambda value: str(value) in PRECISIONS, "one of " + ", ".join(PRECISIONS))
 
+MAPPING = Values(lambda value: isinstance(value, Mapping), "a mapping, {KEY: VALUE}")
+
 RULES = (
     Rule("seed", _whole(0, LARGEST_SEED), "7"),
     Rule("num_threads", _or_null(COUNT, " for torch's own choice"), "2"),
@@ -172,6 +174,9 @@ RULES = (
     Rule("sweep.on_failure", _one_of("continue", "stop"), "continue"),
     Rule("sweep.fresh", SWITCH, "true"),
     Rule("sweep.dry_run", SWITCH, "true"),
+    Rule("sweep.space", _or_null(MAPPING), "null"),
+    Rule("sweep.sampler_options", _or_null(MAPPING), "null"),
+    Rule("sweep.pruner_options", _or_null(MAPPING), "null"),
     Rule("sweep.storage", _or_null(NAME, " for a file in tracking.dir"), "null"),
 )
 

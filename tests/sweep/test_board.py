@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import mlflow
 from mlflow.store.entities import PagedList
 
+from tracklight.sweep import board as module
 from tracklight.sweep.board import Board
 from tracklight.sweep.leaderboard import Row, standings
 
@@ -65,13 +66,24 @@ def test_a_store_is_away_until_it_answers():
     assert found.refresh() == [] and found.away_s == 0
 
 
+def test_only_the_last_refresh_waits_for_the_store(monkeypatch):
+    _, found = board()
+    waited = []
+    monkeypatch.setattr(
+        module, "children", lambda store, run_id, wait_s: waited.append(wait_s) or []
+    )
+    found.refresh()
+    found.refresh(final=True)
+    assert waited == [0.0, None]
+
+
 def test_the_last_word_is_logged_though_the_sweep_ends_within_the_second(monkeypatch):
     _, found = board()
     logged = []
     found.run.log_series = lambda *point: logged.append(point)
     scores = iter([0.5, 0.25])
     row = Row(0, {"lr": "0.1"}, 0, "complete", None)
-    found.standings = lambda: standings([replace(row, score=next(scores))], "min", 1)
+    found._standings = lambda _: standings([replace(row, score=next(scores))], "min", 1)
     monkeypatch.setattr(found, "_plot", lambda *_: None)
     monkeypatch.setattr(time, "time", lambda: 12.25)
     found.refresh(final=True)

@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from commands import BLOBS, GRID, ODD, Swept, points, trials_of, wait_until
+from commands import BLOBS, GRID, ODD, QUICK, Swept, points, trials_of, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -212,3 +212,16 @@ def test_a_sweep_whose_parent_was_deleted_says_so_and_runs_nothing(commander, tm
     assert process.exit_code == 2 and process.stderr.count("\n") == 1
     assert f"the parent run of this sweep, {parent}, was deleted" in process.stderr
     assert len(Swept(directory).runs) == 3
+
+
+@pytest.mark.slow
+def test_another_fixed_value_in_the_space_is_another_sweep(commander, tmp_path):
+    directory = tmp_path / "runs"
+    others = [word for word in QUICK if not word.startswith("trainer.max_epochs")]
+    for epochs in (1, 2, 2):
+        space = f"{{optimizer.lr: '0.01,0.1', trainer.max_epochs: {epochs}}}"
+        process = commander.sweep(directory, f"sweep.space={space}", *others)
+        assert process.exit_code == 0, process.stderr
+    swept = Swept(directory)
+    assert len(swept.parents) == 2
+    assert [row["epochs"] for row in swept.leaderboard()] == [2, 2]

@@ -85,6 +85,7 @@ class Noted:
         self.children = {key.replace("_", "/"): run for key, run in children.items()}
         self.run = SimpleNamespace(run_id="parent")
         self.failed, self.away_s, self.num_refreshed = [], 0.0, 0
+        self.on_refresh = lambda: None
 
     def by_point(self):
         return self.children
@@ -94,6 +95,7 @@ class Noted:
 
     def refresh(self):
         self.num_refreshed += 1
+        self.on_refresh()
 
 
 def ended(status, outcome=None, **metrics):
@@ -236,18 +238,27 @@ def test_nothing_begins_while_the_store_is_away(tmp_path, monkeypatch):
     slots = Scripted({"1/0": [failed], "2/0": [complete(0.1)], "3/0": [complete(0.2)]})
     waits = []
 
-    def sleep(seconds):
-        waits.append(list(slots.began))
-        board.away_s = 0.0 if len(waits) == 3 else 1.0
-
     def fails(*args):
         board.away_s = 1.0
 
-    board.record_failure = fails
-    monkeypatch.setattr(module.time, "sleep", sleep)
+    def answers():  # the third time that it is asked
+        board.away_s *= len(waits) < 3
+
+    board.record_failure, board.on_refresh = fails, answers
+    monkeypatch.setattr(module.time, "sleep", lambda _: waits.append(list(slots.began)))
     run(grid(trials), trials, slots, board)
-    assert waits == [["1/0"]] * 3 and slots.began == ["1/0", "2/0", "3/0"]
-    assert board.num_refreshed > 3
+    assert waits[:3] == [["1/0"]] * 3 and slots.began == ["1/0", "2/0", "3/0"]
+
+
+def test_a_store_that_is_away_for_one_call_ends_no_sweep(tmp_path, monkeypatch):
+    trials, board = trials_at(tmp_path / "a"), Noted()
+    failed = Outcome("failed", reason="away")
+    slots = Scripted({"1/0": [failed], "2/0": [complete(0.1)], "3/0": [complete(0.2)]})
+    board.record_failure = lambda *args: setattr(board, "away_s", 1.0)
+    board.on_refresh = lambda: setattr(board, "away_s", 0.0)
+    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    run(grid(trials), trials, slots, board)
+    assert slots.began == ["1/0", "2/0", "3/0"]
 
 
 def test_a_store_that_stays_away_ends_the_sweep(tmp_path, monkeypatch):

@@ -55,3 +55,4 @@ def test_what_this_machine_lacks_is_refused_unless_a_launcher_runs_elsewhere(com
     elsewhere = "hydra.launcher._target_=of_a_cluster.Launcher"
     process = commander.sweep(tmp_path / "runs", *words, elsewhere)
     assert process.exit_code == 0, process.stderr
+    assert "this machine's cores shared out; num_threads=N" in process.stdout

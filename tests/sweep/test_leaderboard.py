@@ -1,11 +1,12 @@
 """What a sweep's runs amount to."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from tracklight.sweep.leaderboard import Row, spread, standings
+from tracklight.sweep.leaderboard import Row, row, spread, standings
 
 ROW = Row(0, {"lr": "0.1"}, 0, "complete", 0.5, 3, 1.0, "id")
 
@@ -62,3 +63,12 @@ def test_a_value_that_stands_for_another_config_now_is_ranked_by_the_newest(tmp_
     new = replace(ROW, score=0.4, setting="new", start_ms=2, run_id="new")
     (found,) = standings([old, new], "max", 1)
     assert (found.score, [row.run_id for row in found.runs]) == (0.4, ["new"])
+
+
+def test_the_reason_of_a_failure_that_passed_is_gone():
+    tags = {"tracklight.trial": "3", "tracklight.reason": "killed by SIGKILL", "lr": "0.1"}
+    info = SimpleNamespace(status="FINISHED", start_time=0, end_time=1000, run_id="id")
+    run = SimpleNamespace(info=info, data=SimpleNamespace(tags=tags, metrics={}, params={}))
+    assert (row(run, ["lr"]).state, row(run, ["lr"]).reason) == ("complete", "")
+    info.status = "FAILED"
+    assert row(run, ["lr"]).reason == "killed by SIGKILL"

@@ -16,6 +16,20 @@ BAD = {
         ("optimizer.lr=interval(0.1,1)", "sweep.sampler_options={speed: 3}"),
         "sweep.sampler_options.speed",
     ),
+    "pruner's option": (
+        ("optimizer.lr=0.1,0.2", "sweep.pruner=median", "sweep.pruner_options={speed: 3}"),
+        "sweep.pruner_options.speed: pruner median has no such option",
+    ),
+    "option of no pruner": (
+        ("optimizer.lr=0.1,0.2", "sweep.pruner_options={n_startup_trials: 3}"),
+        "sweep.pruner_options.n_startup_trials: pruner none has no such option",
+    ),
+    "space": (("seed=1,2", "sweep.space=all"), "sweep.space=all must be a mapping"),
+    "options": (("seed=1,2", "sweep.sampler_options=3"), "sweep.sampler_options=3 must be a map"),
+    "whole numbers": (
+        ("data.batch_size=interval(2,4)",),
+        "whole numbers alone are data.batch_size=int(interval(2,4))",
+    ),
     "storage": (
         ("optimizer.lr=interval(0.1,1)", "sweep.storage=sqlite:////nowhere/at/all.db"),
         "sweep.storage=sqlite:////nowhere/at/all.db cannot be opened",

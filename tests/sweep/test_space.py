@@ -74,6 +74,17 @@ def test_what_is_drawn_reads_back_as_the_same_value():
     assert [axis.text(value) for value in drawn] == list(axis.texts)
     (axis,) = space("key=interval(0,1)").axes
     assert float(axis.text(0.1 + 0.2)) == 0.1 + 0.2
+    (axis,) = space("key=range(0.1,0.6,0.1)").axes
+    added = [0.1 + step * 0.1 for step in range(5)]
+    assert added[2] != 0.3 and [axis.text(value) for value in added] == [*axis.texts]
+
+
+def test_shuffled_values_are_drawn_as_what_they_are_and_the_same_after_a_restart():
+    words = "key=shuffle(" + ",".join(map(str, range(50))) + ")"
+    one, other = (space(words).axes[0] for _ in range(2))
+    assert one.texts != other.texts
+    assert one.distribution() == other.distribution()
+    assert all(axis.text(value) == str(value) for axis in (one, other) for value in range(50))
 
 
 @pytest.mark.parametrize(
@@ -83,6 +94,7 @@ def test_what_is_drawn_reads_back_as_the_same_value():
         ("interval(1,1)", "is empty"),
         ("interval(0,inf)", "must be finite"),
         ("tag(log,interval(0,1))", "start above 0"),
+        ("tag(log,range(1,9))", "only an interval is searched logarithmically"),
         ("range(5,5)", "has no values"),
     ],
 )

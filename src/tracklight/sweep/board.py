@@ -138,9 +138,10 @@ class Board:
             self._away_since_s = time.monotonic()
             self._refreshed_s = -1e9
 
-    def standings(self) -> list[Standing]:
+    def _standings(self, patience_s: float | None) -> list[Standing]:
         """Rank the points by what MLflow has."""
-        rows: list[Row] = [row(child, self._names) for child in self.children()]
+        found = children(self.store, self.run.run_id, patience_s)
+        rows: list[Row] = [row(child, self._names) for child in found]
         return standings(rows, self._mode, self._seeds)
 
     def refresh(self, final: bool = False) -> list[Standing] | None:
@@ -150,7 +151,7 @@ class Board:
         if not final and start_s - self._refreshed_s < pause_s:
             return None
         try:
-            found = self.standings()
+            found = self._standings(None if final else 0.0)  # meanwhile trials wait for answers
         except mlflow.exceptions.MlflowException:
             if final:
                 raise

@@ -85,16 +85,16 @@ class Course:
                 self._tell_before()
                 self._retry_lost()
                 while not self._is_over():
-                    self._fill()
+                    is_through = self._fill()
                     if self._board:
                         self._board.refresh()  # takes its time: no slot is to wait for it
                     if self.slots.running:
                         for job, message in self.slots.messages(WAIT_S):
                             self._take(job, message)
-                    elif self._away_s:
-                        self._await_store()
-                    else:
+                    elif is_through:
                         break
+                    else:  # the store was away: only that leaves the slots empty
+                        self._await_store()
                 self._wind_down()
             finally:
                 self.slots.kill()
@@ -166,13 +166,16 @@ class Course:
             return outcomes  # its siblings never begin
         return outcomes if len(outcomes) == len(keys) else []
 
-    def _fill(self) -> None:
-        while self.slots.has_room and not self._is_over() and not self._away_s:
+    def _fill(self) -> bool:
+        """Begin what there is room for; return whether there is nothing left to begin."""
+        is_through = False
+        while self.slots.has_room and not (is_through or self._is_over() or self._away_s):
             job = self._next()
-            if job is None:
-                break
-            self._begin(job)
+            is_through = job is None
+            if job is not None:
+                self._begin(job)
         self._tell_left()
+        return is_through
 
     def _tell_left(self) -> None:
         self._progress.left(len(self._queue) + self._source.left)
@@ -263,7 +266,7 @@ class Course:
             if self._asks_for(job):
                 prune = self._trials.report(job.number, message.number, message.value)
                 self.slots.answer(job, prune)
-            self._progress.epoch(job, message)
+            self._progress.epoch()
             return
         if message.kind == "stopped" and not self._is_over():
             message = replace(message, kind="failed", reason="stopped by a signal")

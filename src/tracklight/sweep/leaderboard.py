@@ -3,13 +3,13 @@
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tracklight.sweep.trial import EPOCHS_RUN_TAG, OUTCOME_TAG, REASON_TAG, SECONDS_TAG, TRIAL_TAG
+from tracklight.tracking.choice import SCORE
 from tracklight.tracking.layout import SETTING_TAG
 
-SCORE = "score"  # metric of a run: the best value of score.metric
 SEED_PARAM = "seed"
 CONFIDENCE = 0.95
 ENDED = {"FAILED": "failed", "KILLED": "stopped", "RUNNING": "running"}
@@ -61,7 +61,7 @@ def row(run: Any, names: Iterable[str]) -> Row:
         epochs=int(tags.get(EPOCHS_RUN_TAG, 0)),
         seconds=float(tags.get(SECONDS_TAG, lasted_s)),
         run_id=info.run_id,
-        reason=tags.get(REASON_TAG, ""),
+        reason=tags.get(REASON_TAG, "") if state == "failed" else "",
         setting=tags.get(SETTING_TAG, ""),
         start_ms=info.start_time,
     )
@@ -79,7 +79,6 @@ class Standing:
     score: float | None = None
     std: float | None = None
     interval: tuple[float, float] | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def reason(self) -> str:

@@ -23,9 +23,9 @@ THREADS_TAG = "tracklight.threads"
 LOCK = ".sweeps.lock"  # in the tracking directory
 
 
-def children(store: Store, parent_id: str) -> list[Any]:
+def children(store: Store, parent_id: str, patience_s: float | None = None) -> list[Any]:
     """Return the runs under a parent, newest first, deleted ones excluded."""
-    return store.search(f"tags.`{PARENT_TAG}` = '{parent_id}'")
+    return store.search(f"tags.`{PARENT_TAG}` = '{parent_id}'", patience_s)
 
 
 def open_parent(store: Store, plan: Plan, data: str | None) -> tuple[Run, int]:

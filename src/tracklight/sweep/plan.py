@@ -10,7 +10,8 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
 from tracklight.errors import BadInput
-from tracklight.machine import count_cores, count_gpus
+from tracklight.machine import count_cores, count_gpus, num_devices
+from tracklight.rules import check_values
 from tracklight.sweep.methods import Methods
 from tracklight.sweep.points import Composer, Job, check_scores, pinned, sweep_identity
 from tracklight.sweep.space import Space, read_space
@@ -18,6 +19,7 @@ from tracklight.sweep.trial import Assignment
 
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
+HERE = (BASIC, JOBLIB)  # launchers whose trials run on this machine
 OUTSIDE = ("sweep", "tracking", "resume", "allow_changes", "allowed_targets", "hydra")
 TRIALS = 20  # of a search, unless told
 
@@ -56,14 +58,15 @@ class Plan:
         settings = OmegaConf.to_container(master.sweep, resolve=True)
         assert isinstance(settings, dict)
         settings = {str(key): value for key, value in settings.items()}
+        check_values({"sweep": settings})
         space = read_space(arguments, settings["space"] or {}, context.config_loader)
         searched = space.has_interval or settings["trials"] is not None
         _check_space(space, searched, settings)
-        here = master.hydra.launcher._target_ in (BASIC, JOBLIB)
+        here = master.hydra.launcher._target_ in HERE
         composer = Composer(context.config_loader, master, space, here)
         seeds = settings["seeds"] if isinstance(settings["seeds"], int) else 1
         if searched:
-            points = [[composer.job(n, each)] for n, each in enumerate(space.corners())]
+            points = [[_corner(composer, n, each)] for n, each in enumerate(space.corners())]
         else:
             points = [
                 [composer.job(number, each, seed) for seed in range(max(1, seeds))]
@@ -73,8 +76,8 @@ class Plan:
         metric, mode = check_scores([jobs[0] for jobs in points])
         plan = cls(master, context, settings, space, composer, points, metric, mode)
         _check_points(points, plan.methods, settings["storage"])
-        if searched:
-            plan.methods.check({axis.name: axis.distribution() for axis in space.axes})
+        if searched or settings["pruner"] != "none" or settings["pruner_options"]:
+            plan.methods.check(space.distributions() if searched else {})
         return plan
 
     @property
@@ -89,9 +92,8 @@ class Plan:
             return None
         total = self.settings["trials"] or TRIALS
         if self.settings["sampler"] == "grid":
-            spread = {axis.name: axis.distribution() for axis in self.space.axes}
             num_cells = 1
-            for cells in self.methods.cells(spread).values():
+            for cells in self.methods.cells(self.space.distributions()).values():
                 num_cells *= len(cells)
             total = min(total, num_cells)
         return total
@@ -116,7 +118,7 @@ class Plan:
         searched = ("sampler", "sampler_options", "seeds")
         keys = (*chosen, *searched) if self.is_search else chosen
         how = {key: self.settings[key] for key in keys} | {"score": [self.metric, self.mode]}
-        return sweep_identity(self.master, self.space, how, self.is_search)
+        return sweep_identity(self.composer.shared(), self.space, how, self.is_search)
 
     @property
     def launcher(self) -> str | None:
@@ -131,8 +133,13 @@ class Plan:
         sampler = self.settings["sampler"]
         if self.launcher and self.methods.prunes:
             told.append("pruning needs trials in processes of our own: sweep.pruner ignored")
-        if not self.is_search and sampler != "tpe":
-            told.append(f"lists alone are a grid: sweep.sampler={sampler} needs sweep.trials")
+        if not self.is_search and (sampler != "tpe" or self.settings["sampler_options"]):
+            told.append("lists alone are a grid: sweep.sampler needs sweep.trials")
+        if self.launcher not in (None, *HERE) and self.points[0][0].cfg.num_threads is None:
+            told.append(
+                f"trials take {self.threads} threads each, this machine's cores shared out; "
+                "num_threads=N for those of another"
+            )
         if self.is_search and sampler == "cmaes":
             listed = [axis.name for axis in self.space.axes if not axis.is_numeric]
             if len(self.space.axes) - len(listed) < 2:
@@ -148,7 +155,7 @@ class Plan:
     def gpus(self) -> int:
         """How many GPUs the trials share, one each; 0 on the CPU."""
         trainer = self.points[0][0].cfg.trainer
-        if trainer.accelerator not in ("auto", "gpu", "cuda") or trainer.devices != 1:
+        if trainer.accelerator not in ("auto", "gpu", "cuda") or num_devices(trainer.devices) != 1:
             return 0
         return count_gpus() or 0
 
@@ -208,11 +215,19 @@ def _check_points(points: list[list[Job]], methods: Methods, storage: str | None
             f"resume={cfg.resume} is one run, and -m makes several; drop -m, or drop resume: a "
             "sweep continues by itself"
         )
-    if methods.prunes and cfg.trainer.devices != 1:
+    if methods.prunes and num_devices(cfg.trainer.devices) != 1:
         raise BadInput(
             f"sweep.pruner={methods.pruner_name} needs trials on one device, not trainer.devices="
             f"{cfg.trainer.devices}; try sweep.pruner=none"
         )
+
+
+def _corner(composer: Composer, number: int, params: Mapping[str, str]) -> Job:
+    try:
+        return composer.job(number, params)
+    except BadInput as error:
+        hint = composer.space.hint(params) if "whole number" in str(error) else ""
+        raise BadInput(f"{error}{hint}") from None
 
 
 def assign(job: Job, **further: Any) -> Assignment:

@@ -75,6 +75,9 @@ def pinned(job: Job, threads: int) -> Job:
 class Composer:
     """Turns points into configs; what all points share is composed once.
 
+    Attributes:
+        space: What varies.
+
     Args:
         loader: Hydra's.
         master: The config of the whole command.
@@ -85,7 +88,7 @@ class Composer:
     def __init__(self, loader: ConfigLoader, master: DictConfig, space: Space, here: bool):
         self._loader = loader
         self._master = master
-        self._space = space
+        self.space = space
         self._here = here
         self._parser = OverridesParser.create(config_loader=loader)
         self._templates: dict[tuple[str, ...], tuple[DictConfig, DictConfig]] = {}
@@ -102,7 +105,7 @@ class Composer:
         Raises:
             BadInput: The point is no valid config.
         """
-        words = self._space.words(params)
+        words = self.space.words(params)
         is_group = [self._is_group(word) for word in words]
         groups = tuple(word for word, group in zip(words, is_group, strict=True) if group)
         dotted = [word for word, group in zip(words, is_group, strict=True) if not group]
@@ -121,9 +124,13 @@ class Composer:
             number,
             dict(params),
             cfg,
-            [*self._space.fixed, *words, *moved],
+            [*self.space.fixed, *words, *moved],
             _key(cfg, params),
         )
+
+    def shared(self) -> DictConfig:
+        """Return what the points share, before any of them sets its own."""
+        return copy.deepcopy(self._template(())[1])
 
     def _is_group(self, word: str) -> bool:
         key = word.partition("=")[0].lstrip("+~").partition("@")[0]
@@ -131,7 +138,7 @@ class Composer:
 
     def _template(self, groups: tuple[str, ...]) -> tuple[DictConfig, DictConfig]:
         if groups not in self._templates:
-            words = [*self._space.fixed, *groups]
+            words = [*self.space.fixed, *groups]
             full = self._loader.load_sweep_config(self._master, words)
             template = copy.deepcopy(full)
             with open_dict(template):
@@ -155,23 +162,17 @@ def params_key(params: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(dict(params)).encode()).hexdigest()
 
 
-def sweep_identity(
-    master: DictConfig, space: Space, how: Mapping[str, Any], is_search: bool
-) -> str:
+def sweep_identity(cfg: DictConfig, space: Space, how: Mapping[str, Any], is_search: bool) -> str:
     """Identify a sweep by what its points share and by what it varies.
 
     A grid is the same whatever the values on its axes, so that it can be extended.
 
     Args:
-        master: The config of the whole command.
+        cfg: What the points share; changed.
         space: What varies.
         how: What else decides which trials run, and how far.
         is_search: Whether Optuna draws the points.
     """
-    cfg = copy.deepcopy(master)
-    with open_dict(cfg):
-        if "hydra" in cfg:
-            del cfg["hydra"]
     names = [axis.name.partition("@")[0] for axis in space.axes]
     for name in names:
         if OmegaConf.select(cfg, name, throw_on_missing=False) is None and "." in name:

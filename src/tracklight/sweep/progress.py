@@ -13,7 +13,7 @@ from rich.text import Text
 
 from tracklight.sweep.leaderboard import Standing, short_names
 from tracklight.sweep.points import Job, short_value, shown
-from tracklight.sweep.trial import Epoch, Outcome
+from tracklight.sweep.trial import Outcome
 
 MAX_ROWS = 20
 PLAIN_WIDTH = 140
@@ -53,7 +53,7 @@ class Progress:
         self._began[job.key] = time.monotonic()
         self._show()
 
-    def epoch(self, job: Job, epoch: Epoch) -> None:
+    def epoch(self) -> None:
         """A trial has finished an epoch."""
         self._show()
 

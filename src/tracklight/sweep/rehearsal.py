@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from tracklight.errors import BadInput
+from tracklight.machine import num_devices
 from tracklight.sweep.plan import Plan, assign
 from tracklight.sweep.points import Job
 from tracklight.sweep.pool import Pool
@@ -18,8 +19,8 @@ from tracklight.sweep.trial import Outcome
 def rehearsal(plan: Plan, pool: Pool) -> Iterator[list[Outcome]]:
     """Take one batch of the first point while this process does its own imports.
 
-    Of trials that are not to run as it does, elsewhere or on several devices, it says only what
-    they log: its own failure is none of theirs.
+    Trials of a launcher or of several devices are rehearsed on this machine's CPU, where a failure
+    proves nothing of them: then only the names of the metrics count.
 
     Yields:
         A list that holds its outcome in the end.
@@ -28,7 +29,7 @@ def rehearsal(plan: Plan, pool: Pool) -> Iterator[list[Outcome]]:
         BadInput: The data or the model refuse, or nothing of the score's name is logged.
     """
     jobs = [jobs[0] for jobs in plan.points]
-    differs = plan.launcher is not None or jobs[0].cfg.trainer.devices != 1
+    differs = plan.launcher is not None or num_devices(jobs[0].cfg.trainer.devices) != 1
     outcomes: list[Outcome] = []
     errors: list[Exception] = []
 

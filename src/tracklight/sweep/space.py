@@ -46,6 +46,14 @@ class Axis:
         return self.override.is_interval_sweep()
 
     @property
+    def has_whole_ends(self) -> bool:
+        """Whether it is an interval of real numbers between two whole ones."""
+        if not self.is_interval:
+            return False
+        ends = self._sweep.start, self._sweep.end
+        return all(type(end) is float and end.is_integer() for end in ends)
+
+    @property
     def is_numeric(self) -> bool:
         """Whether its values have an order and distances, as those of a list have not."""
         return self.is_interval or self.override.is_range_sweep()
@@ -59,13 +67,13 @@ class Axis:
         """Every value as in an override, each once; none of an interval."""
         if self.is_interval:
             return ()
-        return tuple(dict.fromkeys(self.override.sweep_string_iterator()))
+        return tuple(self._choices)
 
     @cached_property
     def _choices(self) -> dict[str, Any]:
         """Values for Optuna by text; what it cannot hold stays text."""
-        values = map(_held, self.override.sweep_iterator())
-        return dict(zip(self.override.sweep_string_iterator(), values, strict=True))
+        values = [*self.override.sweep_iterator()]  # once: `shuffle` gives another order each time
+        return {Transformer.str(value): _held(value) for value in values}
 
     @property
     def _sweep(self) -> Any:
@@ -85,6 +93,11 @@ class Axis:
         if not self.is_interval:
             if not self.texts:
                 raise BadInput(f"{key}={written} has no values; try {key}=A,B")
+            if searched and self._is_log:
+                raise BadInput(
+                    f"{key}={written}: only an interval is searched logarithmically; "
+                    f"try {key}=tag(log,interval(A,B)), or list the values"
+                )
             return
         low, high = self._sweep.start, self._sweep.end
         if not all(map(math.isfinite, (low, high))):
@@ -119,11 +132,16 @@ class Axis:
             if all(isinstance(value, int) for value in values):
                 return IntDistribution(values[0], values[-1], step=step)
             return FloatDistribution(values[0], values[-1], step=step)
-        return CategoricalDistribution(tuple(self._choices.values()))
+        texts = sorted(self.texts) if getattr(self._sweep, "shuffle", False) else self.texts
+        return CategoricalDistribution([self._choices[text] for text in texts])
 
     def text(self, value: Any) -> str:
         """Return a value that Optuna drew as it stands in an override."""
-        for text, choice in self._choices.items() if not self.is_interval else ():
+        if self.is_interval:
+            return repr(value)
+        if self.override.is_range_sweep():  # Optuna adds up the steps, Hydra does so in decimals
+            return min(self.texts, key=lambda text: abs(self._choices[text] - value))
+        for text, choice in self._choices.items():
             if type(choice) is type(value) and choice == value:
                 return text
         return repr(value)
@@ -171,9 +189,24 @@ class Space:
             for text in axis.ends()[1:]:
                 yield first | {axis.name: text}
 
+    def hint(self, point: Mapping[str, str]) -> str:
+        """Say how an interval with whole ends is drawn from the whole numbers, if `point` has one.
+
+        Args:
+            point: One that was refused.
+        """
+        for axis in self.axes:
+            if axis.has_whole_ends and point[axis.name] in axis.ends():
+                return f"; whole numbers alone are {axis.name}=int({axis.written})"
+        return ""
+
     def words(self, point: Mapping[str, str]) -> list[str]:
         """Return the overrides that set a point."""
         return [axis.word(point[axis.name]) for axis in self.axes]
+
+    def distributions(self) -> "dict[str, BaseDistribution]":
+        """Return axis name to what Optuna draws from."""
+        return {axis.name: axis.distribution() for axis in self.axes}
 
     def written(self) -> dict[str, str]:
         """Return axis name to its values as typed."""

@@ -65,9 +65,7 @@ class Trials:
         self._space = space
         self._methods = methods
         self._total = total
-        self._distributions = (
-            {axis.name: axis.distribution() for axis in space.axes} if total is not None else {}
-        )
+        self._distributions = space.distributions() if total is not None else {}
         self._study: Study = optuna.create_study(
             storage=storage,
             study_name=name,

@@ -188,8 +188,10 @@ class _Sweep:
         slots = self.pool
         prunes = plan.methods.prunes
         if plan.launcher:
-            size = plan.settings["workers"] if plan.is_search else None
-            slots = Batches(plan.context, plan.master, size)
+            one_by_one = plan.is_search or plan.settings["on_failure"] == "stop"
+            slots = Batches(
+                plan.context, plan.master, plan.settings["workers"] if one_by_one else None
+            )
         for remark in plan.remarks:
             progress.note(remark)
         seeds = plan.settings["seeds"]

@@ -201,8 +201,13 @@ class Store:
         """Runs with the tag `tracklight.identity`, newest first, deleted ones excluded."""
         return self.search(f"tags.`{layout.IDENTITY_TAG}` = '{identity}'")
 
-    def search(self, query: str) -> list[Any]:
-        """Runs of every experiment that MLflow's filter lets through, newest first."""
+    def search(self, query: str, patience_s: float | None = None) -> list[Any]:
+        """Runs of every experiment that MLflow's filter lets through, newest first.
+
+        Args:
+            query: The filter.
+            patience_s: How long to wait for a store that is busy or away; None for the store's.
+        """
 
         def search() -> list[Any]:
             experiments = [e.experiment_id for e in _pages(self.client.search_experiments)]
@@ -210,7 +215,7 @@ class Store:
             runs = functools.partial(self.client.search_runs, experiments, query, order_by=newest)
             return list(_pages(runs))
 
-        return persist(search, self.patience_s)
+        return persist(search, self.patience_s if patience_s is None else patience_s)
 
     def recover(self) -> None:
         """Send what earlier processes left unsent; mark their runs that died as KILLED."""

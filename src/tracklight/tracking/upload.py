@@ -5,6 +5,8 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+TEMPORARY = ".tmp"  # suffix of a file that is being written
+
 
 class Upload:
     """Sends each file of `folder` once, and again when it changes.
@@ -30,7 +32,7 @@ class Upload:
         if not self.needed:
             return
         for path in sorted(self._folder.rglob("*")):
-            if path.is_file():
+            if path.is_file() and path.suffix != TEMPORARY:
                 stat = path.stat()
                 mark = (stat.st_size, stat.st_mtime_ns)
                 if self._done.get(path) != mark:
