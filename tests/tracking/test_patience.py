@@ -1,3 +1,4 @@
+import socket
 import sqlite3
 
 import pytest
@@ -56,3 +57,13 @@ def test_a_reason_is_one_short_line_without_passwords():
     said = patience.reason(ValueError("at http://me:s3cret@host:1 " + "x" * 1000 + "\nTraceback"))
     assert "s3cret" not in said and "\n" not in said and len(said) <= 300
     assert patience.reason(KeyError()) == "KeyError"
+
+
+def test_a_server_that_is_away_is_said_in_few_words(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as taken:  # bound, and not listening: who connects is refused
+        taken.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(Error) as failed:
+            mlflow.MlflowClient(uri).search_experiments()
+    assert patience.reason(failed.value) == f"{uri} does not answer"

@@ -1,6 +1,7 @@
 """Which failures of MLflow pass by themselves, and waiting for that within bounds."""
 
 import logging
+import re
 import sqlite3
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ _PASSING = ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED
 _QUIET_S = 5.0  # shorter waits are not worth a line
 _PAUSE_S = 0.5
 _MAX_CHARS = 300
+_AWAY = re.compile(r"API request to (\w+://[^/\s]+)\S* failed with exception .*retries exceeded")
 
 T = TypeVar("T")
 
@@ -58,4 +60,6 @@ def persist(
 def reason(error: BaseException) -> str:
     """The gist of an error of MLflow's, SQLAlchemy's or urllib3's: one short line, no passwords."""
     lines = str(error).strip().splitlines()
+    if lines and (away := _AWAY.match(lines[0])):
+        return redact(f"{away[1]} does not answer")
     return redact(lines[0])[:_MAX_CHARS] if lines else type(error).__name__
