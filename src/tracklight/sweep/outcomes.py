@@ -6,7 +6,8 @@ from typing import Any
 
 from tracklight.sweep.leaderboard import SCORE, Row
 from tracklight.sweep.points import Job
-from tracklight.sweep.trial import OUTCOME_TAG, REASON_TAG, Outcome
+from tracklight.sweep.trial import REASON_TAG, Outcome
+from tracklight.tracking.layout import is_pruned
 
 
 def known(child: Any | None) -> Outcome | None:
@@ -19,7 +20,7 @@ def known(child: Any | None) -> Outcome | None:
     if child.info.status == "FAILED":
         reason = tags.get(REASON_TAG, f"not finite at step {tags[NON_FINITE_TAG]}")
         return Outcome("failed", reason=reason, run_id=run_id)
-    kind = "pruned" if tags.get(OUTCOME_TAG) == "pruned" else "complete"
+    kind = "pruned" if is_pruned(tags) else "complete"
     return Outcome(kind, child.data.metrics.get(SCORE), run_id=run_id)
 
 

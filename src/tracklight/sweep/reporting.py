@@ -10,7 +10,8 @@ from pytorch_lightning import Trainer
 from typing_extensions import override
 
 from tracklight.report import AfterEpoch
-from tracklight.sweep.trial import EPOCHS_RUN_TAG, OUTCOME_TAG, SECONDS_TAG, Epoch
+from tracklight.sweep.trial import EPOCHS_RUN_TAG, SECONDS_TAG, Epoch
+from tracklight.tracking.layout import OUTCOME_TAG, PRUNED
 
 
 class Reporter(AfterEpoch):
@@ -80,7 +81,7 @@ class Reporter(AfterEpoch):
 
     @override
     def on_fit_end(self, trainer: Trainer, *_: Any) -> None:
-        self._leave(trainer, {OUTCOME_TAG: "pruned" if self.pruned else "complete"})
+        self._leave(trainer, {OUTCOME_TAG: PRUNED if self.pruned else "complete"})
 
     @override
     def on_exception(self, trainer: Trainer, *_: Any) -> None:

@@ -17,7 +17,6 @@ from typing import Any, Literal
 PACKAGE = Path(__file__).resolve().parents[1]
 POINT_TAG = "tracklight.point"
 TRIAL_TAG = "tracklight.trial"
-OUTCOME_TAG = "tracklight.outcome"  # of a finished run: complete or pruned; of a failed one: failed
 EPOCHS_RUN_TAG = "tracklight.epochs_run"
 SECONDS_TAG = "tracklight.seconds"  # that a trial trained, all its starts together
 REASON_TAG = "tracklight.reason"

@@ -1,5 +1,6 @@
 """Names that this room gives to things on the disk and in the store."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 HOME = Path(__file__).resolve().parents[3] / "mlruns"  # as conf/tracking/mlflow.yaml has it
@@ -17,3 +18,10 @@ SWEEP_TAG = "tracklight.sweep"  # of a sweep's parent run: the sweep's identity
 BEST_TAG = "best.run"  # of a sweep's parent run: id of its best trial
 REPRODUCES_TAG = "tracklight.reproduces"  # id of the run that one was made again from
 EVALUATES_TAG = "tracklight.evaluates"  # id of the run whose weights one tested again
+OUTCOME_TAG = "tracklight.outcome"  # of a trial that has ended: complete, pruned or failed
+PRUNED = "pruned"
+
+
+def is_pruned(tags: Mapping[str, str]) -> bool:
+    """Say whether a run is a trial that its sweep ended early: no failure, and no result."""
+    return tags.get(OUTCOME_TAG) == PRUNED
