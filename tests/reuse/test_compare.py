@@ -13,7 +13,7 @@ from tracklight.errors import BadInput
 from tracklight.reuse import leaderboard
 from tracklight.reuse.compare import main
 from tracklight.reuse.layout import sparkline
-from tracklight.tracking.layout import IDENTITY_TAG, PARENT_TAG, REPRODUCES_TAG
+from tracklight.tracking.layout import IDENTITY_TAG, OUTCOME_TAG, PARENT_TAG, REPRODUCES_TAG
 from tracklight.tracking.ledger import Chosen, open_ledger
 
 
@@ -72,6 +72,22 @@ def test_a_reproduction_is_no_new_evidence(add, tmp_path):
     run_id = add(0.5, "one", 0)
     add(0.9, "one", 1, tags={REPRODUCES_TAG: run_id})
     assert [place.values for place in board(tmp_path).places] == [[0.5]]
+
+
+def test_a_pruned_trial_is_shown_as_such_after_all_others_and_is_no_part_of_a_mean(add, tmp_path):
+    pruned = {OUTCOME_TAG: "pruned"}
+    add(0.5, "one", 0, losses=[2.0])
+    add(0.7, "one", 1, losses=[3.0])
+    add(0.95, "one", 2, losses=[0.1], tags=pruned)
+    add(0.99, "two", 0, losses=[0.2], tags=pruned)
+    add(0.4, "three", 0, losses=[4.0])
+    for metric, means in ((None, [0.6, 0.4, None]), ("train/loss_epoch", [2.5, 4.0, None])):
+        places = board(tmp_path, metric=metric).places
+        assert [place.mean for place in places] == [pytest.approx(mean) for mean in means]
+        assert [place.rank for place in places] == [1, 2, None]
+        assert [place.flags for place in places] == [["pruned"], [], ["pruned"]]
+        assert [len(place.runs) for place in places] == [3, 1, 1]
+        assert (len(places[0].values), places[2].delta, places[2].half_width) == (2, None, None)
 
 
 def test_a_leaderboard_has_no_patch(add, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from tracklight.errors import BadInput
 from tracklight.reuse import pair
 from tracklight.reuse.compare import main
+from tracklight.tracking.layout import OUTCOME_TAG
 
 
 def keep(tmp_path, run_id, packages, machine):
@@ -117,6 +118,19 @@ def test_seeds_tell_whether_two_settings_differ_by_more_than_chance(add, answer,
     assert verdict in answer(one, other)
     found = json.loads(answer(one, other, "--json"))
     assert found["more_than_noise"] == verdict.startswith("more") and found["paired"]
+
+
+def test_pruned_seeds_are_no_evidence(add, answer):
+    for seed, score in enumerate([0.70, 0.71, 0.72, 0.1]):
+        ended = {OUTCOME_TAG: "pruned" if score == 0.1 else "complete"}
+        one, other = (add(score + more, f"{more}", seed, tags=ended) for more in (0, 0.2))
+    found = json.loads(answer(one, other, "--json"))
+    assert [sorted(each) for each in found["scores"]] == [
+        pytest.approx([0.70, 0.71, 0.72]),
+        pytest.approx([0.90, 0.91, 0.92]),
+    ]
+    first = answer(one, other).splitlines()[0]
+    assert first.startswith(f"A  {one}") and first.endswith("  FINISHED, pruned")
 
 
 def test_a_metric_that_is_no_number_is_null_in_json_and_infinite_in_words(add, answer):

@@ -10,7 +10,7 @@ from made_runs import add_run
 from tracklight.errors import BadInput
 from tracklight.tracking.choice import check_id, check_trained, choose_id
 from tracklight.tracking.client_ledger import ClientLedger
-from tracklight.tracking.layout import EVALUATES_TAG, PARENT_TAG, REPRODUCES_TAG
+from tracklight.tracking.layout import EVALUATES_TAG, OUTCOME_TAG, PARENT_TAG, REPRODUCES_TAG
 from tracklight.tracking.ledger import Chosen, open_ledger
 from tracklight.tracking.sqlite_ledger import SqliteLedger
 
@@ -78,6 +78,16 @@ def test_best_is_among_those_scored_as_the_newest_on_the_same_data(add, ledger):
     assert choose_id(ledger(), "best") == best
 
 
+def test_a_pruned_trial_is_never_the_best_but_may_be_the_last(add, ledger):
+    pruned = {OUTCOME_TAG: "pruned"}
+    add(0.95, tags=pruned)
+    with pytest.raises(BadInput, match="there is no best run"):
+        choose_id(ledger(), "best")
+    best = add(0.8, tags={OUTCOME_TAG: "complete"})
+    newest = add(0.9, tags=pruned)
+    assert [choose_id(ledger(), word) for word in ("best", "last")] == [best, newest]
+
+
 def test_best_of_a_loss_is_the_smallest(add, ledger):
     loss = {"score.metric": "val/loss", "score.mode": "min"}
     best = add(0.1, params=loss)
@@ -118,6 +128,7 @@ def test_both_ledgers_give_the_same_answers(add, store, tmp_path):
         )
     add(math.inf, experiment="else"), add(math.nan), add(None, status="FAILED")
     again = add(0.1, tags={REPRODUCES_TAG: parent})
+    add(0.2, tags={OUTCOME_TAG: "pruned"}), add(0.2, tags={OUTCOME_TAG: "complete"})
     tables, client = open_ledger(None, tmp_path), ClientLedger(store.client, "")
     assert isinstance(tables, SqliteLedger)
     for chosen in (
@@ -127,7 +138,7 @@ def test_both_ledgers_give_the_same_answers(add, store, tmp_path):
     ):
         assert tables.scored(chosen, "score") == client.scored(chosen, "score")
     ids = [run.run_id for run in tables.scored(Chosen(), "score")]
-    assert len(ids) == 7 and again not in ids
+    assert len(ids) == 9 and again not in ids
     assert [run.run_id for run in client.scored(Chosen(ids=[again]), "score")] == [again]
 
     def settled(entries):  # NaN is not equal to itself

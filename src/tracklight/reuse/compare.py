@@ -13,8 +13,9 @@ LIMIT = 50
 EPILOG = """\
 Without RUNs, a leaderboard: settings that differ in their seed alone share a place, ranked by the
 mean of their scores with its 95 % interval. Runs scored by another metric than the newest are left
-out; --metric ranks all that have it. Reproductions are no new evidence, and left out. "other git",
-"other code" and "other data": than that of the first place.
+out; --metric ranks all that have it. Reproductions are no new evidence, and left out; pruned trials
+are shown without a rank, and no part of a mean. "other git", "other code" and "other data": than
+that of the first place.
 With two RUNs, all that differs between them, and whether their scores differ by more than chance,
 where there are several seeds of each.
 

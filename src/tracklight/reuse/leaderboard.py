@@ -11,7 +11,7 @@ from tracklight.config import NOT_IDENTITY
 from tracklight.errors import BadInput
 from tracklight.reuse.statistic import half_width
 from tracklight.tracking.choice import SCORE
-from tracklight.tracking.layout import DATA_NAME_TAG, DATA_TAG
+from tracklight.tracking.layout import DATA_NAME_TAG, DATA_TAG, PRUNED, is_pruned
 from tracklight.tracking.ledger import Chosen, Entry, Ledger, Scored, distinct, finite
 from tracklight.tracking.lock import is_left
 
@@ -35,7 +35,7 @@ class Place:
 
     @property
     def mean(self) -> float | None:
-        """The mean over the seeds; None where no run has the metric."""
+        """The mean over the seeds; None where no run came to a value."""
         return statistics.fmean(self.values) if self.values else None
 
     @property
@@ -94,11 +94,11 @@ def rank(
         found = ledger.scored(narrowed, SCORE)
     if metric in (None, SCORE, newest.params.get("score.metric")):
         mode = mode or newest.params.get("score.mode")
-    if metric is not None and all(run.value is None for run in found):
+    if metric is not None and all(run.last is None for run in found):
         there = ", ".join(sorted(newest.metrics)[:12])
         raise BadInput(f"--metric {metric}: no chosen run has it; the newest has {there}")
     if metric is not None:
-        found = [run for run in found if run.value is not None]
+        found = [run for run in found if run.last is not None]
     why = f"without a finite {metric}" if metric is not None else "scored by another metric"
     num_out = num_all - len(found)
     left_out = f"{num_out:,} runs {why} left out" if num_out else ""
@@ -222,9 +222,10 @@ def _flags(runs: Sequence[Entry], first: Sequence[Entry]) -> list[str]:
 
 
 def _states(runs: Sequence[Entry], folders: Path | None) -> list[str]:
-    """Tell of runs that have not finished; only a start of training marks those that died."""
+    """Tell of runs that ended early; only a start of training marks those that died."""
     states = []
     for run in runs:
         died = run.status == "RUNNING" and folders is not None and is_left(folders / run.run_id)
         states += [] if run.status == "FINISHED" else ["died" if died else run.status.lower()]
+        states += [PRUNED] if is_pruned(run.tags) else []
     return [*dict.fromkeys(states)]

@@ -22,8 +22,10 @@ from tracklight.tracking.layout import (
     DATA_TAG,
     FOLDER,
     IDENTITY_TAG,
+    PRUNED,
     SETTING_TAG,
     SWEEP_TAG,
+    is_pruned,
 )
 from tracklight.tracking.ledger import Chosen, Entry, Ledger, distinct, finite
 
@@ -47,7 +49,8 @@ def told(ledger: Ledger, asked: Any) -> str:
         return json.dumps(_plain(ledger, one, other, *texts), indent=1) + "\n"
     out = io.StringIO()
     for name, entry in (("A", one), ("B", other)):
-        print(f"{name}  {entry.run_id}  {entry.name}  {entry.status}", file=out)
+        state = f"{entry.status}, {PRUNED}" if is_pruned(entry.tags) else entry.status
+        print(f"{name}  {entry.run_id}  {entry.name}  {state}", file=out)
     sections = {
         "config": _changes(_deciding(one.params), _deciding(other.params)),
         "code": _code(one, other),

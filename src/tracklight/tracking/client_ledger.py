@@ -7,7 +7,13 @@ from typing import Any
 from typing_extensions import override
 
 from tracklight.errors import BadInput
-from tracklight.tracking.layout import DATA_NAME_TAG, IDENTITY_TAG, REPRODUCES_TAG, SETTING_TAG
+from tracklight.tracking.layout import (
+    DATA_NAME_TAG,
+    IDENTITY_TAG,
+    REPRODUCES_TAG,
+    SETTING_TAG,
+    is_pruned,
+)
 from tracklight.tracking.ledger import (
     Chosen,
     Entry,
@@ -80,6 +86,7 @@ class ClientLedger(Ledger):
                 run.data.tags.get(DATA_NAME_TAG, ""),
                 finite(run.data.metrics.get(metric)),
                 run.info.start_time,
+                is_pruned(run.data.tags),
             )
             for run in self._search(" AND ".join(words), chosen.experiment)
             if wanted is None or run.info.run_id in wanted

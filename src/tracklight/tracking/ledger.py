@@ -31,14 +31,24 @@ class Entry:
 
 @dataclass(frozen=True)
 class Scored:
-    """What ranking needs of a run: which setting it is an example of, and how it did."""
+    """What ranking needs of a run: which setting it is an example of, and how it did.
+
+    A trial that was pruned came to no value: its sweep compared it with others of its age, and
+    others went on.
+    """
 
     run_id: str
     setting: str  # the config without its seeds; the run itself where that is not known
     identity: str  # the config with its seeds: the same again is no new evidence
     data: str  # name of the data set
-    value: float | None
+    last: float | None  # value of the metric
     start_ms: int
+    is_pruned: bool
+
+    @property
+    def value(self) -> float | None:
+        """What the run came to; None where it has no finite value, or did not get to its end."""
+        return None if self.is_pruned else self.last
 
 
 @dataclass(frozen=True)

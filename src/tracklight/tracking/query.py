@@ -48,7 +48,7 @@ def choose(store: Store, word: str, experiment: str | None = None) -> Any:
     Args:
         store: Holds the run.
         word: `last` is the newest run that training made; `best` the one with the best score among
-            those scored by the same metric on the same data as the newest.
+            those scored by the same metric on the same data as the newest, pruned trials aside.
         experiment: Where `last` and `best` look; None for everywhere.
 
     Raises:

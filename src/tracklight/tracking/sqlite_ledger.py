@@ -14,7 +14,14 @@ from typing import Any
 from typing_extensions import override
 
 from tracklight.errors import BadInput
-from tracklight.tracking.layout import DATA_NAME_TAG, IDENTITY_TAG, REPRODUCES_TAG, SETTING_TAG
+from tracklight.tracking.layout import (
+    DATA_NAME_TAG,
+    IDENTITY_TAG,
+    OUTCOME_TAG,
+    PRUNED,
+    REPRODUCES_TAG,
+    SETTING_TAG,
+)
 from tracklight.tracking.ledger import (
     Chosen,
     Entry,
@@ -67,9 +74,10 @@ class SqliteLedger(Ledger):
             "JOIN tags AS own ON own.run_uuid = r.run_uuid AND own.key = ?",
             "LEFT JOIN tags AS s ON s.run_uuid = r.run_uuid AND s.key = ?",
             "LEFT JOIN tags AS d ON d.run_uuid = r.run_uuid AND d.key = ?",
+            "LEFT JOIN tags AS o ON o.run_uuid = r.run_uuid AND o.key = ?",
             "LEFT JOIN latest_metrics AS m ON m.run_uuid = r.run_uuid AND m.key = ?",
         ]
-        values: list[Any] = [IDENTITY_TAG, SETTING_TAG, DATA_NAME_TAG, metric]
+        values: list[Any] = [IDENTITY_TAG, SETTING_TAG, DATA_NAME_TAG, OUTCOME_TAG, metric]
         pairs = [("tags", pair) for pair in chosen.all_tags.items()]
         pairs += [("params", pair) for pair in chosen.params.items()]
         for at, (table, pair) in enumerate(pairs):
@@ -88,8 +96,8 @@ class SqliteLedger(Ledger):
             where += " AND e.name = ?"
             values.append(chosen.experiment)
         rows = self._ask(
-            "SELECT r.run_uuid, s.value, own.value, d.value, m.value, m.is_nan, r.start_time"
-            f" FROM runs AS r {' '.join(joins)} WHERE {where}"
+            "SELECT r.run_uuid, s.value, own.value, d.value, m.value, m.is_nan, r.start_time,"
+            f" o.value FROM runs AS r {' '.join(joins)} WHERE {where}"
             " ORDER BY r.start_time DESC, r.run_uuid",
             values,
         )
@@ -97,9 +105,9 @@ class SqliteLedger(Ledger):
         return [
             Scored(
                 *(run_id, setting or run_id, identity, data or ""),
-                *(None if nan else finite(value), start_ms),
+                *(None if nan else finite(value), start_ms, outcome == PRUNED),
             )
-            for run_id, setting, identity, data, value, nan, start_ms in rows
+            for run_id, setting, identity, data, value, nan, start_ms, outcome in rows
             if wanted is None or run_id in wanted
         ]
 
