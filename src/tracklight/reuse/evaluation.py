@@ -22,6 +22,7 @@ from tracklight.tracking import provenance
 from tracklight.tracking.layout import DATA_TAG, EVALUATES_TAG, PARENT_TAG
 from tracklight.tracking.patience import persist, reason
 from tracklight.tracking.quiet import mlflow
+from tracklight.tracking.run import check_key
 from tracklight.tracking.store import Store
 
 ROWS = "rows"  # the split that a table of its own is
@@ -189,7 +190,11 @@ def log_into(store: Store, run: Any, split: str, metrics: dict[str, float]) -> s
 
 
 def log_child(store: Store, kept: Stored, split: str, metrics: dict[str, float]) -> str:
-    """Log metrics to a new child of the run; say where."""
+    """Log metrics to a new child of the run; say where.
+
+    Raises:
+        BadInput: MLflow allows no metric of such a name; no child was made.
+    """
     run, step = kept.run, _step(kept.run)
     experiment = store.client.get_experiment(run.info.experiment_id).name
     tags = {
@@ -199,12 +204,18 @@ def log_child(store: Store, kept: Stored, split: str, metrics: dict[str, float])
         CODE_TAG: provenance.code_digest(config.targets(kept.cfg)),
         "tracklight.command": config.redact(shlex.join(sys.argv)),
     }
+    for name in metrics:
+        check_key("metric", f"{split}/{name}")
     tracked = store.create(experiment, f"evaluate-{split}", tags)
-    for name, value in metrics.items():
-        tracked.log_series(f"{split}/{name}", (step,), (value,))
-    if isinstance(kept.data, TensorData):
-        tracked.log_input(kept.data.name, tags[DATA_TAG], kept.data.source, split)
-    tracked.finish("FINISHED")
+    status = "FAILED"
+    try:
+        for name, value in metrics.items():
+            tracked.log_series(f"{split}/{name}", (step,), (value,))
+        if isinstance(kept.data, TensorData):
+            tracked.log_input(kept.data.name, tags[DATA_TAG], kept.data.source, split)
+        status = "FINISHED"
+    finally:
+        tracked.finish(status)
     return f"to {tracked.run_id}, a child of the run"
 
 

@@ -99,7 +99,7 @@ class Run(Logger):
             RunFailed: The disk does not take the points.
         """
         if key not in self._names:
-            _check_key("metric", key)
+            check_key("metric", key)
             self._names.add(key)
         self._wal.add_points(key, steps, values)
 
@@ -128,7 +128,7 @@ class Run(Logger):
         """
         new = {}
         for key, value in params.items():
-            _check_key("param", key)
+            check_key("param", key)
             text = _cut(str(value), _MAX_PARAM_CHARS)
             old = self._params.get(key)
             if old is None:
@@ -145,7 +145,7 @@ class Run(Logger):
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags; a tag set again has its last value."""
         for key in tags:
-            _check_key("tag", key)
+            check_key("tag", key)
         values = {key: _cut(str(value), _MAX_TAG_CHARS) for key, value in tags.items()}
         self._wal.add_call("tags", values=values)
 
@@ -237,7 +237,16 @@ class Run(Logger):
         self._wal.close()
 
 
-def _check_key(kind: str, key: str) -> None:
+def check_key(kind: str, key: str) -> None:
+    """Refuse a name that MLflow does not take.
+
+    Args:
+        kind: What is named: metric, param or tag.
+        key: The name.
+
+    Raises:
+        BadInput: It is too long, or has other characters than MLflow allows.
+    """
     if len(key) > _MAX_KEY_CHARS or not _KEY.fullmatch(key) or {".", ".."} & {*key.split("/")}:
         raise BadInput(
             f"{kind} {key[:80]!r}: a name is at most {_MAX_KEY_CHARS} letters, digits and any of "
