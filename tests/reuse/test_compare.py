@@ -10,17 +10,15 @@ from pathlib import Path
 import pytest
 
 from tracklight.errors import BadInput
-from tracklight.reuse import leaderboard
+from tracklight.reuse import ranking
 from tracklight.reuse.compare import main
-from tracklight.reuse.layout import sparkline
+from tracklight.reuse.tables import sparkline
 from tracklight.tracking.layout import IDENTITY_TAG, OUTCOME_TAG, PARENT_TAG, REPRODUCES_TAG
 from tracklight.tracking.ledger import Chosen, open_ledger
 
 
 def board(tmp_path, *, metric=None, mode=None, limit=50, each=False, **filters):
-    return leaderboard.rank(
-        open_ledger(None, tmp_path), Chosen(**filters), metric, mode, limit, each
-    )
+    return ranking.rank(open_ledger(None, tmp_path), Chosen(**filters), metric, mode, limit, each)
 
 
 def test_settings_are_ranked_by_the_mean_over_their_seeds(add, tmp_path):
@@ -322,9 +320,7 @@ def test_ten_thousand_runs_are_ranked_in_three_seconds_and_a_sweep_of_thousand_i
     assert [place["score"] for place in places] == [10_000.0 - i for i in range(50)]
     start_s = time.perf_counter()
     entries = open_ledger(None, store.directory).scored(Chosen(parent="1"), "score")
-    trials = leaderboard.rank(
-        open_ledger(None, store.directory), Chosen(parent="1"), None, None, 1000
-    )
+    trials = ranking.rank(open_ledger(None, store.directory), Chosen(parent="1"), None, None, 1000)
     sweep_s = time.perf_counter() - start_s
     assert len(entries) == len(trials.places) == 1000
     assert (board_s < 3, sweep_s < 5) == (True, True), (board_s, sweep_s)

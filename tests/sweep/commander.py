@@ -21,7 +21,6 @@ if __name__ == "__main__":
     for name in ("study", "board", "course", "sources", "winner", "batches", "reporting"):
         __import__(f"tracklight.sweep.{name}")
     import optuna.visualization  # noqa: F401
-    import scipy.stats  # noqa: F401
 
     # A forked sweep may use the forkserver, but is not its parent and cannot wait for it.
     forkserver.ForkServer.ensure_running = lambda self: None

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tracklight.sweep.leaderboard import Row, row, spread, standings
+from tracklight.sweep.leaderboard import Row, row, standings
 
 ROW = Row(0, {"lr": "0.1"}, 0, "complete", 0.5, 3, 1.0, "id")
 
@@ -49,13 +49,14 @@ def test_the_mean_of_seeds_decides_and_not_their_best():
     assert standings([*lucky, *steady], "max", 2)[0].params == {"lr": "1"}
 
 
-def test_spread_is_students_interval():
+def test_the_interval_of_a_mean_is_students():
     """By hand: t of 4 degrees of freedom at 97.5 % is 2.776445105."""
     scores = [1.0, 2.0, 3.0, 4.0, 5.0]
-    std, (low, high) = spread(scores)
-    assert std == pytest.approx(np.std(scores, ddof=1), rel=1e-12)
+    runs = [replace(ROW, seed=seed, score=score) for seed, score in enumerate(scores)]
+    (found,) = standings(runs, "max", 5)
+    assert found.std == pytest.approx(np.std(scores, ddof=1), rel=1e-12)
     half = 2.776445105 * np.sqrt(2.5 / 5)
-    assert (low, high) == pytest.approx((3 - half, 3 + half), rel=1e-9)
+    assert found.interval == pytest.approx((3 - half, 3 + half), rel=1e-8)
 
 
 def test_a_value_that_stands_for_another_config_now_is_ranked_by_the_newest(tmp_path):

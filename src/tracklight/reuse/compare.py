@@ -57,13 +57,13 @@ def main(argv: Sequence[str]) -> int:
 
         print(pair.told(ledger, asked), end="")
         return 0
-    from tracklight.reuse import layout, leaderboard
+    from tracklight.reuse import ranking, tables
 
     runs, folders = chosen(ledger, asked), asked.dir.absolute() / FOLDER
-    board = leaderboard.rank(
+    board = ranking.rank(
         ledger, runs, asked.metric, asked.mode, asked.limit or LIMIT, asked.each, folders
     )
-    layout.write(board, asked.form or "table", sys.stdout)
+    tables.write(board, asked.form or "table", sys.stdout)
     return 0
 
 

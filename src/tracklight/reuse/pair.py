@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tracklight.errors import BadInput
-from tracklight.reuse.leaderboard import CODE, COMMIT, DIRTY, decides, guess_mode
-from tracklight.reuse.statistic import between, half_width
+from tracklight.reuse.ranking import CODE, COMMIT, DIRTY, decides, guess_mode
+from tracklight.statistic import between, half_width
 from tracklight.tracking.choice import SCORE, check_trained, choose_id
 from tracklight.tracking.client_ledger import ClientLedger
 from tracklight.tracking.layout import (

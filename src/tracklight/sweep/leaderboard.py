@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tracklight.statistic import half_width
 from tracklight.sweep.trial import EPOCHS_RUN_TAG, REASON_TAG, SECONDS_TAG, TRIAL_TAG
 from tracklight.tracking.choice import SCORE
 from tracklight.tracking.layout import OUTCOME_TAG, SETTING_TAG
 
 SEED_PARAM = "seed"
-CONFIDENCE = 0.95
 ENDED = {"FAILED": "failed", "KILLED": "stopped", "RUNNING": "running"}
 
 
@@ -141,22 +141,7 @@ def _standing(runs: list[Row], seeds: int) -> Standing:
     standing = Standing(min(each.trial for each in runs), runs[0].params, runs, state)
     if scores:
         standing.score = statistics.fmean(scores) if len(scores) > 1 else scores[0]
-    if len(scores) > 1:
-        standing.std, standing.interval = spread(scores)
+    if (half := half_width(scores)) is not None and standing.score is not None:
+        standing.std = statistics.stdev(scores)
+        standing.interval = (standing.score - half, standing.score + half)
     return standing
-
-
-def spread(scores: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """Return the standard deviation and the confidence interval of the mean.
-
-    Args:
-        scores: Two or more.
-
-    Source: Student 1908, "The probable error of a mean".
-    """
-    from scipy.stats import t
-
-    std = statistics.stdev(scores)
-    half = float(t.ppf((1 + CONFIDENCE) / 2, len(scores) - 1)) * std / math.sqrt(len(scores))
-    mean = statistics.fmean(scores)
-    return std, (mean - half, mean + half)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import IO, Any
 
-from tracklight.reuse.leaderboard import Leaderboard, Place
+from tracklight.reuse.ranking import Leaderboard, Place
 from tracklight.sweep.leaderboard import short_names
 
 BARS = "▁▂▃▄▅▆▇█"

@@ -3,7 +3,7 @@ import statistics
 import pytest
 from scipy import stats
 
-from tracklight.reuse.statistic import between, difference, half_width, quantile
+from tracklight.statistic import between, difference, half_width, quantile
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 7, 30, 31, 50, 1000])

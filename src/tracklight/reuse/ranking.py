@@ -9,7 +9,7 @@ from typing import Any
 
 from tracklight.config import NOT_IDENTITY
 from tracklight.errors import BadInput
-from tracklight.reuse.statistic import half_width
+from tracklight.statistic import half_width
 from tracklight.tracking.choice import SCORE
 from tracklight.tracking.layout import DATA_NAME_TAG, DATA_TAG, PRUNED, is_pruned
 from tracklight.tracking.ledger import Chosen, Entry, Ledger, Scored, distinct, finite
