@@ -23,10 +23,9 @@ from tracklight.engine.resume_checkpoint import ResumeCheckpoint, keep_last, res
 from tracklight.engine.signals import SafeStop, Stopped
 from tracklight.errors import BadInput
 from tracklight.models.linear_regression import LinearRegression
-from tracklight.opening import describe, open_run
+from tracklight.opening import describe, open_run, open_store
 from tracklight.tracking import provenance, query
 from tracklight.tracking.run import Run
-from tracklight.tracking.store import Store, connect
 
 
 def run(
@@ -74,7 +73,7 @@ class _Experiment:
         self.stop = stop
         self.saves = cfg.tracking.enabled
         self.leader = ranks.leader()
-        self.store = None if ranks.is_follower() else _open_store(cfg)
+        self.store = None if ranks.is_follower() else open_store(cfg)
         _set_threads(cfg)  # before the identity, of which it is a part
         self.cfg, self.continued = (
             (cfg, None) if self.store is None else resume.resolve(cfg, self.store, into)
@@ -275,18 +274,6 @@ class _Experiment:
             num_examples=rows * epochs,
             **named,
         )
-
-
-def _open_store(cfg: DictConfig) -> Store | None:
-    if not cfg.tracking.enabled:
-        if cfg.resume is not None:
-            raise BadInput(
-                f"resume={cfg.resume} needs tracking=mlflow: untracked runs leave nothing behind"
-            )
-        return None
-    store = connect(cfg.tracking.uri, Path(cfg.tracking.dir))
-    store.recover()
-    return store
 
 
 def _set_threads(cfg: DictConfig) -> None:

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import yaml
 from omegaconf import DictConfig
@@ -10,14 +11,32 @@ from pytorch_lightning import LightningDataModule, LightningModule
 
 from tracklight import config, inputs, resume
 from tracklight.data.tensor_data import TensorData
+from tracklight.errors import BadInput
 from tracklight.tracking.layout import DATA_NAME_TAG, IDENTITY_TAG, SETTING_TAG
 from tracklight.tracking.provenance import Provenance
 from tracklight.tracking.run import Run
-from tracklight.tracking.store import Store
+from tracklight.tracking.store import Store, connect
 
 # Sections of the config that say nothing of what was trained: no params, or they would be axes of
 # every comparison. The stored config has them.
 OF_THE_COMMAND = ("tracking", "resume", "allow_changes", "overrides", "allowed_targets")
+
+
+def open_store(cfg: DictConfig) -> Store | None:
+    """Open where runs are recorded and set right what died since; None where nothing is to be.
+
+    Raises:
+        BadInput: The store cannot be opened, or an untracked run is to be resumed.
+    """
+    if not cfg.tracking.enabled:
+        if cfg.resume is not None:
+            raise BadInput(
+                f"resume={cfg.resume} needs tracking=mlflow: untracked runs leave nothing behind"
+            )
+        return None
+    store = connect(cfg.tracking.uri, Path(cfg.tracking.dir))
+    store.recover()
+    return store
 
 
 def open_run(

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 
 from tracklight.errors import BadInput
-from tracklight.reuse import pair
+from tracklight.reuse import environment, ranking
 from tracklight.reuse.compare import main
 from tracklight.tracking.layout import OUTCOME_TAG
 
@@ -47,7 +47,7 @@ def test_two_runs_are_told_apart_in_all_respects(add, answer, tmp_path):
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_environment_of_a_run_whose_files_are_gone_is_not_known(add, answer, tmp_path, place):
-    runs = add(0.5), add(0.6, tags={pair.DIRTY: "true"})
+    runs = add(0.5), add(0.6, tags={ranking.DIRTY: "true"})
     keep(tmp_path, runs[1 - place], "torch==2.0\n", {"cores": 1})
     text = answer(*runs, "--diff")
     told = f"{'AB'[place]}: not known (its files are gone)"
@@ -82,7 +82,7 @@ def test_what_the_report_cuts_short_is_whole_in_json(add, answer, tmp_path):
 
 def test_code_between_two_commits_is_that_of_src_and_conf_alone(add, answer, tmp_path, monkeypatch):
     root = tmp_path / "root"
-    monkeypatch.setattr(pair, "ROOT", root)
+    monkeypatch.setattr(environment, "ROOT", root)
 
     def git(*words):
         name = ("-c", "user.name=n", "-c", "user.email=e")
@@ -99,7 +99,7 @@ def test_code_between_two_commits_is_that_of_src_and_conf_alone(add, answer, tmp
         git("add", "--all")
         git("commit", "-q", "-m", text)
         commits.append(git("rev-parse", "HEAD"))
-    runs = [add(0.5, tags={pair.COMMIT: commit}) for commit in commits]
+    runs = [add(0.5, tags={ranking.COMMIT: commit}) for commit in commits]
     changed = [
         line.split("|")[0].strip() for line in section(answer(*runs), "code") if " | " in line
     ]

@@ -1,26 +1,22 @@
 """All that differs between two runs: config, code, data, environment and what came out."""
 
-import contextlib
-import difflib
 import io
 import json
 import statistics
-import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from tracklight.errors import BadInput
+from tracklight.reuse import environment
+from tracklight.reuse.environment import MACHINE, PACKAGES, Texts, changes
 from tracklight.reuse.ranking import CODE, COMMIT, DIRTY, decides, guess_mode
 from tracklight.statistic import between, half_width
 from tracklight.tracking.choice import SCORE, check_trained, choose_id
-from tracklight.tracking.client_ledger import ClientLedger
 from tracklight.tracking.layout import (
     BEST_TAG,
     DATA_NAME_TAG,
     DATA_TAG,
-    FOLDER,
     IDENTITY_TAG,
     PRUNED,
     SETTING_TAG,
@@ -29,11 +25,7 @@ from tracklight.tracking.layout import (
 )
 from tracklight.tracking.ledger import Chosen, Entry, Ledger, distinct, finite
 
-ROOT = Path(__file__).resolve().parents[3]
 MAX_LINES = 40  # of one kind; a patch asked for by --diff is whole
-KEPT = ("provenance/packages.txt", "provenance/machine.json", "provenance/diff.patch")
-PACKAGES, MACHINE, PATCH = KEPT
-Texts = Mapping[str, str]  # what a run kept of its environment, by path; without what is gone
 
 
 def told(ledger: Ledger, asked: Any) -> str:
@@ -44,7 +36,7 @@ def told(ledger: Ledger, asked: Any) -> str:
     """
     one, other = (_trained(ledger, choose_id(ledger, w, asked.experiment)) for w in asked.runs)
     ids = [one.run_id, other.run_id]
-    texts = _texts(ledger, asked, ids)
+    texts = environment.kept(ledger, asked, ids)
     if asked.form == "json":
         return json.dumps(_plain(ledger, one, other, *texts), indent=1) + "\n"
     out = io.StringIO()
@@ -52,11 +44,11 @@ def told(ledger: Ledger, asked: Any) -> str:
         state = f"{entry.status}, {PRUNED}" if is_pruned(entry.tags) else entry.status
         print(f"{name}  {entry.run_id}  {entry.name}  {state}", file=out)
     sections = {
-        "config": _changes(_deciding(one.params), _deciding(other.params)),
+        "config": changes(_deciding(one.params), _deciding(other.params)),
         "code": _code(one, other),
         "data": _tags(one, other, {"digest": DATA_TAG}),
-        "packages": _or_unknown(_packages(*texts), PACKAGES, *texts),
-        "machine": _or_unknown(_machine(*texts), MACHINE, *texts),
+        "packages": environment.or_unknown(environment.packages(*texts), PACKAGES, *texts),
+        "machine": environment.or_unknown(environment.machine(*texts), MACHINE, *texts),
         "metrics": _metrics(one.metrics, other.metrics),
         "score": _scores(ledger, one, other),
     }
@@ -67,7 +59,7 @@ def told(ledger: Ledger, asked: Any) -> str:
         if len(lines) > MAX_LINES:
             print(f"  and {len(lines) - MAX_LINES} more (--json has all)", file=out)
     if asked.diff:
-        print("\n" + _patch(one, other, *texts), file=out)
+        print("\n" + environment.patch(one, other, *texts), file=out)
     return out.getvalue()
 
 
@@ -90,11 +82,11 @@ def _plain(ledger: Ledger, one: Entry, other: Entry, before: Texts, after: Texts
     found = between(*scores)
     return {
         "runs": [one.run_id, other.run_id],
-        "config": _changes(_deciding(one.params), _deciding(other.params)),
+        "config": changes(_deciding(one.params), _deciding(other.params)),
         "code": _code(one, other),
         "data": _tags(one, other, {"digest": DATA_TAG}),
-        "packages": _packages(before, after),
-        "machine": _machine(before, after),
+        "packages": environment.packages(before, after),
+        "machine": environment.machine(before, after),
         "metrics": {
             key: [finite(entry.metrics.get(key)) for entry in (one, other)]
             for key in sorted({*one.metrics, *other.metrics})
@@ -110,100 +102,16 @@ def _deciding(params: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in params.items() if decides(key)}
 
 
-def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
-        for key in dict.fromkeys((*before, *after))
-        if before.get(key) != after.get(key)
-    ]
-
-
 def _tags(one: Entry, other: Entry, tags: Mapping[str, str]) -> list[str]:
     before = {name: one.tags.get(tag, "unknown")[:12] for name, tag in tags.items()}
     after = {name: other.tags.get(tag, "unknown")[:12] for name, tag in tags.items()}
-    return _changes(before, after)
+    return changes(before, after)
 
 
 def _code(one: Entry, other: Entry) -> list[str]:
     lines = _tags(one, other, {"digest": CODE, "commit": COMMIT, "uncommitted": DIRTY})
-    stat = _git(one, other, "--stat")
+    stat = environment.git_diff(one, other, "--stat")
     return lines + stat.splitlines()
-
-
-def _git(one: Entry, other: Entry, *options: str) -> str:
-    """Return git's difference between the two commits, or nothing where it does not know them."""
-    commits = [entry.tags.get(COMMIT, "") for entry in (one, other)]
-    if commits[0] == commits[1] or not all(len(c) >= 40 and c.isalnum() for c in commits):
-        return ""
-    command = ["git", "-C", str(ROOT), "diff", "--no-color", *options, *commits]
-    try:
-        return subprocess.run(
-            [*command, "--", "src", "conf"], capture_output=True, text=True, timeout=10
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def _patch(one: Entry, other: Entry, before: Texts, after: Texts) -> str:
-    sides = zip("AB", (one, other), (before, after), strict=True)
-    gone = [
-        f"{side}: uncommitted changes not known (its files are gone)\n"
-        for side, entry, texts in sides
-        if entry.tags.get(DIRTY) == "true" and not texts
-    ]
-    old, new = (texts.get(PATCH, "").splitlines() for texts in (before, after))
-    beside = difflib.unified_diff(old, new, "A: uncommitted", "B: uncommitted", lineterm="")
-    return _git(one, other) + "".join(gone) + "\n".join(beside)
-
-
-def _texts(ledger: Ledger, asked: Any, ids: Sequence[str]) -> list[Texts]:
-    """Read what each run kept of its environment, as far as it is still there."""
-    if isinstance(ledger, ClientLedger):
-        return _fetched(asked, ids)
-    folders = [asked.dir.absolute() / FOLDER / run_id / "artifacts" for run_id in ids]
-    if not all(folder.is_dir() for folder in folders):  # elsewhere, or deleted: MLflow knows
-        return _fetched(asked, ids)
-    return [
-        {path: (folder / path).read_text("utf-8") for path in KEPT if (folder / path).is_file()}
-        for folder in folders
-    ]
-
-
-def _fetched(asked: Any, ids: Sequence[str]) -> list[Texts]:
-    from tracklight.tracking import query  # imports MLflow, which a local store does without
-    from tracklight.tracking.store import connect
-
-    store = connect(asked.uri, asked.dir)
-    found: list[dict[str, str]] = []
-    for run in (query.find_run(store, run_id) for run_id in ids):
-        found.append({})
-        for path in KEPT:
-            with contextlib.suppress(BadInput):  # it is gone, or never was
-                found[-1][path] = query.read_text(store, run, path)
-    return [*found]
-
-
-def _packages(before: Texts, after: Texts) -> list[str] | None:
-    if PACKAGES not in before or PACKAGES not in after:
-        return None
-    return _changes(*(_versions(each[PACKAGES]) for each in (before, after)))
-
-
-def _versions(listed: str) -> dict[str, str]:
-    return dict(line.split("==", 1) for line in listed.splitlines() if "==" in line)
-
-
-def _machine(before: Texts, after: Texts) -> list[str] | None:
-    if MACHINE not in before or MACHINE not in after:
-        return None
-    return _changes(*(json.loads(each[MACHINE]) for each in (before, after)))
-
-
-def _or_unknown(changes: list[str] | None, path: str, before: Texts, after: Texts) -> list[str]:
-    if changes is not None:
-        return changes
-    sides = zip("AB", (before, after), strict=True)
-    return [f"{side}: not known (its files are gone)" for side, each in sides if path not in each]
 
 
 def _metrics(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:

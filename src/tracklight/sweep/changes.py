@@ -45,7 +45,7 @@ def _check(what: str, before: str | None, now: set[str]) -> None:
 
 
 def _settings(params: Mapping[str, Any]) -> dict[str, str]:
-    """Pick what decides which data a run reads; where they lie and in what portions does not."""
+    """Pick what decides which data a run reads: neither their folder nor the batch size does."""
     return {
         key: str(value)
         for key, value in params.items()

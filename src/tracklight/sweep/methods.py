@@ -76,7 +76,7 @@ class Methods:
             options.setdefault("warn_independent_sampling", False)
         entropy = [self.seed] if name in STEADY else [self.seed, draw]
         options["seed"] = _seed(entropy)
-        if name == "qmc":  # draws thus until a trial has ended, and would draw the same each time
+        if name == "qmc":  # until a trial has ended it leaves drawing to this one
             options["independent_sampler"] = samplers.RandomSampler(seed=_seed([self.seed, draw]))
         return _build("sampler", name, getattr(samplers, SAMPLERS[name]), options)
 

@@ -1,7 +1,7 @@
 """The trials of a sweep as Optuna remembers them: asked for, reported on, pruned, told.
 
-Only the sweep's own process talks to the storage. A trial is identified by its number, which one
-that takes the place of another keeps; its parameters are text as in an override.
+Only the sweep's own process talks to the storage. A trial is identified by its number; one that is
+run again keeps it, though Optuna counts it anew. Parameters are text, as in an override.
 """
 
 import warnings
