@@ -13,7 +13,7 @@ from pytorch_lightning.loggers.logger import Logger
 from tracklight.errors import BadInput, RunFailed
 from tracklight.tracking.feeder import Delivery, Feeder
 from tracklight.tracking.lock import RunLock
-from tracklight.tracking.upload import TEMPORARY, Upload
+from tracklight.tracking.upload import Upload, temporary
 from tracklight.tracking.wal import Points, WriteAhead, read
 
 if TYPE_CHECKING:
@@ -165,9 +165,9 @@ class Run(Logger):
     def log_text(self, text: str, path: str) -> None:
         """Write an artifact, whole or not at all; `path` is relative to the run's artifacts."""
         target = self._inside(path)
-        temporary = target.with_name(f".{target.name}{TEMPORARY}")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(target)
+        unfinished = temporary(target)
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(target)
 
     def log_file(self, path: Path, folder: str = "") -> None:
         """Copy a file into a folder of the run's artifacts."""

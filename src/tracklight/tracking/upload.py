@@ -5,7 +5,14 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-TEMPORARY = ".tmp"  # suffix of a file that is being written
+
+def temporary(path: Path) -> Path:
+    """Return the name under which a file is written until it is whole; it is not sent."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _is_temporary(path: Path) -> bool:
+    return path.name.startswith(".") and path.suffix == ".tmp"
 
 
 class Upload:
@@ -32,7 +39,7 @@ class Upload:
         if not self.needed:
             return
         for path in sorted(self._folder.rglob("*")):
-            if path.is_file() and path.suffix != TEMPORARY:
+            if path.is_file() and not _is_temporary(path):
                 stat = path.stat()
                 mark = (stat.st_size, stat.st_mtime_ns)
                 if self._done.get(path) != mark:
