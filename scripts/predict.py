@@ -1,12 +1,6 @@
 """See `python scripts/predict.py --help`."""
 
-import sys
+from entry import enter
 
 if __name__ == "__main__":
-    try:
-        from tracklight.reuse.command import enter
-        from tracklight.reuse.predict import main
-    except ModuleNotFoundError as error:
-        print(f"no {error.name} here: `source .venv/bin/activate` or `make train`", file=sys.stderr)
-        sys.exit(2)
-    enter(main)
+    enter("predict")

@@ -1,0 +1,19 @@
+"""How a script begins: in the environment, or with the line that says how to get there."""
+
+import importlib
+import sys
+
+
+def enter(name: str) -> None:
+    """Run a script's main, `tracklight.reuse.NAME`, and exit as it says.
+
+    Raises:
+        SystemExit: Always.
+    """
+    try:
+        command = importlib.import_module("tracklight.reuse.command")
+        script = importlib.import_module(f"tracklight.reuse.{name}")
+    except ModuleNotFoundError as error:
+        print(f"no {error.name} here: `source .venv/bin/activate` or `make train`", file=sys.stderr)
+        sys.exit(2)
+    command.enter(script.main)
