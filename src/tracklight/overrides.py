@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Sweep
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -54,7 +54,13 @@ def _check_word(word: str, override: Override, key: str, many: bool) -> None:
         raise BadInput(f"{word}: tracklight sets {key} itself; use {OWNED[owned]}")
     if not many and key.partition(".")[0] == "sweep":
         raise BadInput(f"{word} is of sweeps, and this is a single run; add -m, or drop it")
+    values = override.value()
+    inside = getattr(values, "list", values)  # of a choice, or of a plain list
+    if isinstance(inside, list) and any(isinstance(each, Sweep) for each in inside):
+        raise BadInput(f"{word}: an interval or a range stands alone, as in {key}=interval(1,2)")
     if override.is_sweep_override():
+        if not many and override.is_interval_sweep():
+            raise BadInput(f"{word} is an interval; add -m to search it")
         if not many:
             listed = word.partition("=")[2]
             raise BadInput(
@@ -146,7 +152,9 @@ def _misread_call(word: str) -> str:
     name, is_empty = call.groups()
     if name not in FUNCTIONS and (hint := _nearest(name, FUNCTIONS)):
         return f"no function {name}{hint}"
-    return f"{name}() is empty; it takes values: (A,B)" if is_empty else ""
+    if is_empty:
+        return f"{name}() is empty; it takes values: (A,B)"
+    return "an interval lies between two numbers: interval(0.1,1)" if "interval(" in word else ""
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:

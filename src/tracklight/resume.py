@@ -11,7 +11,14 @@ from omegaconf import DictConfig, OmegaConf
 from tracklight import config
 from tracklight.assemble import depends_on_total
 from tracklight.errors import BadInput
-from tracklight.tracking.layout import DATA_TAG, FOLDER, PARENT_TAG, REPRODUCES_TAG
+from tracklight.tracking.layout import (
+    DATA_TAG,
+    FOLDER,
+    IDENTITY_TAG,
+    PARENT_TAG,
+    REPRODUCES_TAG,
+    SWEEP_TAG,
+)
 from tracklight.tracking.query import BEST, LAST, fetch, find_run, read_text
 from tracklight.tracking.store import Store
 
@@ -81,6 +88,10 @@ def resolve(
             unfinished = [run for run in unfinished if _epochs(run) == cfg.trainer.max_epochs]
         return cfg, Continued(unfinished[0], []) if unfinished else None
     run = find_run(store, str(cfg.resume))
+    if SWEEP_TAG in run.data.tags and IDENTITY_TAG not in run.data.tags:
+        raise BadInput(
+            f"run {run.info.run_id} is a sweep: its own command continues it; or name a trial of it"
+        )
     stored = yaml.safe_load(read_text(store, run, CONFIG))
     amended = config.amend(stored, cfg.overrides)
     for key in OURS:

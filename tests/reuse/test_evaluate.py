@@ -186,7 +186,7 @@ def test_bad_command_line_is_answered_in_one_line(kept, words, told):
 
 
 def test_split_that_is_not_there_is_refused_with_those_that_are(kept):
-    with pytest.raises(BadInput, match="line has only train"):
+    with pytest.raises(BadInput, match=f"run {kept.line} was trained, has only train"):
         main([kept.line, "--split", "test", *kept.dir])
 
 

@@ -179,3 +179,14 @@ def test_two_seeds_of_one_setting_differ_by_chance(add, answer):
     text = answer(one, other)
     assert "seed: 0 -> 1" in text
     assert "of one setting" in text
+
+
+def test_scores_of_two_metrics_are_not_compared(add, answer):
+    for seed, score in enumerate([0.70, 0.71, 0.72]):
+        one = add(score, "a", seed)
+        other = add(score + 5, "b", seed, params={"score.metric": "train/loss"})
+    text = answer(one, other)
+    assert section(text, "score") == ["A is scored by val/accuracy, B by train/loss"]
+    assert not any(line.startswith("score:") for line in section(text, "metrics"))
+    found = json.loads(answer(one, other, "--json"))
+    assert (found["difference"], found["more_than_noise"]) == (None, None)

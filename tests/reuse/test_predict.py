@@ -3,6 +3,8 @@ import io
 import json
 import re
 import shutil
+import sqlite3
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -36,6 +38,14 @@ def digits(tmp_path):
             files.append(tmp_path / f"{digit}-{at}.png")
             Image.fromarray(image.numpy()).save(files[-1])
     return files
+
+
+def test_a_run_that_failed_answers_with_a_warning(kept, copied, tmp_path, capsys):
+    with closing(sqlite3.connect(copied / "mlflow.db")) as connection, connection:
+        connection.execute("UPDATE runs SET status = 'FAILED' WHERE run_uuid = ?", [kept.line])
+    (tmp_path / "row.csv").write_text("x\n3\n")
+    assert main([kept.line, str(tmp_path / "row.csv"), "--dir", str(copied)]) == 0
+    assert "has failed; its best weights answer" in capsys.readouterr().err
 
 
 def test_probabilities_are_the_models_on_the_very_image(kept, answer, digits):

@@ -225,3 +225,15 @@ def test_another_fixed_value_in_the_space_is_another_sweep(commander, tmp_path):
     swept = Swept(directory)
     assert len(swept.parents) == 2
     assert [row["epochs"] for row in swept.leaderboard()] == [2, 2]
+
+
+@pytest.mark.slow
+def test_a_sweep_is_resumed_by_its_own_command_and_not_as_a_run(commander, tmp_path):
+    directory = tmp_path / "runs"
+    assert commander.sweep(directory, *GRID).exit_code == 0
+    parent = Swept(directory).parent.run_id
+    process = commander.train(directory, f"resume={parent}")
+    assert process.exit_code == 2 and process.stderr.count("\n") == 1
+    assert f"run {parent} is a sweep: its own command continues it" in process.stderr
+    seeded = commander.sweep(directory, *GRID, "sweep.seeds=2")
+    assert seeded.exit_code == 0 and len(Swept(directory).parents) == 2  # means are ranked apart

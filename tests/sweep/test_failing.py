@@ -93,6 +93,7 @@ def test_the_first_failure_stops_a_sweep_that_is_told_so(commander, tmp_path):
     process = commander.sweep(directory, *command)
     assert process.exit_code == 1
     assert [run.status for run in Swept(directory).children] == ["FAILED"]
+    assert "sweep.on_failure=stop: runs not begun: 3; the same command goes on" in process.stdout
 
 
 @pytest.mark.slow

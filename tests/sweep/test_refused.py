@@ -24,6 +24,22 @@ BAD = {
         ("optimizer.lr=0.1,0.2", "sweep.pruner_options={n_startup_trials: 3}"),
         "sweep.pruner_options.n_startup_trials: pruner none has no such option",
     ),
+    "hyperband": (
+        (
+            "optimizer.lr=0.1,0.2",
+            "sweep.pruner=hyperband",
+            "sweep.pruner_options={min_resource: 0}",
+        ),
+        "sweep.pruner_options={min_resource: 0} cannot be those of pruner hyperband",
+    ),
+    "sampler's type": (
+        ("optimizer.lr=interval(0.1,1)", "sweep.sampler_options={n_startup_trials: abc}"),
+        "sweep.sampler_options={n_startup_trials: abc} cannot be those of sampler tpe",
+    ),
+    "two intervals": (
+        ("optimizer.lr=interval(0.1,0.2),interval(0.3,0.4)",),
+        "an interval or a range stands alone",
+    ),
     "space": (("seed=1,2", "sweep.space=all"), "sweep.space=all must be a mapping"),
     "options": (("seed=1,2", "sweep.sampler_options=3"), "sweep.sampler_options=3 must be a map"),
     "whole numbers": (

@@ -92,6 +92,7 @@ def test_shuffled_values_are_drawn_as_what_they_are_and_the_same_after_a_restart
     [
         ("interval(1,0)", "key=interval(1,0) is empty"),
         ("interval(1,1)", "is empty"),
+        ("int(interval(4,2))", "whole number must be below the second; try key=int(interval(2,4))"),
         ("interval(0,inf)", "must be finite"),
         ("tag(log,interval(0,1))", "start above 0"),
         ("tag(log,range(1,9))", "only an interval is searched logarithmically"),

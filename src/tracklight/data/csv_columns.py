@@ -120,7 +120,10 @@ def read_features(path: Path, names: list[str], delimiter: str) -> np.ndarray:
         for name in names:
             if header.count(name) != 1:
                 count = "no column is" if name not in header else "several columns are"
-                raise BadInput(f"{where}: {count} named {name!r}; the model takes {_shown(names)}")
+                raise BadInput(
+                    f"{where}: {count} named {name!r} in its first line; the model takes "
+                    f"{_shown(names)}"
+                )
         return names, []
 
     return _read(str(path), path, choose, delimiter, guess=True)[2]

@@ -46,7 +46,10 @@ def choose_split(kept: Stored, wanted: str | None) -> str:
         return wanted or "test"
     there = list(kept.data.splits)
     if wanted is not None and wanted not in there:
-        raise BadInput(f"--split {wanted}: {kept.data.name} has only {', '.join(there)}")
+        raise BadInput(
+            f"--split {wanted}: {kept.data.name}, on which run {kept.run.info.run_id} was trained, "
+            f"has only {', '.join(there)}"
+        )
     return wanted or there[-1]
 
 

@@ -49,7 +49,7 @@ def told(ledger: Ledger, asked: Any) -> str:
         "data": _tags(one, other, {"digest": DATA_TAG}),
         "packages": environment.or_unknown(environment.packages(*texts), PACKAGES, *texts),
         "machine": environment.or_unknown(environment.machine(*texts), MACHINE, *texts),
-        "metrics": _metrics(one.metrics, other.metrics),
+        "metrics": _metrics(one, other),
         "score": _scores(ledger, one, other),
     }
     for title, lines in sections.items():
@@ -79,7 +79,7 @@ def _trained(ledger: Ledger, run_id: str) -> Entry:
 
 def _plain(ledger: Ledger, one: Entry, other: Entry, before: Texts, after: Texts) -> dict[str, Any]:
     scores = [_seeds(ledger, entry) for entry in (one, other)]
-    found = between(*scores)
+    found = between(*scores) if _metric(one) == _metric(other) else None
     return {
         "runs": [one.run_id, other.run_id],
         "config": changes(_deciding(one.params), _deciding(other.params)),
@@ -98,6 +98,10 @@ def _plain(ledger: Ledger, one: Entry, other: Entry, before: Texts, after: Texts
     }
 
 
+def _metric(entry: Entry) -> str | None:
+    return entry.params.get("score.metric")
+
+
 def _deciding(params: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in params.items() if decides(key)}
 
@@ -114,9 +118,12 @@ def _code(one: Entry, other: Entry) -> list[str]:
     return lines + stat.splitlines()
 
 
-def _metrics(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+def _metrics(a: Entry, b: Entry) -> list[str]:
+    before, after = a.metrics, b.metrics
     lines = []
     for key in sorted({*before, *after}):
+        if key == SCORE and _metric(a) != _metric(b):
+            continue  # two things of one name
         one, other = before.get(key), after.get(key)
         if one is not None and other is not None:
             if one != other and not key.startswith("system/"):
@@ -144,9 +151,9 @@ def _seeds(ledger: Ledger, entry: Entry) -> dict[str, float]:
 
 
 def _scores(ledger: Ledger, one: Entry, other: Entry) -> list[str]:
-    metric = one.params.get("score.metric")
-    if metric != other.params.get("score.metric"):
-        return [f"A is scored by {metric}, B by {other.params.get('score.metric')}"]
+    metric = _metric(one)
+    if metric != _metric(other):
+        return [f"A is scored by {metric}, B by {_metric(other)}"]
     scores = [_seeds(ledger, entry) for entry in (one, other)]
     lines = []
     for name, found in zip("AB", scores, strict=True):

@@ -43,6 +43,10 @@ def predict(asked: Any) -> int:
 
     store = stored.open_store(asked.uri, asked.dir)
     run = query.trained(store, query.choose(store, asked.run, asked.experiment))
+    if run.info.status == "FAILED":
+        print(
+            f"warning: run {run.info.run_id} has failed; its best weights answer", file=sys.stderr
+        )
     facts = stored.inputs_of(store, run)
     read = answers.reader(facts, asked.invert)
     cfg = stored.stored_config(store, run, stored.ANYWHERE)

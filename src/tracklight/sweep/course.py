@@ -82,7 +82,7 @@ class Course:
         """Run all trials; `signum` tells afterwards if a signal ended it."""
         with self._interrupts.listening():
             try:
-                self._tell_before()
+                self._progress.goes_on([known(child) for child in self._children.values()])
                 self._retry_lost()
                 while not self._is_over():
                     is_through = self._fill()
@@ -108,6 +108,11 @@ class Course:
     def num_ended(self) -> int:
         """How many trials have ended, those of earlier commands and repeated ones among them."""
         return len(self._trials.ended())
+
+    @property
+    def num_left(self) -> int:
+        """How many runs have not begun."""
+        return len(self._queue) + self._source.left
 
     def _is_over(self) -> bool:
         return self.signum is not None or self.halted
@@ -136,14 +141,6 @@ class Course:
             if isinstance(message, Outcome) and message.reason.startswith("killed by"):
                 message = Outcome("stopped", run_id=message.run_id)  # before it could listen
             self._take(job, message)
-
-    def _tell_before(self) -> None:
-        """Say of a sweep that is continued what there is of it."""
-        if self._board and self._children:
-            num_open = sum(known(child) is None for child in self._children.values())
-            num_ended = len(self._children) - num_open
-            more = f", {num_open} to be taken up again" if num_open else ""
-            self._progress.note(f"the sweep goes on: {num_ended} runs have ended{more}")
 
     def _retry_lost(self) -> None:
         """Keep ended trials of a search; those that failed in passing or lost runs go again."""
@@ -174,11 +171,8 @@ class Course:
             is_through = job is None
             if job is not None:
                 self._begin(job)
-        self._tell_left()
+        self._progress.left(self.num_left)
         return is_through
-
-    def _tell_left(self) -> None:
-        self._progress.left(len(self._queue) + self._source.left)
 
     def _next(self) -> Job | None:
         while not self._queue:
@@ -208,7 +202,7 @@ class Course:
             tags = self._tags(number, params, params_key(params))
             self._board.record_failure(None, f"{number} {shown(params)}", tags, reason)
         self._trials.refuse(number, reason)
-        self._tell_left()
+        self._progress.left(self.num_left)
         self._progress.refused(number, reason)
         self.rows.append(Row(number, params, 0, "failed", None, reason=reason))
 
@@ -278,7 +272,7 @@ class Course:
             self._outcomes[job.key] = message
         for twin in self._awaited.pop(job.key, [job]):
             self._end(twin, message)
-        self._tell_left()
+        self._progress.left(self.num_left)
         self._progress.ended(job, message, self._log(job))
 
     def _end(self, job: Job, outcome: Outcome) -> None:

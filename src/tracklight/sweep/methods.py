@@ -3,7 +3,8 @@
 import importlib.util
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,13 +54,24 @@ class Methods:
         return self.pruner_name != "none"
 
     def check(self, distributions: Mapping[str, Any]) -> None:
-        """Build both once.
+        """Build both, and let them decide about a trial that is made up.
 
         Raises:
-            BadInput: An option is unknown, out of range, or the space does not suit.
+            BadInput: An option is unknown, of a wrong type or out of range, or the space does not
+                suit.
         """
-        self.sampler(0, distributions)
-        self.pruner()
+        import optuna
+
+        study = optuna.create_study(
+            storage=optuna.storages.InMemoryStorage(),
+            sampler=self.sampler(0, distributions),
+            pruner=self.pruner(),
+        )
+        with _told("sampler", self.sampler_name, self.sampler_options):
+            trial = study.ask(dict(distributions))
+        with _told("pruner", self.pruner_name, self.pruner_options):
+            trial.report(0.0, 1)
+            trial.should_prune()
 
     def sampler(self, draw: int, distributions: Mapping[str, Any]) -> Any:
         """Return a sampler for the draw of this number, the same whenever it is asked for."""
@@ -128,10 +140,20 @@ def _build(kind: str, name: str, found: type, options: dict[str, Any]) -> Any:
             f"sweep.{kind}_options.{unknown[0]}: {kind} {name} has no such option; "
             f"it takes {', '.join(taken) or 'none'}"
         )
+    with _told(kind, name, {key: options[key] for key in options if key != "seed"}):
+        return found(**options)
+
+
+@contextmanager
+def _told(kind: str, name: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """Say of what Optuna raises whose options they were; it checks few of them itself."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # some are called experimental
-            return found(**options)
-    except (ValueError, TypeError) as error:
+            yield
+    except Exception as error:
+        shown = ", ".join(f"{key}: {value}" for key, value in options.items())
         reason = " ".join(str(error).split())
-        raise BadInput(f"sweep.{kind}_options={options}: {reason}") from error
+        raise BadInput(
+            f"sweep.{kind}_options={{{shown}}} cannot be those of {kind} {name}: {reason}"
+        ) from error

@@ -118,6 +118,7 @@ class Plan:
         searched = ("sampler", "sampler_options", "seeds")
         keys = (*chosen, *searched) if self.is_search else chosen
         how = {key: self.settings[key] for key in keys} | {"score": [self.metric, self.mode]}
+        how["is_mean"] = self.settings["seeds"] > 1  # means and single scores are not one ranking
         return sweep_identity(self.composer.shared(), self.space, how, self.is_search)
 
     @property

@@ -48,6 +48,15 @@ class Progress:
         """Print a line."""
         self._console.print(text, markup=False, soft_wrap=True)
 
+    def goes_on(self, earlier: Sequence[Outcome | None]) -> None:
+        """Say of a sweep that is continued what there is of it: how its runs ended, if they did."""
+        num_open = sum(outcome is None for outcome in earlier)
+        num_ended = len(earlier) - num_open
+        ended = "1 run has ended" if num_ended == 1 else f"{num_ended} runs have ended"
+        if earlier:
+            more = f", {num_open} to be taken up again" if num_open else ""
+            self.note(f"the sweep goes on: {ended}{more}")
+
     def began(self, job: Job) -> None:
         """A trial has started."""
         self._began[job.key] = time.monotonic()

@@ -103,10 +103,11 @@ class Axis:
         if not all(map(math.isfinite, (low, high))):
             raise BadInput(f"{key}={written}: both ends of an interval must be finite")
         if low >= high:
+            whole = isinstance(low, int)  # as `int(interval(...))` made them
             swap = f"interval({high:g},{low:g})" if low > high else f"interval({low:g},{low + 1:g})"
             raise BadInput(
-                f"{key}={written} is empty: the first number must be below the second; "
-                f"try {key}={swap}"
+                f"{key}={written} is empty: the first {'whole ' * whole}number must be below the "
+                f"second; try {key}={f'int({swap})' if whole else swap}"
             )
         if searched and self._is_log and low <= 0:
             raise BadInput(f"{key}={written}: a logarithmic interval must start above 0")

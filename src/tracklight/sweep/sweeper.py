@@ -214,7 +214,13 @@ class _Sweep:
             found = self.board.refresh(final=True) or []
         num = max(len(found), course.num_ended)
         several = f", {len(found)} of them different" if num > len(found) else ""
-        progress.table(found, f"{self.plan.metric} ({self.plan.mode}), {num} trials{several}")
+        trials = f"{num} trial{'s' * (num != 1)}{several}"
+        progress.table(found, f"{self.plan.metric} ({self.plan.mode}), {trials}")
+        if course.halted and course.num_left:
+            progress.note(
+                f"sweep.on_failure=stop: runs not begun: {course.num_left}; the same command goes "
+                "on with them"
+            )
         winner = found[0] if found and found[0].rank == 1 else None
         if self.board and winner and course.signum is None and not course.halted:
             from tracklight.sweep.winner import test
