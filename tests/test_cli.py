@@ -131,6 +131,15 @@ def test_help_explains_the_groups_in_readable_form(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_of_a_search_prints_what_would_run_and_nothing_else(tmp_path):
+    ended = train("-m", "optimizer.lr=interval(0.01,0.1)", "sweep.dry_run=true", cwd=tmp_path)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.splitlines()[:2] == [
+        "20 trials by tpe, of",
+        "  optimizer.lr = interval(0.01,0.1)",
+    ]
+
+
 def test_passwords_are_not_shown_by_the_flags_that_show_the_config():
     ended = train("--cfg", "job", "--resolve", MLFLOW_TRACKING_URI="http://me:hunter2@host")
     assert "uri: http://***@host" in ended.stdout

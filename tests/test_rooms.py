@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "reuse": ("tracklight",),  # like the experiment, it joins all rooms, for finished runs
     "sweep": (
         *("tracklight.config", "tracklight.machine", "tracklight.report", "tracklight.resume"),
-        *("tracklight.rules", "tracklight.statistic"),
+        *("tracklight.overrides", "tracklight.rules", "tracklight.statistic"),
         *("tracklight.tracking", "tracklight.experiment"),
     ),
     "tracking": (),

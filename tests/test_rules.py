@@ -178,3 +178,12 @@ def test_gpus_are_counted_by_their_device_files(tmp_path, monkeypatch, files, vi
 def test_on_a_mac_the_device_files_do_not_tell(monkeypatch):
     monkeypatch.setattr(machine.platform, "system", lambda: "Darwin")
     assert machine.count_gpus() is None
+
+
+@pytest.mark.parametrize(
+    ("devices", "number"),
+    [(2, 2), (-1, None), ("auto", None), ("-1", None), ("2", 2), ([3], 1), ([0, 2], 2)]
+    + [("0,2", 2), ("3,", 1)],
+)
+def test_devices_are_counted_however_they_are_named(devices, number):
+    assert machine.num_devices(devices) == number

@@ -54,10 +54,7 @@ def _check_word(word: str, override: Override, key: str, many: bool) -> None:
         raise BadInput(f"{word}: tracklight sets {key} itself; use {OWNED[owned]}")
     if not many and key.partition(".")[0] == "sweep":
         raise BadInput(f"{word} is of sweeps, and this is a single run; add -m, or drop it")
-    values = override.value()
-    inside = getattr(values, "list", values)  # of a choice, or of a plain list
-    if isinstance(inside, list) and any(isinstance(each, Sweep) for each in inside):
-        raise BadInput(f"{word}: an interval or a range stands alone, as in {key}=interval(1,2)")
+    check_alone(word, override)
     if override.is_sweep_override():
         if not many and override.is_interval_sweep():
             raise BadInput(f"{word} is an interval; add -m to search it")
@@ -70,6 +67,18 @@ def _check_word(word: str, override: Override, key: str, many: bool) -> None:
     elif (CONF / key).is_dir() and not isinstance(override.value(), str | dict):
         choices = sorted(file.stem for file in (CONF / key).glob("*.yaml"))
         raise BadInput(f"{word} names no file of conf/{key}; {key} can be {', '.join(choices)}")
+
+
+def check_alone(word: str, override: Override) -> None:
+    """Refuse an interval or a range within a list: Hydra reads it, and can do nothing with it.
+
+    Raises:
+        BadInput: There is one.
+    """
+    values = override.value()
+    inside = getattr(values, "list", values)  # of a choice, or of a plain list
+    if isinstance(inside, list) and any(isinstance(each, Sweep) for each in inside):
+        raise BadInput(f"{word}: an interval or a range stands alone, as in KEY=interval(1,2)")
 
 
 def parse(words: Iterable[str]) -> list[Override]:

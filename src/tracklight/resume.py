@@ -11,14 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from tracklight import config
 from tracklight.assemble import depends_on_total
 from tracklight.errors import BadInput
-from tracklight.tracking.layout import (
-    DATA_TAG,
-    FOLDER,
-    IDENTITY_TAG,
-    PARENT_TAG,
-    REPRODUCES_TAG,
-    SWEEP_TAG,
-)
+from tracklight.tracking.layout import DATA_TAG, FOLDER, PARENT_TAG, REPRODUCES_TAG, is_sweep
 from tracklight.tracking.query import BEST, LAST, fetch, find_run, read_text
 from tracklight.tracking.store import Store
 
@@ -88,7 +81,7 @@ def resolve(
             unfinished = [run for run in unfinished if _epochs(run) == cfg.trainer.max_epochs]
         return cfg, Continued(unfinished[0], []) if unfinished else None
     run = find_run(store, str(cfg.resume))
-    if SWEEP_TAG in run.data.tags and IDENTITY_TAG not in run.data.tags:
+    if is_sweep(run.data.tags):
         raise BadInput(
             f"run {run.info.run_id} is a sweep: its own command continues it; or name a trial of it"
         )

@@ -42,8 +42,12 @@ BAD = {
     ),
     "space": (("seed=1,2", "sweep.space=all"), "sweep.space=all must be a mapping"),
     "options": (("seed=1,2", "sweep.sampler_options=3"), "sweep.sampler_options=3 must be a map"),
+    "two intervals in the space": (
+        ("sweep.space={optimizer.lr: 'interval(1,2),interval(3,4)'}",),
+        "optimizer.lr=interval(1,2),interval(3,4): an interval or a range stands alone",
+    ),
     "whole numbers": (
-        ("data.batch_size=interval(2,4)",),
+        ("optimizer.lr=interval(1,2)", "data.batch_size=interval(2,4)"),
         "whole numbers alone are data.batch_size=int(interval(2,4))",
     ),
     "storage": (

@@ -17,11 +17,10 @@ from tracklight.tracking.layout import (
     BEST_TAG,
     DATA_NAME_TAG,
     DATA_TAG,
-    IDENTITY_TAG,
     PRUNED,
     SETTING_TAG,
-    SWEEP_TAG,
     is_pruned,
+    is_sweep,
 )
 from tracklight.tracking.ledger import Chosen, Entry, Ledger, distinct, finite
 
@@ -67,7 +66,7 @@ def _trained(ledger: Ledger, run_id: str) -> Entry:
     """Return the run; of a sweep, the best of its trials."""
     (entry,) = ledger.entries([run_id])
     check_trained(run_id, entry.tags)
-    if SWEEP_TAG not in entry.tags or IDENTITY_TAG in entry.tags:
+    if not is_sweep(entry.tags):
         return entry
     if BEST_TAG not in entry.tags:
         raise BadInput(f"run {run_id} is a sweep without a finished trial; name a run")

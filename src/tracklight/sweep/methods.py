@@ -60,7 +60,7 @@ class Methods:
             BadInput: An option is unknown, of a wrong type or out of range, or the space does not
                 suit.
         """
-        import optuna
+        from tracklight.sweep.quiet import optuna
 
         study = optuna.create_study(
             storage=optuna.storages.InMemoryStorage(),

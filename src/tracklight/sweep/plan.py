@@ -227,8 +227,13 @@ def _corner(composer: Composer, number: int, params: Mapping[str, str]) -> Job:
     try:
         return composer.job(number, params)
     except BadInput as error:
-        hint = composer.space.hint(params) if "whole number" in str(error) else ""
-        raise BadInput(f"{error}{hint}") from None
+        for axis in composer.space.axes:
+            if axis.is_interval and f"{axis.name}={params[axis.name]} must be a whole" in str(
+                error
+            ):
+                whole = f"whole numbers alone are {axis.name}=int({axis.written})"
+                raise BadInput(f"{error}; {whole}") from None
+        raise
 
 
 def assign(job: Job, **further: Any) -> Assignment:

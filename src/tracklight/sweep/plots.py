@@ -12,10 +12,10 @@ LOG_RATIO = 30.0  # an axis of positive numbers this far apart is drawn logarith
 
 def page(standings: Sequence[Standing], metric: str, mode: str) -> str | None:
     """Return HTML with history, importance and parallel coordinates; None with nothing to show."""
-    import optuna
     from optuna import visualization
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    from tracklight.sweep.quiet import optuna
+
     study = _study(standings, mode)
     num_complete = len(study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)))
     if not num_complete:
@@ -42,9 +42,10 @@ def page(standings: Sequence[Standing], metric: str, mode: str) -> str | None:
 
 def _study(standings: Sequence[Standing], mode: str):
     """Build a study in memory, axes of numbers as numbers."""
-    import optuna
     from optuna.distributions import CategoricalDistribution, FloatDistribution
     from optuna.trial import TrialState
+
+    from tracklight.sweep.quiet import optuna
 
     study = optuna.create_study(direction=direction(mode))
     distributions = {}

@@ -13,6 +13,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, Transforme
 from hydra.errors import HydraException
 
 from tracklight.errors import BadInput
+from tracklight.overrides import check_alone
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -44,14 +45,6 @@ class Axis:
     def is_interval(self) -> bool:
         """Whether it has no finite list of values."""
         return self.override.is_interval_sweep()
-
-    @property
-    def has_whole_ends(self) -> bool:
-        """Whether it is an interval of real numbers between two whole ones."""
-        if not self.is_interval:
-            return False
-        ends = self._sweep.start, self._sweep.end
-        return all(type(end) is float and end.is_integer() for end in ends)
 
     @property
     def is_numeric(self) -> bool:
@@ -190,17 +183,6 @@ class Space:
             for text in axis.ends()[1:]:
                 yield first | {axis.name: text}
 
-    def hint(self, point: Mapping[str, str]) -> str:
-        """Say how an interval with whole ends is drawn from the whole numbers, if `point` has one.
-
-        Args:
-            point: One that was refused.
-        """
-        for axis in self.axes:
-            if axis.has_whole_ends and point[axis.name] in axis.ends():
-                return f"; whole numbers alone are {axis.name}=int({axis.written})"
-        return ""
-
     def words(self, point: Mapping[str, str]) -> list[str]:
         """Return the overrides that set a point."""
         return [axis.word(point[axis.name]) for axis in self.axes]
@@ -235,9 +217,11 @@ def read_space(
             continue
         word = f"{key}={values}"
         try:
-            parsed += [(word, override) for override in parser.parse_overrides([word])]
+            (override,) = parser.parse_overrides([word])
         except HydraException as error:
             raise BadInput(f"sweep.space: cannot read {word}: {error}") from error
+        check_alone(word, override)
+        parsed.append((word, override))
     fixed = tuple(word for word, override in parsed if not override.is_sweep_override())
     axes = tuple(Axis(override) for _, override in parsed if override.is_sweep_override())
     return Space(fixed, axes)

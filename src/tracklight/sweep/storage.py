@@ -1,23 +1,19 @@
 """Where Optuna remembers a sweep's trials: a journal in the sweep's folder, or a database."""
 
 import fcntl
-import logging
 import os
 from pathlib import Path
 from typing import Any
 
-from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
+from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from tracklight.config import redact
 from tracklight.errors import BadInput
 from tracklight.sweep.bounded import bounded
+from tracklight.sweep.quiet import optuna
 
 STORAGE_S = 15.0
-
-# Its one warning tells, in a page of SQL, that a query failed and is asked in another way; where
-# that fails too, the error says so.
-logging.getLogger("optuna.storages._rdb.storage").setLevel(logging.ERROR)
 
 
 class FileLock:
@@ -47,7 +43,7 @@ def open_storage(url: str | None, journal: Path | None) -> BaseStorage:
         BadInput: The database does not answer, or its driver is missing.
     """
     if url is None and journal is None:
-        return InMemoryStorage()
+        return optuna.storages.InMemoryStorage()
     if url is None:
         assert journal is not None
         _cut_torn_line(journal)
@@ -55,7 +51,7 @@ def open_storage(url: str | None, journal: Path | None) -> BaseStorage:
         return JournalStorage(JournalFileBackend(str(journal), lock))
     shown = redact(url)
     try:
-        return bounded(lambda: RDBStorage(url), STORAGE_S)
+        return bounded(lambda: optuna.storages.RDBStorage(url), STORAGE_S)
     except TimeoutError:
         raise BadInput(
             f"sweep.storage={shown} does not answer within {STORAGE_S:.0f} s; start it, or try "

@@ -4,26 +4,22 @@ Only the sweep's own process talks to the storage. A trial is identified by its 
 run again keeps it, though Optuna counts it anew. Parameters are text, as in an override.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import optuna
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from tracklight.sweep.methods import Methods
+from tracklight.sweep.quiet import optuna
 from tracklight.sweep.space import Space
 
 POINT = "point"  # of a grid's trial: its parameters as text
 RUNS = "runs"  # the keys of a trial's runs
 REFUSED = "refused"  # of a trial that is no valid config: why
 RETRY_OF = "retry_of"  # of a trial that takes the place of an earlier one: Optuna's number of that
-
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
 def direction(mode: str) -> Literal["minimize", "maximize"]:

@@ -22,6 +22,11 @@ OUTCOME_TAG = "tracklight.outcome"  # of a trial that has ended: complete, prune
 PRUNED = "pruned"
 
 
+def is_sweep(tags: Mapping[str, str]) -> bool:
+    """Say whether a run is the parent of a sweep, which has trials and no config of its own."""
+    return SWEEP_TAG in tags and IDENTITY_TAG not in tags
+
+
 def is_pruned(tags: Mapping[str, str]) -> bool:
     """Say whether a run is a trial that its sweep ended early: no failure, and no result."""
     return tags.get(OUTCOME_TAG) == PRUNED

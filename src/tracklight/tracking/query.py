@@ -11,7 +11,7 @@ from typing import Any
 from tracklight.errors import BadInput
 from tracklight.tracking.choice import WORDS, check_id, check_trained, choose_id, deleted
 from tracklight.tracking.client_ledger import ClientLedger
-from tracklight.tracking.layout import BEST_TAG, IDENTITY_TAG, SWEEP_TAG
+from tracklight.tracking.layout import BEST_TAG, is_sweep
 from tracklight.tracking.ledger import Ledger
 from tracklight.tracking.patience import reason
 from tracklight.tracking.quiet import mlflow
@@ -66,7 +66,7 @@ def trained(store: Store, run: Any) -> Any:
         BadInput: The sweep has no best trial, or the run is a mere test of another.
     """
     check_trained(run.info.run_id, run.data.tags)
-    if SWEEP_TAG not in run.data.tags or IDENTITY_TAG in run.data.tags:
+    if not is_sweep(run.data.tags):
         return run
     best = run.data.tags.get(BEST_TAG)
     if not best:
