@@ -228,9 +228,8 @@ def _corner(composer: Composer, number: int, params: Mapping[str, str]) -> Job:
         return composer.job(number, params)
     except BadInput as error:
         for axis in composer.space.axes:
-            if axis.is_interval and f"{axis.name}={params[axis.name]} must be a whole" in str(
-                error
-            ):
+            refused = f"{axis.name}={params[axis.name]} must be a whole number"
+            if axis.is_interval and refused in str(error):
                 whole = f"whole numbers alone are {axis.name}=int({axis.written})"
                 raise BadInput(f"{error}; {whole}") from None
         raise
