@@ -1,13 +1,17 @@
 """Composing, resolving, identifying and comparing configs."""
 
 import json
+import os
 
 import pytest
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from tracklight import config
+from tracklight import config, gate
 from tracklight.config import (
     ROOT,
     allowed_targets,
@@ -22,6 +26,7 @@ from tracklight.config import (
 )
 from tracklight.errors import BadInput
 
+LINE = plain(compose())
 MLP = plain(compose(["model=mlp"]))
 
 
@@ -146,6 +151,64 @@ def test_the_allow_list_of_a_stored_config_is_not_believed():
     assert amended.allowed_targets == allowed_targets()
     with pytest.raises(BadInput, match="allow-list"):
         check(amended)
+
+
+TEXTS = st.sampled_from(
+    [
+        *("${seed}", "${oc.env:HOME}", r"\${oc.env:HOME}", r"\\${oc.env:HOME}", "${root:x}"),
+        *(
+            "${oc.create:{_target_: os.system}}",
+            r"\${oc.create:{_target_: os._exit}}",
+            "${",
+            "$${a}",
+        ),
+        *(
+            "os.system",
+            "plain",
+            "$HOME",
+            "{seed}",
+            "*anchor",
+            "&anchor x",
+            "!!python/name:os.system",
+        ),
+    ]
+)
+LEAVES = st.one_of(TEXTS, st.integers(), st.booleans(), st.none())
+TREES = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(
+            st.sampled_from(["a", "b", "_target_", "_args_", "_partial_", "_recursive_"]),
+            inner,
+            max_size=3,
+        ),
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(TREES)
+def test_whatever_a_stored_config_holds_it_is_refused_or_stays_what_it_says(tree):
+    stored = yaml.safe_load(yaml.safe_dump({**LINE, "extra": {"x": tree}}))
+    try:
+        amended = amend(stored, [])
+        check(amended)
+        built = config.build(amended.extra, amended.allowed_targets)
+    except BadInput as error:
+        assert "\n" not in str(error)
+        assert os.environ["HOME"] not in str(error)
+        return
+    assert "${" not in yaml.safe_dump(tree)
+    assert plain(amended)["extra"]["x"] == tree
+    assert built == {"x": without_directives(tree)}
+
+
+def without_directives(tree):
+    if isinstance(tree, dict):
+        return {k: without_directives(v) for k, v in tree.items() if k not in gate.DIRECTIVES}
+    return [*map(without_directives, tree)] if isinstance(tree, list) else tree
 
 
 def test_the_classes_of_a_config_are_listed_once():

@@ -106,21 +106,19 @@ def _run(task: Task, argv: Sequence[str]) -> Any:
     many = arguments.multirun or "hydra.mode=multirun" in map(str.lower, arguments.overrides)
     words = read(arguments.overrides, many=many)
     if many or any(value not in (None, False) for value in flags.values()):
-        return _run_through_hydra(task, arguments, argv, words)
+        return _run_through_hydra(task, arguments, words)
     now, later = split_for_resume(words)
     cfg = compose(now)
     cfg.overrides = later
     return task(cfg)
 
 
-def _run_through_hydra(
-    task: Task, arguments: Namespace, argv: Sequence[str], words: Sequence[str]
-) -> Any:
+def _run_through_hydra(task: Task, arguments: Namespace, words: list[str]) -> Any:
     """Let Hydra act on its flags: -m, --help, --cfg, --config-dir and so on."""
-    import hydra
-    from hydra.errors import CompactHydraException, InstantiationException, SearchPathException
+    from hydra.errors import HydraException, InstantiationException
 
-    from tracklight.config import CONF, checked, redact, settled
+    from tracklight.config import CONF, allowed_targets, checked, redact, settled
+    from tracklight.hydra_internals import run_hydra
     from tracklight.overrides import told
 
     outcome: list[Any] = []
@@ -134,21 +132,18 @@ def _run_through_hydra(
         except BadInput as error:  # raised here, Hydra would print a line of its own
             outcome.append(error)
 
-    read = dict(zip(arguments.overrides, words, strict=True))
-    before, shown = sys.argv, io.StringIO()
-    sys.argv = [before[0], *(read.get(word, word) for word in argv)]
+    shown = io.StringIO()
     shows = arguments.help or arguments.hydra_help or arguments.cfg or arguments.info is not None
     job = run_point if arguments.multirun else keep
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come out as they are
     try:
         with redirect_stdout(shown) if shows else nullcontext():
-            hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
-    except (CompactHydraException, SearchPathException) as error:
+            run_hydra(arguments, words, job, CONF, allowed_targets())
+    except HydraException as error:
         if isinstance(error, InstantiationException):
             raise
         raise BadInput(told(error)) from error
     finally:
-        sys.argv = before
         print(redact(shown.getvalue()), end="")
     for cfg in outcome:
         if isinstance(cfg, BadInput):
@@ -159,9 +154,9 @@ def _run_through_hydra(
 
 def _parse(argv: Sequence[str]) -> Namespace:
     """Parse Hydra's flags; what is wrong with them is bad input like any other."""
-    from hydra._internal.utils import get_args_parser
+    from tracklight.hydra_internals import flags_parser
 
-    parser = get_args_parser()
+    parser = flags_parser()
     for word in argv:
         if word.startswith("--") and "." in word.partition("=")[0]:
             raise BadInput(f"{word}: keys take no dashes; write {word.lstrip('-')}")

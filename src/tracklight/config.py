@@ -12,7 +12,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from tracklight.errors import BadInput
 from tracklight.gate import build as build
-from tracklight.gate import check_targets, described
+from tracklight.gate import check_plain, check_targets, described
 from tracklight.redaction import redact as redact
 from tracklight.rules import check_relations, check_sections, check_values, nodes, shown
 
@@ -45,12 +45,14 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
 
+    from tracklight.hydra_internals import check_nodes
     from tracklight.overrides import told
 
     before = HydraConfig.instance().cfg
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = compose("config", list(overrides), return_hydra_config=True)
+            check_nodes(cfg.hydra, allowed_targets())
             HydraConfig.instance().set_config(cfg)
             with open_dict(cfg):
                 del cfg["hydra"]
@@ -107,12 +109,14 @@ def allowed_targets() -> list[str]:
 
 
 def plain(cfg: Any) -> dict[str, Any]:
-    """Resolve a config into dicts, lists and scalars.
+    """Resolve a config into dicts, lists and scalars, once: no interpolation is left in it.
 
     Raises:
-        BadInput: An environment variable is not set, or a value refers to nothing.
+        BadInput: An environment variable is not set, a value refers to nothing, or an escaped
+            interpolation is left.
     """
     if not OmegaConf.is_config(cfg):
+        check_plain(cfg)
         return dict(cfg)
     try:
         tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -123,17 +127,22 @@ def plain(cfg: Any) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise BadInput(f"{error.full_key} has no value; set {error.full_key}=VALUE") from error
     assert isinstance(tree, dict)
+    check_plain(tree)
     return {str(key): value for key, value in tree.items()}
 
 
 def amend(stored: Mapping[str, Any], overrides: Sequence[str]) -> DictConfig:
     """Apply dotted overrides to a stored, resolved config, under this checkout's allow-list.
 
+    What is stored is data: nothing of it is ever resolved.
+
     Raises:
-        BadInput: An override does not read, names no key of that config, or replaces a group.
+        BadInput: An override does not read, names no key of that config, or replaces a group; or
+            the config or an override holds an interpolation.
     """
     from tracklight.overrides import parse, unknown_key
 
+    check_plain(stored)
     cfg = OmegaConf.create({**stored, "allowed_targets": allowed_targets()})
     known = dict(nodes(stored))
     for override in parse(overrides):
@@ -142,7 +151,9 @@ def amend(stored: Mapping[str, Any], overrides: Sequence[str]) -> DictConfig:
             raise BadInput(f"{text}: of a stored config only single keys can be set, KEY=VALUE")
         if key not in known and not (override.is_add() or override.is_force_add()):
             raise BadInput(unknown_key(key, known))
-        OmegaConf.update(cfg, key, override.value(), force_add=True)
+        value = override.value()
+        check_plain(value, key)
+        OmegaConf.update(cfg, key, value, force_add=True)
     OmegaConf.set_struct(cfg, True)
     return cfg
 

@@ -5,7 +5,7 @@ A `_target_` names a class that is defined in an allowed module, or nothing is b
 
 import importlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial as bind
 from typing import Any
 
@@ -39,28 +39,47 @@ def build(
         BadInput: A target is not allowed, not there, of another kind, or given what it lacks.
     """
     where = (node._get_full_key(None) or "") if isinstance(node, DictConfig) else ""
-    tree: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    tree: Any = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
+    check_plain(tree, where)
     check_targets(tree, allowed, where)
-    outermost = None
+    classes: dict[str, type] = {}
     for key, inner in described(tree, where):
-        found = find_class(inner["_target_"], allowed, _join(key, "_target_"))
-        if key != where:
-            _check_arguments(found, inner, bool(inner.get("_partial_")), key)
-            continue
-        outermost = found
-        if kind is not None and not issubclass(found, kind):
+        found = classes[key] = find_class(inner["_target_"], allowed, _join(key, "_target_"))
+        is_outermost = key == where
+        if is_outermost and kind is not None and not issubclass(found, kind):
             wanted = f"{kind.__module__}.{kind.__qualname__}"
             raise BadInput(f"{_join(key, '_target_')}={inner['_target_']} is no {wanted}")
-        _check_arguments(found, {**inner, **kwargs}, partial, key)
-    if outermost is None:
-        return _instantiate(tree, where)
-    factory = _instantiate({**tree, "_partial_": True}, where)
+        given = {**inner, **kwargs} if is_outermost else inner
+        is_partial = partial if is_outermost else bool(inner.get("_partial_"))
+        _check_arguments(found, given, is_partial, key)
+    if where not in classes:
+        return _construct(tree, classes, where)
+    factory = _construct({**tree, "_partial_": True}, classes, where)
     if partial:
         return bind(factory, **kwargs)
-    try:
-        return factory(**kwargs)
-    except ValueError as error:
-        raise _told_where(error, where) from error
+    return _call(factory, where, **kwargs)
+
+
+def check_plain(tree: Any, where: str = "") -> None:
+    """Refuse text that OmegaConf would take for an interpolation if it read it again.
+
+    What is checked must be what is built: a value that was resolved once is text for good.
+
+    Raises:
+        BadInput: There is some; the message names its key.
+    """
+    if isinstance(tree, Mapping):
+        for name, value in tree.items():
+            check_plain(str(name), where)
+            check_plain(value, _join(where, str(name)))
+    elif isinstance(tree, list | tuple):
+        for index, value in enumerate(tree):
+            check_plain(value, f"{where}[{index}]")
+    elif isinstance(tree, str) and "${" in tree:
+        raise BadInput(
+            f"{where}={tree[:80]}: '${{' is refused in a value that is resolved already; write the "
+            "value itself"
+        )
 
 
 def check_targets(tree: Any, allowed: Sequence[str], where: str = "") -> None:
@@ -104,6 +123,11 @@ def described(tree: Any, where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield from described(value, f"{where}[{index}]")
 
 
+def targets_of(tree: Any, where: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the key of every node with a `_target_`, and that target."""
+    return ((key, node["_target_"]) for key, node in described(tree, where))
+
+
 def _import(target: str, key: str) -> Any:
     parts = target.split(".")
     for length in range(len(parts) - 1, 0, -1):
@@ -138,31 +162,35 @@ def _check_arguments(found: type, given: Mapping[str, Any], partial: bool, where
         ) from error
 
 
-def _instantiate(tree: Any, where: str) -> Any:
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
+def _construct(tree: Any, classes: Mapping[str, type], where: str) -> Any:
+    """Build the nodes of a plain tree from the inside out; constructors get lists and dicts."""
+    if isinstance(tree, list | tuple):
+        return [_construct(each, classes, f"{where}[{i}]") for i, each in enumerate(tree)]
+    if not isinstance(tree, Mapping):
+        return tree
+    is_deep = tree.get("_recursive_", True)
+    inner = {
+        name: _construct(value, classes, _join(where, str(name))) if is_deep else value
+        for name, value in tree.items()
+        if name not in DIRECTIVES
+    }
+    if where not in classes:
+        return inner
+    positional = tree.get("_args_", [])
+    if is_deep:
+        positional = _construct(positional, classes, _join(where, "_args_"))
+    if tree.get("_partial_"):
+        return bind(classes[where], *positional, **inner)
+    return _call(classes[where], where, *positional, **inner)
 
+
+def _call(factory: Callable[..., Any], where: str, *args: Any, **kwargs: Any) -> Any:
     try:
-        return instantiate(_without_conversions(tree), _convert_="all")
-    except InstantiationException as error:
-        if isinstance(error.__cause__, ValueError):
-            raise _told_where(error.__cause__, where) from error
-        raise error.__cause__ or error from None
-
-
-def _without_conversions(tree: Any) -> Any:
-    """Drop `_convert_`, so that every constructor gets plain lists and dicts, and null targets."""
-    if isinstance(tree, Mapping):
-        return {
-            name: _without_conversions(value)
-            for name, value in tree.items()
-            if name != "_convert_" and (name, value) != ("_target_", None)
-        }
-    return [_without_conversions(value) for value in tree] if isinstance(tree, list) else tree
-
-
-def _told_where(error: ValueError, where: str) -> BadInput:
-    return error if isinstance(error, BadInput) else BadInput(f"{where}: {error}".lstrip(": "))
+        return factory(*args, **kwargs)
+    except BadInput:
+        raise
+    except ValueError as error:
+        raise BadInput(f"{where}: {error}".lstrip(": ")) from error
 
 
 def _join(where: str, name: str) -> str:

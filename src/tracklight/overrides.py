@@ -122,6 +122,9 @@ def split_for_resume(words: Sequence[str]) -> tuple[list[str], list[str]]:
             )
     of_command = ("resume", "allow_changes", "allowed_targets", "tracking", "hydra")
     now = [word for word, key in parsed.items() if key.partition(".")[0] in of_command]
+    for word in parsed:
+        if "${" in word and word not in now:
+            raise BadInput(f"{word}: a stored config is plain text; write the value itself")
     return now, [word for word, key in parsed.items() if key != "resume" and key[:6] != "hydra."]
 
 

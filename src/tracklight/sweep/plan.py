@@ -240,7 +240,7 @@ def assign(job: Job, **further: Any) -> Assignment:
     cfg = OmegaConf.to_container(job.cfg)
     assert isinstance(cfg, dict)
     cfg["trainer"]["enable_progress_bar"] = False
-    cfg["tracking"]["run_name"] = job.name
+    cfg["tracking"]["run_name"] = job.name.replace("${", "{")  # text, not to be resolved
     cfg["resume"] = None
     kept = [word for word in job.words if word.partition("=")[0] != "num_threads"]
     words = (*kept, f"num_threads={job.cfg.num_threads}", "trainer.enable_progress_bar=false")
