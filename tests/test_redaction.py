@@ -35,3 +35,12 @@ def test_keys_that_name_secrets_are_starred_out_at_any_depth():
         "secret": None,
     }
     assert redact(tree) == safe
+
+
+def test_what_a_variable_of_a_telling_name_holds_is_starred_out_wherever_it_stands(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "pl4nt3d")
+    monkeypatch.setenv("PGPASSWORD", "short")  # five characters are part of other words
+    monkeypatch.setenv("MNIST_ROOT", "/data/mnist")
+    tree = {"data": {"path": "s3://pl4nt3d/x", "root": "/data/mnist"}, "a": ["shorter", "pl4nt3d"]}
+    safe = {"data": {"path": "s3://***/x", "root": "/data/mnist"}, "a": ["shorter", "***"]}
+    assert redact(tree) == safe

@@ -71,7 +71,7 @@ def open_run(
         resume.EPOCHS_TAG: str(cfg.trainer.max_epochs),
     }
     if continued is None:
-        name = cfg.tracking.run_name or _name(model, data)
+        name = config.redact(cfg.tracking.run_name) or _name(model, data)
         return store.create(cfg.tracking.experiment, name, {**facts.tags(), **own, **tags})
     changes = resume.check_changes(continued, facts.code, digest, cfg.allow_changes)
     if changes:
