@@ -1,6 +1,7 @@
 import math
 import random
 import sqlite3
+from contextlib import closing
 from statistics import fmean
 
 import pytest
@@ -142,7 +143,7 @@ def test_a_crowded_store_holds_copies_that_mlflow_and_recovery_take_for_runs(tmp
     assert {each.info.status for each in found} == {"FINISHED"}
     assert all(each.data.params == {"lr": "0.1"} for each in found)
     assert all((tmp_path / "artifacts" / each.info.run_id).is_dir() for each in found)
-    with sqlite3.connect(tmp_path / "mlflow.db") as connection:
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as connection, connection:
         keys = connection.execute("SELECT value FROM tags WHERE key = 'tracklight.key'").fetchall()
         assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
     assert len({*keys}) == 8

@@ -130,7 +130,8 @@ def check_nodes(hydra: DictConfig, allowed: list[str]) -> None:
         check_plain(tree, where)
         check_targets(tree, trusted, where)
         for key, target in targets_of(tree, where):
-            find_class(target, trusted, f"{key}._target_")
+            if key != where:  # of plugins, Hydra itself takes only those that it has discovered
+                find_class(target, trusted, f"{key}._target_")
     for name in LOGGING:
         tree = OmegaConf.to_container(hydra.get(name) or OmegaConf.create(), resolve=True)
         check_plain(tree, f"hydra.{name}")

@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -294,7 +295,7 @@ def fill(store, num_runs, num_trials):
         "metrics": own,
     }
     counting = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)"
-    with sqlite3.connect(store.database) as connection:
+    with closing(sqlite3.connect(store.database)) as connection, connection:
         connection.execute("PRAGMA synchronous = off")
         (model,) = connection.execute("SELECT run_uuid FROM runs").fetchone()
         for table, change in changes.items():

@@ -52,7 +52,7 @@ def test_what_this_machine_lacks_is_refused_unless_a_launcher_runs_elsewhere(com
     words = ("seed=1,2", "trainer.accelerator=cpu", "trainer.devices=999", "sweep.dry_run=true")
     process = commander.sweep(tmp_path / "runs", *words)
     assert process.exit_code == 2 and "trainer.devices=999" in process.stderr
-    elsewhere = "hydra.launcher._target_=of_a_cluster.Launcher"
+    elsewhere = "hydra.launcher._target_=hydra_plugins.of_a_cluster.Launcher"
     process = commander.sweep(tmp_path / "runs", *words, elsewhere)
     assert process.exit_code == 0, process.stderr
     assert "this machine's cores shared out; num_threads=N" in process.stdout

@@ -2,6 +2,7 @@
 
 import math
 import sqlite3
+from contextlib import closing
 from functools import partial
 
 import pytest
@@ -46,7 +47,7 @@ def test_id_and_unique_prefix_name_the_run(add, ledger):
 
 def test_prefix_of_two_runs_is_refused(add, ledger, tmp_path):
     add(0.1), add(0.2)
-    with sqlite3.connect(tmp_path / "mlflow.db") as connection:
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as connection, connection:
         connection.execute("PRAGMA foreign_keys = off")
         rows = connection.execute("SELECT run_uuid FROM runs").fetchall()
         for table in ("runs", "tags", "params", "latest_metrics", "metrics"):

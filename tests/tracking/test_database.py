@@ -1,6 +1,7 @@
 import shutil
 import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def test_what_is_no_mlflow_database_is_refused_in_one_line(tmp_path, template):
     assert "directory" in refused()
     path.rmdir()
     shutil.copy(template, path)
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = 'e5e5'")
     connection.close()
     assert "mlflow db upgrade" in refused()

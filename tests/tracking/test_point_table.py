@@ -1,5 +1,6 @@
 import math
 import sqlite3
+from contextlib import closing
 
 import pytest
 from disturbances import locked
@@ -23,13 +24,12 @@ POINTS = st.builds(
 
 
 def rows(database, table, run_id):
-    with sqlite3.connect(database) as connection:
+    with closing(sqlite3.connect(database)) as connection, connection:
         found = connection.execute(
             "SELECT key, value, typeof(value), timestamp, step, is_nan, typeof(is_nan) "
             f"FROM {table} WHERE run_uuid = ? ORDER BY 1, 2, 4, 5, 6",
             (run_id,),
         ).fetchall()
-    connection.close()
     return found
 
 
@@ -127,7 +127,7 @@ def test_a_database_that_is_gone_is_not_made_anew(store):
 
 def test_tables_of_another_shape_are_not_touched(store):
     assert is_known(store.database)
-    with sqlite3.connect(store.database) as connection:
+    with closing(sqlite3.connect(store.database)) as connection, connection:
         connection.execute("ALTER TABLE metrics ADD COLUMN unit TEXT")
     connection.close()
     assert not is_known(store.database)
