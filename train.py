@@ -5,7 +5,7 @@ import sys
 
 def run(cfg):
     """Import what trains only once there is something to train."""
-    from tracklight.experiment import run
+    from tracklight.experiment.train import run
 
     return run(cfg)
 

@@ -1,4 +1,5 @@
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,21 @@ def template(tmp_path_factory) -> Path:
     return directory / "mlflow.db"
 
 
+@pytest.fixture
+def directory(tmp_path: Path, template: Path) -> Path:
+    """A tracking directory with an empty store."""
+    shutil.copy(template, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+@pytest.fixture
+def store(directory: Path):
+    """An empty store in `tmp_path`."""
+    from tracklight.tracking.store import connect
+
+    return connect(None, directory)
+
+
 class Finished:
     """A run of this process, as MLflow and its folder have it."""
 
@@ -59,8 +75,8 @@ def train(tmp_path: Path) -> Callable[..., Finished]:
     """Train as the command line would, in this process, tracked below `tmp_path`."""
 
     def train(*overrides: str) -> Finished:
-        from tracklight.config import compose
-        from tracklight.experiment import run
+        from tracklight.config.compose import compose
+        from tracklight.experiment.train import run
 
         directory = tmp_path / "runs"
         here = [f"tracking.dir={directory}", "tracking.uri=null"]

@@ -2,8 +2,8 @@
 
 import uuid
 
-from tracklight.tracking.layout import DATA_NAME_TAG, DATA_TAG, IDENTITY_TAG, SETTING_TAG
 from tracklight.tracking.store import Store
+from tracklight.tracking.tags import DATA_NAME_TAG, DATA_TAG, IDENTITY_TAG, SETTING_TAG
 
 
 def add_run(

@@ -164,7 +164,7 @@ def _answers(port: int) -> bool:
     return True
 
 
-class Outcome:
+class TrialResult:
     """All that a tracking directory with one run holds of it, read without MLflow."""
 
     def __init__(self, directory: Path):
@@ -198,7 +198,7 @@ class Outcome:
 
         return torch.load(self.checkpoints / f"{name}.ckpt", weights_only=True)
 
-    def differences(self, other: "Outcome") -> list[str]:
+    def differences(self, other: "TrialResult") -> list[str]:
         """What this run, continued through faults, differs in from an undisturbed one."""
         found = []
         if [status for _, status in self.runs] != ["FINISHED"]:

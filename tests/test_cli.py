@@ -11,8 +11,8 @@ import warnings
 import pytest
 
 from tracklight import cli
-from tracklight.config import ROOT
 from tracklight.errors import BadInput, RunFailed
+from tracklight.paths import ROOT
 
 TRAIN = ROOT / "train.py"
 HEAVY = {"torch", "pytorch_lightning", "mlflow", "optuna", "numpy", "pandas", "sqlalchemy"}

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tracklight.config import ROOT
+from tracklight.paths import ROOT
 
 ROWS = [
     line

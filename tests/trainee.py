@@ -90,7 +90,7 @@ def serve(folder: str, port: int) -> None:
 
 def run(cfg: Any) -> Any:
     """As in train.py."""
-    from tracklight.experiment import run
+    from tracklight.experiment.train import run
 
     return run(cfg)
 
@@ -184,8 +184,8 @@ def put(target: str, value: Any) -> None:
 
 def spare_model() -> None:
     """Log no model and draw nothing: it takes longer than the training of these tests."""
-    put("tracklight.closing:log_model", lambda *_, **__: None)
-    put("tracklight.closing:illustrate", lambda *_, **__: None)
+    put("tracklight.experiment.record:log_model", lambda *_, **__: None)
+    put("tracklight.experiment.record:illustrate", lambda *_, **__: None)
 
 
 def limit_files(num_bytes: int) -> None:
@@ -256,7 +256,7 @@ def prepare(template: Path) -> None:
     quiet()
     for name in PRELOADED:
         importlib.import_module(name)
-    from tracklight.tracking.database import ensure
+    from tracklight.tracking.sqlite_file import ensure
 
     ensure(template, (template.parent / "artifacts").as_uri())
     _warm_up()
@@ -264,14 +264,14 @@ def prepare(template: Path) -> None:
 
 def _warm_up() -> None:
     """Train once: grammars, traces and dispatch tables are then there for all that are forked."""
-    from tracklight.config import compose
+    from tracklight.config.compose import compose
 
     with contextlib.redirect_stdout(io.StringIO()):
         run(compose(["trainer.max_epochs=1", "num_threads=1", "tracking=none"]))
 
 
 PRELOADED = (
-    *("foreign", "tracklight.experiment", "tracklight.overrides", "hydra.main"),
+    *("foreign", "tracklight.experiment.train", "tracklight.config.overrides", "hydra.main"),
     *("mlflow.pytorch", "mlflow.pyfunc.loaders", "mlflow.store.tracking.sqlalchemy_store"),
     *("torch.export._trace", "torch._functorch.aot_autograd", "torch._export.non_strict_utils"),
 )

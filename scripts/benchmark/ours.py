@@ -11,11 +11,11 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from typing_extensions import override
 
 from benchmark.race import SLICE, Relay
-from tracklight.config import compose
+from tracklight.config.compose import compose
 from tracklight.engine.blocks import STEPS_PER_BLOCK
-from tracklight.engine.resume_checkpoint import ResumeCheckpoint
-from tracklight.experiment import run
-from tracklight.tracking import feeder
+from tracklight.engine.checkpoints import ResumeCheckpoint
+from tracklight.experiment.train import run
+from tracklight.tracking import sender as feeder
 from tracklight.tracking.run import Run
 
 BLOCKS_PER_SLICE = SLICE // STEPS_PER_BLOCK

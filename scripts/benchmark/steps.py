@@ -16,7 +16,7 @@ from benchmark.race import SLICE, Relay, Rival, per_epoch, race, ratio
 from benchmark.table import Claim, Section
 from tracklight.data.mnist import MNIST
 from tracklight.data.tensor_data import epoch_order
-from tracklight.tracking import database
+from tracklight.tracking import sqlite_file as database
 
 HAND_UINT8 = "by hand, resident uint8"
 HAND_FLOAT = "by hand, resident float32"

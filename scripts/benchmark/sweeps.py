@@ -47,7 +47,7 @@ def measure(root: Path, folder: Path, setting: Setting) -> Section:
         f" {NUM_COMMANDS} separate commands. The others train on 5,000 images.",
         "Pruning: 40 random trials of 10 epochs by SGD, learning rates from 1e-6 to 1, of which the"
         f" lower half learn nothing; in brackets the lowest and highest of {len(SEEDS)} seeds.",
-        f"Slots: {len(LENGTHS)} trials of {min(LENGTHS)} to {max(LENGTHS)} epochs, three times.",
+        f"Executor: {len(LENGTHS)} trials of {min(LENGTHS)} to {max(LENGTHS)} epochs, three times.",
     ]
     return Section("Sweeps", notes, claims[::-1], sweeps.times, "s")
 
@@ -223,9 +223,9 @@ import sys, time
 sys.argv[0] = {root!r} + "/train.py"
 sys.path.insert(0, {root!r})
 from tracklight.sweep import pool
-from tracklight.sweep.trial import Outcome
+from tracklight.sweep.trial import TrialResult
 log, trials = open({log!r}, "a", buffering=1), []
-start, messages = pool.Pool.start, pool.Pool.messages
+start, messages = pool.ProcessExecutor.start, pool.ProcessExecutor.messages
 def started(self, assignment, tag):
     start(self, assignment, tag)
     if not assignment.rehearse and not assignment.test:
@@ -233,11 +233,11 @@ def started(self, assignment, tag):
         print("start", time.time(), file=log)
 def told(self, timeout_s):
     for tag, message in messages(self, timeout_s):
-        if isinstance(message, Outcome) and tag in trials:
+        if isinstance(message, TrialResult) and tag in trials:
             trials.remove(tag)
             print("end", time.time(), file=log)
         yield tag, message
-pool.Pool.start, pool.Pool.messages = started, told
+pool.ProcessExecutor.start, pool.ProcessExecutor.messages = started, told
 from tracklight.cli import main
 main(lambda cfg: None)
 """

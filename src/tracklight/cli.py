@@ -77,7 +77,7 @@ def _format_warning(
 
 def exit_code(error: BaseException) -> int:
     """Say on stderr how the program ends, and return its exit code."""
-    from tracklight.redaction import redact
+    from tracklight.redact import redact
 
     signals = sys.modules.get("tracklight.engine.signals")
     if isinstance(error, KeyboardInterrupt):
@@ -94,9 +94,9 @@ def exit_code(error: BaseException) -> int:
 def _run(task: Task, argv: Sequence[str]) -> Any:
     from omegaconf import OmegaConf
 
-    from tracklight import ranks
-    from tracklight.config import compose, settled
-    from tracklight.overrides import read, split_for_resume
+    from tracklight.config.compose import compose, settled
+    from tracklight.config.overrides import read, split_for_resume
+    from tracklight.engine import distributed as ranks
 
     leader = ranks.leader()
     if leader is not None:
@@ -117,9 +117,11 @@ def _run_through_hydra(task: Task, arguments: Namespace, words: list[str]) -> An
     """Let Hydra act on its flags: -m, --help, --cfg, --config-dir and so on."""
     from hydra.errors import HydraException, InstantiationException
 
-    from tracklight.config import CONF, allowed_targets, checked, redact, settled
-    from tracklight.hydra_internals import run_hydra
-    from tracklight.overrides import told
+    from tracklight.config.compose import allowed_targets, checked, settled
+    from tracklight.config.hydra_internals import run_hydra
+    from tracklight.config.overrides import told
+    from tracklight.paths import CONF
+    from tracklight.redact import redact
 
     outcome: list[Any] = []
 
@@ -154,7 +156,7 @@ def _run_through_hydra(task: Task, arguments: Namespace, words: list[str]) -> An
 
 def _parse(argv: Sequence[str]) -> Namespace:
     """Parse Hydra's flags; what is wrong with them is bad input like any other."""
-    from tracklight.hydra_internals import flags_parser
+    from tracklight.config.hydra_internals import flags_parser
 
     parser = flags_parser()
     for word in argv:

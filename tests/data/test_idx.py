@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from idx_encoding import idx_bytes
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
-from tracklight.data.idx import check_labels, read_idx
+from tracklight.data.mnist import check_labels, read_idx
 from tracklight.errors import BadInput
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)

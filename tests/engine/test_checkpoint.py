@@ -12,8 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tracklight.engine import checkpoint as module
-from tracklight.engine.checkpoint import (
+from tracklight.engine import checkpoints as module
+from tracklight.engine.checkpoints import (
     Checksum,
     DurableCheckpointIO,
     checksum_path,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tracklight.engine.gradients import STEPS_APART, statistics
+from tracklight.engine.monitors import STEPS_APART, statistics
 
 MLP_STEPS = ("model=mlp", "model.hidden=[4]", "trainer.max_epochs=2", "data.batch_size=50")
 MLP_STEPS += ("data.num_val=500", "num_threads=1", "tracking.figures=false", "data.download=false")

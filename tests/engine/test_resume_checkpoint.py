@@ -8,12 +8,14 @@ from fitting import Fit, OneByOne
 from pytorch_lightning import Callback
 
 from foreign import Blobs
-from tracklight.engine import resume_checkpoint
-from tracklight.engine.checkpoint import DurableCheckpointIO, checksum_path, is_intact
-from tracklight.engine.resume_checkpoint import (
+from tracklight.engine import checkpoints as resume_checkpoint
+from tracklight.engine.checkpoints import (
     LAST,
+    DurableCheckpointIO,
     ResumeCheckpoint,
     adopt,
+    checksum_path,
+    is_intact,
     keep_last,
     resume_point,
 )
@@ -159,7 +161,7 @@ def test_naming_the_last_one_survives_a_crash_at_every_call(tmp_path, monkeypatc
         assert point is not None
         assert torch.load(point, weights_only=True)["global_step"] == 39
         keep_last(tmp_path, IO)
-        from tracklight.engine.checkpoint import remove_leftovers
+        from tracklight.engine.checkpoints import remove_leftovers
 
         remove_leftovers(tmp_path)
     assert names(tmp_path) == [LAST, checksum_path(tmp_path / LAST).name]

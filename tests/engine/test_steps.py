@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from tracklight.engine import steps
-from tracklight.engine.graphs import CapturedStep, OnDevice, may_capture
+from tracklight.engine.cuda_graphs import CapturedStep, OnDevice, may_capture
 from tracklight.engine.seeding import seed_step
 from tracklight.engine.steps import TracedStep, eager_step, make_step, may_trace
 from tracklight.models.linear_regression import LinearRegression

@@ -37,4 +37,4 @@ CONFIGS = {
     "foreign": NET,
 }
 EPOCHS = "trainer.max_epochs=12"
-EACH_EPOCH = ["put", "tracklight.engine.resume_checkpoint:INTERVAL_S", 0.0]
+EACH_EPOCH = ["put", "tracklight.engine.checkpoints:INTERVAL_S", 0.0]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from configs import CONFIGS, EPOCHS
 
-from process import Outcome, Trainees
+from process import Trainees, TrialResult
 
 
 @pytest.fixture(scope="session")
@@ -16,16 +16,16 @@ def trainees(tmp_path_factory) -> Iterator[Trainees]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(trainees, tmp_path_factory) -> Callable[[str], Outcome]:
+def undisturbed(trainees, tmp_path_factory) -> Callable[[str], TrialResult]:
     """The outcome of one of `CONFIGS` that nothing befalls; each is run once."""
-    outcomes: dict[str, Outcome] = {}
+    outcomes: dict[str, TrialResult] = {}
 
-    def undisturbed(name: str) -> Outcome:
+    def undisturbed(name: str) -> TrialResult:
         if name not in outcomes:
             directory = tmp_path_factory.mktemp("undisturbed") / name
             process = trainees.train(directory, *CONFIGS[name], EPOCHS, faults=[["spare_model"]])
             assert process.exit_code == 0, process.stderr
-            outcomes[name] = Outcome(directory)
+            outcomes[name] = TrialResult(directory)
         return outcomes[name]
 
     return undisturbed

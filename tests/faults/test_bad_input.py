@@ -8,7 +8,7 @@ import pytest
 import torch
 from configs import MLP, QUICK
 
-from process import Outcome
+from process import TrialResult
 
 TABLE = ("model=linear", "data=table", *QUICK)
 COMMANDS = {
@@ -63,14 +63,14 @@ def test_what_is_typed_wrongly_is_one_line_and_no_run(trainees, tmp_path):
         line = refused(process)
         assert re.search(said, line), (command, line)
         assert process.stderr.count("\n") == 1, (command, process.stderr)
-    assert Outcome(directory).runs == []
+    assert TrialResult(directory).runs == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_gpu_where_there_is_none_is_said_and_auto_offered(trainees, tmp_path):
     line = refused(trainees.train(tmp_path / "runs", "trainer.accelerator=gpu"))
     assert "no GPU found on this machine" in line and "trainer.accelerator=auto" in line
-    assert Outcome(tmp_path / "runs").runs == []
+    assert TrialResult(tmp_path / "runs").runs == []
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_bad_table_is_one_line_and_no_run(trainees, tmp_path, text, said):
     path.write_text(text)
     process = trainees.train(tmp_path / "runs", *TABLE, f"data.path={path}", "data.target=y")
     assert re.search(said, refused(process)), process.stderr
-    assert Outcome(tmp_path / "runs").runs == []
+    assert TrialResult(tmp_path / "runs").runs == []
 
 
 class Malice:
@@ -102,7 +102,7 @@ class Malice:
 def test_a_bad_checkpoint_to_start_from_is_one_line_and_no_run(trainees, tmp_path):
     directory = tmp_path / "runs"
     trainees.train(directory, *MLP, "trainer.max_epochs=1", faults=[["spare_model"]])
-    first = Outcome(directory)
+    first = TrialResult(directory)
     best = first.checkpoints / "best.ckpt"
     whole = torch.load(best, weights_only=True)
     kept = shutil.copy(best, tmp_path / "kept")
@@ -130,4 +130,4 @@ def test_a_bad_checkpoint_to_start_from_is_one_line_and_no_run(trainees, tmp_pat
     assert "do not fit this model: " in refused(process) and "size mismatch" in process.stderr
     for address in ("http://127.0.0.1/best.ckpt", "https://example.org/best.ckpt"):
         assert "init_from=http" in refused(trainees.train(directory, *MLP, f"init_from={address}"))
-    assert len(Outcome(directory).runs) == 1
+    assert len(TrialResult(directory).runs) == 1

@@ -7,9 +7,9 @@ from contextlib import closing
 import pytest
 from configs import ALLOWED, CONFIGS, EACH_EPOCH, EPOCHS, QUICK
 
-from process import Outcome
+from process import TrialResult
 
-COMMIT = "tracklight.engine.resume_checkpoint:ResumeCheckpoint._commit"
+COMMIT = "tracklight.engine.checkpoints:ResumeCheckpoint._commit"
 BATCH_END = "tracklight.engine.blocks:Blocks.on_train_batch_end"
 DIE = [["spare_model"], EACH_EPOCH, ["strike", COMMIT, 3, ["SIGKILL"], True]]
 SPARE = [["spare_model"]]
@@ -26,7 +26,7 @@ def killed(trainees, tmp_path):
 def test_a_changed_setting_or_code_is_refused_with_the_difference_unless_allowed(
     trainees, undisturbed, killed
 ):
-    run = f"resume={Outcome(killed).run_id}"
+    run = f"resume={TrialResult(killed).run_id}"
     for change, said in (
         ("optimizer.lr=0.5", r"optimizer\.lr: 0\.01 -> 0\.5"),
         ("seed=8", "seed: 0 -> 8"),
@@ -38,24 +38,24 @@ def test_a_changed_setting_or_code_is_refused_with_the_difference_unless_allowed
         process = trainees.train(killed, *command, faults=[["change_code"]])
         assert process.exit_code == 2
         assert re.fullmatch(r"error: run .*code: digest \w+ -> f+\); .*\n", process.stderr)
-    assert len(Outcome(killed).runs) == 1
-    assert max(Outcome(killed).steps("train/loss")) == 3 * 38
+    assert len(TrialResult(killed).runs) == 1
+    assert max(TrialResult(killed).steps("train/loss")) == 3 * 38
 
     process = trainees.train(
         *(killed, run, "optimizer.lr=0.5", ALLOWED, "allow_changes=true"),
         faults=SPARE,
     )
-    changed = Outcome(killed)
+    changed = TrialResult(killed)
     assert (process.exit_code, changed.status) == (0, "FINISHED")
     assert changed.tags["tracklight.changes"] == "optimizer.lr: 0.01 -> 0.5"
     assert changed.differences(undisturbed("plateau")) != []
 
 
 def test_a_run_continued_by_its_id_alone_ends_in_the_same_bits(trainees, undisturbed, killed):
-    run = f"resume={Outcome(killed).run_id[:12]}"
+    run = f"resume={TrialResult(killed).run_id[:12]}"
     process = trainees.train(killed, run, ALLOWED, faults=SPARE)
     assert process.exit_code == 0, process.stderr
-    assert Outcome(killed).differences(undisturbed("plateau")) == []
+    assert TrialResult(killed).differences(undisturbed("plateau")) == []
 
 
 def test_a_run_moved_to_another_folder_keeps_its_best_and_ends_in_the_same_bits(
@@ -66,7 +66,7 @@ def test_a_run_moved_to_another_folder_keeps_its_best_and_ends_in_the_same_bits(
     killed.rename(moved)
     process = trainees.train(moved, *CONFIGS["plateau"], EPOCHS, "resume=auto", faults=SPARE)
     assert process.exit_code == 0, process.stderr
-    assert Outcome(moved).differences(undisturbed("plateau")) == []
+    assert TrialResult(moved).differences(undisturbed("plateau")) == []
 
 
 @pytest.mark.slow
@@ -76,13 +76,13 @@ def test_a_run_begun_with_the_weights_of_another_is_continued(trainees, tmp_path
         directory = tmp_path / name
         first = trainees.train(directory, *CONFIGS["blocks"], "trainer.max_epochs=1", faults=SPARE)
         assert first.exit_code == 0, first.stderr
-        source = f"init_from={Outcome(directory).run_id}"
+        source = f"init_from={TrialResult(directory).run_id}"
         command = (*CONFIGS["plateau"], EPOCHS, source, "resume=auto")
         if faults is DIE:
             assert trainees.train(directory, *command, faults=DIE).exit_code == -9
         process = trainees.train(directory, *command, faults=SPARE)
         assert process.exit_code == 0, process.stderr
-        outcomes.append(Outcome(directory))
+        outcomes.append(TrialResult(directory))
     assert [status for _, status in outcomes[1].runs] == ["FINISHED"] * 2
     weights = [each.checkpoint("last")["state_dict"] for each in outcomes]
     assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
@@ -90,13 +90,13 @@ def test_a_run_begun_with_the_weights_of_another_is_continued(trainees, tmp_path
 
 @pytest.mark.parametrize("tag", ["mlflow.parentRunId", "tracklight.reproduces"])
 def test_resume_auto_leaves_the_runs_of_sweeps_and_reproductions_alone(trainees, killed, tag):
-    run_id = Outcome(killed).run_id
+    run_id = TrialResult(killed).run_id
     with closing(sqlite3.connect(killed / "mlflow.db")) as connection:
         connection.execute("INSERT INTO tags VALUES (?, 'whoever', ?)", (tag, run_id))
         connection.commit()
     process = trainees.train(killed, *CONFIGS["plateau"], EPOCHS, "resume=auto", faults=SPARE)
     assert process.exit_code == 0, process.stderr
-    assert [status for _, status in Outcome(killed).runs] == ["KILLED", "FINISHED"]
+    assert [status for _, status in TrialResult(killed).runs] == ["KILLED", "FINISHED"]
 
 
 def content_of(directory):
@@ -115,12 +115,12 @@ def test_a_second_process_on_the_same_run_is_told_so_and_writes_nothing(
     second = trainees.train(killed, *command)
     assert second.exit_code == 2
     assert second.stderr == (
-        f"error: run {Outcome(killed).run_id} is in progress (pid {first.pid})\n"
+        f"error: run {TrialResult(killed).run_id} is in progress (pid {first.pid})\n"
     )
     assert content_of(killed) == before
     mark.unlink()
     assert first.wait() == 0
-    assert Outcome(killed).differences(undisturbed("plateau")) == []
+    assert TrialResult(killed).differences(undisturbed("plateau")) == []
 
 
 @pytest.mark.parametrize("by", ["auto", "id"])
@@ -129,7 +129,7 @@ def test_a_finished_run_asked_for_more_epochs_ends_as_if_asked_at_once(
 ):
     directory = tmp_path / "runs"
     trainees.train(directory, *CONFIGS["plateau"], "trainer.max_epochs=5", faults=SPARE)
-    few = Outcome(directory)
+    few = TrialResult(directory)
     assert few.status == "FINISHED"
     command = (
         (*CONFIGS["plateau"], EPOCHS, "resume=auto")
@@ -137,7 +137,7 @@ def test_a_finished_run_asked_for_more_epochs_ends_as_if_asked_at_once(
         else (f"resume={few.run_id}", EPOCHS, ALLOWED)
     )
     assert trainees.train(directory, *command, faults=SPARE).exit_code == 0
-    differences = Outcome(directory).differences(undisturbed("plateau"))
+    differences = TrialResult(directory).differences(undisturbed("plateau"))
     # what a finished run logs at its end, it has logged at both of its ends
     assert [each for each in differences if "test/" not in each and "score" not in each] == []
 
@@ -146,14 +146,14 @@ def test_a_finished_run_asked_for_more_epochs_ends_as_if_asked_at_once(
 def test_more_epochs_under_a_schedule_of_the_total_are_another_training(trainees, tmp_path):
     directory = tmp_path / "runs"
     trainees.train(directory, *CONFIGS["blocks"], "trainer.max_epochs=3", faults=SPARE)
-    run = f"resume={Outcome(directory).run_id}"
+    run = f"resume={TrialResult(directory).run_id}"
     refused = trainees.train(directory, run, "trainer.max_epochs=5", ALLOWED)
     assert refused.exit_code == 2
     assert "trainer.max_epochs=5: the schedule of run" in refused.stderr
     trainees.train(
         directory, *CONFIGS["blocks"], "trainer.max_epochs=5", "resume=auto", faults=SPARE
     )
-    runs = Outcome(directory).runs
+    runs = TrialResult(directory).runs
     assert [status for _, status in runs] == ["FINISHED", "FINISHED"]
 
 
@@ -164,7 +164,7 @@ def test_resume_auto_finds_its_run_whatever_the_number_of_threads_is_left_to(tra
     command += ["trainer.max_epochs=4", "resume=auto"]
     assert trainees.train(directory, *command, faults=DIE).exit_code == -9
     assert trainees.train(directory, *command, faults=SPARE).exit_code == 0
-    assert [status for _, status in Outcome(directory).runs] == ["FINISHED"]
+    assert [status for _, status in TrialResult(directory).runs] == ["FINISHED"]
 
 
 @pytest.mark.parametrize("change", ["truncated", "relabelled", "swapped"])
@@ -186,5 +186,5 @@ def test_data_changed_between_two_starts_are_refused(trainees, tmp_path, change)
     process = trainees.train(directory, *command)
     assert process.exit_code == 2
     assert re.fullmatch(r"error: run .*data: digest \w{12} -> \w{12}.*\n", process.stderr)
-    assert len(Outcome(directory).runs) == 1
-    assert max(Outcome(directory).steps("train/loss")) == 3
+    assert len(TrialResult(directory).runs) == 1
+    assert max(TrialResult(directory).steps("train/loss")) == 3

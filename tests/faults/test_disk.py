@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from configs import CONFIGS, EACH_EPOCH, EPOCHS, MLP
 
-from process import Outcome
-from tracklight.engine.resume_checkpoint import resume_point
+from process import TrialResult
+from tracklight.engine.checkpoints import resume_point
 
-COMMIT = "tracklight.engine.resume_checkpoint:ResumeCheckpoint._commit"
+COMMIT = "tracklight.engine.checkpoints:ResumeCheckpoint._commit"
 SPARE = [["spare_model"]]
 WIDE = [word.replace("hidden=[16]", "hidden=[20000]") for word in MLP]
 
@@ -24,21 +24,21 @@ def test_a_disk_too_full_for_a_checkpoint_leaves_the_one_before(trainees, tmp_pa
     command = (*WIDE, "optimizer=adam", "trainer.max_epochs=4", "resume=auto")
     die = ["strike", COMMIT, 2, ["SIGKILL"], True]
     trainees.train(directory, *command, faults=[*SPARE, EACH_EPOCH, die])
-    kept = resume_point(Outcome(directory).checkpoints)
+    kept = resume_point(TrialResult(directory).checkpoints)
     process = trainees.train(
         directory, *command, faults=[*SPARE, EACH_EPOCH, ["limit_files", 2_000_000]]
     )
     assert process.exit_code == 1
-    folder = re.escape(str(Outcome(directory).checkpoints))
+    folder = re.escape(str(TrialResult(directory).checkpoints))
     assert re.search(
         rf"^error: checkpoint {folder}/step-\d+\.ckpt could not be written "
         r"\([\d,]{7,} bytes so far\): File too large; the previous one is untouched\n$",
         process.stderr,
     )
-    assert resume_point(Outcome(directory).checkpoints) == kept
-    assert Outcome(directory).status == "FAILED"
+    assert resume_point(TrialResult(directory).checkpoints) == kept
+    assert TrialResult(directory).status == "FAILED"
     assert trainees.train(directory, *command, faults=SPARE).exit_code == 0
-    assert [status for _, status in Outcome(directory).runs] == ["FINISHED"]
+    assert [status for _, status in TrialResult(directory).runs] == ["FINISHED"]
 
 
 @pytest.mark.slow
@@ -60,7 +60,7 @@ def test_a_disk_too_full_for_the_database_breaks_neither_it_nor_the_run(
     with closing(sqlite3.connect(directory / "mlflow.db")) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     assert trainees.train(directory, *command, faults=SPARE).exit_code == 0
-    assert Outcome(directory).differences(undisturbed("blocks")) == []
+    assert TrialResult(directory).differences(undisturbed("blocks")) == []
 
 
 @pytest.fixture
@@ -77,14 +77,14 @@ def test_a_read_only_run_folder_is_refused_before_training(trainees, tmp_path):
     die = ["strike", COMMIT, 2, ["SIGKILL"], True]
     command = (*CONFIGS["blocks"], EPOCHS, "resume=auto")
     trainees.train(directory, *command, faults=[*SPARE, EACH_EPOCH, die])
-    run = directory / "artifacts" / Outcome(directory).run_id
+    run = directory / "artifacts" / TrialResult(directory).run_id
     for path in (run, *run.rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)
     process = trainees.train(directory, *command, faults=[["respect_modes"]])
     assert process.exit_code == 2, process.stderr
     line = process.stderr.splitlines()[-1]
     assert line == f"error: cannot write run folder {run}: Permission denied"
-    assert max((step for _, step, *_ in Outcome(directory).points), default=0) <= 2 * 38
+    assert max((step for _, step, *_ in TrialResult(directory).points), default=0) <= 2 * 38
 
     directory.chmod(0o555)
     process = trainees.train(directory, *command, faults=[["respect_modes"]])
@@ -119,4 +119,4 @@ def test_a_full_temporary_folder_has_no_effect(trainees, undisturbed, tmp_path, 
     assert process.exit_code == 0
     assert "not logged" not in process.stderr
     assert [path.name for path in full_folder.iterdir()] == ["ballast"]
-    assert Outcome(directory).differences(undisturbed("blocks")) == []
+    assert TrialResult(directory).differences(undisturbed("blocks")) == []

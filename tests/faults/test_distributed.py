@@ -7,7 +7,7 @@ import psutil
 import pytest
 from configs import CONFIGS, EPOCHS
 
-from process import TESTS, Outcome
+from process import TESTS, TrialResult
 
 pytestmark = pytest.mark.slow
 
@@ -18,11 +18,11 @@ COMMAND = (*CONFIGS["blocks"], *TWO, EPOCHS, "resume=auto")
 
 
 @pytest.fixture(scope="module")
-def whole(trainees, tmp_path_factory) -> Outcome:
+def whole(trainees, tmp_path_factory) -> TrialResult:
     directory = tmp_path_factory.mktemp("undisturbed") / "ddp"
     process = trainees.train(directory, *COMMAND, faults=[["spare_model"]], env=HERE)
     assert process.exit_code == 0, process.stderr
-    return Outcome(directory)
+    return TrialResult(directory)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -43,7 +43,7 @@ def test_when_one_process_goes_all_end_and_the_run_continues_to_the_same_bits(
     assert alive == []
     process = trainees.train(directory, *COMMAND, faults=[["spare_model"]], env=HERE)
     assert process.exit_code == 0, process.stderr
-    assert Outcome(directory).differences(whole) == []
+    assert TrialResult(directory).differences(whole) == []
 
 
 def test_all_processes_are_one_run_and_share_the_examples(whole):
@@ -56,7 +56,7 @@ def test_a_strategy_that_copies_the_process_is_refused(trainees, tmp_path):
     words = (*CONFIGS["blocks"], "trainer.devices=2", "trainer.strategy=ddp_spawn")
     process = trainees.train(tmp_path / "runs", *words)
     assert process.exit_code == 2 and "try trainer.strategy=ddp" in process.stderr
-    assert Outcome(tmp_path / "runs").runs == []
+    assert TrialResult(tmp_path / "runs").runs == []
 
 
 def _trains(process: psutil.Process) -> bool:

@@ -3,9 +3,9 @@
 import pytest
 from configs import BLOBS, CONFIGS, EACH_EPOCH, EPOCHS, LISTENER, MLP, QUICK
 
-from process import Outcome
+from process import TrialResult
 
-COMMIT = "tracklight.engine.resume_checkpoint:ResumeCheckpoint._commit"
+COMMIT = "tracklight.engine.checkpoints:ResumeCheckpoint._commit"
 SPARE = [["spare_model"]]
 SCORED = ("score.metric=val/loss", "score.mode=min")
 OF_MLP = ("~model.hidden", "~model.dropout", "~model.activation")
@@ -17,7 +17,7 @@ def test_a_non_finite_loss_stops_the_run_at_its_step(trainees, tmp_path, further
     command = ("model=mlp", "model._target_=foreign.Diverging", "+model.nan_at=90", *OF_MLP)
     command = (*command, *BLOBS, *QUICK, EPOCHS, *further, *SCORED)
     process = trainees.train(directory, *command, faults=SPARE)
-    run = Outcome(directory)
+    run = TrialResult(directory)
     assert process.exit_code == 1
     assert process.stderr.startswith("error: train/loss is nan at step 90: stopped there")
     assert process.stderr.count("\n") == 1
@@ -29,7 +29,7 @@ def test_a_non_finite_loss_stops_the_run_at_its_step(trainees, tmp_path, further
     assert best["global_step"] in (38, 76)
     assert all(tensor.isfinite().all() for tensor in best["state_dict"].values())
     trainees.train(directory, *command, "resume=auto", faults=SPARE)
-    assert [status for _, status in Outcome(directory).runs] == ["FAILED", "FAILED"]
+    assert [status for _, status in TrialResult(directory).runs] == ["FAILED", "FAILED"]
 
 
 def test_memory_that_runs_out_is_one_line_with_the_batch_size(trainees, tmp_path):
@@ -47,7 +47,7 @@ def test_memory_that_runs_out_is_one_line_with_the_batch_size(trainees, tmp_path
         process = trainees.train(directory, *command, "resume=auto", faults=SPARE)
         assert process.exit_code == 1
         assert process.stderr == ("error: out of memory; make data.batch_size=16 smaller first\n")
-        assert [status for _, status in Outcome(directory).runs] == ["FAILED"]
+        assert [status for _, status in TrialResult(directory).runs] == ["FAILED"]
 
 
 def test_a_damaged_checkpoint_costs_a_warning_and_the_one_before_is_used(
@@ -57,14 +57,14 @@ def test_a_damaged_checkpoint_costs_a_warning_and_the_one_before_is_used(
     command = (*CONFIGS["blocks"], EPOCHS, "resume=auto")
     die = ["strike", COMMIT, 4, ["SIGKILL"], True]
     trainees.train(directory, *command, faults=[*SPARE, EACH_EPOCH, die])
-    newest = max(Outcome(directory).checkpoints.glob("step-*.ckpt"))
+    newest = max(TrialResult(directory).checkpoints.glob("step-*.ckpt"))
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 16
     newest.write_bytes(content)
     process = trainees.train(directory, *command, faults=[*SPARE, EACH_EPOCH])
     assert process.exit_code == 0
     assert f"{newest} is damaged" in process.stderr
-    assert Outcome(directory).differences(undisturbed("blocks")) == []
+    assert TrialResult(directory).differences(undisturbed("blocks")) == []
 
 
 def test_where_no_checkpoint_is_whole_nothing_starts_afresh(trainees, tmp_path):
@@ -72,7 +72,7 @@ def test_where_no_checkpoint_is_whole_nothing_starts_afresh(trainees, tmp_path):
     command = (*MLP, EPOCHS, "resume=auto")
     die = ["strike", COMMIT, 2, ["SIGKILL"], True]
     trainees.train(directory, *command, faults=[*SPARE, EACH_EPOCH, die])
-    before = Outcome(directory)
+    before = TrialResult(directory)
     for path in before.checkpoints.glob("*.ckpt"):
         path.write_bytes(b"")
     process = trainees.train(directory, *command)
@@ -80,5 +80,5 @@ def test_where_no_checkpoint_is_whole_nothing_starts_afresh(trainees, tmp_path):
     assert process.stderr.splitlines()[-1] == (
         f"error: no checkpoint in {before.checkpoints} is intact; not starting afresh"
     )
-    assert max(step for _, step, *_ in Outcome(directory).points) < 200  # of 456: none anew
-    assert len(Outcome(directory).runs) == 1
+    assert max(step for _, step, *_ in TrialResult(directory).points) < 200  # of 456: none anew
+    assert len(TrialResult(directory).runs) == 1

@@ -3,13 +3,13 @@
 import pytest
 from configs import CONFIGS, EACH_EPOCH, EPOCHS
 
-from process import Outcome
+from process import TrialResult
 
-CHECKPOINT = "tracklight.engine.checkpoint"
+CHECKPOINT = "tracklight.engine.checkpoints"
 IO = f"{CHECKPOINT}:DurableCheckpointIO"
 TRACKING = "tracklight.tracking"
 DURING = {
-    "after the run is created": ("tracklight.tracking.creation:create_once", 1, True),
+    "after the run is created": ("tracklight.tracking.store:create_once", 1, True),
     "before its config is logged": ("tracklight.tracking.run:Run.log_params", 1, False),
     "before the first epoch": ("tracklight.engine.blocks:Blocks.on_fit_start", 1, True),
     "within the first epoch": ("tracklight.engine.blocks:Blocks.on_train_batch_end", 2, False),
@@ -24,21 +24,21 @@ DURING = {
     "after the oldest checkpoint went": (f"{IO}.remove_checkpoint", 1, True),
     "before metrics are logged": ("tracklight.tracking.run:Run.log_metrics", 3, False),
     "after metrics are logged": ("tracklight.tracking.run:Run.log_metrics", 3, True),
-    "before points are sent": (f"{TRACKING}.feeder:Delivery._send", 1, False),
-    "after points are sent": (f"{TRACKING}.feeder:Delivery._send", 1, True),
+    "before points are sent": (f"{TRACKING}.sender:Delivery._send", 1, False),
+    "after points are sent": (f"{TRACKING}.sender:Delivery._send", 1, True),
 }
 CLOSING = {
     "before the test": ("pytorch_lightning:Trainer.test", 1, False),
     "after the test": ("pytorch_lightning:Trainer.test", 1, True),
-    "before the last checkpoint is named so": ("tracklight.experiment:keep_last", 1, False),
+    "before the last checkpoint is named so": ("tracklight.experiment.train:keep_last", 1, False),
     "after the last checkpoint is named so": (
-        "tracklight.engine.resume_checkpoint:sync_folder",
+        "tracklight.engine.checkpoints:sync_folder",
         1,
         False,
     ),
-    "after the model is logged": ("tracklight.experiment:leave", 1, True),
+    "after the model is logged": ("tracklight.experiment.train:log_final", 1, True),
     "before the run is finished": (f"{TRACKING}.run:Run.finish", 1, False),
-    "before its end is sent": (f"{TRACKING}.feeder:Feeder.drain", 2, False),
+    "before its end is sent": (f"{TRACKING}.sender:Sender.drain", 2, False),
     "before its lock is removed": (f"{TRACKING}.lock:RunLock.remove", 1, False),
 }
 
@@ -70,7 +70,7 @@ def kill_at(trainees, directory, name, points, faults=()) -> None:
 
 def test_a_run_killed_at_named_points_ends_in_the_same_bits(trainees, undisturbed, tmp_path):
     kill_at(trainees, tmp_path / "runs", "blocks", QUICK)
-    assert Outcome(tmp_path / "runs").differences(undisturbed("blocks")) == []
+    assert TrialResult(tmp_path / "runs").differences(undisturbed("blocks")) == []
 
 
 @pytest.mark.slow
@@ -86,4 +86,4 @@ def test_without_this_mechanism_one_kill_shows(trainees, tmp_path, mutation, see
     whole = tmp_path / "whole"
     trainees.train(whole, *CONFIGS["blocks"], EPOCHS, faults=[["spare_model"], [mutation]])
     kill_at(trainees, tmp_path / "runs", "blocks", ["within the second epoch"], [[mutation]])
-    assert seen in Outcome(tmp_path / "runs").differences(Outcome(whole))
+    assert seen in TrialResult(tmp_path / "runs").differences(TrialResult(whole))

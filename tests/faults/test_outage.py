@@ -5,14 +5,14 @@ import signal
 import pytest
 from configs import CONFIGS, EACH_EPOCH, EPOCHS
 
-from process import Outcome, free_port
+from process import TrialResult, free_port
 
 BATCH_END = "tracklight.engine.blocks:Blocks.on_train_batch_end"
 FAULTS = [
     ["spare_model"],
     EACH_EPOCH,
     ["put", "tracklight.tracking.store:_PATIENCE_S", {"server": 2.0}],
-    ["put", "tracklight.tracking.feeder:_PERIOD_S", 0.05],
+    ["put", "tracklight.tracking.sender:_PERIOD_S", 0.05],
 ]
 SHORT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -39,7 +39,7 @@ def test_points_outlive_a_server_that_dies_for_a_while_or_for_good(trainees, und
     server = trainees.serve(tmp_path / "server", port)
     back.unlink()
     assert process.wait() == 0, process.stderr
-    first = Outcome(tmp_path / "server")
+    first = TrialResult(tmp_path / "server")
     assert (first.status, first.points) == ("FINISHED", undisturbed("blocks").points)
 
     process = trainees.start(
@@ -51,10 +51,10 @@ def test_points_outlive_a_server_that_dies_for_a_while_or_for_good(trainees, und
     gone.unlink()
     assert process.wait() == 0, process.stderr
     assert "waits in" in process.stderr
-    assert Outcome(tmp_path / "server").status == "RUNNING"
+    assert TrialResult(tmp_path / "server").status == "RUNNING"
     server = trainees.serve(tmp_path / "server", port)
     trainees.train(tmp_path / "runs", *command, "init_from=0000", env=SHORT)  # a start of anything
-    both = Outcome(tmp_path / "server")
+    both = TrialResult(tmp_path / "server")
     assert [status for _, status in both.runs] == ["FINISHED", "FINISHED"]
     assert both.points == sorted(2 * undisturbed("blocks").points)
     server.send(signal.SIGKILL, group=True)

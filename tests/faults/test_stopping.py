@@ -5,11 +5,11 @@ import signal
 import pytest
 from configs import CONFIGS, EACH_EPOCH, EPOCHS
 
-from process import Outcome
+from process import TrialResult
 
 BATCH_END = "tracklight.engine.blocks:Blocks.on_train_batch_end"
 PLACES = {
-    "before the run exists": ("tracklight.assemble:build_model", 1),
+    "before the run exists": ("tracklight.experiment.build:build_model", 1),
     "before training": ("tracklight.tracking.run:Run.log_params", 1),
     "in an epoch": (BATCH_END, 5),
     "in validation": ("tracklight.models.supervised:Supervised.validation_step", 2),
@@ -25,11 +25,11 @@ def test_a_run_stopped_by_sigterm_wherever_ends_in_the_same_bits(trainees, undis
         process = trainees.train(directory, *command, faults=[["spare_model"], EACH_EPOCH, strike])
         assert (process.exit_code, process.stderr) == (143, ""), place
         if place == "before the run exists":
-            assert Outcome(directory).runs == []
+            assert TrialResult(directory).runs == []
         else:
-            assert [status for _, status in Outcome(directory).runs] == ["KILLED"], place
+            assert [status for _, status in TrialResult(directory).runs] == ["KILLED"], place
     trainees.train(directory, *command, faults=[["spare_model"]])
-    assert Outcome(directory).differences(undisturbed("blocks")) == []
+    assert TrialResult(directory).differences(undisturbed("blocks")) == []
 
 
 @pytest.mark.slow
@@ -42,15 +42,15 @@ def test_ctrl_c_on_a_terminal_stops_a_run_and_its_workers(trainees, undisturbed,
     process.send(signal.SIGINT, group=True)
     mark.unlink()
     assert (process.wait(), process.stderr) == (130, "")
-    assert Outcome(directory).status == "KILLED"
+    assert TrialResult(directory).status == "KILLED"
     trainees.train(directory, *command, faults=[["spare_model"]])
-    assert Outcome(directory).differences(undisturbed("foreign")) == []
+    assert TrialResult(directory).differences(undisturbed("foreign")) == []
 
 
 def test_a_second_ctrl_c_leaves_at_once_and_the_next_start_marks_the_run(trainees, tmp_path):
     directory, command = tmp_path / "runs", (*CONFIGS["blocks"], EPOCHS)
     strike = ["strike", BATCH_END, 2, ["SIGINT", "SIGINT"]]
     assert trainees.train(directory, *command, faults=[strike]).exit_code == 130
-    assert Outcome(directory).status == "RUNNING"
+    assert TrialResult(directory).status == "RUNNING"
     trainees.train(directory, *command, "seed=1", faults=[["spare_model"]])
-    assert [status for _, status in Outcome(directory).runs] == ["KILLED", "FINISHED"]
+    assert [status for _, status in TrialResult(directory).runs] == ["KILLED", "FINISHED"]

@@ -15,7 +15,7 @@ import pytest
 from configs import CONFIGS, EACH_EPOCH, EPOCHS
 from test_kills import POINTS, kill_at
 
-from process import Outcome, Process, Trainees
+from process import Process, Trainees, TrialResult
 
 FAULTS = [["spare_model"], EACH_EPOCH]
 MUTATIONS = ("forget_epoch_order", "forget_step_seeding", "forget_replay_filter")
@@ -71,7 +71,7 @@ def wage(
             process = trainees.train(directory, *command, faults=faults)
             assert process.exit_code == 0, process.stderr
         campaign.runs += 1
-        campaign.differences += Outcome(directory).differences(Outcome(whole))
+        campaign.differences += TrialResult(directory).differences(TrialResult(whole))
     return campaign
 
 
@@ -86,7 +86,7 @@ def ended_before(process: Process, seconds: float) -> bool:
 def has_ended(directory: Path) -> bool:
     """Say whether the run is over: a kill after its end, before the process's, changes nothing."""
     try:
-        outcome = Outcome(directory)
+        outcome = TrialResult(directory)
         lock = directory / "artifacts" / outcome.run_id / "run.lock"
         return outcome.status == "FINISHED" and not lock.exists()
     except IndexError:
@@ -101,7 +101,7 @@ def told(name: str, campaign: Campaign) -> Campaign:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_kills_at_every_named_point_change_nothing(trainees, undisturbed, tmp_path, name):
     kill_at(trainees, tmp_path / "runs", name, POINTS)
-    assert Outcome(tmp_path / "runs").differences(undisturbed(name)) == []
+    assert TrialResult(tmp_path / "runs").differences(undisturbed(name)) == []
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -13,12 +13,12 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 if __name__ == "__main__":
     import trainee
-    from tracklight.sweep import pool
+    from tracklight.sweep import executors as pool
 
     multiprocessing.get_context("forkserver").set_forkserver_preload(pool.PRELOADED)
     forkserver.ensure_running()
     trainee.prepare(Path(sys.argv[1]))
-    for name in ("study", "board", "course", "sources", "winner", "batches", "reporting"):
+    for name in ("study", "parent_run", "loop", "progress", "pruning"):
         __import__(f"tracklight.sweep.{name}")
     import optuna.visualization  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""Trials that misbehave in one way each."""
+"""OptunaStudy that misbehave in one way each."""
 
 import os
 import signal

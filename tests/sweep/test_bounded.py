@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from tracklight.sweep.bounded import bounded
+from tracklight.sweep.study import bounded
 
 
 def test_what_takes_too_long_is_left_behind():

@@ -39,7 +39,7 @@ def test_a_signal_in_the_winners_test_closes_its_run_to_be_continued(commander, 
 @pytest.mark.slow
 def test_of_two_first_starts_at_once_one_is_refused(commander, tmp_path):
     directory = tmp_path / "runs"
-    slow = ["slow", "tracklight.sweep.parent:_tags", 1.0]
+    slow = ["slow", "tracklight.sweep.parent_run:_tags", 1.0]
     both = [commander.start(directory, ("-m", *GRID), faults=[slow]) for _ in range(2)]
     assert sorted(process.wait() for process in both) == [0, 2]
     assert len(Swept(directory).parents) == 1

@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import Engine, event
 
 from tracklight.errors import BadInput
-from tracklight.sweep.storage import open_storage
+from tracklight.sweep.study import open_storage
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,16 @@ import time
 
 import pytest
 
-from tracklight.sweep.methods import PRUNERS, SAMPLERS, Methods
+from tracklight.sweep.samplers import PRUNERS, SAMPLERS, Methods
 from tracklight.sweep.space import read_space
-from tracklight.sweep.storage import open_storage
-from tracklight.sweep.study import Trials
+from tracklight.sweep.study import OptunaStudy, open_storage
 
 SPACE = read_space(["lr=tag(log,interval(1e-3,1))", "width=8,16,32"], {}, None)
 METHODS = Methods("tpe", {"n_startup_trials": 3}, "median", {"n_startup_trials": 2}, 7, 10)
 
 
 def trials(path, total=8, methods=METHODS, space=SPACE):
-    return Trials(open_storage(None, path), "study", "min", space, methods, total)
+    return OptunaStudy(open_storage(None, path), "study", "min", space, methods, total)
 
 
 def score(params):

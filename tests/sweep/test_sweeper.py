@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from commands import BLOBS, GRID, QUICK, Swept
 
 
@@ -166,8 +167,8 @@ def test_a_pruned_trial_ends_cleanly_and_costs_no_more_epochs(commander, tmp_pat
         **dict.fromkeys(("1e-06", "1e-05"), "pruned"),
     }
     assert {run.status for run in swept.children} == {"FINISHED"}
-    rehearsal = 1
-    assert len(told.read_text()) == 3 * 6 + 2 * 1 + rehearsal
+    preflight = 1
+    assert len(told.read_text()) == 3 * 6 + 2 * 1 + preflight
     assert [row["epochs"] for row in swept.leaderboard() if row["state"] == "pruned"] == [1, 1]
     process = commander.sweep(directory, *command)  # pruned ones are not taken up again
     assert process.exit_code == 0 and len(Swept(directory).runs) == 6

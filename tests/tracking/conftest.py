@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from disturbances import Proxy, Server
 
-from tracklight.tracking import feeder
-from tracklight.tracking.store import Store, connect
+from tracklight.tracking import sender as feeder
 
 
 @pytest.fixture(scope="session")
@@ -24,18 +23,6 @@ def processes() -> multiprocessing.context.ForkServerContext:
         first.start()
         first.join()
     return context
-
-
-@pytest.fixture
-def directory(tmp_path, template) -> Path:
-    """A tracking directory with an empty store."""
-    shutil.copy(template, tmp_path / "mlflow.db")
-    return tmp_path
-
-
-@pytest.fixture
-def store(directory) -> Store:
-    return connect(None, directory)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import os
 import warnings
 
-from tracklight.tracking.quiet import mlflow  # noqa: F401
+from tracklight.tracking.mlflow_client import mlflow  # noqa: F401
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # MLflow's own use of a deprecated part of Starlette

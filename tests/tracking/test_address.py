@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from tracklight.errors import BadInput
-from tracklight.tracking.address import is_server, redact, resolve, sqlite_path
+from tracklight.redact import redact
+from tracklight.tracking.address import is_server, resolve, sqlite_path
 
 
 def test_no_uri_is_the_sqlite_file_of_the_directory():

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from tracklight.tracking.lock import FILE_NAME, Held, RunLock, is_left, read_note
+from tracklight.tracking.lock import FILE_NAME, LockHeld, RunLock, is_left, read_note
 
 
 def hold(folder, ready, release):
@@ -19,7 +19,7 @@ def test_a_second_process_is_told_who_holds_the_lock(tmp_path, processes):
     holder = processes.Process(target=hold, args=(tmp_path, ready, release))
     holder.start()
     assert ready.wait(30)
-    with pytest.raises(Held) as caught:
+    with pytest.raises(LockHeld) as caught:
         RunLock(tmp_path, {})
     assert caught.value.pid == holder.pid
     release.set()
@@ -50,7 +50,7 @@ def test_the_kernel_releases_the_lock_of_a_killed_process(tmp_path, processes):
 
 def test_one_process_cannot_hold_a_lock_twice(tmp_path):
     lock = RunLock(tmp_path, {"store": "here"})
-    with pytest.raises(Held) as caught:
+    with pytest.raises(LockHeld) as caught:
         RunLock(tmp_path, None)
     assert caught.value.pid == os.getpid()
     lock.close()
@@ -71,7 +71,7 @@ def test_a_lock_file_removed_between_open_and_lock_is_not_taken_for_the_lock(tmp
 
     monkeypatch.setattr(fcntl, "flock", remove_meanwhile)
     second = RunLock(tmp_path, {})
-    with pytest.raises(Held):
+    with pytest.raises(LockHeld):
         RunLock(tmp_path, {})
     second.remove()
 

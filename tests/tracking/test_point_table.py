@@ -7,9 +7,9 @@ from disturbances import locked
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tracklight.tracking import point_table
-from tracklight.tracking.point_table import PointTable, is_known
-from tracklight.tracking.quiet import mlflow
+from tracklight.tracking import sqlite_file as point_table
+from tracklight.tracking.mlflow_client import mlflow
+from tracklight.tracking.sqlite_file import PointTable, is_known
 from tracklight.tracking.wal import Points
 
 VALUES = st.sampled_from([0.1, -2.5, math.nan, math.inf, -math.inf, 1e300, 0.0])
@@ -25,12 +25,11 @@ POINTS = st.builds(
 
 def rows(database, table, run_id):
     with closing(sqlite3.connect(database)) as connection, connection:
-        found = connection.execute(
+        return connection.execute(
             "SELECT key, value, typeof(value), timestamp, step, is_nan, typeof(is_nan) "
             f"FROM {table} WHERE run_uuid = ? ORDER BY 1, 2, 4, 5, 6",
             (run_id,),
         ).fetchall()
-    return found
 
 
 def test_the_score_comes_first_for_who_reads_a_run(store):

@@ -7,7 +7,8 @@ import time
 import pytest
 from disturbances import points_of
 
-from tracklight.tracking import layout, recovery
+from tracklight.tracking import store as recovery
+from tracklight.tracking import tags as layout
 from tracklight.tracking.lock import FILE_NAME
 from tracklight.tracking.store import Store, connect
 

@@ -10,7 +10,7 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.demos.boring_classes import BoringModel
 
 from tracklight.errors import BadInput, RunFailed
-from tracklight.tracking import point_table
+from tracklight.tracking import sqlite_file as point_table
 
 
 class Tracked(BoringModel):

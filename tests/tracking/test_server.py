@@ -8,7 +8,7 @@ import pytest
 from disturbances import free_port
 
 from tracklight.errors import BadInput
-from tracklight.tracking import server
+from tracklight.tracking import address as server
 from tracklight.tracking.store import connect
 
 BOUND_S = 15

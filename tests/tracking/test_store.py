@@ -12,7 +12,6 @@ import pytest
 from disturbances import full_disk, locked, points_of
 
 from tracklight.errors import BadInput, RunFailed
-from tracklight.tracking import layout
 from tracklight.tracking.lock import RunLock
 from tracklight.tracking.store import Store, connect
 
@@ -50,7 +49,7 @@ def test_a_run_is_created_with_its_tags_name_and_artifact_folder(store):
 def test_a_run_says_how_it_is_seen(store, monkeypatch, tmp_path):
     info = SimpleNamespace(experiment_id="7", run_id="abc")
     assert store.look(info) == f"python scripts/ui.py --dir {store.directory}"
-    monkeypatch.setattr(layout, "HOME", store.directory)
+    monkeypatch.setattr("tracklight.tracking.store.HOME", store.directory)
     assert store.look(info) == "make ui"
     other = f"sqlite:///{tmp_path}/a b.db"
     assert Store(None, other, tmp_path, 1.0).look(info) == f"python scripts/ui.py --uri '{other}'"

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from tracklight.tracking.upload import Upload, temporary
+from tracklight.tracking.sender import Upload, temporary
 
 
 def test_each_file_is_sent_once_and_again_when_it_changes_and_none_that_is_being_written(tmp_path):

@@ -20,7 +20,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from tracklight.data.tensor_data import TensorData
-from tracklight.engine.obstacles import obstacle
+from tracklight.engine.eligibility import obstacle
 from tracklight.engine.seeding import seed_step
 from tracklight.engine.steps import make_step, standing
 from tracklight.errors import RunFailed
@@ -47,7 +47,7 @@ class SeriesLog(Protocol):
         """Record `values[i]` at `steps[i]`."""
 
 
-class Heard:
+class LogRecorder:
     """What a model logs during a block, which Lightning would take for one step's.
 
     Args:
@@ -144,7 +144,7 @@ class Blocks(Callback):
         first = self.trainer.global_step
         size = self.data.batch_size or len(targets)
         losses: list[Tensor] = []
-        self.heard = Heard(losses)
+        self.heard = LogRecorder(losses)
         self.module.__dict__["log"] = self.heard.note
         try:
             for x, y in zip(inputs.split(size), targets.split(size), strict=True):

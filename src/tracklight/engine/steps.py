@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from tracklight.engine.graphs import CapturedStep, Step, may_capture
+from tracklight.engine.cuda_graphs import CapturedStep, Step, may_capture
 from tracklight.models.supervised import Supervised
 
 MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -1,7 +1,9 @@
 """What a sweep prints: a line for each trial that ends, where it stands, and the closing table."""
 
+import math
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +13,10 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from tracklight.sweep.leaderboard import Standing, short_names
-from tracklight.sweep.points import Job, short_value, shown
-from tracklight.sweep.trial import Outcome
+from tracklight.runs.leaderboard import Standing, short_names
+from tracklight.sweep.plan import Job, short_value, shown
+from tracklight.sweep.study import direction
+from tracklight.sweep.trial import TrialResult
 
 MAX_ROWS = 20
 PLAIN_WIDTH = 140
@@ -25,7 +28,7 @@ class Progress:
     Args:
         metric: `score.metric`.
         mode: `score.mode`.
-        slots: Trials at once.
+        slots: OptunaStudy at once.
     """
 
     def __init__(self, metric: str, mode: str, slots: int):
@@ -48,7 +51,7 @@ class Progress:
         """Print a line."""
         self._console.print(text, markup=False, soft_wrap=True)
 
-    def goes_on(self, earlier: Sequence[Outcome | None]) -> None:
+    def goes_on(self, earlier: Sequence[TrialResult | None]) -> None:
         """Say of a sweep that is continued what there is of it: how its runs ended, if they did."""
         num_open = sum(outcome is None for outcome in earlier)
         num_ended = len(earlier) - num_open
@@ -66,12 +69,12 @@ class Progress:
         """A trial has finished an epoch."""
         self._show()
 
-    def kept(self, outcome: Outcome) -> None:
+    def kept(self, outcome: TrialResult) -> None:
         """A trial had ended before this command."""
         self._kept += 1
         self._counts[outcome.kind] += 1
 
-    def ended(self, job: Job, outcome: Outcome, log: Path | None) -> None:
+    def ended(self, job: Job, outcome: TrialResult, log: Path | None) -> None:
         """A trial has ended."""
         seconds = time.monotonic() - self._began.pop(job.key, time.monotonic())
         self._counts[outcome.kind] += 1
@@ -183,3 +186,88 @@ def duration(seconds: float) -> str:
         return f"{whole} s"
     minutes, rest = divmod(whole, 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+LOG_RATIO = 30.0  # an axis of positive numbers this far apart is drawn logarithmically
+
+
+def page(standings: Sequence[Standing], metric: str, mode: str) -> str | None:
+    """Return HTML with history, importance and parallel coordinates; None with nothing to show."""
+    from optuna import visualization
+
+    from tracklight.sweep.study import optuna
+
+    study = _study(standings, mode)
+    num_complete = len(study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)))
+    if not num_complete:
+        return None
+    names = list(study.best_trial.params)
+    draws = [
+        lambda: visualization.plot_optimization_history(study, target_name=metric),
+        lambda: visualization.plot_parallel_coordinate(study, params=names, target_name=metric),
+        lambda: visualization.plot_slice(study, params=names, target_name=metric),
+    ]
+    if num_complete > 2 and len(names) > 1:
+        draws.insert(1, lambda: visualization.plot_param_importances(study, target_name=metric))
+    parts = []
+    for draw in draws:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                figure = draw()
+            except (ValueError, RuntimeError):  # too few distinct values for this one
+                continue
+        parts.append(figure.to_html(full_html=False, include_plotlyjs=not parts))
+    return f"<html><head><meta charset='utf-8'></head><body>{''.join(parts)}</body></html>"
+
+
+def _study(standings: Sequence[Standing], mode: str):
+    """Build a study in memory, axes of numbers as numbers."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+    from optuna.trial import TrialState
+
+    from tracklight.sweep.study import optuna
+
+    study = optuna.create_study(direction=direction(mode))
+    distributions = {}
+    for name in standings[0].params if standings else ():
+        texts = [each.params[name] for each in standings if name in each.params]
+        numbers = [_number(text) for text in texts]
+        if all(number is not None and math.isfinite(number) for number in numbers):
+            low, high = min(numbers), max(numbers)  # pyright: ignore[reportArgumentType]
+            log = low > 0 and high / low > LOG_RATIO
+            distributions[name] = FloatDistribution(low, high, log=log)
+        else:
+            distributions[name] = CategoricalDistribution(tuple(dict.fromkeys(texts)))
+    states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
+    for each in sorted(standings, key=lambda each: each.trial):
+        if (
+            each.state not in states
+            or each.score is None
+            or each.params.keys() != distributions.keys()
+        ):
+            continue
+        params = {
+            name: text if isinstance(kind, CategoricalDistribution) else float(text)
+            for (name, text), kind in zip(
+                ((name, each.params[name]) for name in distributions),
+                distributions.values(),
+                strict=True,
+            )
+        }
+        study.add_trial(
+            optuna.create_trial(
+                state=states[each.state],
+                value=each.score,
+                params=params,
+                distributions=distributions,
+            )
+        )
+    return study
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

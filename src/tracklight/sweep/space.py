@@ -12,11 +12,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, Transformer
 from hydra.errors import HydraException
 
+from tracklight.config.overrides import check_alone
 from tracklight.errors import BadInput
-from tracklight.overrides import check_alone
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
+
 
 PLAIN = (bool, int, float, str, type(None))  # what Optuna and JSON can hold as a choice
 

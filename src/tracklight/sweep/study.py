@@ -1,20 +1,130 @@
-"""The trials of a sweep as Optuna remembers them: asked for, reported on, pruned, told.
+"""The one door to Optuna: what it says of itself goes off while it is imported."""
 
-Only the sweep's own process talks to the storage. A trial is identified by its number; one that is
-run again keeps it, though Optuna counts it anew. Parameters are text, as in an override.
-"""
-
-from collections.abc import Mapping, Sequence
+import fcntl
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
-from optuna.storages import BaseStorage
+import optuna
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from tracklight.sweep.methods import Methods
-from tracklight.sweep.quiet import optuna
+from tracklight.errors import BadInput
+from tracklight.redact import redact
+from tracklight.sweep.samplers import Methods
 from tracklight.sweep.space import Space
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+# Its one warning tells, in a page of SQL, that a query failed and is asked in another way; where
+# that fails too, the error says so.
+logging.getLogger("optuna.storages._rdb.storage").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+__all__ = ["optuna"]
+
+
+T = TypeVar("T")
+
+
+def bounded(call: Callable[[], T], limit_s: float) -> T:
+    """Return the call's result; it runs in a thread that is left behind if it takes too long.
+
+    Raises:
+        TimeoutError: It took longer than the limit.
+        Exception: What the call raised.
+    """
+    ended: list[tuple[bool, Any]] = []
+
+    def run() -> None:
+        try:
+            ended.append((True, call()))
+        except Exception as error:
+            ended.append((False, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if not ended:
+        raise TimeoutError
+    succeeded, result = ended[0]
+    if not succeeded:
+        raise result
+    return result
+
+
+pass
+pass
+
+STORAGE_S = 15.0
+
+
+class FileLock:
+    """A lock that the kernel takes back from a killed process; Optuna's own would last 30 s."""
+
+    def __init__(self, path: Path):
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    def acquire(self) -> bool:
+        """Wait for the lock."""
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        return True
+
+    def release(self) -> None:
+        """Let go."""
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+
+def open_storage(url: str | None, journal: Path | None) -> BaseStorage:
+    """Open where the trials are remembered.
+
+    Args:
+        url: A database; None for the journal.
+        journal: Optuna's journal file; None to remember nothing beyond this process.
+
+    Raises:
+        BadInput: The database does not answer, or its driver is missing.
+    """
+    if url is None and journal is None:
+        return optuna.storages.InMemoryStorage()
+    if url is None:
+        assert journal is not None
+        _cut_torn_line(journal)
+        lock: Any = FileLock(journal.with_suffix(".lock"))
+        return JournalStorage(JournalFileBackend(str(journal), lock))
+    shown = redact(url)
+    try:
+        return bounded(lambda: optuna.storages.RDBStorage(url), STORAGE_S)
+    except TimeoutError:
+        raise BadInput(
+            f"sweep.storage={shown} does not answer within {STORAGE_S:.0f} s; start it, or try "
+            "sweep.storage=null for a file in tracking.dir"
+        ) from None
+    except Exception as error:
+        reason = redact(" ".join(str(error).split("\n")[0].split()))[:200]
+        raise BadInput(
+            f"sweep.storage={shown} cannot be opened ({reason}); give a database, sqlite:///FILE "
+            "or postgresql://..., or null for a file in tracking.dir"
+        ) from None
+
+
+def _cut_torn_line(journal: Path) -> None:
+    """Cut what a kill left half-written: Optuna would append to it and read neither."""
+    if not journal.exists():
+        return
+    content = journal.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(journal, whole)
+
+
+pass
 
 POINT = "point"  # of a grid's trial: its parameters as text
 RUNS = "runs"  # the keys of a trial's runs
@@ -28,7 +138,7 @@ def direction(mode: str) -> Literal["minimize", "maximize"]:
 
 
 @dataclass(frozen=True)
-class Asked:
+class TrialRequest:
     """A trial to run: its number, what varies as text, and why it cannot run, if so."""
 
     number: int
@@ -37,7 +147,7 @@ class Asked:
     refused: str = ""
 
 
-class Trials:
+class OptunaStudy:
     """The study of one sweep.
 
     Args:
@@ -46,7 +156,7 @@ class Trials:
         mode: `min` or `max`.
         space: What varies.
         methods: How to search and prune.
-        total: Trials of a search; None for a grid.
+        total: OptunaStudy of a search; None for a grid.
     """
 
     def __init__(
@@ -108,7 +218,7 @@ class Trials:
         values = fixed | trial.params
         return {axis.name: axis.text(values[axis.name]) for axis in self._space.axes}
 
-    def take(self, params: Mapping[str, str]) -> Asked:
+    def take(self, params: Mapping[str, str]) -> TrialRequest:
         """Return the trial of a grid's point: a new one, one left behind, or one that has ended."""
         same = [trial for trial in self.counted() if self.params(trial) == params]
         if not same:
@@ -119,7 +229,7 @@ class Trials:
             return self._popped(found.number)
         if found.state == TrialState.RUNNING:
             return self._started(Trial(self._study, found._trial_id))
-        return Asked(self.number(found), dict(params), has_ended=True)
+        return TrialRequest(self.number(found), dict(params), has_ended=True)
 
     def retry(self, number: int) -> None:
         """Put a trial in the queue that takes the place of an ended one."""
@@ -131,12 +241,12 @@ class Trials:
             trial.system_attrs.get("fixed_params", {}) | trial.params, user_attrs=attrs
         )
 
-    def retried(self, number: int) -> Asked:
+    def retried(self, number: int) -> TrialRequest:
         """Replace an ended trial by one to run now."""
         self.retry(number)
         return self._popped(len(self._all()) - 1)
 
-    def _popped(self, number: int) -> Asked:
+    def _popped(self, number: int) -> TrialRequest:
         while True:
             trial = self._study.ask()
             if trial.number == number:
@@ -151,7 +261,7 @@ class Trials:
         if self._live[number].user_attrs.get(RUNS) != list(keys):
             self._live[number].set_user_attr(RUNS, list(keys))
 
-    def ask(self) -> Asked | None:
+    def ask(self) -> TrialRequest | None:
         """Return the next trial to run: those left behind first, then the queue, then a new one."""
         while self._left:
             left = self._left.pop(0)
@@ -168,13 +278,13 @@ class Trials:
         self._study.sampler = self._methods.sampler(len(counted), self._distributions)
         return self._started(self._study.ask())
 
-    def _started(self, trial: Trial) -> Asked:
+    def _started(self, trial: Trial) -> TrialRequest:
         for name, distribution in self._distributions.items():
             trial._suggest(name, distribution)
         frozen = self._study._storage.get_trial(trial._trial_id)
         number = self.number(frozen)
         self._live[number] = trial
-        return Asked(number, self.params(frozen))
+        return TrialRequest(number, self.params(frozen))
 
     @property
     def waiting(self) -> int:

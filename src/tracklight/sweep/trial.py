@@ -15,12 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 PACKAGE = Path(__file__).resolve().parents[1]
-POINT_TAG = "tracklight.point"
-TRIAL_TAG = "tracklight.trial"
-EPOCHS_RUN_TAG = "tracklight.epochs_run"
-SECONDS_TAG = "tracklight.seconds"  # that a trial trained, all its starts together
-REASON_TAG = "tracklight.reason"
-TESTED_TAG = "tracklight.tested"  # of the winner, once it met the test set
 
 REHEARSAL = {  # one batch of an epoch; the length of a schedule stays
     "tracking": {"enabled": False},
@@ -39,7 +33,7 @@ REHEARSAL = {  # one batch of an epoch; the length of a schedule stays
 
 
 @dataclass(frozen=True)
-class Assignment:
+class TrialSpec:
     """What a trial's process is told.
 
     Args:
@@ -68,7 +62,7 @@ class Assignment:
 
 
 @dataclass(frozen=True)
-class Epoch:
+class EpochReport:
     """Told by a trial after each epoch: its number, counted from 1, and `score.metric`."""
 
     number: int
@@ -76,7 +70,7 @@ class Epoch:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialResult:
     """How a trial ended.
 
     Args:
@@ -87,9 +81,9 @@ class Outcome:
         is_input: Whether it failed by what the user asked for.
         epochs: How many it has behind it.
         seconds: How long it trained, all its starts together.
-        metrics: What a rehearsal found to be logged.
-        data: Digest of the data set that a rehearsal read, if it has one.
-        warnings: Ours, of a rehearsal: what trials print goes to their logs.
+        metrics: What a preflight found to be logged.
+        data: Digest of the data set that a preflight read, if it has one.
+        warnings: Ours, of a preflight: what trials print goes to their logs.
     """
 
     kind: Literal["complete", "pruned", "failed", "stopped"]
@@ -104,7 +98,7 @@ class Outcome:
     warnings: tuple[str, ...] = ()
 
 
-def work(assignment: Assignment, line: Connection) -> None:
+def work(assignment: TrialSpec, line: Connection) -> None:
     """Run a trial in a process of its own, and tell the parent of it over the line."""
     os.setsid()  # Ctrl-C in the terminal is the parent's to handle
     threading.Thread(target=_die_with_parent, daemon=True).start()
@@ -116,12 +110,12 @@ def work(assignment: Assignment, line: Connection) -> None:
     line.send(outcome)
     sys.stdout.flush()
     sys.stderr.flush()
-    if query := sys.modules.get("tracklight.tracking.query"):
+    if query := sys.modules.get("tracklight.runs.select"):
         query.discard()
     os._exit(0)  # the run is closed; tearing the interpreter down would keep the slot for longer
 
 
-def run(assignment: Assignment, line: Connection | None = None) -> Outcome:
+def run(assignment: TrialSpec, line: Connection | None = None) -> TrialResult:
     """Run a trial in this process.
 
     Args:
@@ -130,16 +124,18 @@ def run(assignment: Assignment, line: Connection | None = None) -> Outcome:
     """
     from omegaconf import OmegaConf
 
-    from tracklight import experiment
+    from tracklight.engine.signals import Stopped
     from tracklight.errors import BadInput, RunFailed
-    from tracklight.experiment import Stopped
-    from tracklight.sweep.reporting import Reporter
+    from tracklight.experiment import train as experiment
+    from tracklight.sweep.pruning import PruningCallback
 
     cfg = OmegaConf.create(assignment.cfg)
     if assignment.rehearse:
         cfg.merge_with(REHEARSAL)
     OmegaConf.set_struct(cfg, True)
-    reporter = Reporter(cfg.score.metric, _teller(line), assignment.asks, assignment.rehearse)
+    reporter = PruningCallback(
+        cfg.score.metric, _teller(line), assignment.asks, assignment.rehearse
+    )
     warned: list[str] = []
     try:
         with _overheard(warned) if assignment.rehearse else nullcontext():
@@ -151,19 +147,19 @@ def run(assignment: Assignment, line: Connection | None = None) -> Outcome:
                 into=assignment.run_id,
             )
     except Stopped:
-        outcome = Outcome("stopped")
+        outcome = TrialResult("stopped")
     except (BadInput, RunFailed) as error:
-        outcome = Outcome("failed", reason=_line(error), is_input=isinstance(error, BadInput))
+        outcome = TrialResult("failed", reason=_line(error), is_input=isinstance(error, BadInput))
     except Exception as error:
         traceback.print_exc()
-        outcome = Outcome("failed", reason=f"{type(error).__name__}: {_line(error)}")
+        outcome = TrialResult("failed", reason=f"{type(error).__name__}: {_line(error)}")
     else:
         kind = "pruned" if reporter.pruned else "complete"
-        outcome = Outcome(kind, score, metrics=tuple(sorted(reporter.metrics)))
+        outcome = TrialResult(kind, score, metrics=tuple(sorted(reporter.metrics)))
         if score is None and not assignment.rehearse:
-            outcome = Outcome("failed", reason=f"{cfg.score.metric} was never logged")
+            outcome = TrialResult("failed", reason=f"{cfg.score.metric} was never logged")
         elif score is not None and score != score:
-            outcome = Outcome("failed", reason=f"{cfg.score.metric} is nan")
+            outcome = TrialResult("failed", reason=f"{cfg.score.metric} is nan")
     if outcome.reason:
         print(f"failed: {outcome.reason}", flush=True)
     return replace(
@@ -187,10 +183,10 @@ def _overheard(found: list[str]) -> Iterator[None]:
             found += [str(each.message) for each in ours]
 
 
-def _teller(line: Connection | None) -> Callable[[Epoch, bool], bool]:
+def _teller(line: Connection | None) -> Callable[[EpochReport, bool], bool]:
     """Return what tells the parent of an epoch and, if asked to, brings its answer: to stop?"""
 
-    def tell(epoch: Epoch, asks: bool) -> bool:
+    def tell(epoch: EpochReport, asks: bool) -> bool:
         if line is None:
             return False
         line.send(epoch)
@@ -222,6 +218,6 @@ def _take_gpu(slot: int, gpus: int) -> None:
 
 
 def _line(error: BaseException) -> str:
-    from tracklight.config import redact
+    from tracklight.redact import redact
 
     return redact(" ".join(str(error).split()))[:500]

@@ -35,7 +35,7 @@ def alone(path: Path) -> Iterator[None]:
         os.close(fd)
 
 
-class Held(Exception):
+class LockHeld(Exception):
     """Another process holds the lock; `pid` is what its owner wrote there, or None."""
 
     def __init__(self, pid: int | None):
@@ -67,7 +67,7 @@ class RunLock:
         note: Plain values to leave in the file; None keeps what is there.
 
     Raises:
-        Held: Another process, or another object of this one, holds the lock.
+        LockHeld: Another process, or another object of this one, holds the lock.
         FileNotFoundError: With `note` None, there is no lock file.
         OSError: The folder cannot be written.
     """
@@ -81,7 +81,7 @@ class RunLock:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(self._fd)
-                raise Held(read_note(folder).get("pid")) from None
+                raise LockHeld(read_note(folder).get("pid")) from None
             if self._is_current():
                 break
             os.close(self._fd)  # the holder removed the file between our open and our lock

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from pytorch_lightning.loggers.logger import Logger
 
 from tracklight.errors import BadInput, RunFailed
-from tracklight.tracking.feeder import Delivery, Feeder
 from tracklight.tracking.lock import RunLock
-from tracklight.tracking.upload import Upload, temporary
+from tracklight.tracking.sender import Delivery, Sender, Upload, temporary
 from tracklight.tracking.wal import Points, WriteAhead, read
 
 if TYPE_CHECKING:
     from tracklight.tracking.store import Store
+
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Run(Logger):
         self._finished = False
         self._upload = Upload(store.client, self.run_id, run.info.artifact_uri, self.artifacts)
         delivery = Delivery(store.client, self.run_id, wal, self._upload.all, store.database)
-        self._feeder = Feeder(delivery, store.shown_uri, wal.path)
+        self._feeder = Sender(delivery, store.shown_uri, wal.path)
         self._feeder.start()
 
     @property

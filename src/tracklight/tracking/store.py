@@ -2,22 +2,31 @@
 
 import functools
 import getpass
+import logging
 import shlex
+import shutil
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracklight.errors import BadInput, RunFailed
-from tracklight.tracking import address, creation, database, layout, recovery, server
-from tracklight.tracking.lock import Held, RunLock
-from tracklight.tracking.patience import is_locked, persist, reason
-from tracklight.tracking.quiet import mlflow
+from tracklight.paths import HOME, sync_folder
+from tracklight.redact import redact
+from tracklight.tracking import address
+from tracklight.tracking import address as server
+from tracklight.tracking import sqlite_file as database
+from tracklight.tracking import tags as layout
+from tracklight.tracking.lock import FILE_NAME, LockHeld, RunLock, read_note
+from tracklight.tracking.mlflow_client import is_locked, mlflow, passes, reason, retry
+from tracklight.tracking.sender import Delivery, Upload
 from tracklight.tracking.wal import WriteAhead
 
 if TYPE_CHECKING:
     from tracklight.tracking.run import Run
+
 
 _PATIENCE_S = {"database": 60.0, "server": 15.0}
 
@@ -52,11 +61,9 @@ def connect(uri: str | None, directory: Path) -> "Store":
         server.await_answer(full)
     patience_s = _PATIENCE_S["database" if path is not None else "server"]
     try:
-        client = persist(lambda: _open_client(full), patience_s, when=is_locked)
+        client = retry(lambda: _open_client(full), patience_s, when=is_locked)
     except Exception as error:  # SQLAlchemy's, a driver's, MLflow's: none of them is for the user
-        raise BadInput(
-            f"cannot open tracking.uri={address.redact(full)}: {reason(error)}"
-        ) from None
+        raise BadInput(f"cannot open tracking.uri={redact(full)}: {reason(error)}") from None
     return Store(client, full, directory, patience_s)
 
 
@@ -84,7 +91,7 @@ class Store:
     def __init__(self, client: Any, uri: str, directory: Path, patience_s: float):
         self.client = client
         self.uri = uri
-        self.shown_uri = address.redact(uri)
+        self.shown_uri = redact(uri)
         self.directory = directory
         self.database = address.sqlite_path(uri)
         self.patience_s = patience_s
@@ -108,7 +115,7 @@ class Store:
             page = f"experiments/{info.experiment_id}/runs/{info.run_id}"
             return f"{self.shown_uri.rstrip('/')}/#/{page}"
         if self.database == self.directory / address.DATABASE:
-            if self.directory == layout.HOME:
+            if self.directory == HOME:
                 return "make ui"
             return f"python scripts/ui.py --dir {shlex.quote(str(self.directory))}"
         return f"python scripts/ui.py --uri {shlex.quote(self.shown_uri)}"
@@ -136,13 +143,13 @@ class Store:
         source = {"mlflow.user": _user(), "mlflow.source.name": sys.argv[0]}
         tags = source | {"mlflow.source.type": "LOCAL"} | tags | {layout.KEY_TAG: key}
         try:
-            run = creation.create_once(self, creation.experiment_id(self, experiment), name, tags)
+            run = create_once(self, experiment_id(self, experiment), name, tags)
         except mlflow.exceptions.MlflowException as error:
             lock.close()
             raise RunFailed(f"cannot make a run at {self.shown_uri}: {reason(error)}") from None
         final = self.root / run.info.run_id
         folder.rename(final)
-        database.sync_folder(self.root)
+        sync_folder(self.root)
         lock.moved(final)
         return self._open(run, lock)
 
@@ -154,7 +161,7 @@ class Store:
             RunFailed: The store was there and is now away.
         """
         try:
-            run = persist(lambda: self.client.get_run(run_id), self.patience_s)
+            run = retry(lambda: self.client.get_run(run_id), self.patience_s)
         except mlflow.exceptions.MlflowException as error:
             raise BadInput(f"run {run_id!r} is not to be had: {reason(error)}") from None
         if run.info.lifecycle_stage != "active":
@@ -162,12 +169,12 @@ class Store:
         folder = self.root / run.info.run_id
         try:
             folder.mkdir(exist_ok=True)
-            lock = persist(
+            lock = retry(
                 lambda: RunLock(folder, {"store": self.mark}),
                 self.patience_s,
-                when=lambda error: isinstance(error, Held) and error.passes,
+                when=lambda error: isinstance(error, LockHeld) and error.passes,
             )
-        except Held as held:
+        except LockHeld as held:
             raise BadInput(f"run {run_id} is in progress (pid {held.pid})") from None
         except OSError as error:
             raise BadInput(f"cannot write run folder {folder}: {error.strerror}") from None
@@ -215,11 +222,11 @@ class Store:
             runs = functools.partial(self.client.search_runs, experiments, query, order_by=newest)
             return list(_pages(runs))
 
-        return persist(search, self.patience_s if patience_s is None else patience_s)
+        return retry(search, self.patience_s if patience_s is None else patience_s)
 
     def recover(self) -> None:
         """Send what earlier processes left unsent; mark their runs that died as KILLED."""
-        recovery.recover(self)
+        recover(self)
 
 
 def _pages(search: Callable[..., Any]) -> Iterator[Any]:
@@ -235,3 +242,138 @@ def _user() -> str:
         return getpass.getuser()
     except (OSError, KeyError):  # a container may know no name for its user
         return "unknown"
+
+
+_PAUSE_S = 1.0
+
+
+def experiment_id(store: "Store", name: str) -> str:
+    """The id of the experiment of this name, made if there is none.
+
+    Raises:
+        BadInput: MLflow allows no such name, or the experiment is deleted.
+    """
+
+    def get() -> Any:
+        return retry(lambda: store.client.get_experiment_by_name(name), store.patience_s)
+
+    def make() -> None:
+        location = None if address.is_server(store.uri) else store.root.as_uri()
+        store.client.create_experiment(name, artifact_location=location)
+
+    experiment = get()
+    if experiment is None:
+        try:
+            retry(make, store.patience_s)
+        except mlflow.exceptions.MlflowException as error:
+            if error.error_code == "INVALID_PARAMETER_VALUE":
+                raise BadInput(f"tracking.experiment={name}: {reason(error)}") from None
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # then another was faster
+                raise
+        experiment = get()
+    if experiment is None or experiment.lifecycle_stage != "active":
+        raise BadInput(f"tracking.experiment={name} is deleted; restore it, or try another name")
+    return experiment.experiment_id
+
+
+def create_once(store: "Store", experiment_id: str, name: str | None, tags: dict[str, str]) -> Any:
+    """MLflow's run, made by one request or by the first of several; its key tag tells them apart.
+
+    Raises:
+        MlflowException: The store does not take it, or has been away for too long.
+    """
+    query = f"tags.`{layout.KEY_TAG}` = '{tags[layout.KEY_TAG]}'"
+    start_s = time.monotonic()
+    run = None
+    while run is None:
+        try:
+            run = store.client.create_run(experiment_id, tags=tags, run_name=name)
+        except mlflow.exceptions.MlflowException as error:
+            if not passes(error) or time.monotonic() - start_s > store.patience_s:
+                raise
+            time.sleep(_PAUSE_S)
+            run = next(iter(store.search(query)), None)  # was only the answer lost?
+    if address.is_server(store.uri):  # MLflow's own retries send the request again, unasked
+        for other in store.search(query):
+            if other.info.run_id != run.info.run_id:
+                store.client.delete_run(other.info.run_id)
+    return run
+
+
+_log = logging.getLogger(__name__)
+
+_ENDED = ("FINISHED", "FAILED", "KILLED")
+_STILL_COMING_S = 3600.0  # a server may yet create a run that it was asked for this long ago
+
+
+def recover(store: "Store") -> None:
+    """Look at each run folder of `store` that holds a lock file: it did not end cleanly."""
+    for folder in sorted(store.root.iterdir()):
+        if not (folder / FILE_NAME).exists() or read_note(folder).get("store") != store.mark:
+            continue
+        try:
+            lock = RunLock(folder, note=None)
+        except (LockHeld, FileNotFoundError):
+            continue
+        except OSError as error:  # its owner is another, say
+            _log.warning("%s cannot be recovered: %s", folder, error.strerror)
+            continue
+        try:
+            final: Path | None = folder
+            if folder.name.startswith(layout.NEW):
+                final = _recover_creation(store, folder, lock)
+            if final is not None:
+                _recover_run(store, final)
+                store.recovered.add(final.name)
+                lock.remove()
+            else:
+                lock.close()
+        except Exception as error:
+            lock.close()
+            _log.warning("%s cannot be recovered now: %s", folder, reason(error))
+            if passes(error):
+                return  # the next one would wait as long
+
+
+def _recover_creation(store: "Store", folder: Path, lock: RunLock) -> Path | None:
+    """The folder of the run whose creation was not confirmed; None if it was not created."""
+    key = folder.name.removeprefix(layout.NEW)
+    found = store.search(f"tags.`{layout.KEY_TAG}` = '{key}'")
+    if not found:
+        # A database of this machine creates no run for a process that is gone.
+        is_over = store.database is not None
+        if is_over or time.time() - folder.stat().st_mtime > _STILL_COMING_S:
+            shutil.rmtree(folder)
+        return None
+    for other in found[1:]:
+        store.client.delete_run(other.info.run_id)
+    final = folder.with_name(found[0].info.run_id)
+    folder.rename(final)
+    lock.moved(final)
+    return final
+
+
+def _recover_run(store: "Store", folder: Path) -> None:
+    """Send what is left, and KILLED if the run did not come to say how it ended."""
+    try:
+        run = retry(lambda: store.client.get_run(folder.name), store.patience_s)
+    except mlflow.exceptions.MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        run = None
+    if run is None or run.info.lifecycle_stage != "active":
+        _log.warning("run %s was deleted; what it left unsent stays in %s", folder.name, folder)
+        return
+    points = folder / layout.POINTS
+    last_ms = int((points if points.exists() else folder).stat().st_mtime * 1000)
+    wal = WriteAhead(points)
+    if wal.last_status not in _ENDED:
+        wal.add_call("status", status="KILLED", end_ms=last_ms)
+    upload = Upload(store.client, folder.name, run.info.artifact_uri, folder / "artifacts")
+    delivery = Delivery(store.client, folder.name, wal, upload.all, store.database)
+    try:
+        while delivery.pending:
+            retry(delivery.step, store.patience_s)
+    finally:
+        delivery.close()
+        wal.close()

@@ -1,0 +1,57 @@
+"""Names that this room gives to things on the disk and in the store."""
+
+from collections.abc import Mapping
+
+FOLDER = "artifacts"  # in the tracking directory: one folder a run
+NEW = ".new-"  # prefix of a run's folder until the store has told its id
+POINTS = "points.wal"  # in a run's folder
+
+KEY_TAG = "tracklight.key"  # unique: finds a run whose creation was not confirmed
+IDENTITY_TAG = "tracklight.identity"
+SETTING_TAG = "tracklight.setting"  # the identity without its seeds: runs to be averaged share it
+PARENT_TAG = "mlflow.parentRunId"  # MLflow's own
+DATA_TAG = "tracklight.data"  # digest of the data set, split as the seed says
+DATA_NAME_TAG = "tracklight.data_name"
+SWEEP_TAG = "tracklight.sweep"  # of a sweep's parent run: the sweep's identity
+BEST_TAG = "best.run"  # of a sweep's parent run: id of its best trial
+REPRODUCES_TAG = "tracklight.reproduces"  # id of the run that one was made again from
+EVALUATES_TAG = "tracklight.evaluates"  # id of the run whose weights one tested again
+OUTCOME_TAG = "tracklight.outcome"  # of a trial that has ended: complete, pruned or failed
+PRUNED = "pruned"
+
+# A run's code and progress.
+CODE_TAG = "tracklight.code"
+COMMIT_TAG = "mlflow.source.git.commit"
+DIRTY_TAG = "mlflow.source.git.dirty"
+EPOCHS_TAG = "tracklight.epochs"  # that the run was asked for
+NON_FINITE_TAG = "tracklight.non_finite_step"
+CHANGES_TAG = "tracklight.changes"  # under which it was continued
+
+# Of a sweep's trials, and of its parent run.
+POINT_TAG = "tracklight.point"  # key of the trial's config
+TRIAL_TAG = "tracklight.trial"
+EPOCHS_RUN_TAG = "tracklight.epochs_run"
+SECONDS_TAG = "tracklight.seconds"  # that a trial trained, all its starts together
+REASON_TAG = "tracklight.reason"
+TESTED_TAG = "tracklight.tested"  # of the winner, once it met the test set
+NEVER_BEGAN_TAG = "tracklight.never_began"  # of a failed run that holds nothing to continue
+THREADS_TAG = "tracklight.threads"
+
+SCORE = "score"  # metric: the best value of the monitored one, of every run that ended well
+
+# Artifacts of a run.
+CONFIG = "config.yaml"  # its resolved config
+INPUTS = "inputs.json"  # what its model takes
+CHECKPOINTS = "checkpoints"
+BEST = f"{CHECKPOINTS}/best.ckpt"
+LAST = f"{CHECKPOINTS}/last.ckpt"
+
+
+def is_sweep(tags: Mapping[str, str]) -> bool:
+    """Say whether a run is the parent of a sweep, which has trials and no config of its own."""
+    return SWEEP_TAG in tags and IDENTITY_TAG not in tags
+
+
+def is_pruned(tags: Mapping[str, str]) -> bool:
+    """Say whether a run is a trial that its sweep ended early: no failure, and no result."""
+    return tags.get(OUTCOME_TAG) == PRUNED

@@ -1,0 +1,70 @@
+"""The script behind `make ui`."""
+
+import socket
+import urllib.error
+import urllib.request
+
+import pytest
+
+import ui_server
+from tracklight.commands import ui
+from tracklight.errors import BadInput
+
+RUNS = "runs?workflowType=machine_learning"
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """The page at which the UI would open."""
+    pages = []
+    monkeypatch.setattr(ui, "_serve", lambda store, port, page: pages.append(page))
+    return pages
+
+
+def test_it_opens_at_the_runs_of_the_experiment_trained_last(store, add, served):
+    add(0.5, experiment="first")
+    add(0.5, experiment="second")
+    second = store.client.get_experiment_by_name("second").experiment_id
+    first = store.client.get_experiment_by_name("first").experiment_id
+    assert ui.main(["--dir", str(store.directory)]) == 0
+    assert ui.main(["--dir", str(store.directory), "--experiment", "first"]) == 0
+    assert served == [f"/#/experiments/{number}/{RUNS}" for number in (second, first)]
+
+
+def test_it_opens_before_anything_was_trained(tmp_path, served):
+    assert ui.main(["--dir", str(tmp_path)]) == 0
+    assert served == ["/#/experiments?workflowType=machine_learning"]
+
+
+@pytest.mark.parametrize("words", [["--port", "0"], ["--port", "70000"], ["--experiment", "none"]])
+def test_what_cannot_be_shown_is_said(store, words, served):
+    with pytest.raises(BadInput, match=f"{words[0]} {words[1]}"):
+        ui.main(["--dir", str(store.directory), *words])
+    with pytest.raises(BadInput, match="is no folder"):
+        ui.main(["--dir", str(store.directory / "elsewhere")])
+    assert not served
+
+
+def test_a_port_that_is_taken_is_bad_input(store, served):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(BadInput, match=f"--port {port} cannot be had .*PORT={port + 1}"):
+            ui.main(["--dir", str(store.directory), "--port", str(port)])
+    assert not served
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_it_serves_until_it_is_told_to_stop(store, add):
+    add(0.5)
+    with ui_server.ui(store.directory) as (address, process):
+        uri = address.partition("/#")[0]
+        assert uri.startswith("http://127.0.0.1:") and RUNS in address
+        with urllib.request.urlopen(uri, timeout=30) as response:
+            assert b"MLflow" in response.read()
+        process.terminate()
+        assert process.wait(30) == 143
+        with pytest.raises(urllib.error.URLError):
+            urllib.request.urlopen(uri, timeout=5)

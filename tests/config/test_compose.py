@@ -1,0 +1,234 @@
+"""Composing, resolving, identifying and comparing configs."""
+
+import json
+import os
+
+import pytest
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from tracklight.config import compose as config
+from tracklight.config import instantiate as gate
+from tracklight.config.compose import (
+    allowed_targets,
+    amend,
+    check,
+    compose,
+    differences,
+    flatten,
+    identity,
+    plain,
+    targets,
+)
+from tracklight.config.instantiate import build
+from tracklight.errors import BadInput
+from tracklight.paths import CONF, ROOT
+
+LINE = plain(compose())
+MLP = plain(compose(["model=mlp"]))
+
+
+def varied(*words):
+    chooses = any((CONF / word.partition("=")[0]).is_dir() for word in words)
+    return compose(["model=mlp", *words]) if chooses else amend(MLP, words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["resume=auto"],
+        ["allow_changes=true"],
+        ["tracking=none"],
+        ["tracking.uri=http://elsewhere", "tracking.dir=/elsewhere", "tracking.run_name=x"],
+        ["sweep.trials=7"],
+        ["data.root=/elsewhere"],
+        ["trainer.max_epochs=77"],
+        ["trainer.enable_progress_bar=false", "trainer.profiler=simple"],
+        ["allowed_targets=[tracklight,torch.optim]"],
+        ["optimizer=sgd", "data=mnist"],
+    ],
+)
+def test_what_the_result_does_not_depend_on_leaves_the_identity(words):
+    assert identity(varied(*words)) == identity(MLP)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("seed=1", "num_threads=2", "compile=true", "init_from=abc", "optimizer.lr=0.02"),
+        *("optimizer=adam", "scheduler=cosine", "callbacks=early_stopping", "score.mode=min"),
+        *("data.batch_size=65", "data.num_val=1", "model.dropout=0.1", "model.hidden=[128,128]"),
+        *("trainer.devices=2", "trainer.num_nodes=2", "trainer.precision=64-true", "data=table"),
+        *("+model.extra=1", "trainer.min_epochs=1"),
+    ],
+)
+def test_what_the_result_depends_on_changes_the_identity(word):
+    assert identity(varied(word)) != identity(MLP)
+
+
+def test_the_identity_survives_storing_and_reading():
+    stored = json.loads(json.dumps(MLP))
+    assert identity(stored) == identity(OmegaConf.create(stored)) == identity(MLP)
+    assert identity(dict(reversed(MLP.items()))) == identity(MLP)
+    assert len(identity(MLP)) == 64
+
+
+def test_a_composed_config_is_resolved_and_closed_to_new_keys():
+    cfg = compose(["seed=3"])
+    assert OmegaConf.to_container(cfg) == plain(cfg)
+    with pytest.raises(AttributeError):
+        cfg.sede = 1
+
+
+def test_composing_leaves_hydra_as_it_was():
+    compose(["experiment=debug"])
+    assert not GlobalHydra.instance().is_initialized()
+    assert not HydraConfig.initialized()
+
+
+def test_runs_lie_beside_train_py_wherever_one_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert compose().tracking.dir == str(ROOT / "mlruns")
+    assert (ROOT / "train.py").is_file()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_environment_names_the_server_and_the_command_line_wins(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://there")
+    assert compose().tracking.uri == "http://there"
+    assert compose(["tracking.uri=http://here"]).tracking.uri == "http://here"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert compose().tracking.uri is None
+
+
+def test_parameters_are_flat_numbers_and_text():
+    flat = flatten({"a": {"b": 1, "c": [1, "x", None]}, "d": True, "e": None, "f": 0.5, "g": {}})
+    assert flat == {"a.b": 1, "a.c": "[1,x,null]", "d": "true", "e": "null", "f": 0.5, "g": "{}"}
+    assert flatten({"tracking": {"uri": "http://a:b@c"}}) == {"tracking.uri": "http://***@c"}
+
+
+def test_differences_show_key_old_and_new():
+    old = {"optimizer": {"lr": 0.1, "gone": None}, "a": 1, "uri": "http://a:b@c"}
+    new = {"optimizer": {"lr": 0.01}, "a": 1.0, "uri": "http://a:d@c", "new": [1]}
+    assert differences(old, new) == [
+        "optimizer.lr: 0.1 -> 0.01",
+        "optimizer.gone: null -> absent",
+        "a: 1 -> 1.0",
+        "uri: http://***@c -> http://***@c",
+        "new: absent -> [1]",
+    ]
+    assert differences(old, old) == []
+
+
+def test_a_stored_config_takes_single_keys():
+    amended = amend(MLP, ["optimizer.lr=0.5", "model.hidden=[3]", "+model.extra=1"])
+    assert (amended.optimizer.lr, amended.model.hidden, amended.model.extra) == (0.5, [3], 1)
+    assert differences(MLP, amended) == [
+        "optimizer.lr: 0.01 -> 0.5",
+        "model.hidden: [128] -> [3]",
+        "model.extra: absent -> 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("optimizer.lrr=1", "did you mean optimizer.lr?"),
+        ("model=linear", "only single keys"),
+        ("~seed", "only single keys"),
+        ("seed=[1", "cannot read"),
+    ],
+)
+def test_a_stored_config_takes_nothing_else(word, says):
+    with pytest.raises(BadInput, match=says.replace("?", r"\?")):
+        amend(MLP, [word])
+
+
+def test_the_allow_list_of_a_stored_config_is_not_believed():
+    amended = amend(MLP | {"allowed_targets": ["os"], "model": {"_target_": "os.system"}}, [])
+    assert amended.allowed_targets == allowed_targets()
+    with pytest.raises(BadInput, match="allow-list"):
+        check(amended)
+
+
+TEXTS = st.sampled_from(
+    [
+        *("${seed}", "${oc.env:HOME}", r"\${oc.env:HOME}", r"\\${oc.env:HOME}", "${root:x}"),
+        *(
+            "${oc.create:{_target_: os.system}}",
+            r"\${oc.create:{_target_: os._exit}}",
+            "${",
+            "$${a}",
+        ),
+        *(
+            "os.system",
+            "plain",
+            "$HOME",
+            "{seed}",
+            "*anchor",
+            "&anchor x",
+            "!!python/name:os.system",
+        ),
+    ]
+)
+LEAVES = st.one_of(TEXTS, st.integers(), st.booleans(), st.none())
+TREES = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(
+            st.sampled_from(["a", "b", "_target_", "_args_", "_partial_", "_recursive_"]),
+            inner,
+            max_size=3,
+        ),
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(TREES)
+def test_whatever_a_stored_config_holds_it_is_refused_or_stays_what_it_says(tree):
+    stored = yaml.safe_load(yaml.safe_dump({**LINE, "extra": {"x": tree}}))
+    try:
+        amended = amend(stored, [])
+        check(amended)
+        built = build(amended.extra, amended.allowed_targets)
+    except BadInput as error:
+        assert "\n" not in str(error)
+        assert os.environ["HOME"] not in str(error)
+        return
+    assert "${" not in yaml.safe_dump(tree)
+    assert plain(amended)["extra"]["x"] == tree
+    assert built == {"x": without_directives(tree)}
+
+
+def without_directives(tree):
+    if isinstance(tree, dict):
+        return {k: without_directives(v) for k, v in tree.items() if k not in gate.DIRECTIVES}
+    return [*map(without_directives, tree)] if isinstance(tree, list) else tree
+
+
+def test_the_classes_of_a_config_are_listed_once():
+    assert targets(MLP) == sorted(
+        ["tracklight.data.mnist.MNIST", "tracklight.models.mlp.MLP", "torch.optim.SGD"]
+    )
+
+
+def test_a_preset_of_ones_own_is_held_to_the_keys_there_are(tmp_path, monkeypatch):
+    import shutil
+
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF, conf)
+    (conf / "experiment" / "mine.yaml").write_text("# @package _global_\noptimizer:\n  lrr: 1\n")
+    (conf / "callbacks" / "mine.yaml").write_text(
+        "stop:\n  _target_: pytorch_lightning.callbacks.EarlyStopping\n  monitor: ${score.metric}\n"
+    )
+    monkeypatch.setattr(config, "CONF", conf)
+    assert compose(["callbacks=mine"]).callbacks.stop.monitor == "train/loss"
+    with pytest.raises(BadInput, match="experiment=mine sets optimizer.lrr, which optimizer=sgd"):
+        compose(["experiment=mine"])

@@ -1,0 +1,118 @@
+"""Every bad word on the command line is one clear line."""
+
+import pytest
+
+from tracklight.config.compose import compose
+from tracklight.config.overrides import read, split_for_resume
+from tracklight.errors import BadInput
+
+ID = "0123456789abcdef0123456789abcdef"
+
+
+def composed(*words, many=False):
+    return compose(read(words, many=many))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["optimizer.lrr=1"], "unknown key optimizer.lrr; did you mean optimizer.lr?"),
+        (["lr=1"], "unknown key lr; did you mean optimizer.lr?"),
+        (["batch_size=1"], "did you mean data.batch_size?"),
+        (["modle=mlp"], "unknown key modle; did you mean model?"),
+        (["xyzzy=1"], "unknown key xyzzy; `python train.py --cfg job` shows all"),
+        (["trainer.max_epoch=1"], "did you mean trainer.max_epochs?"),
+        (["model=mpl"], "model=mpl is not there; model can be linear, mlp; did you mean mlp?"),
+        (["experiment=nope"], "experiment can be debug, diabetes, mnist_fast"),
+        (["trainer=5"], "trainer=5 names no file of conf/trainer; trainer can be"),
+        (["seed=1", "seed=2"], "seed is given twice, as seed=1 and as seed=2"),
+        (["seed=1", "+seed=2"], "seed is given twice"),
+        (["model=mlp", "model=linear"], "model is given twice"),
+        (["seed="], "seed= has no value; write seed=null for none"),
+        (["model="], "model= has no value"),
+        (["seed=1,2"], "seed=1,2 is a list of values; add -m"),
+        (["optimizer.lr=interval(0,1)"], "optimizer.lr=interval(0,1) is an interval; add -m to"),
+        (["optimizer.lr=[interval(0,1)]"], "an interval or a range stands alone"),
+        (["optimizer.lr=interval(0.1)"], "an interval lies between two numbers"),
+        (["sweep=lr"], "sweep=lr is of sweeps, and this is a single run; add -m"),
+        (["sweep.trials=3"], "sweep.trials=3 is of sweeps"),
+        (["optimizer.lr=interval(0,1)"], "add -m"),
+        (["model.hidden=[8"], "cannot read model.hidden=[8"),
+        (["a b"], "cannot read a b"),
+        (["seed"], "cannot read seed"),
+        (["seed=choice()"], "choice() is empty"),
+        (["seed=rnage(1,3)"], "no function rnage; did you mean range?"),
+        (["trainer.logger=true"], "use tracking=mlflow or tracking=none"),
+        (["+trainer.logger=true"], "use tracking=mlflow or tracking=none"),
+        (["trainer.default_root_dir=/tmp"], "use tracking.dir=FOLDER"),
+        (["trainer.callbacks=[]"], "use callbacks="),
+        (["trainer.enable_checkpointing=false"], "use tracking=none"),
+        (["tracking.run_name=${oc.env:NO_SUCH_VARIABLE}"], "'NO_SUCH_VARIABLE' not found"),
+        (["tracking.run_name=${nowhere.to.be}"], "tracking.run_name"),
+        (["tracking.run_name=???"], "tracking.run_name has no value"),
+        (["score=0.9"], "score=0.9 must be a group of keys"),
+        (["model=null"], "model=null names no file of conf/model"),
+        (["model=[linear,mlp]"], "model can be linear, mlp"),
+        (["experiment=seed_mlp", "model=linear"], "seed_mlp sets model.hidden, which model=linear"),
+        (["experiment=seed_mlp", "data=line"], "seed_mlp sets data.num_val, which data=line"),
+    ],
+)  # fmt: skip
+def test_a_bad_override_is_told_with_what_would_work(words, says):
+    with pytest.raises(BadInput) as refusal:
+        composed(*words)
+    assert says in " ".join(str(refusal.value).split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["tracking.run_name=''"],
+        ["tracking.run_name=null"],
+        ["hydra.run.dir=a", "hydra.run.dir=b", "hydra.job.name="],
+        ["+model.extra=1"],
+        ["model=mlp", "model.hidden=[64,32]"],
+        ["experiment=seed_linear", "optimizer=adam", "+optimizer.mine=1"],
+        ["tracking.run_name='a=b'"],
+        ["data={batch_size:2}"],
+    ],
+)
+def test_unusual_overrides_that_mean_something_pass(words):
+    if "tracking.run_name=''" in words:
+        assert read(words, many=False) == words
+    else:
+        composed(*words)
+
+
+def test_lists_of_values_are_for_multirun():
+    words = ["seed=1,2", "optimizer.lr=interval(0,1)"]
+    assert read(words, many=True) == words
+
+
+@pytest.mark.parametrize(
+    "run_id", ["1234e567", "12345678", "0e0", "00000000000000000000000000000001"]
+)
+def test_a_run_id_of_digits_stays_text(run_id):
+    cfg = composed(f"init_from={run_id}")
+    assert cfg.init_from == run_id
+    now, _ = split_for_resume(read([f"resume={run_id}"], many=False))
+    assert compose(now).resume == run_id
+
+
+def test_a_resumed_run_takes_single_keys_for_its_own_config():
+    words = [f"resume={ID}", "model.hidden=[9]", "tracking.uri=x", "allow_changes=true"]
+    now, later = split_for_resume(words)
+    assert now == [f"resume={ID}", "tracking.uri=x", "allow_changes=true"]
+    assert later == ["model.hidden=[9]", "tracking.uri=x", "allow_changes=true"]
+
+
+@pytest.mark.parametrize(
+    "word", ["model=mlp", "optimizer=adam", "experiment=debug", "tracking=none"]
+)
+def test_a_resumed_run_takes_no_group(word):
+    with pytest.raises(BadInput, match=f"{word} chooses a group, but resume={ID}"):
+        split_for_resume([f"resume={ID}", word])
+
+
+def test_resume_auto_composes_like_a_new_run():
+    words = ["model=mlp", "resume=auto", "seed=3"]
+    assert split_for_resume(words) == (words, [])

@@ -1,0 +1,97 @@
+"""Whole runs in this process, of the less common kinds."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LinearRegression
+
+from tracklight.config.compose import compose
+from tracklight.experiment.build import build_data
+from tracklight.experiment.train import run
+from tracklight.models.mlp import MLP
+from tracklight.tracking.mlflow_client import mlflow
+
+SMALL = ("model=mlp", "data.download=false", "trainer.accelerator=cpu", "tracking.figures=false")
+WARNING = "ignore:data.root=nowhere. no MNIST files:UserWarning"
+
+
+@pytest.mark.filterwarnings(WARNING)
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning")
+@pytest.mark.parametrize(
+    "limit",
+    [
+        "trainer.max_steps=3",
+        pytest.param("+trainer.check_val_every_n_epoch=9", marks=pytest.mark.slow),
+        pytest.param("trainer.fast_dev_run=true", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_compares_no_epochs_ends_well_with_its_last_weights(train, capsys, limit):
+    limit = limit.removeprefix("+")
+    finished = train(*SMALL, "data.root=nowhere", "trainer.max_epochs=1", limit)
+    assert finished.run.info.status == "FINISHED" and finished.score is None
+    best, last = (finished.checkpoint(name)["state_dict"] for name in ("best", "last"))
+    assert all((best[key] == last[key]).all() for key in last)
+    assert "best.ckpt holds the last weights" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings(WARNING)
+def test_an_untracked_run_tells_its_scores_and_leaves_nothing(tmp_path, capsys):
+    words = (*SMALL, "data.root=nowhere", "trainer.max_epochs=1", "tracking=none")
+    score = run(compose([*words, f"tracking.dir={tmp_path}", "trainer.enable_progress_bar=false"]))
+    told = capsys.readouterr().out
+    assert f"val/accuracy {score:.5g} (last epoch)" in told and "test/accuracy" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_diabetes_preset_reaches_the_coefficients_of_least_squares(train):
+    words = ("experiment=diabetes", "trainer.accelerator=cpu")
+    finished = train(*words, "tracking.figures=false")
+    data = build_data(compose(words))
+    part = data.splits["train"]
+    exact = LinearRegression().fit(data.transform(part.features).numpy(), part.targets.numpy())
+    weight, bias = sorted(
+        finished.checkpoint("last")["state_dict"].values(), key=lambda value: -value.ndim
+    )
+    largest = np.abs(exact.coef_).max()  # trained in single precision: relative to the largest
+    np.testing.assert_allclose(weight.numpy(), exact.coef_, atol=1e-4 * largest)
+    np.testing.assert_allclose(bias.numpy(), exact.intercept_, rtol=1e-4)
+    assert finished.history("ols/gap")[0][1] < 1e-4
+
+
+@pytest.mark.filterwarnings(WARNING)
+def test_mlflows_own_client_reads_all_of_a_run(train, monkeypatch):
+    finished = train(*SMALL, "data.root=nowhere", "trainer.max_epochs=2", "model.hidden=[16]")
+    client, run = finished.client, finished.run
+    assert run.data.params["model.hidden"] == "[16]"
+    steps = [step for step, _ in finished.history("train/loss")]
+    assert steps == list(range(1, 2 * 55 + 1))  # 3,500 images in minibatches of 64, two epochs
+    names = {each.path for each in client.list_artifacts(run.info.run_id)}
+    assert {"checkpoints", "config.yaml", "provenance"} <= names
+    (dataset,) = [each.dataset for each in run.inputs.dataset_inputs]
+    assert run.data.tags["tracklight.data"].startswith(dataset.digest)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)
+    (output,) = run.outputs.model_outputs
+    images = torch.randn(5, 1, 28, 28)
+    model = MLP(in_features=784, out_features=10, hidden=[16])
+    model.load_state_dict(finished.checkpoint("best")["state_dict"])
+    with torch.no_grad():
+        wanted = model(images).numpy()
+    logged = mlflow.pyfunc.load_model(f"models:/{output.model_id}")
+    np.testing.assert_allclose(logged.predict(images.numpy()), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.full_mnist
+def test_the_seed_mlp_scores_94_to_95_percent_after_five_epochs(train, mnist_root):
+    words = ("model=mlp", "trainer.max_epochs=5", "trainer.accelerator=cpu")
+    finished = train(*words, f"data.root={mnist_root}", "tracking.figures=false")
+    assert 0.94 <= finished.history("test/accuracy")[0][1] <= 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.full_mnist
+def test_mnist_fast_scores_98_percent_in_at_most_five_epochs(train, mnist_root):
+    words = ("experiment=mnist_fast", "trainer.accelerator=cpu", "tracking.figures=false")
+    finished = train(*words, f"data.root={mnist_root}")
+    assert finished.history("test/accuracy")[0][1] >= 0.98
+    assert len(finished.history("val/accuracy")) <= 5
