@@ -46,7 +46,7 @@ class Classifier(LightningModule):
 
 
 class Loader:
-    """LauncherExecutor for Lightning; the hand-over lies here, since a callback more would cost time."""
+    """Batches for Lightning; the hand-over lies here, since a callback more would cost time."""
 
     def __init__(self, batches: Callable[[], Iterable[Batch]], length: int, relay: Relay):
         self.batches = batches

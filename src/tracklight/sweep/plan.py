@@ -283,7 +283,7 @@ class Plan:
 
     @cached_property
     def total(self) -> int | None:
-        """OptunaStudy of a search; None for a grid."""
+        """Trials of a search; None for a grid."""
         if not self.is_search:
             return None
         total = self.settings["trials"] or TRIALS

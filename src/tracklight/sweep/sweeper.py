@@ -323,7 +323,7 @@ def _jobs(plan: Plan, winner: Standing, runs: "list[Run]") -> dict[str, Job]:
 def preflight(plan: Plan, pool: ProcessExecutor) -> Iterator[list[TrialResult]]:
     """Take one batch of the first point while this process does its own imports.
 
-    OptunaStudy of a launcher or of several devices are rehearsed on this machine's CPU, where a failure
+    Trials of a launcher or of several devices are rehearsed on this machine's CPU, where a failure
     proves nothing of them: then only the names of the metrics count.
 
     Yields:
