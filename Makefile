@@ -1,12 +1,15 @@
-# `make train` and `make test` need nothing but make and a Python 3.11 to 3.13 on PATH.
+# `make train` and `make test` need nothing but make and a Python 3.11 to 3.14 on PATH; or uv, which
+# brings a Python where none fits and installs three times as fast.
 # ARGS is handed on: make train ARGS="trainer.max_epochs=1", make test ARGS="-k resume".
 
 SHELL := /bin/sh
+comma := ,
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-CANDIDATES := $(PYTHON) python3.13 python3.12 python3.11 python3 python
-IN_RANGE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+UV ?= $(shell command -v uv)
+CANDIDATES := $(PYTHON) python3.14 python3.13 python3.12 python3.11 python3 python
+IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))
 # Workers share the cores out: with threads of their own they would wait for one another. Each takes
 # its half in order, as fixtures that start processes like it, and at the end some of the other's.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
@@ -31,21 +34,23 @@ install: $(INSTALLED)
 # A stamp, so that only a change of the declared or pinned packages installs again.
 # Some commands on PATH are shims that fail: each candidate has to run.
 $(INSTALLED): pyproject.toml constraints.txt
-	@if ! $(BIN)/python -c '$(IN_RANGE)' 2>/dev/null; then \
-	  found=; \
-	  for candidate in $(CANDIDATES); do \
-	    if "$$candidate" -c '$(IN_RANGE)' >/dev/null 2>&1; then found=$$candidate; break; fi; \
-	  done; \
-	  if [ -z "$$found" ]; then \
-	    echo 'No Python 3.11 to 3.13 with its venv module on PATH.' >&2; \
-	    echo 'Install one (Debian, Ubuntu: also python3-venv), or name it: make train PYTHON=/path/to/python3.12' >&2; \
-	    exit 1; \
+	@if $(BIN)/python -c '$(IN_RANGE)' 2>/dev/null; then exit 0; fi; \
+	if [ -n "$(UV)" ]; then \
+	  echo 'Setting up $(VENV) with uv; the first time takes a minute and 6 GB.'; \
+	  exec "$(UV)" venv --quiet --clear --python '$(or $(PYTHON),>=3.11$(comma)<3.15)' $(VENV); \
+	fi; \
+	for candidate in $(CANDIDATES); do \
+	  if "$$candidate" -c 'import ensurepip, venv; $(IN_RANGE)' >/dev/null 2>&1; then \
+	    echo "Setting up $(VENV) with $$("$$candidate" --version); the first time takes some minutes and 6 GB."; \
+	    exec "$$candidate" -m venv --clear $(VENV); \
 	  fi; \
-	  echo "Setting up $(VENV) with $$("$$found" --version); the first time takes some minutes and 6 GB."; \
-	  "$$found" -m venv --clear $(VENV) || exit 1; \
-	fi
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  --constraint constraints.txt --editable '.[table,sweep,dev]'
+	done; \
+	echo 'No Python 3.11 to 3.14 with its venv module on PATH.' >&2; \
+	echo 'Install one (Debian, Ubuntu: also python3-venv), or name it: make train PYTHON=/path/to/python3.12' >&2; \
+	exit 1
+	@if [ -n "$(UV)" ]; then set -- "$(UV)" pip install --python $(BIN)/python; \
+	else set -- $(BIN)/python -m pip install --disable-pip-version-check; fi; \
+	"$$@" --quiet --constraint constraints.txt --editable '.[table,sweep,dev]'
 	@touch $@
 
 train: $(INSTALLED)

@@ -27,20 +27,20 @@ def main() -> None:
         if "commands" in arguments.only:
             from benchmark import commands
 
-            _leave(commands.measure(root, folder, arguments, setting), arguments)
+            _report(commands.measure(root, folder, arguments, setting), arguments)
         if "sweeps" in arguments.only:
             from benchmark import sweeps
 
-            _leave(sweeps.measure(root, folder, setting), arguments)
+            _report(sweeps.measure(root, folder, setting), arguments)
         if {"steps", "cuda"} & {*arguments.only}:
             import torch
 
             from benchmark import steps
 
             if "steps" in arguments.only:
-                _leave(steps.on_cpu(root, folder, arguments.epochs, setting), arguments)
+                _report(steps.on_cpu(root, folder, arguments.epochs, setting), arguments)
             if "cuda" in arguments.only and torch.cuda.is_available():
-                _leave(steps.on_cuda(root, folder, arguments.epochs, setting), arguments)
+                _report(steps.on_cuda(root, folder, arguments.epochs, setting), arguments)
             elif "cuda" in arguments.only:
                 print("\nno CUDA device here: steps on it are not measured", flush=True)
 
@@ -50,21 +50,19 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=20, help="of the fast rivals: 20 or more")
     parser.add_argument("--repeats", type=int, default=5, help="of each whole command")
     parser.add_argument("--crowd", type=int, default=10_000, help="runs in the full store")
-    parser.add_argument(
-        "--only", nargs="+", default=("commands", "steps", "cuda"),
-        choices=("commands", "steps", "cuda", "sweeps"),
-        help="parts to measure; sweeps, half an hour more, only if named",
-    )  # fmt: skip
-    parser.add_argument(
-        "--root", type=Path, default=Path(os.environ.get("MNIST_ROOT", ROOT / "data")),
-        help="folder of MNIST/raw (MNIST_ROOT)",
-    )  # fmt: skip
+    parts = ("commands", "steps", "cuda", "sweeps")
+    only = "parts to measure; sweeps, half an hour more, only if named"
+    parser.add_argument("--only", nargs="+", default=parts[:3], choices=parts, help=only)
+    root = Path(os.environ.get("MNIST_ROOT", ROOT / "data"))
+    parser.add_argument("--root", type=Path, default=root, help="folder of MNIST/raw (MNIST_ROOT)")
     parser.add_argument("--out", type=Path, default=ROOT / "BENCHMARKS.md")
-    parser.add_argument("--quick", action="store_true", help="see whether it runs; write nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="only check that it runs; write nothing"
+    )
     return parser.parse_args()
 
 
-def _leave(section: Section, arguments: argparse.Namespace) -> None:
+def _report(section: Section, arguments: argparse.Namespace) -> None:
     print(f"\n## {section.markdown()}", flush=True)
     if arguments.quick:
         print("(--quick: this only shows that it runs; nothing is written)", flush=True)

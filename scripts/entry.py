@@ -1,19 +1,13 @@
-"""How a script begins: in the environment, or with the line that says how to get there."""
+"""How a script starts: in the environment, or with the line that says how to activate it."""
 
-import importlib
 import sys
 
 
-def enter(name: str) -> None:
-    """Run a script's main, `tracklight.commands.NAME`, and exit as it says.
-
-    Raises:
-        SystemExit: Always.
-    """
+def enter(command: str) -> None:
+    """Run a command of `tracklight.commands` and exit with its code."""
     try:
-        command = importlib.import_module("tracklight.commands.parser")
-        script = importlib.import_module(f"tracklight.commands.{name}")
+        from tracklight import cli
     except ModuleNotFoundError as error:
         print(f"no {error.name} here: `source .venv/bin/activate` or `make train`", file=sys.stderr)
         sys.exit(2)
-    command.enter(script.main)
+    cli.enter(command)

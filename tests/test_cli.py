@@ -199,7 +199,7 @@ def test_a_signal_before_training_ends_with_its_exit_code(number, code):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"ready\n"
         process.send_signal(number)
-        assert process.wait(10) == code
+        assert process.wait(60) == code
         assert process.stderr.read() == b""
 
 

@@ -12,6 +12,8 @@ from tracklight.redact import redact
         ("postgresql://me:p@ss/w:rd@host/db", "postgresql://***@host/db"),
         ("https://t0ken@host", "https://***@host"),
         ("http://host/?user=me&password=hunter2&x=1", "http://host/?user=me&password=***&x=1"),
+        ("http://host/?pwd=hunter2&key=k3y&monkey=1", "http://host/?pwd=***&key=***&monkey=1"),
+        ("an interval stands alone, as in KEY=interval(1,2)",) * 2,
         ("cannot reach http://a:b@c: timed out", "cannot reach http://***@c: timed out"),
         ("sqlite:////tmp/a b/mlflow.db", "sqlite:////tmp/a b/mlflow.db"),
         ("http://host:5000", "http://host:5000"),

@@ -130,15 +130,14 @@ def strike(target: str, call: int, signals: list[str], after: bool = False) -> N
 
 
 def halve(target: str, call: int) -> None:
-    """Write half of what the n-th call is to write, get it to the disk, and die."""
+    """Write half of what the n-th call of a `write(path, content)` is to write, and die."""
     calls = iter(range(1, 1 << 62))
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        def halved(self: Any, data: bytes) -> Any:
+        def halved(path: Path, content: bytes) -> Any:
             if next(calls) != call:
-                return original(self, data)
-            original(self, bytes(data)[: len(data) // 2])
-            self.flush()
+                return original(path, content)
+            original(path, bytes(content)[: len(content) // 2])
             return os.kill(os.getpid(), signal.SIGKILL)
 
         return halved
@@ -185,7 +184,7 @@ def put(target: str, value: Any) -> None:
 def spare_model() -> None:
     """Log no model and draw nothing: it takes longer than the training of these tests."""
     put("tracklight.experiment.record:log_model", lambda *_, **__: None)
-    put("tracklight.experiment.record:illustrate", lambda *_, **__: None)
+    put("tracklight.experiment.record:draw_figures", lambda *_, **__: None)
 
 
 def limit_files(num_bytes: int) -> None:
@@ -237,7 +236,7 @@ def forget_replay_filter() -> None:
 
         return opened
 
-    _patch("tracklight.tracking.wal:WriteAhead.__init__", wrap)
+    _patch("tracklight.tracking.wal:WriteAheadLog.__init__", wrap)
 
 
 FAULTS: dict[str, Callable[..., None]] = {
@@ -256,9 +255,9 @@ def prepare(template: Path) -> None:
     quiet()
     for name in PRELOADED:
         importlib.import_module(name)
-    from tracklight.tracking.sqlite_file import ensure
+    from tracklight.tracking.sqlite_file import ensure_database
 
-    ensure(template, (template.parent / "artifacts").as_uri())
+    ensure_database(template, (template.parent / "artifacts").as_uri())
     _warm_up()
 
 

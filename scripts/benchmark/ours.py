@@ -15,12 +15,12 @@ from tracklight.config.compose import compose
 from tracklight.engine.blocks import STEPS_PER_BLOCK
 from tracklight.engine.checkpoints import ResumeCheckpoint
 from tracklight.experiment.train import run
-from tracklight.tracking import sender as feeder
+from tracklight.tracking import sender
 from tracklight.tracking.run import Run
 
 BLOCKS_PER_SLICE = SLICE // STEPS_PER_BLOCK
 FLUSH_S = 60.0
-SEND_PERIOD_S = feeder._PERIOD_S
+SEND_PERIOD_S = sender._PERIOD_S
 LAST, BEST = ResumeCheckpoint, ModelCheckpoint
 
 
@@ -48,12 +48,12 @@ def train(
     words += [f"trainer.accelerator={accelerator}", "trainer.enable_progress_bar=false"]
     words += ["tracking=none" if tracking is None else f"tracking.dir={tracking}"]
     words += ["tracking.gradients=true"] if gradients else []
-    feeder._PERIOD_S = threading.TIMEOUT_MAX  # a gate keeps its time instead
+    sender._PERIOD_S = threading.TIMEOUT_MAX  # a gate keeps its time instead
     run(compose(words), callbacks=[Baton(relay, checkpoints)], test=False)
 
 
 class Gate:
-    """Lets a run's feeder work only while that run trains, and by that run's clock.
+    """Lets a run's sender work only while that run trains, and by that run's clock.
 
     So its work is charged to nobody else: what is under way when the turn ends is waited for.
     """
@@ -62,14 +62,14 @@ class Gate:
         self.tracked = tracked
         self.turn = threading.Lock()
         self.since_sent_s = 0.0
-        delivery = tracked._feeder._delivery
-        step = delivery.step
+        writer = tracked._sender.writer
+        send_next = writer.send_next
 
-        def step_in_turn() -> None:
+        def send_in_turn() -> None:
             with self.turn:
-                step()
+                send_next()
 
-        delivery.step = step_in_turn
+        writer.send_next = send_in_turn
 
     def flush(self) -> None:
         """Return once MLflow has everything."""
@@ -77,7 +77,7 @@ class Gate:
         self.since_sent_s = 0.0
 
     def hand_over(self, relay: Relay) -> None:
-        """Keep the feeder still while others train."""
+        """Keep the sender still while others train."""
         self.turn.acquire()
         try:
             relay.hand_over()
@@ -86,12 +86,12 @@ class Gate:
         self.looked_at_s = time.perf_counter()
 
     def wake(self) -> None:
-        """Wake the feeder if its period is over."""
+        """Wake the sender if its period is over."""
         now_s = time.perf_counter()
         self.since_sent_s += now_s - self.looked_at_s
         self.looked_at_s = now_s
         if self.since_sent_s > SEND_PERIOD_S:
-            self.tracked._feeder._wake.set()
+            self.tracked._sender._wake.set()
             self.since_sent_s = 0.0
 
 
@@ -101,7 +101,7 @@ class Baton(Callback):
     An epoch's last slice includes whatever is done at an epoch's end, and MLflow having it all.
     """
 
-    listens_by_block = True
+    supports_blocks = True
 
     def __init__(self, relay: Relay, checkpoints: Sequence[type[Callback]]):
         self.relay = relay

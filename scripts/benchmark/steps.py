@@ -16,7 +16,7 @@ from benchmark.race import SLICE, Relay, Rival, per_epoch, race, ratio
 from benchmark.table import Claim, Section
 from tracklight.data.mnist import MNIST
 from tracklight.data.tensor_data import epoch_order
-from tracklight.tracking import sqlite_file as database
+from tracklight.tracking.sqlite_file import ensure_database
 
 HAND_UINT8 = "by hand, resident uint8"
 HAND_FLOAT = "by hand, resident float32"
@@ -42,7 +42,7 @@ def on_cpu(root: Path, folder: Path, epochs: int, setting: Setting) -> Section:
     """
     images, labels, order = _load(root)
     floats = by_hand.standardised(images)
-    database.ensure(folder / "stock.db", (folder / "stock").as_uri())
+    ensure_database(folder / "stock.db", (folder / "stock").as_uri())
     hand = partial(by_hand.resident, labels=labels, order=order, epochs=epochs)
     light = partial(plain_lightning.resident, images=floats, labels=labels, epochs=epochs)
     logger = partial(plain_lightning.mlflow_logger, folder / "stock.db")

@@ -222,22 +222,22 @@ _RECORDER = """
 import sys, time
 sys.argv[0] = {root!r} + "/train.py"
 sys.path.insert(0, {root!r})
-from tracklight.sweep import pool
+from tracklight.sweep.executors import ProcessExecutor
 from tracklight.sweep.trial import TrialResult
-log, trials = open({log!r}, "a", buffering=1), []
-start, messages = pool.ProcessExecutor.start, pool.ProcessExecutor.messages
-def started(self, assignment, tag):
-    start(self, assignment, tag)
-    if not assignment.rehearse and not assignment.test:
-        trials.append(tag)
+log, jobs = open({log!r}, "a", buffering=1), []
+start, messages = ProcessExecutor.start, ProcessExecutor.messages
+def record_start(self, spec, job):
+    start(self, spec, job)
+    if not spec.preflight and not spec.test:
+        jobs.append(job)
         print("start", time.time(), file=log)
-def told(self, timeout_s):
-    for tag, message in messages(self, timeout_s):
-        if isinstance(message, TrialResult) and tag in trials:
-            trials.remove(tag)
+def record_end(self, timeout_s):
+    for job, message in messages(self, timeout_s):
+        if isinstance(message, TrialResult) and job in jobs:
+            jobs.remove(job)
             print("end", time.time(), file=log)
-        yield tag, message
-pool.ProcessExecutor.start, pool.ProcessExecutor.messages = started, told
+        yield job, message
+ProcessExecutor.start, ProcessExecutor.messages = record_start, record_end
 from tracklight.cli import main
 main(lambda cfg: None)
 """

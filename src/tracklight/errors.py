@@ -1,9 +1,9 @@
-"""The two ways a run ends badly on purpose."""
+"""The two errors that are shown to the user as one line."""
 
 
 class BadInput(ValueError):
-    """The user asked for what cannot be; the message is the one line shown, exit code 2."""
+    """The user's input is invalid; the message is the one line shown, exit code 2."""
 
 
 class RunFailed(RuntimeError):
-    """The run started and could not end well; the message is the one line shown, exit code 1."""
+    """A run started and failed; the message is the one line shown, exit code 1."""

@@ -1,4 +1,4 @@
-"""Where things lie: the checkout, its config files and its runs."""
+"""Paths of the checkout, its config files and its runs."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ HOME = ROOT / "mlruns"  # as conf/tracking/mlflow.yaml has it
 
 
 def sync_folder(folder: Path) -> None:
-    """Return once the names in a folder are on the disk: a rename is durable only then."""
+    """Flush the names in a folder to disk: a rename is durable only then."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,15 +1,15 @@
-"""Passwords are starred out of whatever is shown, logged or stored."""
+"""Redact secrets in whatever is shown, logged or stored."""
 
 import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
-MIN_SECRET_CHARS = 6  # a shorter value would star out words that are no secret
+MIN_SECRET_CHARS = 6  # a shorter value would redact words that are no secret
 _WORDS = r"pass(?:word|wd|phrase)|secret|api_?key|private_?key|credential"
 _SECRET_KEY = re.compile(_WORDS, re.IGNORECASE)
 _TOKEN_KEY = re.compile("token", re.IGNORECASE)
-_SHORT_WORDS = r"\b(?:pwd|key)"  # as parts of longer words they say nothing
+_SHORT_WORDS = r"\bpwd|(?<=[?&;])key"  # KEY=VALUE in a message is no secret, ?key= in a URI is
 _PAIR_IN_TEXT = re.compile(
     rf"((?:[\w-]*(?:{_WORDS}|token)[\w-]*|{_SHORT_WORDS})=)[^\s&;,'\"]+", re.IGNORECASE
 )
@@ -17,15 +17,15 @@ _USER_IN_URI = re.compile(r"(://)[^\s/@:]*(?::\S*)?@")
 
 
 def redact(tree: Any) -> Any:
-    """Star out secrets: of a text in URIs and `name=value` pairs, of a tree under telling keys.
+    """Replace secrets by ***: in URIs and `name=value` pairs of text, under telling keys of a tree.
 
-    What an environment variable of a telling name holds is starred out wherever it stands: a config
-    may have read it by `oc.env`, under whatever key.
+    The value of an environment variable of a telling name is replaced everywhere: a config may have
+    read it by `oc.env`, under any key.
     """
     values = [
         value
         for name, value in os.environ.items()
-        if len(value) >= MIN_SECRET_CHARS and (_SECRET_KEY.search(name) or _TOKEN_KEY.search(name))
+        if len(value) >= MIN_SECRET_CHARS and _is_secret(name, value)
     ]
     return _redact(tree, values)
 
@@ -46,6 +46,5 @@ def _redact(tree: Any, values: list[str]) -> Any:
 def _is_secret(key: str, value: Any) -> bool:
     if value is None or isinstance(value, Mapping | bool):
         return False
-    if _TOKEN_KEY.search(key):
-        return not isinstance(value, int | float)  # max_tokens counts something
-    return _SECRET_KEY.search(key) is not None
+    counts = isinstance(value, int | float)  # max_tokens, not a token
+    return bool(_SECRET_KEY.search(key) or (_TOKEN_KEY.search(key) and not counts))

@@ -10,7 +10,7 @@ import pytest
 from small_runs import IMAGES, train
 
 from made_runs import add_run
-from tracklight.commands import compare
+from tracklight.commands.parser import main
 from tracklight.tracking.store import Store, connect
 from tracklight.tracking.tags import PARENT_TAG
 
@@ -77,7 +77,7 @@ def answer(tmp_path, capsys) -> Callable[..., str]:
     """What `compare.py` prints of the runs added."""
 
     def answer(*words):
-        assert compare.main([*words, "--dir", str(tmp_path)]) == 0
+        assert main("compare", [*words, "--dir", str(tmp_path)]) == 0
         return capsys.readouterr().out
 
     return answer

@@ -10,17 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from tracklight.commands.compare import main, sparkline
+from tracklight.commands.compare import sparkline
+from tracklight.commands.parser import main
 from tracklight.errors import BadInput
-from tracklight.runs import leaderboard as ranking
+from tracklight.runs.leaderboard import rank_runs
 from tracklight.runs.reader import RunFilter, open_reader
 from tracklight.tracking.tags import IDENTITY_TAG, OUTCOME_TAG, PARENT_TAG, REPRODUCES_TAG
 
 
 def board(tmp_path, *, metric=None, mode=None, limit=50, each=False, **filters):
-    return ranking.rank(
-        open_reader(None, tmp_path), RunFilter(**filters), metric, mode, limit, each
-    )
+    return rank_runs(open_reader(None, tmp_path), RunFilter(**filters), metric, mode, limit, each)
 
 
 def test_settings_are_ranked_by_the_mean_over_their_seeds(add, tmp_path):
@@ -29,12 +28,12 @@ def test_settings_are_ranked_by_the_mean_over_their_seeds(add, tmp_path):
     add(0.85, "single")
     add(0.1, "poor")
     found = board(tmp_path)
-    assert [place.mean for place in found.places] == pytest.approx([0.85, 0.8, 0.1])
-    assert [place.rank for place in found.places] == [1, 2, 3]
-    assert [len(place.runs) for place in found.places] == [1, 2, 1]
-    assert [place.delta for place in found.places][1:] == pytest.approx([-0.05, -0.75])
-    assert found.places[1].half_width == pytest.approx(12.7062 * 0.1, rel=1e-4)
-    assert found.places[0].half_width is None
+    assert [place.score for place in found.rows] == pytest.approx([0.85, 0.8, 0.1])
+    assert [place.rank for place in found.rows] == [1, 2, 3]
+    assert [len(place.runs) for place in found.rows] == [1, 2, 1]
+    assert [place.delta for place in found.rows][1:] == pytest.approx([-0.05, -0.75])
+    assert found.rows[1].half_width == pytest.approx(12.7062 * 0.1, rel=1e-4)
+    assert found.rows[0].half_width is None
 
 
 def test_the_same_seed_again_is_no_new_evidence_and_other_data_another_place(add, tmp_path):
@@ -43,8 +42,8 @@ def test_the_same_seed_again_is_no_new_evidence_and_other_data_another_place(add
     add(0.6, "one", 1)
     add(0.9, "one", 0, data="other", data_name="other")
     found = board(tmp_path)
-    assert [place.values for place in found.places] == [[0.9], [0.6, 0.7]]
-    assert found.places[1].flags == ["other data"]
+    assert [place.scores for place in found.rows] == [[0.9], [0.6, 0.7]]
+    assert found.rows[1].flags == ["other data"]
 
 
 def test_seeds_that_split_the_data_differently_are_one_place_without_a_flag(add, tmp_path):
@@ -53,8 +52,8 @@ def test_seeds_that_split_the_data_differently_are_one_place_without_a_flag(add,
             add(score, setting, seed, data=f"split {seed}")
     add(0.3, "three", 1, data="changed")
     found = board(tmp_path)
-    assert [len(place.values) for place in found.places] == [2, 2, 1]
-    assert [place.flags for place in found.places] == [[], [], ["other data"]]
+    assert [len(place.scores) for place in found.rows] == [2, 2, 1]
+    assert [place.flags for place in found.rows] == [[], [], ["other data"]]
 
 
 def test_runs_scored_otherwise_are_counted_and_a_metric_is_a_filter(add, tmp_path, capsys):
@@ -63,15 +62,15 @@ def test_runs_scored_otherwise_are_counted_and_a_metric_is_a_filter(add, tmp_pat
     add(0.7, "two")
     assert board(tmp_path).left_out == "1 runs scored by another metric left out"
     found = board(tmp_path, metric="train/loss_epoch")
-    assert [place.values for place in found.places] == [[2.0]]
-    main(["--dir", str(tmp_path), "--metric", "train/loss_epoch"])
+    assert [place.scores for place in found.rows] == [[2.0]]
+    main("compare", ["--dir", str(tmp_path), "--metric", "train/loss_epoch"])
     assert "; 2 runs without a finite train/loss_epoch left out" in capsys.readouterr().out
 
 
 def test_a_reproduction_is_no_new_evidence(add, tmp_path):
     run_id = add(0.5, "one", 0)
     add(0.9, "one", 1, tags={REPRODUCES_TAG: run_id})
-    assert [place.values for place in board(tmp_path).places] == [[0.5]]
+    assert [place.scores for place in board(tmp_path).rows] == [[0.5]]
 
 
 def test_a_pruned_trial_is_shown_as_such_after_all_others_and_is_no_part_of_a_mean(add, tmp_path):
@@ -82,18 +81,18 @@ def test_a_pruned_trial_is_shown_as_such_after_all_others_and_is_no_part_of_a_me
     add(0.99, "two", 0, losses=[0.2], tags=pruned)
     add(0.4, "three", 0, losses=[4.0])
     for metric, means in ((None, [0.6, 0.4, None]), ("train/loss_epoch", [2.5, 4.0, None])):
-        places = board(tmp_path, metric=metric).places
-        assert [place.mean for place in places] == [pytest.approx(mean) for mean in means]
+        places = board(tmp_path, metric=metric).rows
+        assert [place.score for place in places] == [pytest.approx(mean) for mean in means]
         assert [place.rank for place in places] == [1, 2, None]
         assert [place.flags for place in places] == [["pruned"], [], ["pruned"]]
         assert [len(place.runs) for place in places] == [3, 1, 1]
-        assert (len(places[0].values), places[2].delta, places[2].half_width) == (2, None, None)
+        assert (len(places[0].scores), places[2].delta, places[2].half_width) == (2, None, None)
 
 
 def test_a_leaderboard_has_no_patch(add, tmp_path):
     add(0.5)
     with pytest.raises(BadInput, match="--diff is of two runs"):
-        main(["--dir", str(tmp_path), "--diff"])
+        main("compare", ["--dir", str(tmp_path), "--diff"])
 
 
 def test_who_reads_but_the_beginning_gets_no_traceback(add, tmp_path):
@@ -109,12 +108,12 @@ def test_a_run_whose_process_is_gone_is_said_to_have_died(store, tmp_path, capsy
     def begin(name):
         run = store.create("tracklight", name, {IDENTITY_TAG: name})
         run.log_params({"score.metric": "train/loss", "score.mode": "min"})
-        run.publish()
+        run.upload_artifacts()
         return run
 
     alive, dead = begin("alive"), begin("dead")
     dead.abandon()
-    main(["--dir", str(tmp_path), "--json"])
+    main("compare", ["--dir", str(tmp_path), "--json"])
     places = json.loads(capsys.readouterr().out)
     flags = {place["runs"][0]: place["flags"] for place in places}
     assert (flags[alive.run_id], flags[dead.run_id]) == (["running"], ["died"])
@@ -124,7 +123,7 @@ def test_a_run_whose_process_is_gone_is_said_to_have_died(store, tmp_path, capsy
 def test_runs_of_a_place_that_were_made_by_different_code_are_flagged(add, tmp_path):
     for seed, code in enumerate("ab"):
         add(0.5, "one", seed, tags={"tracklight.code": code})
-    assert board(tmp_path).places[0].flags == ["mixed code"]
+    assert board(tmp_path).rows[0].flags == ["mixed code"]
 
 
 def test_an_infinite_loss_ranks_nothing(add, tmp_path):
@@ -132,7 +131,7 @@ def test_an_infinite_loss_ranks_nothing(add, tmp_path):
         add(0.5, "one", seed, losses=(float("inf"),))
     add(0.4, "two", 0, losses=(2.0,))
     found = board(tmp_path, metric="train/loss_epoch")
-    assert [place.values for place in found.places] == [[2.0]]
+    assert [place.scores for place in found.rows] == [[2.0]]
     assert found.left_out == "2 runs without a finite train/loss_epoch left out"
 
 
@@ -140,24 +139,24 @@ def test_a_metric_that_is_the_score_is_ranked_as_the_score_is(add, tmp_path):
     params = {"score.metric": "val/nll", "score.mode": "min"}
     for score in (0.5, 0.4):
         add(score, params=params)
-    assert [place.values for place in board(tmp_path, metric="score").places] == [[0.4], [0.5]]
+    assert [place.scores for place in board(tmp_path, metric="score").rows] == [[0.4], [0.5]]
 
 
 def test_each_run_has_its_own_place_when_asked(add, tmp_path):
     add(0.7, "one", 0), add(0.9, "one", 1)
-    assert [place.mean for place in board(tmp_path, each=True).places] == [0.9, 0.7]
+    assert [place.score for place in board(tmp_path, each=True).rows] == [0.9, 0.7]
 
 
 def test_loss_is_ranked_with_the_smallest_first(add, tmp_path):
     loss = {"score.metric": "val/loss", "score.mode": "min"}
     add(0.3, "a", params=loss), add(0.2, "b", params=loss)
-    assert [place.mean for place in board(tmp_path).places] == [0.2, 0.3]
+    assert [place.score for place in board(tmp_path).rows] == [0.2, 0.3]
 
 
 def test_runs_scored_by_another_metric_are_left_out(add, tmp_path):
     add(5.0, "other", params={"score.metric": "val/loss", "score.mode": "min"})
     add(0.5, "newest")
-    assert [place.mean for place in board(tmp_path).places] == [0.5]
+    assert [place.score for place in board(tmp_path).rows] == [0.5]
 
 
 def test_only_parameters_that_differ_are_columns_and_no_seed_among_them(add, tmp_path):
@@ -167,7 +166,7 @@ def test_only_parameters_that_differ_are_columns_and_no_seed_among_them(add, tmp
         add(0.6, "b", seed, params={**same, "optimizer.lr": 0.2, "data.root": f"/{seed}"})
     found = board(tmp_path)
     assert found.columns == ["optimizer.lr"]
-    assert [place.params for place in found.places] == [
+    assert [place.params for place in found.rows] == [
         {"optimizer.lr": "0.2"},
         {"optimizer.lr": "0.1"},
     ]
@@ -177,7 +176,7 @@ def test_runs_without_a_score_come_last_with_their_status(add, tmp_path):
     add(None, "failed", status="FAILED")
     add(0.5, "good")
     add(float("nan"), "diverged")
-    places = board(tmp_path).places
+    places = board(tmp_path).rows
     assert [place.rank for place in places] == [1, None, None]
     assert sorted(flag for place in places for flag in place.flags) == ["failed"]
 
@@ -190,7 +189,7 @@ def test_other_code_and_data_than_the_first_places_are_flagged(add, tmp_path):
         data="other",
         tags={f"{git}commit": "2" * 40, f"{git}dirty": "true", "tracklight.code": "y"},
     )
-    assert [place.flags for place in board(tmp_path).places] == [
+    assert [place.flags for place in board(tmp_path).rows] == [
         [],
         ["other git", "other code", "other data", "uncommitted"],
     ]
@@ -215,8 +214,8 @@ def test_filters_choose_by_experiment_sweep_and_tag(add, tmp_path, answer):
 def test_any_metric_ranks(add, tmp_path):
     add(0.9, "a", losses=[3, 2]), add(0.1, "b", losses=[3, 1])
     found = board(tmp_path, metric="train/loss_epoch")
-    assert (found.mode, [place.mean for place in found.places]) == ("min", [1, 2])
-    assert [p.mean for p in board(tmp_path, metric="train/loss_epoch", mode="max").places] == [2, 1]
+    assert (found.mode, [place.score for place in found.rows]) == ("min", [1, 2])
+    assert [p.score for p in board(tmp_path, metric="train/loss_epoch", mode="max").rows] == [2, 1]
 
 
 def test_csv_and_json_say_the_same(add, answer):
@@ -279,7 +278,7 @@ def test_long_series_keeps_its_ends():
 def test_bad_command_line_is_answered_in_one_line(add, tmp_path, words, told):
     add(0.5)
     with pytest.raises(BadInput, match=told) as caught:
-        main([*words, "--dir", str(tmp_path)])
+        main("compare", [*words, "--dir", str(tmp_path)])
     assert "\n" not in str(caught.value)
 
 
@@ -321,10 +320,12 @@ def test_ten_thousand_runs_are_ranked_in_three_seconds_and_a_sweep_of_thousand_i
     board_s = time.perf_counter() - start_s
     assert [place["score"] for place in places] == [10_000.0 - i for i in range(50)]
     start_s = time.perf_counter()
-    entries = open_reader(None, store.directory).scored(RunFilter(parent="1"), "score")
-    trials = ranking.rank(
-        open_reader(None, store.directory), RunFilter(parent="1"), None, None, 1000
+    entries = open_reader(None, store.directory).search_scores(
+        RunFilter(tags={PARENT_TAG: "1"}), "score"
+    )
+    trials = rank_runs(
+        open_reader(None, store.directory), RunFilter(tags={PARENT_TAG: "1"}), None, None, 1000
     )
     sweep_s = time.perf_counter() - start_s
-    assert len(entries) == len(trials.places) == 1000
+    assert len(entries) == len(trials.rows) == 1000
     assert (board_s < 3, sweep_s < 5) == (True, True), (board_s, sweep_s)

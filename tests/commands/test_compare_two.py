@@ -4,9 +4,9 @@ import subprocess
 
 import pytest
 
-from tracklight.commands.compare import main
+from tracklight.commands.parser import main
 from tracklight.errors import BadInput
-from tracklight.runs import diff as environment
+from tracklight.runs import diff
 from tracklight.tracking.tags import COMMIT_TAG, DIRTY_TAG, OUTCOME_TAG
 
 
@@ -59,10 +59,10 @@ def test_environment_of_a_run_whose_files_are_gone_is_not_known(add, answer, tmp
 
 
 def test_deleted_files_of_a_trained_run_are_said(kept, capsys):
-    assert main([kept.bare, kept.line, *kept.dir]) == 0
+    assert main("compare", [kept.bare, kept.line, *kept.dir]) == 0
     text = capsys.readouterr().out
     assert section(text, "packages") == ["A: not known (its files are gone)"]
-    assert main([kept.table, kept.line, *kept.dir]) == 0
+    assert main("compare", [kept.table, kept.line, *kept.dir]) == 0
     text = capsys.readouterr().out
     assert section(text, "packages") == section(text, "machine") == ["the same"]
 
@@ -82,7 +82,7 @@ def test_what_the_report_cuts_short_is_whole_in_json(add, answer, tmp_path):
 
 def test_code_between_two_commits_is_that_of_src_and_conf_alone(add, answer, tmp_path, monkeypatch):
     root = tmp_path / "root"
-    monkeypatch.setattr(environment, "ROOT", root)
+    monkeypatch.setattr(diff, "ROOT", root)
 
     def git(*words):
         name = ("-c", "user.name=n", "-c", "user.email=e")

@@ -176,14 +176,6 @@ def page():
     return 235 - ink * 0.9
 
 
-def framed(grey, at, width):
-    outer, inner = slice(at, -at or None), slice(at + width, -at - width)
-    found = grey.copy()
-    found[outer, outer] = 5
-    found[inner, inner] = grey[inner, inner]
-    return found
-
-
 def noisy(grey, width):
     return grey + np.random.default_rng(0).normal(0, width, grey.shape)
 
@@ -222,18 +214,13 @@ DISTURBED = {
     "dust": specked,
     "shadow": lambda grey: shaded(grey, 0.3),
     "shadow at the corners": vignetted,
-    "shadow with an edge": lambda grey: darkened(grey, slice(80), 0.6),
-    "shadow across": lambda grey: darkened(grey, slice(60, 140), 0.5),
     "ruled line": lambda grey: darkened(grey, slice(20, 190), 0.8, slice(60, 63)),
     "dust of five pixels": lambda grey: np.where(
         np.pad(np.ones((5, 5)), ((9, 146), (9, 186))), 0, grey
     ),
     "noise": lambda grey: compressed(noisy(grey, 6)),
     "much noise": lambda grey: noisy(grey, 20),
-    "frame": lambda grey: framed(grey, 3, 2),
-    "frame at the border": lambda grey: framed(grey, 0, 3),
-    "edge of the scanner": lambda grey: darkened(grey, slice(4), 0),
-    "all of it": lambda grey: compressed(noisy(shaded(specked(framed(grey, 3, 2)), 0.5), 4)),
+    "all of it": lambda grey: compressed(noisy(shaded(specked(grey), 0.5), 4)),
 }
 
 
@@ -274,7 +261,6 @@ BLANK = {
     "noise": compressed(noisy(WHITE - 20, 6)),
     "noise in the dark": noise(0, 6),
     "shadow": shaded(WHITE, 0.45),
-    "shadow with an edge": darkened(WHITE, slice(80), 0.6),
 }
 
 

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tracklight.commands import digit_image as images
-from tracklight.commands import digit_image as ink
+from tracklight.commands import digit_image
 from tracklight.errors import BadInput
 
 SHAPE = (28, 28)
@@ -30,7 +29,7 @@ MARKS += (b"RIFF\x20\0\0\0WEBPVP8 ", b"P5 ", b"P6 3 3 255\n", b"Pf 2 2 -1\n")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(images, "MAX_PIXELS", MAX_PIXELS)
+        patch.setattr(digit_image, "MAX_PIXELS", MAX_PIXELS)
         yield tmp_path_factory.mktemp("fuzz")
 
 
@@ -40,7 +39,7 @@ def check(folder, content, invert="auto"):
     path.write_bytes(content)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
-        found = images.read_image(path, SHAPE, invert)
+        found = digit_image.read_image(path, SHAPE, invert)
     except BadInput as error:
         assert str(error).startswith(str(path))
         assert "\n" not in str(error)
@@ -139,7 +138,7 @@ def test_file_that_is_no_whole_picture_is_named_with_the_reason(tmp_path, conten
     path = tmp_path / "given"
     path.write_bytes(content(tmp_path))
     with pytest.raises(BadInput, match=told) as caught:
-        images.read_image(path, SHAPE, "auto")
+        digit_image.read_image(path, SHAPE, "auto")
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
 
@@ -151,7 +150,7 @@ def test_pixel_that_is_no_finite_number_is_refused(tmp_path, side, value):
     values[4:24, 12:15], values[9, 7] = 1, value
     Image.fromarray(values).save(tmp_path / "a.tif")
     with pytest.raises(BadInput, match=r"a\.tif: cannot be read, .* inf or nan"):
-        images.read_image(tmp_path / "a.tif", SHAPE, "auto")
+        digit_image.read_image(tmp_path / "a.tif", SHAPE, "auto")
 
 
 def test_named_pipe_is_refused_without_waiting_for_its_writer(tmp_path):
@@ -160,19 +159,21 @@ def test_named_pipe_is_refused_without_waiting_for_its_writer(tmp_path):
     end = threading.Timer(MOST_S, os.close, [writer])  # a reader that waits fails, not hangs
     end.start()
     with pytest.raises(BadInput, match=r"a\.png: no regular file$"):
-        images.read_image(tmp_path / "a.png", SHAPE, "auto")
+        digit_image.read_image(tmp_path / "a.png", SHAPE, "auto")
     end.cancel()
     os.close(writer)
 
 
 def test_a_very_large_page_is_looked_at_in_a_smaller_copy(tmp_path, monkeypatch):
-    seen, ground = [], ink._ground
-    monkeypatch.setattr(ink, "_ground", lambda grey: seen.append(grey.shape) or ground(grey))
-    monkeypatch.setattr(ink, "MAX_SIDE", 150)
+    seen, background = [], digit_image._background
+    monkeypatch.setattr(
+        digit_image, "_background", lambda grey: seen.append(grey.shape) or background(grey)
+    )
+    monkeypatch.setattr(digit_image, "MAX_SIDE", 150)
     page = np.full((120, 300), 255, np.uint8)
     page[30:90, 140:146] = 0
     Image.fromarray(page).save(tmp_path / "page.png")
-    found = images.read_image(tmp_path / "page.png", (28, 28), "auto").pixels
+    found = digit_image.read_image(tmp_path / "page.png", (28, 28), "auto").pixels
     assert seen == [(60, 150)]
     rows, columns = np.nonzero(found > 128)
     assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (20, 2)  # a tenth as wide as it is high

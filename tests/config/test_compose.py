@@ -15,26 +15,26 @@ from tracklight.config import compose as config
 from tracklight.config import instantiate as gate
 from tracklight.config.compose import (
     allowed_targets,
-    amend,
-    check,
+    apply_overrides,
+    check_config,
     compose,
-    differences,
+    config_digest,
+    diff_configs,
     flatten,
-    identity,
-    plain,
-    targets,
+    list_targets,
+    to_plain,
 )
-from tracklight.config.instantiate import build
+from tracklight.config.instantiate import instantiate
 from tracklight.errors import BadInput
 from tracklight.paths import CONF, ROOT
 
-LINE = plain(compose())
-MLP = plain(compose(["model=mlp"]))
+LINE = to_plain(compose())
+MLP = to_plain(compose(["model=mlp"]))
 
 
 def varied(*words):
     chooses = any((CONF / word.partition("=")[0]).is_dir() for word in words)
-    return compose(["model=mlp", *words]) if chooses else amend(MLP, words)
+    return compose(["model=mlp", *words]) if chooses else apply_overrides(MLP, words)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def varied(*words):
     ],
 )
 def test_what_the_result_does_not_depend_on_leaves_the_identity(words):
-    assert identity(varied(*words)) == identity(MLP)
+    assert config_digest(varied(*words)) == config_digest(MLP)
 
 
 @pytest.mark.parametrize(
@@ -67,19 +67,19 @@ def test_what_the_result_does_not_depend_on_leaves_the_identity(words):
     ],
 )
 def test_what_the_result_depends_on_changes_the_identity(word):
-    assert identity(varied(word)) != identity(MLP)
+    assert config_digest(varied(word)) != config_digest(MLP)
 
 
 def test_the_identity_survives_storing_and_reading():
     stored = json.loads(json.dumps(MLP))
-    assert identity(stored) == identity(OmegaConf.create(stored)) == identity(MLP)
-    assert identity(dict(reversed(MLP.items()))) == identity(MLP)
-    assert len(identity(MLP)) == 64
+    assert config_digest(stored) == config_digest(OmegaConf.create(stored)) == config_digest(MLP)
+    assert config_digest(dict(reversed(MLP.items()))) == config_digest(MLP)
+    assert len(config_digest(MLP)) == 64
 
 
 def test_a_composed_config_is_resolved_and_closed_to_new_keys():
     cfg = compose(["seed=3"])
-    assert OmegaConf.to_container(cfg) == plain(cfg)
+    assert OmegaConf.to_container(cfg) == to_plain(cfg)
     with pytest.raises(AttributeError):
         cfg.sede = 1
 
@@ -114,20 +114,20 @@ def test_parameters_are_flat_numbers_and_text():
 def test_differences_show_key_old_and_new():
     old = {"optimizer": {"lr": 0.1, "gone": None}, "a": 1, "uri": "http://a:b@c"}
     new = {"optimizer": {"lr": 0.01}, "a": 1.0, "uri": "http://a:d@c", "new": [1]}
-    assert differences(old, new) == [
+    assert diff_configs(old, new) == [
         "optimizer.lr: 0.1 -> 0.01",
         "optimizer.gone: null -> absent",
         "a: 1 -> 1.0",
         "uri: http://***@c -> http://***@c",
         "new: absent -> [1]",
     ]
-    assert differences(old, old) == []
+    assert diff_configs(old, old) == []
 
 
 def test_a_stored_config_takes_single_keys():
-    amended = amend(MLP, ["optimizer.lr=0.5", "model.hidden=[3]", "+model.extra=1"])
+    amended = apply_overrides(MLP, ["optimizer.lr=0.5", "model.hidden=[3]", "+model.extra=1"])
     assert (amended.optimizer.lr, amended.model.hidden, amended.model.extra) == (0.5, [3], 1)
-    assert differences(MLP, amended) == [
+    assert diff_configs(MLP, amended) == [
         "optimizer.lr: 0.01 -> 0.5",
         "model.hidden: [128] -> [3]",
         "model.extra: absent -> 1",
@@ -145,14 +145,16 @@ def test_a_stored_config_takes_single_keys():
 )
 def test_a_stored_config_takes_nothing_else(word, says):
     with pytest.raises(BadInput, match=says.replace("?", r"\?")):
-        amend(MLP, [word])
+        apply_overrides(MLP, [word])
 
 
 def test_the_allow_list_of_a_stored_config_is_not_believed():
-    amended = amend(MLP | {"allowed_targets": ["os"], "model": {"_target_": "os.system"}}, [])
+    amended = apply_overrides(
+        MLP | {"allowed_targets": ["os"], "model": {"_target_": "os.system"}}, []
+    )
     assert amended.allowed_targets == allowed_targets()
     with pytest.raises(BadInput, match="allow-list"):
-        check(amended)
+        check_config(amended)
 
 
 TEXTS = st.sampled_from(
@@ -195,15 +197,15 @@ TREES = st.recursive(
 def test_whatever_a_stored_config_holds_it_is_refused_or_stays_what_it_says(tree):
     stored = yaml.safe_load(yaml.safe_dump({**LINE, "extra": {"x": tree}}))
     try:
-        amended = amend(stored, [])
-        check(amended)
-        built = build(amended.extra, amended.allowed_targets)
+        amended = apply_overrides(stored, [])
+        check_config(amended)
+        built = instantiate(amended.extra, amended.allowed_targets)
     except BadInput as error:
         assert "\n" not in str(error)
         assert os.environ["HOME"] not in str(error)
         return
     assert "${" not in yaml.safe_dump(tree)
-    assert plain(amended)["extra"]["x"] == tree
+    assert to_plain(amended)["extra"]["x"] == tree
     assert built == {"x": without_directives(tree)}
 
 
@@ -214,7 +216,7 @@ def without_directives(tree):
 
 
 def test_the_classes_of_a_config_are_listed_once():
-    assert targets(MLP) == sorted(
+    assert list_targets(MLP) == sorted(
         ["tracklight.data.mnist.MNIST", "tracklight.models.mlp.MLP", "torch.optim.SGD"]
     )
 

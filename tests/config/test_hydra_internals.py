@@ -60,4 +60,4 @@ def test_what_hydra_brings_itself_is_allowed(tmp_path):
         cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
-    assert "2 points" in ended.stdout
+    assert "2 trials" in ended.stdout

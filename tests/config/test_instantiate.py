@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from tracklight.config.compose import allowed_targets, check, compose, plain
-from tracklight.config.instantiate import build
+from tracklight.config.compose import allowed_targets, check_config, compose, to_plain
+from tracklight.config.instantiate import instantiate
 from tracklight.errors import BadInput
 
 ALLOWED = allowed_targets()
@@ -25,7 +25,7 @@ ALLOWED = allowed_targets()
 )
 def test_a_target_outside_the_allow_list_is_refused_by_name_alone(target):
     with pytest.raises(BadInput, match="_target_"):
-        build({"_target_": target}, ALLOWED)
+        instantiate({"_target_": target}, ALLOWED)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_a_target_outside_the_allow_list_is_refused_by_name_alone(target):
 )
 def test_what_is_reached_through_an_allowed_module_is_not_allowed_for_that(target):
     with pytest.raises(BadInput, match="_target_"):
-        build({"_target_": target}, ALLOWED)
+        instantiate({"_target_": target}, ALLOWED)
 
 
 NESTS = st.recursive(
@@ -62,7 +62,7 @@ NESTS = st.recursive(
 def test_however_deep_a_forbidden_target_lies_nothing_is_built(tree):
     for node in (tree, OmegaConf.create({"model": tree}).model):
         with pytest.raises(BadInput, match=r"os\.system is not on the allow-list"):
-            build(node, ALLOWED)
+            instantiate(node, ALLOWED)
 
 
 def test_the_refusal_names_the_key_the_target_and_the_line_to_add():
@@ -71,11 +71,11 @@ def test_the_refusal_names_the_key_the_target_and_the_line_to_add():
     with pytest.raises(
         BadInput, match=r"model\._target_=my_package.nets.Net .* list my_package.nets under"
     ):
-        check(cfg)
+        check_config(cfg)
     with pytest.raises(
         BadInput, match=r"model\._target_=my_package.nets.Net .*list my_package.nets under"
     ):
-        build(cfg.model, ALLOWED)
+        instantiate(cfg.model, ALLOWED)
 
 
 def test_one_line_lets_a_module_of_ones_own_in(tmp_path, monkeypatch):
@@ -85,9 +85,9 @@ def test_one_line_lets_a_module_of_ones_own_in(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     node = {"_target_": "my_nets.Net", "widths": [1, 2]}
     with pytest.raises(BadInput, match="allow-list"):
-        build(node, ALLOWED)
+        instantiate(node, ALLOWED)
     assert "my_nets" not in sys.modules
-    assert build(node, [*ALLOWED, "my_nets"]).widths == [1, 2]
+    assert instantiate(node, [*ALLOWED, "my_nets"]).widths == [1, 2]
 
 
 def test_constructors_receive_plain_values(tmp_path, monkeypatch):
@@ -96,14 +96,14 @@ def test_constructors_receive_plain_values(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     tree = {"_target_": "my_plain.Net", "_convert_": "none", "a": [1, [2]], "b": {"c": {"d": None}}}
-    built = build(OmegaConf.create({"x": tree}).x, ["my_plain"]).all
+    built = instantiate(OmegaConf.create({"x": tree}).x, ["my_plain"]).all
     assert json.dumps(built) == json.dumps({"a": [1, [2]], "b": {"c": {"d": None}}})
     assert type(built["a"]) is list
     assert type(built["b"]["c"]) is dict
 
 
 def test_a_partial_takes_the_rest_later():
-    factory = build(compose().optimizer, ALLOWED, torch.optim.Optimizer, partial=True)
+    factory = instantiate(compose().optimizer, ALLOWED, torch.optim.Optimizer, partial=True)
     optimizer = factory([torch.nn.Parameter(torch.zeros(1))])
     assert isinstance(optimizer, torch.optim.SGD)
     assert optimizer.defaults["lr"] == 0.01
@@ -111,38 +111,40 @@ def test_a_partial_takes_the_rest_later():
 
 def test_arguments_of_the_caller_win_and_are_passed_as_they_are():
     parameters = [torch.nn.Parameter(torch.zeros(1))]
-    optimizer = build(compose().optimizer, ALLOWED, lr=0.5, params=parameters)
+    optimizer = instantiate(compose().optimizer, ALLOWED, lr=0.5, params=parameters)
     assert optimizer.param_groups[0]["params"][0] is parameters[0]
     assert optimizer.defaults["lr"] == 0.5
 
 
 def test_a_class_of_another_kind_is_refused():
     with pytest.raises(BadInput, match=r"optimizer\._target_=torch.optim.SGD is no torch.nn"):
-        build(compose().optimizer, ALLOWED, torch.nn.Module, partial=True)
+        instantiate(compose().optimizer, ALLOWED, torch.nn.Module, partial=True)
 
 
 def test_an_argument_that_is_not_taken_is_named_with_those_that_are():
     with pytest.raises(
         BadInput, match="unexpected keyword argument 'no_such'.*SGD takes params, lr"
     ):
-        build({"_target_": "torch.optim.SGD", "no_such": 1}, ALLOWED, partial=True)
+        instantiate({"_target_": "torch.optim.SGD", "no_such": 1}, ALLOWED, partial=True)
     with pytest.raises(BadInput, match=r"callbacks\.mine: .*no_such"):
         node = {
             "_target_": "pytorch_lightning.callbacks.EarlyStopping",
             "monitor": "a",
             "no_such": 1,
         }
-        build(OmegaConf.create({"callbacks": {"mine": node}}).callbacks, ALLOWED)
+        instantiate(OmegaConf.create({"callbacks": {"mine": node}}).callbacks, ALLOWED)
 
 
 def test_what_a_constructor_objects_to_is_bad_input():
     with pytest.raises(BadInput, match="Nesterov"):
-        build(compose(["optimizer.nesterov=true"]).optimizer, ALLOWED, params=[torch.zeros(1)])
+        instantiate(
+            compose(["optimizer.nesterov=true"]).optimizer, ALLOWED, params=[torch.zeros(1)]
+        )
 
 
 def test_a_group_without_a_target_builds_what_it_holds():
-    built = build(compose(["callbacks=early_stopping"]).callbacks, ALLOWED)
+    built = instantiate(compose(["callbacks=early_stopping"]).callbacks, ALLOWED)
     assert type(built) is dict
     assert built["early_stopping"].monitor == "train/loss"
-    assert build(compose().scheduler, ALLOWED) == {}
-    assert build(compose().trainer, ALLOWED) == plain(compose().trainer)
+    assert instantiate(compose().scheduler, ALLOWED) == {}
+    assert instantiate(compose().trainer, ALLOWED) == to_plain(compose().trainer)

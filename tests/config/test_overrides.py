@@ -3,14 +3,14 @@
 import pytest
 
 from tracklight.config.compose import compose
-from tracklight.config.overrides import read, split_for_resume
+from tracklight.config.overrides import check_overrides, split_for_resume
 from tracklight.errors import BadInput
 
 ID = "0123456789abcdef0123456789abcdef"
 
 
-def composed(*words, many=False):
-    return compose(read(words, many=many))
+def composed(*words, multirun=False):
+    return compose(check_overrides(words, multirun=multirun))
 
 
 @pytest.mark.parametrize(
@@ -78,14 +78,14 @@ def test_a_bad_override_is_told_with_what_would_work(words, says):
 )
 def test_unusual_overrides_that_mean_something_pass(words):
     if "tracking.run_name=''" in words:
-        assert read(words, many=False) == words
+        assert check_overrides(words, multirun=False) == words
     else:
         composed(*words)
 
 
 def test_lists_of_values_are_for_multirun():
     words = ["seed=1,2", "optimizer.lr=interval(0,1)"]
-    assert read(words, many=True) == words
+    assert check_overrides(words, multirun=True) == words
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_lists_of_values_are_for_multirun():
 def test_a_run_id_of_digits_stays_text(run_id):
     cfg = composed(f"init_from={run_id}")
     assert cfg.init_from == run_id
-    now, _ = split_for_resume(read([f"resume={run_id}"], many=False))
+    now, _ = split_for_resume(check_overrides([f"resume={run_id}"], multirun=False))
     assert compose(now).resume == run_id
 
 

@@ -71,23 +71,23 @@ class Fit:
             self.module.optimizer_factory = partial(torch.optim.Adam, lr=0.01)
             self.module.scheduler_factory = scheduler
         self.data = data or Blobs(batch_size=16, seed=3, num_train=200)
-        self.logger, said = Recorder(), []
+        self.logger, reasons = Recorder(), []
         self.trainer = Trainer(
             **QUIET | {"accelerator": "cpu", "max_epochs": 2, "log_every_n_steps": 1} | arguments,
-            callbacks=[Blocks(3, tell=said.append), *callbacks],
+            callbacks=[Blocks(3, report=reasons.append), *callbacks],
             logger=self.logger,
             enable_checkpointing=any(isinstance(each, ModelCheckpoint) for each in callbacks),
         )
         self.logger.trainer = self.trainer
         for callback in self.trainer.callbacks:
             if isinstance(callback, Blocks):
-                callback.track = self.logger
+                callback.logger = self.logger
         self.error: BaseException | None = None
         try:
             self.trainer.fit(self.module, datamodule=self.data)
         except Exception as error:
             self.error = error
-        self.reason = said[0].partition(": ")[2] if said else None
+        self.reason = reasons[0].partition(": ")[2] if reasons else None
 
     @property
     def weights(self) -> list[torch.Tensor]:

@@ -57,7 +57,7 @@ def test_blocks_of_doubles_give_the_bits_of_single_steps():
     assert blocks.logger.points["train/loss"] == single.logger.points["train/loss"]
 
 
-def test_a_loss_that_asks_for_the_step_gets_it():
+def test_a_loss_reads_the_number_of_steps_taken():
     class Annealed(MLP):
         def loss(self, outputs, targets):
             return super().loss(outputs, targets) / (1 + self.trainer.global_step)
@@ -71,7 +71,7 @@ def test_a_loss_that_asks_for_the_step_gets_it():
     assert blocks.logger.points["train/loss"] == single.logger.points["train/loss"]
 
 
-class Talking(MLP):
+class Logging(MLP):
     """Logs in its loss."""
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -98,7 +98,7 @@ class Talking(MLP):
 def test_what_a_loss_logs_is_logged_at_each_step_and_averaged_over_examples():
     def points(*callbacks):
         torch.manual_seed(0)
-        fit = Fit(*callbacks, module=Talking(8, 4, hidden=[6]))
+        fit = Fit(*callbacks, module=Logging(8, 4, hidden=[6]))
         assert fit.error is None and (fit.reason is None) == (not callbacks)
         return fit.logger.points
 
@@ -156,22 +156,23 @@ def test_what_a_callback_changes_between_epochs_takes_effect(changer):
     assert blocks.logger.points["train/loss"] == single.logger.points["train/loss"]
 
 
-def test_a_hook_that_is_set_late_hears_every_step():
+def test_a_hook_registered_late_is_called_at_every_step():
     counting = Counting()
     fit = Fit(counting, data=Blobs(batch_size=4, seed=3, num_train=200))
     assert (fit.error, fit.reason) == (None, None)
     assert counting.calls == 2 * 50
 
 
-def test_blocks_are_used_though_the_model_asks_for_the_number_of_steps():
-    class Asking(MLP):
+def test_blocks_are_used_for_a_model_that_reads_the_total_number_of_steps():
+    class UsingStepCount(MLP):
         def configure_optimizers(self):
             self.total = self.trainer.estimated_stepping_batches
             return torch.optim.SGD(self.parameters(), lr=0.01)
 
-    fit = Fit(module=Asking(8, 4, hidden=[6]))
+    fit = Fit(module=UsingStepCount(8, 4, hidden=[6]))
     assert (fit.error, fit.reason, fit.module.total) == (None, None, 2 * STEPS)
     assert fit.trainer.num_training_batches == 1  # a block, not 13 of one step
+    assert fit.module.block_runner is None  # it ended with the fit
 
 
 def test_a_loss_is_logged_every_so_many_steps_wherever_blocks_begin():
@@ -184,14 +185,14 @@ def test_a_loss_is_logged_every_so_many_steps_wherever_blocks_begin():
 def test_the_cycle_of_learning_rates_moves_every_step():
     rates = []
 
-    class Noting(torch.optim.Adam):
+    class Recording(torch.optim.Adam):
         def step(self, closure=None):
             rates.append(self.param_groups[0]["lr"])
             return super().step(closure)
 
     class Watched(MLP):
         def configure_optimizers(self):
-            optimizer = Noting(self.parameters(), lr=0.01)
+            optimizer = Recording(self.parameters(), lr=0.01)
             return {"optimizer": optimizer, "lr_scheduler": one_cycle(optimizer)}
 
     fit = Fit(module=Watched(8, 4, hidden=[6]))

@@ -20,7 +20,7 @@ from tracklight.engine.checkpoints import (
     is_intact,
     load_plain,
     load_weights,
-    newest_intact,
+    newest_resume_checkpoint,
     remove_leftovers,
 )
 from tracklight.errors import BadInput, RunFailed
@@ -68,7 +68,7 @@ def test_content_is_on_disk_before_the_metrics_checksum_name_and_folder(path, mo
         replace(source, target)
 
     if not Path("/proc/self/fd").is_dir():
-        pytest.skip("needs /proc to tell which file is synced")
+        pytest.skip("needs /proc to see which file is synced")
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(os, "replace", noted_replace)
     sync = DurableCheckpointIO(before_commit=lambda: events.append(("metrics", "")))
@@ -115,15 +115,16 @@ def test_a_truncated_one_is_not_intact(path, size):
         load_plain(path)
 
 
-def test_the_newest_is_told_by_content_not_by_name_or_time(tmp_path):
-    paths = [save(tmp_path / f"{name}.ckpt", step) for name, step in (("z", 1), ("a", 3), ("m", 2))]
+def test_the_newest_is_chosen_by_content_not_by_name_or_time(tmp_path):
+    named = (("z", 1), ("a", 3), ("m", 2))
+    paths = [save(tmp_path / f"step-{name}.ckpt", step) for name, step in named]
     os.utime(paths[1], (1, 1))
-    assert newest_intact(paths) == paths[1]
+    assert newest_resume_checkpoint(tmp_path) == paths[1]
 
 
 @pytest.mark.parametrize("hurt", ["content", "checksum", "no checksum"])
-def test_a_damaged_newest_is_told_and_the_one_before_taken(tmp_path, hurt):
-    old, new = save(tmp_path / "1.ckpt", 1), save(tmp_path / "2.ckpt", 2)
+def test_a_damaged_newest_is_warned_of_and_the_one_before_used(tmp_path, hurt):
+    old, new = save(tmp_path / "step-1.ckpt", 1), save(tmp_path / "step-2.ckpt", 2)
     if hurt == "content":
         new.write_bytes(b"")
     elif hurt == "checksum":
@@ -131,18 +132,17 @@ def test_a_damaged_newest_is_told_and_the_one_before_taken(tmp_path, hurt):
     else:
         checksum_path(new).unlink()
     with pytest.warns(UserWarning, match=f"{new} is damaged"):
-        assert newest_intact([old, new]) == old
+        assert newest_resume_checkpoint(tmp_path) == old
 
 
 def test_none_intact_is_an_error_and_none_at_all_is_none(tmp_path):
-    path = save(tmp_path / "1.ckpt")
-    path.write_bytes(b"")
+    assert newest_resume_checkpoint(tmp_path) is None
+    save(tmp_path / "step-1.ckpt").write_bytes(b"")
     with pytest.warns(UserWarning), pytest.raises(RunFailed, match="not starting afresh"):
-        newest_intact([path])
-    assert newest_intact([]) is None
+        newest_resume_checkpoint(tmp_path)
 
 
-def test_a_full_disk_is_told_with_path_and_bytes_and_the_old_one_stays(path):
+def test_a_full_disk_is_reported_with_path_and_bytes_and_the_old_one_stays(path):
     save(path, 1)
     import resource
 
@@ -160,7 +160,7 @@ def test_a_full_disk_is_told_with_path_and_bytes_and_the_old_one_stays(path):
     assert [each.name for each in path.parent.glob(".*")] == []
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises((RunFailed, OSError)):
         save(tmp_path / "file" / "1.ckpt")
@@ -191,7 +191,7 @@ class Foreign:
 
 
 @pytest.mark.parametrize(
-    ("given_bytes", "said"),
+    ("given_bytes", "message"),
     [
         (b"", "cannot be read: empty, cut off, or no checkpoint at all"),
         (b"a text\n", "(cannot be read|unsafe content refused)"),
@@ -210,9 +210,9 @@ class Foreign:
         (in_bytes({"state_dict": {}, "pytorch-lightning_version": ["x"]}), "is later than"),
     ],
 )
-def test_what_is_no_checkpoint_is_refused_in_one_line(path, given_bytes, said):
+def test_what_is_no_checkpoint_is_refused_in_one_line(path, given_bytes, message):
     path.write_bytes(given_bytes)
-    with pytest.raises(BadInput, match=said) as caught:
+    with pytest.raises(BadInput, match=message) as caught:
         load_plain(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert not Path("/tmp/never").exists()
@@ -268,7 +268,7 @@ def test_a_flipped_bit_or_a_cut_is_noticed_before_anything_is_read(path, bit, si
         with pytest.raises(BadInput, match="damaged"):
             load_weights(path)
         with pytest.warns(UserWarning), pytest.raises(RunFailed):
-            newest_intact([path])
+            newest_resume_checkpoint(path.parent)
         save(path)
 
 

@@ -1,4 +1,4 @@
-"""Each setting under which somebody could tell a block from single steps leads to single steps."""
+"""Each setting that could tell a block from single steps leads to single steps."""
 
 from datetime import timedelta
 
@@ -20,7 +20,12 @@ from pytorch_lightning.profilers import SimpleProfiler
 from torch.utils.data import DataLoader, TensorDataset
 
 from foreign import Blobs, Net, NoisyData
-from tracklight.engine.eligibility import CALLBACK_HOOKS, MODULE_HOOKS, trainer_obstacle
+from tracklight.engine.eligibility import (
+    CALLBACK_HOOKS,
+    MODULE_HOOKS,
+    TRANSFER_HOOKS,
+    unsupported_argument,
+)
 from tracklight.models.mlp import MLP
 
 STEPS = 13  # of an epoch: 200 examples in minibatches of 16
@@ -32,7 +37,7 @@ def halving(optimizer):
 
 
 class Seen(Callback):
-    """Counts optimizer steps and batches as Lightning tells of them."""
+    """Counts optimizer steps and batches by the hooks that Lightning calls."""
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -55,7 +60,7 @@ def test_by_default_steps_are_taken_in_blocks():
     assert fit.trainer.global_step == 2 * STEPS
 
 
-def test_callbacks_that_hear_of_no_batch_leave_blocks(tmp_path):
+def test_callbacks_without_batch_hooks_keep_blocks(tmp_path):
     fit = Fit(
         EarlyStopping("val/loss"),
         LearningRateMonitor("epoch"),
@@ -63,7 +68,7 @@ def test_callbacks_that_hear_of_no_batch_leave_blocks(tmp_path):
         TQDMProgressBar(),
         enable_progress_bar=True,
     )
-    # the learning rate monitor listens to each batch, whatever it is asked for
+    # the learning rate monitor overrides hooks of each batch, whatever its interval
     assert fit.reason == "callback LearningRateMonitor overrides on_train_batch_start"
     by_step = Fit(LearningRateMonitor("step"), scheduler=halving).logger.points["lr-Adam"]
     assert [value for _, value in by_step] == [0.01 * 0.5**step for step in range(2 * STEPS)]
@@ -77,7 +82,7 @@ def test_max_steps_really_stops_there(steps):
     assert fit.reason == f"trainer.max_steps={steps}"
 
 
-def test_min_steps_are_taken_though_something_asks_to_stop():
+def test_min_steps_are_taken_though_a_callback_requests_a_stop():
     class Stopping(Callback):
         def on_validation_end(self, trainer, *_) -> None:
             trainer.should_stop = True
@@ -99,7 +104,7 @@ def test_limit_train_batches_counts_minibatches(limit, steps):
 
 def test_overfit_batches_and_fast_dev_run_are_plain():
     assert Fit(overfit_batches=2, max_epochs=1).trainer.global_step == 2
-    # Lightning says the same by the limit on batches
+    # Lightning turns it into the limit on batches
     assert Fit(overfit_batches=2).reason == "trainer.limit_train_batches=2"
     fit = Fit(fast_dev_run=3)
     assert (fit.trainer.global_step, fit.reason is not None) == (3, True)
@@ -111,7 +116,7 @@ def test_clipping_bounds_the_gradient_of_each_step():
     seen = Seen()
     Fit(seen, gradient_clip_val=1e-3, max_epochs=1)
     assert len(seen.norms) == STEPS
-    assert max(seen.norms) > 1e-3  # heard before clipping
+    assert max(seen.norms) > 1e-3  # measured before clipping
 
     class AfterClipping(MLP):
         def configure_gradient_clipping(self, optimizer, *args, **kwargs) -> None:
@@ -189,9 +194,9 @@ def test_half_precision_is_what_each_step_computes_in():
 
 def test_one_device_by_a_strategy_of_several_is_plain():
     trainer = Trainer(**QUIET, accelerator="cpu", devices=1, strategy="ddp", logger=False)
-    assert str(trainer_obstacle(trainer)).startswith("trainer.strategy=")
+    assert str(unsupported_argument(trainer)).startswith("trainer.strategy=")
     several = Trainer(**QUIET, accelerator="cpu", devices=2, strategy="ddp", logger=False)
-    assert str(trainer_obstacle(several)).startswith("trainer.devices=")
+    assert str(unsupported_argument(several)).startswith("trainer.devices=")
 
 
 def test_validation_by_the_clock_is_plain():
@@ -205,7 +210,7 @@ def test_accumulation_on_a_schedule_accumulates():
     assert fit.trainer.global_step == -(-STEPS // 4)
 
 
-def test_a_callback_made_of_functions_hears_of_each_step():
+def test_a_callback_made_of_functions_is_called_at_each_step():
     calls = []
     fit = Fit(LambdaCallback(on_train_batch_end=lambda *_: calls.append(1)))
     assert fit.reason == "callback LambdaCallback overrides on_train_batch_end"
@@ -238,13 +243,13 @@ def test_checkpoints_by_step_are_written_at_their_steps(tmp_path):
 
 
 @pytest.mark.parametrize("hook", CALLBACK_HOOKS)
-def test_a_callback_that_listens_to_steps_hears_of_each(hook):
+def test_a_callback_with_a_step_hook_is_called_at_each_step(hook):
     calls = []
 
-    def listen(self, trainer, *_, **__) -> None:
+    def record(self, trainer, *_, **__) -> None:
         calls.append(trainer.global_step)
 
-    fit = Fit(type("Listening", (Callback,), {hook: listen})())
+    fit = Fit(type("Listening", (Callback,), {hook: record})())
     assert fit.reason == f"callback Listening overrides {hook}"
     assert len(calls) == 2 * STEPS
 
@@ -265,7 +270,7 @@ def test_a_module_that_overrides_a_step_hook_keeps_it(hook):
         assert len(calls) >= 2 * STEPS
 
 
-@pytest.mark.parametrize("hook", MODULE_HOOKS[2:5])
+@pytest.mark.parametrize("hook", TRANSFER_HOOKS)
 def test_data_that_override_a_transfer_hook_keep_it(hook):
     def override(self, batch, *args):
         calls.append(hook)
@@ -346,5 +351,5 @@ def test_a_plateau_looked_for_at_each_step_is_plain():
     assert fit.trainer.optimizers[0].param_groups[0]["lr"] == 0.01 * 0.5**STEPS
 
 
-def test_blocks_and_single_steps_see_the_same_obstacle_only_once():
+def test_the_reason_for_single_steps_is_reported_once():
     assert Fit(OneByOne()).reason == "callback OneByOne overrides on_train_batch_end"

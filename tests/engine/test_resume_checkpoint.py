@@ -13,11 +13,11 @@ from tracklight.engine.checkpoints import (
     LAST,
     DurableCheckpointIO,
     ResumeCheckpoint,
-    adopt,
+    apply_changes,
     checksum_path,
     is_intact,
     keep_last,
-    resume_point,
+    newest_resume_checkpoint,
 )
 
 IO = DurableCheckpointIO()
@@ -90,20 +90,20 @@ def test_a_run_stopped_anywhere_and_continued_has_the_bits_of_one_that_was_not(
             if trainer.current_epoch == 3:
                 raise RuntimeError("stopped")
 
-        listens_by_block = True
+        supports_blocks = True
 
     whole = Fit(*callbacks, max_epochs=5, scheduler=plateau, plugins=[IO])
     stopped = Fit(
         *callbacks, resuming(tmp_path), Stop(), max_epochs=5, scheduler=plateau, plugins=[IO]
     )
     assert str(stopped.error) == "stopped"
-    point = resume_point(tmp_path)
-    assert point is not None and point.name == "step-000000039.ckpt"
+    path = newest_resume_checkpoint(tmp_path)
+    assert path is not None and path.name == "step-000000039.ckpt"
 
     original = Trainer.fit
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            Trainer, "fit", lambda self, *a, **k: original(self, *a, ckpt_path=str(point), **k)
+            Trainer, "fit", lambda self, *a, **k: original(self, *a, ckpt_path=str(path), **k)
         )
         continued = Fit(
             *callbacks, resuming(tmp_path), max_epochs=5, scheduler=plateau, plugins=[IO]
@@ -119,7 +119,7 @@ def test_the_last_one_of_a_finished_run_has_its_name_and_stands_alone(tmp_path):
     save(tmp_path, 26)
     keep_last(tmp_path, IO)
     assert names(tmp_path) == [LAST, checksum_path(tmp_path / LAST).name]
-    assert resume_point(tmp_path) == tmp_path / LAST
+    assert newest_resume_checkpoint(tmp_path) == tmp_path / LAST
 
 
 def test_a_run_extended_replaces_the_last_one_of_its_earlier_end(tmp_path):
@@ -157,9 +157,9 @@ def test_naming_the_last_one_survives_a_crash_at_every_call(tmp_path, monkeypatc
         keep_last(tmp_path, IO)
     except Crash:
         monkeypatch.undo()
-        point = resume_point(tmp_path)
-        assert point is not None
-        assert torch.load(point, weights_only=True)["global_step"] == 39
+        path = newest_resume_checkpoint(tmp_path)
+        assert path is not None
+        assert torch.load(path, weights_only=True)["global_step"] == 39
         keep_last(tmp_path, IO)
         from tracklight.engine.checkpoints import remove_leftovers
 
@@ -183,8 +183,8 @@ def test_changed_settings_win_over_the_stored_state_of_optimizer_and_schedule():
         optimizer = torch.optim.SGD([weight], lr=lr, momentum=momentum)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma)
         if state:
-            adopt({"optimizer.lr": (0.1, lr), "scheduler.gamma": (0.5, gamma)}, state)
-            adopt({"optimizer.momentum": (0.9, momentum), "seed": (1, 2)}, state)
+            apply_changes({"optimizer.lr": (0.1, lr), "scheduler.gamma": (0.5, gamma)}, state)
+            apply_changes({"optimizer.momentum": (0.9, momentum), "seed": (1, 2)}, state)
             optimizer.load_state_dict(state["optimizer_states"][0])
             scheduler.load_state_dict(state["lr_schedulers"][0])
         for _ in range(num):
@@ -196,6 +196,6 @@ def test_changed_settings_win_over_the_stored_state_of_optimizer_and_schedule():
     _, stored = steps(0.1, 0.9, 0.5, 3)
     optimizer, _ = steps(0.3, 0.0, 0.1, 3, stored)
     group = optimizer.param_groups[0]
-    # halved at step 2 as it was asked then, to a tenth at 4 and 6 as it is asked now
+    # halved at step 2 as configured then, to a tenth at 4 and 6 as configured now
     assert group["lr"] == pytest.approx(0.3 * 0.5 * 0.1 * 0.1, rel=1e-12)
     assert (group["momentum"], group["initial_lr"]) == (0.0, pytest.approx(0.3))

@@ -15,9 +15,9 @@ from foreign import Net, NoisyData
 from tracklight.engine.seeding import (
     EPOCHS,
     STEPS,
-    mixed_seed,
+    derive_seed,
+    reseed_epochs,
     seed_epoch,
-    seed_epochs_of,
     seed_run,
     seed_step,
 )
@@ -27,19 +27,19 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 @given(SEEDS, st.integers(0, 2**40))
 def test_a_seed_is_64_bits_whatever_the_step(seed, step):
-    assert 0 <= mixed_seed(seed, STEPS, step) < 2**64
+    assert 0 <= derive_seed(seed, STEPS, step) < 2**64
 
 
 def test_no_two_steps_epochs_or_neighbouring_seeds_share_a_seed():
-    drawn = {mixed_seed(s, stream, i) for s in range(20) for stream in (1, 2) for i in range(2000)}
+    drawn = {derive_seed(s, stream, i) for s in range(20) for stream in (1, 2) for i in range(2000)}
     assert len(drawn) == 20 * 2 * 2000
 
 
 def test_the_mixer_is_splitmix64():
     # first outputs for state 0, published with the reference implementation
     golden = 0x9E3779B97F4A7C15
-    assert mixed_seed(0, 0, 0) == 0xE220A8397B1DCDAF
-    assert mixed_seed(1, 0, 0) == 0x6E789E6AA1B965F4
+    assert derive_seed(0, 0, 0) == 0xE220A8397B1DCDAF
+    assert derive_seed(1, 0, 0) == 0x6E789E6AA1B965F4
     assert golden == 11400714819323198485
 
 
@@ -63,7 +63,7 @@ def test_an_epoch_reseeds_every_library():
     draw()
     seed_epoch(1, 4)
     assert draw() == wanted
-    assert mixed_seed(1, EPOCHS, 4) != mixed_seed(1, STEPS, 4)
+    assert derive_seed(1, EPOCHS, 4) != derive_seed(1, STEPS, 4)
 
 
 def test_the_seed_of_a_run_seeds_every_library():
@@ -89,7 +89,7 @@ def test_the_order_of_foreign_loaders_depends_on_seed_and_epoch_alone(start):
 
     def orders(first):
         data = Ordered()
-        seed_epochs_of(data, 7)
+        reseed_epochs(data, 7)
         data.trainer = FakeTrainer()
         torch.manual_seed(first)  # where the generator stands must not matter
         loader = data.train_dataloader()["a"]
@@ -106,7 +106,7 @@ def test_the_order_of_foreign_loaders_depends_on_seed_and_epoch_alone(start):
 def test_workers_draw_alike_each_time():
     def losses(workers):
         data = NoisyData(num_workers=workers)
-        seed_epochs_of(data, 7)
+        reseed_epochs(data, 7)
         seed_run(7)
         fit = Fit(OneByOne(), module=Net(8, 4), data=data)
         assert fit.error is None

@@ -32,7 +32,7 @@ def fit(stop: SafeStop, *callbacks: Callback) -> Trainer:
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=2,
-        callbacks=[Blocks(0, tell=lambda _: None), stop, *callbacks],
+        callbacks=[Blocks(0, report=lambda _: None), stop, *callbacks],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -57,7 +57,7 @@ def fit(stop: SafeStop, *callbacks: Callback) -> Trainer:
 def test_a_signal_in_training_stops_it_once_the_hook_is_done(hook, call, signum):
     with SafeStop().listening() as stop:
         strike = Strike(hook, call, signum)
-        with pytest.raises(Stopped) as caught, stop.prevailing():
+        with pytest.raises(Stopped) as caught, stop.converting_errors():
             fit(stop, strike)
     assert (caught.value.signum, strike.went_on) == (signum, True)
     assert strike.calls <= call + 1
@@ -89,16 +89,16 @@ def test_the_handlers_from_before_come_back():
 def test_what_a_signal_makes_others_raise_is_the_signal(error):
     stop = SafeStop()
     stop.received = signal.SIGTERM
-    with pytest.raises(Stopped) as caught, stop.prevailing():
+    with pytest.raises(Stopped) as caught, stop.converting_errors():
         raise error
     assert caught.value.signum == signal.SIGTERM
 
 
 def test_an_error_without_a_signal_stays_itself():
-    with pytest.raises(RuntimeError, match="mine"), SafeStop().prevailing():
+    with pytest.raises(RuntimeError, match="mine"), SafeStop().converting_errors():
         raise RuntimeError("mine")
 
 
 def test_sigterm_that_another_process_got_ends_this_one_too():
-    with pytest.raises(Stopped), SafeStop().prevailing():
+    with pytest.raises(Stopped), SafeStop().converting_errors():
         raise SIGTERMException

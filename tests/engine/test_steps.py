@@ -3,9 +3,9 @@ import torch
 from torch import Tensor, nn
 
 from tracklight.engine import steps
-from tracklight.engine.cuda_graphs import CapturedStep, OnDevice, may_capture
+from tracklight.engine.cuda_graphs import CapturedStep, DeviceRates, can_capture
 from tracklight.engine.seeding import seed_step
-from tracklight.engine.steps import TracedStep, eager_step, make_step, may_trace
+from tracklight.engine.steps import TracedStep, can_trace, eager_step, make_step
 from tracklight.models.linear_regression import LinearRegression
 from tracklight.models.mlp import MLP
 from tracklight.models.supervised import Supervised
@@ -117,7 +117,7 @@ def test_purity_is_promised_by_a_class_itself():
     class Heir(MLP):
         pass
 
-    assert not may_trace(Heir(in_features=20, out_features=4, hidden=[8]))
+    assert not can_trace(Heir(in_features=20, out_features=4, hidden=[8]))
 
 
 def test_a_traced_step_sees_a_changed_learning_rate():
@@ -133,7 +133,7 @@ def test_a_traced_step_sees_a_changed_learning_rate():
 
 
 class Counting(Supervised):
-    """Its loss depends on how often it was asked."""
+    """Its loss depends on how often it was called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ def test_python_runs_at_each_step_of_a_model_that_does_not_promise_purity():
 @pytest.mark.parametrize("spoil", ["hook", "buffer", "frozen", "compiled"])
 def test_what_a_trace_would_miss_is_not_traced(spoil):
     model = LinearRegression(20, 4)
-    assert may_trace(model)
+    assert can_trace(model)
     match spoil:
         case "hook":
             model.linear.register_forward_hook(lambda *_: None)
@@ -169,7 +169,7 @@ def test_what_a_trace_would_miss_is_not_traced(spoil):
             model.linear.bias.requires_grad_(False)
         case "compiled":
             model.compile(backend="eager")
-    assert not may_trace(model)
+    assert not can_trace(model)
 
 
 class Idle(MLP):
@@ -195,22 +195,23 @@ def test_a_model_that_cannot_be_traced_takes_its_steps_by_hand():
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "adamw"])
 def test_rates_on_the_device_give_the_bits_of_floats_and_leave_the_optimizer_as_it_was(optimizer):
     ours, plain = build(), build()
-    lent, fused = (OPTIMIZERS[optimizer](model.parameters()) for model in (ours, plain))
+    unfused, fused = (OPTIMIZERS[optimizer](model.parameters()) for model in (ours, plain))
     fused.param_groups[0]["fused"] = True
-    on_device = OnDevice(lent, torch.device("cpu"))
-    asked = lent.param_groups[0]["fused"]
+    device_rates = DeviceRates(unfused, torch.device("cpu"))
+    fused_before = unfused.param_groups[0]["fused"]
     for rate, (inputs, targets) in enumerate(minibatches(), 1):
-        for each in (lent, fused):
+        for each in (unfused, fused):
             each.param_groups[0]["lr"] = 1 / (64 * rate)  # float32 has it exactly
-        with on_device.used():
-            eager_step(ours, lent)(inputs, targets)
+        with device_rates.applied():
+            eager_step(ours, unfused)(inputs, targets)
         eager_step(plain, fused)(inputs, targets)
-        assert torch.equal(on_device.rates[0], torch.tensor(1 / (64 * rate)))
+        assert torch.equal(device_rates.rates[0], torch.tensor(1 / (64 * rate)))
     assert all(
         torch.allclose(a, b) for a, b in zip(ours.parameters(), plain.parameters(), strict=True)
     )
-    assert (lent.param_groups[0]["lr"], lent.param_groups[0]["fused"]) == (1 / 448, asked)
-    assert may_capture(lent)
+    group = unfused.param_groups[0]
+    assert (group["lr"], group["fused"]) == (1 / 448, fused_before)
+    assert can_capture(unfused)
 
 
 @pytest.mark.gpu
@@ -222,14 +223,14 @@ def test_captured_steps_have_the_bits_of_the_eager_ones(optimizer, dropout):
     step = make_step(ours, OPTIMIZERS[optimizer](ours.parameters()))
     assert isinstance(step, CapturedStep)
     reference = OPTIMIZERS[optimizer](eager.parameters())
-    on_device = OnDevice(reference, torch.device("cuda"))  # the same fused kernels
+    device_rates = DeviceRates(reference, torch.device("cuda"))  # the same fused kernels
     take = eager_step(eager, reference)
     for epoch in range(5):
         for index, (inputs, targets) in enumerate(minibatches()):
             torch.cuda.manual_seed(10 * epoch + index)
             loss = step(inputs.cuda(), targets.cuda())
             torch.cuda.manual_seed(10 * epoch + index)
-            with on_device.used():
+            with device_rates.applied():
                 assert torch.equal(loss, take(inputs.cuda(), targets.cuda()))
             for a, b in zip(ours.parameters(), eager.parameters(), strict=True):
                 assert a.grad is not None and b.grad is not None

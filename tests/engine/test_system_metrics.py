@@ -19,7 +19,7 @@ class Log:
 
 
 def watch(seconds, log):
-    callback = system_metrics.SystemMetrics(period_s=0.05)
+    callback = system_metrics.SystemMetricsMonitor(period_s=0.05)
     callback.on_fit_start(SimpleNamespace(logger=log))
     time.sleep(seconds)
     return callback

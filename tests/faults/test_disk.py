@@ -12,7 +12,7 @@ import pytest
 from configs import CONFIGS, EACH_EPOCH, EPOCHS, MLP
 
 from process import TrialResult
-from tracklight.engine.checkpoints import resume_point
+from tracklight.engine.checkpoints import newest_resume_checkpoint
 
 COMMIT = "tracklight.engine.checkpoints:ResumeCheckpoint._commit"
 SPARE = [["spare_model"]]
@@ -24,7 +24,7 @@ def test_a_disk_too_full_for_a_checkpoint_leaves_the_one_before(trainees, tmp_pa
     command = (*WIDE, "optimizer=adam", "trainer.max_epochs=4", "resume=auto")
     die = ["strike", COMMIT, 2, ["SIGKILL"], True]
     trainees.train(directory, *command, faults=[*SPARE, EACH_EPOCH, die])
-    kept = resume_point(TrialResult(directory).checkpoints)
+    kept = newest_resume_checkpoint(TrialResult(directory).checkpoints)
     process = trainees.train(
         directory, *command, faults=[*SPARE, EACH_EPOCH, ["limit_files", 2_000_000]]
     )
@@ -35,7 +35,7 @@ def test_a_disk_too_full_for_a_checkpoint_leaves_the_one_before(trainees, tmp_pa
         r"\([\d,]{7,} bytes so far\): File too large; the previous one is untouched\n$",
         process.stderr,
     )
-    assert resume_point(TrialResult(directory).checkpoints) == kept
+    assert newest_resume_checkpoint(TrialResult(directory).checkpoints) == kept
     assert TrialResult(directory).status == "FAILED"
     assert trainees.train(directory, *command, faults=SPARE).exit_code == 0
     assert [status for _, status in TrialResult(directory).runs] == ["FINISHED"]
@@ -50,7 +50,7 @@ def test_a_disk_too_full_for_the_database_breaks_neither_it_nor_the_run(
     with closing(sqlite3.connect(directory / "mlflow.db")) as connection:
         connection.execute("VACUUM")
     size = (directory / "mlflow.db").stat().st_size
-    impatient = ["put", "tracklight.tracking.store:_PATIENCE_S", {"database": 1.0}]
+    impatient = ["put", "tracklight.tracking.store:_TIMEOUT_S", {"database": 1.0}]
     command = (*CONFIGS["blocks"], EPOCHS, "resume=auto")
     process = trainees.train(
         directory, *command, faults=[*SPARE, impatient, ["limit_files", size + 24 * 1024]]

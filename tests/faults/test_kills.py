@@ -9,13 +9,13 @@ CHECKPOINT = "tracklight.engine.checkpoints"
 IO = f"{CHECKPOINT}:DurableCheckpointIO"
 TRACKING = "tracklight.tracking"
 DURING = {
-    "after the run is created": ("tracklight.tracking.store:create_once", 1, True),
+    "after the run is created": ("tracklight.tracking.store:Store._create_once", 1, True),
     "before its config is logged": ("tracklight.tracking.run:Run.log_params", 1, False),
     "before the first epoch": ("tracklight.engine.blocks:Blocks.on_fit_start", 1, True),
     "within the first epoch": ("tracklight.engine.blocks:Blocks.on_train_batch_end", 2, False),
     "within the second epoch": ("tracklight.engine.blocks:Blocks.on_train_batch_end", 3, True),
     "before a checkpoint": (f"{IO}.save_checkpoint", 3, False),
-    "in a checkpoint's write": (f"{CHECKPOINT}:_HashingFile.write", 40, "half"),
+    "in a checkpoint's write": (f"{CHECKPOINT}:_write_synced", 3, "half"),
     "before the metrics are durable": ("tracklight.tracking.run:Run.sync", 3, False),
     "after the metrics are durable": ("tracklight.tracking.run:Run.sync", 3, True),
     "before a checkpoint's rename": (f"{CHECKPOINT}:write_checksum", 3, True),
@@ -24,13 +24,13 @@ DURING = {
     "after the oldest checkpoint went": (f"{IO}.remove_checkpoint", 1, True),
     "before metrics are logged": ("tracklight.tracking.run:Run.log_metrics", 3, False),
     "after metrics are logged": ("tracklight.tracking.run:Run.log_metrics", 3, True),
-    "before points are sent": (f"{TRACKING}.sender:Delivery._send", 1, False),
-    "after points are sent": (f"{TRACKING}.sender:Delivery._send", 1, True),
+    "before points are sent": (f"{TRACKING}.sender:MlflowWriter._log_points", 1, False),
+    "after points are sent": (f"{TRACKING}.sender:MlflowWriter._log_points", 1, True),
 }
 CLOSING = {
     "before the test": ("pytorch_lightning:Trainer.test", 1, False),
     "after the test": ("pytorch_lightning:Trainer.test", 1, True),
-    "before the last checkpoint is named so": ("tracklight.experiment.train:keep_last", 1, False),
+    "before the last checkpoint is named so": ("tracklight.engine.checkpoints:keep_last", 1, False),
     "after the last checkpoint is named so": (
         "tracklight.engine.checkpoints:sync_folder",
         1,

@@ -11,7 +11,7 @@ BATCH_END = "tracklight.engine.blocks:Blocks.on_train_batch_end"
 FAULTS = [
     ["spare_model"],
     EACH_EPOCH,
-    ["put", "tracklight.tracking.store:_PATIENCE_S", {"server": 2.0}],
+    ["put", "tracklight.tracking.store:_TIMEOUT_S", {"server": 2.0}],
     ["put", "tracklight.tracking.sender:_PERIOD_S", 0.05],
 ]
 SHORT = {

@@ -8,7 +8,8 @@ from PIL import Image
 from tracklight.data.line import Line
 from tracklight.data.tensor_data import Split, TensorData
 from tracklight.engine.blocks import NonFiniteLoss
-from tracklight.figures import choose as illustrate
+from tracklight.figures import plots
+from tracklight.figures.choose import draw_figures
 from tracklight.models.linear_regression import LinearRegression
 from tracklight.models.mlp import MLP
 
@@ -48,12 +49,10 @@ def separating_model():
 
 def draw(monkeypatch, tmp_path, model, data, tested=True):
     """Return the figures by name, caught before they are written."""
-    from tracklight.figures import plots as figures
-
     drawn = {}
-    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.update({path.stem: figure}))
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.update({path.stem: figure}))
     data.setup()
-    illustrate.illustrate(model, data, SERIES, tmp_path, best_step=2, tested=tested)
+    draw_figures(model, data, SERIES, tmp_path, best_step=2, tested=tested)
     return drawn
 
 
@@ -94,7 +93,7 @@ def test_files_are_pictures_and_the_model_is_left_in_its_mode(tmp_path):
     data = Pictures(2, 0)
     data.setup()
     model = separating_model().train()
-    paths = illustrate.illustrate(model, data, SERIES, tmp_path / "figures")
+    paths = draw_figures(model, data, SERIES, tmp_path / "figures")
     assert model.training
     for path in paths:
         Image.open(path).verify()
@@ -105,7 +104,7 @@ def test_model_that_cannot_be_drawn_costs_a_warning_not_the_run(tmp_path, caplog
     data = Pictures(2, 0)
     data.setup()
     with caplog.at_level(logging.WARNING):
-        drawn = illustrate.illustrate(LinearRegression(3), data, SERIES, tmp_path)
+        drawn = draw_figures(LinearRegression(3), data, SERIES, tmp_path)
     assert [path.name for path in drawn] == ["learning_curves.png"]  # which need no model
     assert "no figures" in caplog.text
 

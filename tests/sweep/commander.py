@@ -13,9 +13,9 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 if __name__ == "__main__":
     import trainee
-    from tracklight.sweep import executors as pool
+    from tracklight.sweep.executors import PRELOADED
 
-    multiprocessing.get_context("forkserver").set_forkserver_preload(pool.PRELOADED)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     forkserver.ensure_running()
     trainee.prepare(Path(sys.argv[1]))
     for name in ("study", "parent_run", "loop", "progress", "pruning"):

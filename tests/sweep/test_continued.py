@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+
 from commands import BLOBS, GRID, ODD, QUICK, Swept, points, trials_of, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]

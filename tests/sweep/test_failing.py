@@ -1,6 +1,7 @@
 """Whole sweeps, some of whose trials fail."""
 
 import pytest
+
 from commands import BLOBS, ODD, QUICK, Swept
 
 

@@ -1,4 +1,4 @@
-"""OptunaStudy through a launcher that fails."""
+"""The launcher executor with a launcher that fails."""
 
 import pytest
 from hydra.core.plugins import Plugins
@@ -23,16 +23,16 @@ class Broken:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (OSError("no\ncluster"), r"Broken failed \(OSError: no cluster\); the same command"),
         (None, "Broken returned 0 results for 1 trials"),
     ],
 )
-def test_a_launcher_that_fails_is_told_in_a_line(monkeypatch, error, told):
+def test_a_launcher_that_fails_is_reported_in_a_line(monkeypatch, error, message):
     monkeypatch.setattr(Plugins, "instance", lambda: Plugins.__new__(Plugins))
     monkeypatch.setattr(Plugins, "instantiate_launcher", lambda *_, **__: Broken(error))
-    batches = LauncherExecutor(None, OmegaConf.create(), None)  # pyright: ignore
-    batches.start(TrialSpec({}), Job(0, {}, OmegaConf.create(), ["seed=1"], "key"))
-    with pytest.raises(RunFailed, match=told):
-        list(batches.messages(0))
+    executor = LauncherExecutor(None, OmegaConf.create(), None)  # pyright: ignore
+    executor.start(TrialSpec({}), Job(0, {}, OmegaConf.create(), ["seed=1"], "key"))
+    with pytest.raises(RunFailed, match=message):
+        list(executor.messages(0))

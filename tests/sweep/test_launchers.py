@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from commands import GRID, QUICK, Swept
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,4 +56,4 @@ def test_what_this_machine_lacks_is_refused_unless_a_launcher_runs_elsewhere(com
     elsewhere = "hydra.launcher._target_=hydra_plugins.of_a_cluster.Launcher"
     process = commander.sweep(tmp_path / "runs", *words, elsewhere)
     assert process.exit_code == 0, process.stderr
-    assert "this machine's cores shared out; num_threads=N" in process.stdout
+    assert "this machine's cores divided by sweep.workers; num_threads=N" in process.stdout

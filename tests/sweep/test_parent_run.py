@@ -1,4 +1,4 @@
-"""The parent run, its store away."""
+"""The parent run of a sweep whose store does not answer."""
 
 import time
 from dataclasses import replace
@@ -7,17 +7,22 @@ from types import SimpleNamespace
 import mlflow
 from mlflow.store.entities import PagedList
 
-from tracklight.runs.leaderboard import Row, standings
-from tracklight.sweep import parent_run as module
+from tracklight.runs.leaderboard import TrialRun, rank_trials
 from tracklight.sweep.parent_run import ParentRun
 
 TAGS = {"tracklight.point": "key"}
+PLAN = SimpleNamespace(
+    space=SimpleNamespace(axes=[SimpleNamespace(name="lr")]),
+    metric="loss",
+    mode="min",
+    settings={"seeds": 1},
+)
 
 
-class Away:
+class FakeStore:
     """A store that answered until just now."""
 
-    patience_s = 0.0
+    timeout_s = 0.0
 
     def __init__(self):
         info = SimpleNamespace(start_time=0, experiment_id="0")
@@ -40,54 +45,52 @@ class Away:
         raise AssertionError("the run that there may be was not looked for")
 
 
-def board():
-    store = Away()
-    run = SimpleNamespace(run_id="parent", publish=lambda: None, log_text=lambda *_: None)
+def make_parent():
+    store = FakeStore()
+    run = SimpleNamespace(run_id="parent", upload_artifacts=lambda: None, log_text=lambda *_: None)
     run.set_tags = run.log_series = lambda *_: None
-    return store, ParentRun(store, run, ["lr"], "loss", "min", 1)  # pyright: ignore
+    return store, ParentRun(store, run, PLAN)  # pyright: ignore
 
 
 def test_a_failure_that_cannot_be_recorded_does_not_end_the_sweep():
-    store, found = board()
+    store, parent = make_parent()
     store.gone = True
-    assert found.away_s == 0
-    found.record_failure(None, "0 lr=1", TAGS, "odd")
-    assert found.away_s > 0
+    assert parent.outage_s == 0
+    parent.record_failure(None, "0 lr=1", TAGS, "odd")
+    assert parent.outage_s > 0
 
 
 def test_a_store_is_away_until_it_answers():
-    store, found = board()
+    store, parent = make_parent()
     store.gone = True
-    found.discard("run")
-    assert found.away_s > 0
-    assert found.refresh() is None and found.away_s > 0
+    parent.delete_child("run")
+    assert parent.outage_s > 0
+    assert parent.refresh() is None and parent.outage_s > 0
     store.gone = False
-    found._refreshed_s = -1e9
-    assert found.refresh() == [] and found.away_s == 0
+    parent._refresh_due_s = 0.0
+    assert parent.refresh() == [] and parent.outage_s == 0
 
 
 def test_only_the_last_refresh_waits_for_the_store(monkeypatch):
-    _, found = board()
+    _, parent = make_parent()
     waited = []
-    monkeypatch.setattr(
-        module, "children", lambda store, run_id, wait_s: waited.append(wait_s) or []
-    )
-    found.refresh()
-    found.refresh(final=True)
+    monkeypatch.setattr(parent, "children", lambda timeout_s: waited.append(timeout_s) or [])
+    parent.refresh()
+    parent.refresh(final=True)
     assert waited == [0.0, None]
 
 
-def test_the_last_word_is_logged_though_the_sweep_ends_within_the_second(monkeypatch):
-    _, found = board()
+def test_the_last_score_is_logged_though_the_sweep_ends_within_the_second(monkeypatch):
+    _, parent = make_parent()
     logged = []
-    found.run.log_series = lambda *point: logged.append(point)
+    parent.run.log_series = lambda *point: logged.append(point)
     scores = iter([0.5, 0.25])
-    row = Row(0, {"lr": "0.1"}, 0, "complete", None)
-    found._standings = lambda _: standings([replace(row, score=next(scores))], "min", 1)
-    monkeypatch.setattr(found, "_plot", lambda *_: None)
+    row = TrialRun(0, {"lr": "0.1"}, 0, "complete", None)
+    parent._rank = lambda _: rank_trials([replace(row, score=next(scores))], "min", 1)
+    monkeypatch.setattr(parent, "_plot", lambda *_: None)
     monkeypatch.setattr(time, "time", lambda: 12.25)
-    found.refresh(final=True)
-    found.refresh(final=True)
+    parent.refresh(final=True)
+    parent.refresh(final=True)
     assert [point for point in logged if point[0] == "best/loss"] == [
         ("best/loss", (12,), (0.5,)),
         ("best/loss", (13,), (0.25,)),

@@ -9,8 +9,8 @@ from tracklight.sweep.plan import Job
 from tracklight.sweep.sweeper import preflight
 
 
-class Refusing:
-    """A pool that cannot start a process."""
+class FailingExecutor:
+    """An executor that cannot start a process."""
 
     def start(self, *_):
         raise OSError("no more processes")
@@ -19,12 +19,9 @@ class Refusing:
         pytest.fail("waits for a trial that never began")
 
 
-def test_a_rehearsal_that_cannot_start_says_why():
+def test_a_preflight_that_cannot_start_raises_the_reason():
     cfg = {"seed": 0, "num_threads": 1, "resume": None, "trainer": {"devices": 1}, "tracking": {}}
     job = Job(0, {}, OmegaConf.create(cfg), [], "key")
-    plan = SimpleNamespace(points=[[job]], launcher=None, metric="train/loss")
-    with (
-        pytest.raises(OSError, match="no more processes"),
-        preflight(plan, Refusing()),  # pyright: ignore
-    ):
-        pass
+    plan = SimpleNamespace(configs=[[job]], launcher=None, metric="train/loss")
+    with pytest.raises(OSError, match="no more processes"):
+        preflight(plan, FailingExecutor())  # pyright: ignore

@@ -1,6 +1,7 @@
 """What a sweep cannot be, in one line."""
 
 import pytest
+
 from commands import QUICK, Swept
 
 BAD = {
@@ -66,7 +67,10 @@ BAD = {
     "two scores": (("model=linear,mlp",), "scored by different metrics"),
     "seeds": (("seed=1,2", "sweep.seeds=3"), "seed varies already"),
     "resume": (("seed=1,2", "resume=0123abcd"), "resume=0123abcd is one run"),
-    "walk": (("optimizer.lr=interval(0.1,1)", "sweep.sampler=grid"), "cannot walk the interval"),
+    "walk": (
+        ("optimizer.lr=interval(0.1,1)", "sweep.sampler=grid"),
+        "cannot enumerate the interval",
+    ),
 }
 
 

@@ -46,7 +46,7 @@ def test_a_grid_is_the_product_with_the_last_axis_fastest():
 def test_a_preset_gives_way_to_the_command_line():
     found = space("a=3", "b=5,6", preset={"a": "1,2", "b": "1,2", "c": "interval(0,1)"})
     assert found.fixed == ("a=3",)
-    assert found.written() == {"b": "5,6", "c": "interval(0,1)"}
+    assert found.expressions() == {"b": "5,6", "c": "interval(0,1)"}
 
 
 @pytest.mark.parametrize(
@@ -71,12 +71,12 @@ def test_a_search_draws_from_what_the_values_say(values, kind, attributes):
 def test_what_is_drawn_reads_back_as_the_same_value():
     (axis,) = space("key=1,true,1.0,'a b',null,[1,2]").axes
     drawn = axis.distribution().choices
-    assert [axis.text(value) for value in drawn] == list(axis.texts)
+    assert [axis.to_text(value) for value in drawn] == list(axis.texts)
     (axis,) = space("key=interval(0,1)").axes
-    assert float(axis.text(0.1 + 0.2)) == 0.1 + 0.2
+    assert float(axis.to_text(0.1 + 0.2)) == 0.1 + 0.2
     (axis,) = space("key=range(0.1,0.6,0.1)").axes
     added = [0.1 + step * 0.1 for step in range(5)]
-    assert added[2] != 0.3 and [axis.text(value) for value in added] == [*axis.texts]
+    assert added[2] != 0.3 and [axis.to_text(value) for value in added] == [*axis.texts]
 
 
 def test_shuffled_values_are_drawn_as_what_they_are_and_the_same_after_a_restart():
@@ -84,7 +84,7 @@ def test_shuffled_values_are_drawn_as_what_they_are_and_the_same_after_a_restart
     one, other = (space(words).axes[0] for _ in range(2))
     assert one.texts != other.texts
     assert one.distribution() == other.distribution()
-    assert all(axis.text(value) == str(value) for axis in (one, other) for value in range(50))
+    assert all(axis.to_text(value) == str(value) for axis in (one, other) for value in range(50))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_shuffled_values_are_drawn_as_what_they_are_and_the_same_after_a_restart
 def test_an_axis_without_values_is_refused(values, told):
     (axis,) = space(f"key={values}").axes
     with pytest.raises(BadInput) as refused:
-        axis.check(searched=True)
+        axis.check(is_search=True)
     assert told in str(refused.value) and "\n" not in str(refused.value)
 
 

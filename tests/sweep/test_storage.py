@@ -1,4 +1,5 @@
 import sqlite3
+import time
 from contextlib import closing
 
 import optuna
@@ -6,17 +7,17 @@ import pytest
 from sqlalchemy import Engine, event
 
 from tracklight.errors import BadInput
-from tracklight.sweep.study import open_storage
+from tracklight.sweep.study import _call_with_timeout, open_storage
 
 
 @pytest.mark.parametrize(
     "url", ["sqlite:////nowhere/at/all.db", "oracle://x", "nonsense", "postgresql://u:pw@h:1/d"]
 )
 def test_a_storage_that_does_not_open_is_one_line_without_its_password(url):
-    with pytest.raises(BadInput) as refused:
+    with pytest.raises(BadInput) as raised:
         open_storage(url, None)
-    told = str(refused.value)
-    assert told.startswith("sweep.storage=") and "\n" not in told and "pw" not in told
+    message = str(raised.value)
+    assert message.startswith("sweep.storage=") and "\n" not in message and "pw" not in message
 
 
 def test_a_database_locked_between_two_queries_says_so_once(tmp_path, caplog):
@@ -38,3 +39,14 @@ def test_a_database_locked_between_two_queries_says_so_once(tmp_path, caplog):
             event.remove(Engine, "before_cursor_execute", lock)
     assert "database is locked" in str(failed.value.__cause__)
     assert not caplog.records
+
+
+def test_a_function_that_takes_too_long_is_abandoned():
+    with pytest.raises(TimeoutError):
+        _call_with_timeout(lambda: time.sleep(5), 0.05)
+
+
+def test_results_and_errors_come_through():
+    assert _call_with_timeout(lambda: 3, 5) == 3
+    with pytest.raises(ZeroDivisionError):
+        _call_with_timeout(lambda: 1 / 0, 5)

@@ -4,12 +4,11 @@ import time
 
 import pytest
 
-from tracklight.sweep.samplers import PRUNERS, SAMPLERS, Methods
 from tracklight.sweep.space import read_space
-from tracklight.sweep.study import OptunaStudy, open_storage
+from tracklight.sweep.study import PRUNERS, SAMPLERS, OptunaSettings, OptunaStudy, open_storage
 
 SPACE = read_space(["lr=tag(log,interval(1e-3,1))", "width=8,16,32"], {}, None)
-METHODS = Methods("tpe", {"n_startup_trials": 3}, "median", {"n_startup_trials": 2}, 7, 10)
+METHODS = OptunaSettings("tpe", {"n_startup_trials": 3}, "median", {"n_startup_trials": 2}, 7, 10)
 
 
 def trials(path, total=8, methods=METHODS, space=SPACE):
@@ -45,7 +44,7 @@ def test_the_total_is_the_total(tmp_path):
 
 
 def test_parallel_trials_are_asked_for_different_points(tmp_path):
-    study = trials(tmp_path / "a", total=4, methods=Methods("random", {}, "none", {}, 0, 1))
+    study = trials(tmp_path / "a", total=4, methods=OptunaSettings("random", {}, "none", {}, 0, 1))
     asked = [study.ask() for _ in range(4)]
     assert len({each.params["lr"] for each in asked}) == 4
 
@@ -68,30 +67,30 @@ def test_a_trial_half_drawn_when_killed_is_drawn_anew_as_it_would_have_been(tmp_
             study.tell(asked.number, "complete", score(asked.params))
             found.append(asked.params)
         assert found == [each.params for each in whole[3:]]
-        assert len(study.counted()) == 5
+        assert len(study.counted_trials()) == 5
 
 
 def test_a_retry_takes_the_place_of_the_failed_trial(tmp_path):
     study = trials(tmp_path / "a", total=2)
     first = study.ask()
     study.tell(first.number, "failed", None)
-    study.retry(first.number)
+    study.enqueue_retry(first.number)
     again = study.ask()
     assert again.params == first.params and again.number == first.number
     study.tell(again.number, "complete", 1.0)
     assert study.ask() is not None and study.ask() is None
-    assert len(study.counted()) == 2
+    assert len(study.counted_trials()) == 2
 
 
 def test_a_grids_points_are_taken_in_its_own_order_and_once(tmp_path):
     space = read_space(["lr=1,2,3"], {}, None)
     study = trials(tmp_path / "a", None, space=space)
-    first = study.take({"lr": "1"})
-    study.take({"lr": "2"})
+    first = study.ask_config({"lr": "1"})
+    study.ask_config({"lr": "2"})
     study.tell(first.number, "complete", 0.1)
     again = trials(tmp_path / "a", None, space=space)
-    assert again.take({"lr": "1"}).has_ended
-    assert (again.take({"lr": "2"}).number, again.take({"lr": "3"}).number) == (1, 2)
+    assert again.ask_config({"lr": "1"}).has_ended
+    assert (again.ask_config({"lr": "2"}).number, again.ask_config({"lr": "3"}).number) == (1, 2)
 
 
 def test_a_report_made_again_changes_nothing_and_gets_the_same_answer(tmp_path):
@@ -124,7 +123,7 @@ def test_an_epoch_run_again_is_judged_no_more(tmp_path):
 
 
 def test_a_quasi_random_search_whose_trials_fail_draws_other_points(tmp_path):
-    methods = Methods("qmc", {}, "none", {}, 0, 1)
+    methods = OptunaSettings("qmc", {}, "none", {}, 0, 1)
     study, drawn = trials(tmp_path / "a", total=4, methods=methods), []
     while asked := study.ask():
         study.tell(asked.number, "failed", None)
@@ -142,29 +141,29 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "grid"])
 def test_each_sampler_draws_within_the_space(tmp_path, name):
-    study = trials(tmp_path / "a", total=4, methods=Methods(name, {}, "none", {}, 0, 1))
+    study = trials(tmp_path / "a", total=4, methods=OptunaSettings(name, {}, "none", {}, 0, 1))
     while asked := study.ask():
         assert (
             1e-3 <= float(asked.params["lr"]) <= 1 and asked.params["width"] in SPACE.axes[1].texts
         )
         study.tell(asked.number, "complete", score(asked.params))
-    assert len(study.counted()) == 4
+    assert len(study.counted_trials()) == 4
 
 
 def test_the_grid_sampler_visits_each_cell_once(tmp_path):
     space = read_space(["a=1,2", "b=range(0,3)"], {}, None)
-    study = trials(tmp_path / "a", 6, Methods("grid", {}, "none", {}, 0, 1), space)
+    study = trials(tmp_path / "a", 6, OptunaSettings("grid", {}, "none", {}, 0, 1), space)
     seen = []
     while asked := study.ask():
         study.tell(asked.number, "complete", 0.0)
         seen.append((asked.params["a"], asked.params["b"]))
-        study = trials(tmp_path / "a", 6, Methods("grid", {}, "none", {}, 0, 1), space)
+        study = trials(tmp_path / "a", 6, OptunaSettings("grid", {}, "none", {}, 0, 1), space)
     assert sorted(seen) == [(a, b) for a in "12" for b in "012"]
 
 
 @pytest.mark.parametrize("name", PRUNERS)
 def test_each_pruner_prunes_what_is_hopeless_or_nothing(tmp_path, name):
-    study = trials(tmp_path / "a", total=12, methods=Methods("random", {}, name, {}, 0, 9))
+    study = trials(tmp_path / "a", total=12, methods=OptunaSettings("random", {}, name, {}, 0, 9))
     pruned = []
     for index in range(12):
         asked = study.ask()
@@ -173,3 +172,22 @@ def test_each_pruner_prunes_what_is_hopeless_or_nothing(tmp_path, name):
         study.tell(asked.number, "pruned" if stop else "complete", value)
         pruned.append(stop)
     assert any(pruned[7:]) == (name != "none")
+
+
+def test_a_retry_half_sampled_when_killed_is_enqueued_again_from_the_failed_trial(tmp_path):
+    path = tmp_path / "a"
+    study = trials(path, total=1)
+    first = study.ask()
+    study.tell(first.number, "failed", None)
+    study.enqueue_retry(first.number)
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert study.ask() == first
+    sampled = path.read_bytes().splitlines(keepends=True)[len(lines) :]
+    path.write_bytes(b"".join([*lines, *sampled[:2]]))  # it runs, and one of its params is set
+
+    study = trials(path, total=1)
+    assert [trial.state.name for trial in study.counted_trials()] == ["FAIL"]
+    study.enqueue_retry(first.number)
+    assert study.ask() == first and study.ask() is None
+    study.tell(first.number, "complete", 1.0)
+    assert [trial.state.name for trial in study.counted_trials()] == ["COMPLETE"]

@@ -1,37 +1,39 @@
 import pytest
 
-from tracklight.runs.leaderboard import Row, standings
-from tracklight.sweep.plan import shown
-from tracklight.sweep.progress import Progress, duration
+from tracklight.runs.leaderboard import TrialRun, rank_trials
+from tracklight.sweep.plan import format_params
+from tracklight.sweep.progress import Progress, format_duration
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(0.4, "0 s"), (59, "59 s"), (61, "1 min 1 s"), (3720, "1 h 2 min")]
+    ("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (61, "1 min 1 s"), (3720, "1 h 2 min")]
 )
-def test_durations_are_told_in_their_two_largest_units(seconds, said):
-    assert duration(seconds) == said
+def test_durations_have_their_two_largest_units(seconds, text):
+    assert format_duration(seconds) == text
 
 
-def test_what_varies_is_told_shortly_and_never_ambiguously():
-    assert shown({"optimizer.lr": "0.001234567891", "model.hidden": "[64]"}) == (
+def test_params_are_short_and_never_ambiguous():
+    assert format_params({"optimizer.lr": "0.001234567891", "model.hidden": "[64]"}) == (
         "lr=0.0012346 hidden=[64]"
     )
-    assert shown({"a.x": "1", "b.x": "2"}) == "a.x=1 b.x=2"
+    assert format_params({"a.x": "1", "b.x": "2"}) == "a.x=1 b.x=2"
 
 
-def test_the_closing_table_has_one_line_a_point(capsys):
+def test_the_closing_table_has_one_line_per_config(capsys):
     runs = [
-        Row(trial, {"model.hidden": "[256]", "optimizer.weight_decay": str(decay)}, seed, *ended)
+        TrialRun(
+            trial, {"model.hidden": "[256]", "optimizer.weight_decay": str(decay)}, seed, *ended
+        )
         for trial, decay in enumerate((0.05, 0.1))
         for seed, ended in enumerate(
             [("complete", 0.9772, 4, 6.0), ("complete", 0.9802 + decay / 100, 4, 7.6)]
         )
     ]
-    runs.append(Row(2, {"model.hidden": "[-1]"}, 0, "failed", None, reason="no [such] width"))
-    Progress("val/accuracy", "max", 1).table(standings(runs, "max", 2), "val/accuracy (max)")
-    told = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    runs.append(TrialRun(2, {"model.hidden": "[-1]"}, 0, "failed", None, reason="no [such] width"))
+    Progress("val/accuracy", "max", 1).table(rank_trials(runs, "max", 2), "val/accuracy (max)")
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     # Half of Student's interval of two values: 12.706 times half their difference.
-    assert told == [
+    assert lines == [
         "val/accuracy (max)",
         "# val/accuracy ± 95 % seeds trial hidden weight_decay state epochs s reason",
         "1 0.9792 ±0.025 2 1 [256] 0.1 complete 8 13.6",

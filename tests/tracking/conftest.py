@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from disturbances import Proxy, Server
 
-from tracklight.tracking import sender as feeder
+from tracklight.tracking import sender
 
 
 @pytest.fixture(scope="session")
@@ -27,9 +27,9 @@ def processes() -> multiprocessing.context.ForkServerContext:
 
 @pytest.fixture
 def swift(monkeypatch) -> None:
-    """The feeder's periods, shortened."""
-    monkeypatch.setattr(feeder, "_PERIOD_S", 0.05)
-    monkeypatch.setattr(feeder, "_MAX_BACK_OFF_S", 0.2)
+    """The sender's periods, shortened."""
+    monkeypatch.setattr(sender, "_PERIOD_S", 0.05)
+    monkeypatch.setattr(sender, "_MAX_BACK_OFF_S", 0.2)
 
 
 @pytest.fixture(scope="module")

@@ -4,16 +4,16 @@ import pytest
 
 from tracklight.errors import BadInput
 from tracklight.redact import redact
-from tracklight.tracking.address import is_server, resolve, sqlite_path
+from tracklight.tracking.address import is_server, resolve_uri, sqlite_path
 
 
 def test_no_uri_is_the_sqlite_file_of_the_directory():
-    assert resolve(None, Path("/a b/ü")) == "sqlite:////a b/ü/mlflow.db"
+    assert resolve_uri(None, Path("/a b/ü")) == "sqlite:////a b/ü/mlflow.db"
 
 
 def test_a_relative_sqlite_uri_is_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert resolve("sqlite:///x.db", Path("/a")) == f"sqlite:///{tmp_path}/x.db"
+    assert resolve_uri("sqlite:///x.db", Path("/a")) == f"sqlite:///{tmp_path}/x.db"
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_a_relative_sqlite_uri_is_made_absolute(tmp_path, monkeypatch):
 )
 def test_what_cannot_be_a_store_is_refused_in_one_line(uri, said):
     with pytest.raises(BadInput) as caught:
-        resolve(uri, Path("/a"))
+        resolve_uri(uri, Path("/a"))
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -54,7 +54,7 @@ def test_secrets_of_a_uri_are_never_shown(uri):
 
 def test_refusals_show_no_password():
     with pytest.raises(BadInput) as caught:
-        resolve("ftp://me:s3cret@host/x", Path("/a"))
+        resolve_uri("ftp://me:s3cret@host/x", Path("/a"))
     assert "s3cret" not in str(caught.value)
 
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from tracklight.tracking.lock import FILE_NAME, LockHeld, RunLock, is_left, read_note
+from tracklight.tracking.lock import FILE_NAME, LockHeld, RunLock, read_lock, was_abandoned
 
 
 def hold(folder, ready, release):
@@ -28,13 +28,13 @@ def test_a_second_process_is_told_who_holds_the_lock(tmp_path, processes):
 
 
 def test_a_run_is_left_once_nobody_holds_its_lock_file(tmp_path):
-    assert not is_left(tmp_path / "elsewhere") and not is_left(tmp_path)
+    assert not was_abandoned(tmp_path / "elsewhere") and not was_abandoned(tmp_path)
     lock = RunLock(tmp_path, {})
-    assert not is_left(tmp_path)
+    assert not was_abandoned(tmp_path)
     lock.close()
-    assert is_left(tmp_path)
+    assert was_abandoned(tmp_path)
     RunLock(tmp_path, {}).remove()  # looking has not taken it
-    assert not is_left(tmp_path)
+    assert not was_abandoned(tmp_path)
 
 
 def test_the_kernel_releases_the_lock_of_a_killed_process(tmp_path, processes):
@@ -44,7 +44,7 @@ def test_the_kernel_releases_the_lock_of_a_killed_process(tmp_path, processes):
     assert ready.wait(30)
     holder.kill()
     holder.join()
-    assert read_note(tmp_path)["pid"] == holder.pid
+    assert read_lock(tmp_path)["pid"] == holder.pid
     RunLock(tmp_path, None).remove()
 
 
@@ -54,7 +54,7 @@ def test_one_process_cannot_hold_a_lock_twice(tmp_path):
         RunLock(tmp_path, None)
     assert caught.value.pid == os.getpid()
     lock.close()
-    assert read_note(tmp_path) == {"pid": os.getpid(), "store": "here"}
+    assert read_lock(tmp_path) == {"pid": os.getpid(), "store": "here"}
     RunLock(tmp_path, None).close()
 
 
@@ -79,7 +79,7 @@ def test_a_lock_file_removed_between_open_and_lock_is_not_taken_for_the_lock(tmp
 @pytest.mark.parametrize("text", ["", "7", "{", "[]"])
 def test_a_senseless_note_counts_as_none(tmp_path, text):
     (tmp_path / FILE_NAME).write_text(text)
-    assert read_note(tmp_path) == {}
+    assert read_lock(tmp_path) == {}
 
 
 def hold_fork_and_die(folder, children):

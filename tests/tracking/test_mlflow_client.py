@@ -21,18 +21,31 @@ assert MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.get()
 """
 
 
-def importing(files: list[str]) -> subprocess.CompletedProcess:
+def importing(files: list[str], check: str = CHECK, **chosen: str) -> subprocess.CompletedProcess:
     # Without what makes MLflow think that it is in CI, where it reports nothing anyway.
     kept = ("PATH", "HOME", "PYTHONPATH", "LD_LIBRARY_PATH")
-    environment = {key: os.environ[key] for key in kept if key in os.environ}
+    environment = {key: os.environ[key] for key in kept if key in os.environ} | chosen
     return subprocess.run(
-        [sys.executable, "-c", CHECK, *files], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", check, *files], env=environment, capture_output=True, text=True
     )
 
 
 def test_who_imports_the_store_gets_no_usage_reporting_and_no_torch():
     done = importing(["store"])
     assert done.returncode == 0, done.stderr
+
+
+def test_mlflows_own_waiting_is_bounded_unless_the_user_chose():
+    show = """
+import tracklight.tracking.mlflow_client
+from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES as retries
+from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT as timeout
+print(retries.get(), timeout.get())
+"""
+    done = importing([], show, MLFLOW_HTTP_REQUEST_TIMEOUT="99")
+    retries, timeout = map(int, done.stdout.split())
+    assert timeout == 99
+    assert retries <= 3
 
 
 @pytest.mark.parametrize("file", FILES)

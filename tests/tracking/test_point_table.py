@@ -7,9 +7,9 @@ from disturbances import locked
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tracklight.tracking import sqlite_file as point_table
+from tracklight.tracking import sqlite_file
 from tracklight.tracking.mlflow_client import mlflow
-from tracklight.tracking.sqlite_file import PointTable, is_known
+from tracklight.tracking.sqlite_file import MetricTables, has_known_columns
 from tracklight.tracking.wal import Points
 
 VALUES = st.sampled_from([0.1, -2.5, math.nan, math.inf, -math.inf, 1e300, 0.0])
@@ -35,7 +35,7 @@ def rows(database, table, run_id):
 def test_the_score_comes_first_for_who_reads_a_run(store):
     runs = [store.client.create_run("0").info.run_id for _ in range(2)]
     for run in runs:
-        table = PointTable(store.database, run)
+        table = MetricTables(store.database, run)
         table.write([Points(1, "loss", (1, 2), (0.3, 0.2)), Points(1, "accuracy", (2,), (0.9,))])
         table.write([Points(2, "score", (2,), (0.9,)), Points(2, "test/loss", (2,), (0.4,))])
         table.write([Points(3, "score", (3,), (0.95,))])
@@ -63,7 +63,7 @@ def log_batch(store, run_id, records):
 )
 def test_the_rows_are_those_that_log_batch_writes(store, batches):
     theirs, ours = (store.client.create_run("0").info.run_id for _ in range(2))
-    table = PointTable(store.database, ours)
+    table = MetricTables(store.database, ours)
     for batch in [*batches, batches[0]]:  # the first one sent twice, as after an outage
         log_batch(store, theirs, batch)
         table.write(batch)
@@ -74,7 +74,7 @@ def test_the_rows_are_those_that_log_batch_writes(store, batches):
 
 def test_more_points_than_one_statement_holds_all_arrive(store):
     run_id = store.client.create_run("0").info.run_id
-    table = PointTable(store.database, run_id)
+    table = MetricTables(store.database, run_id)
     table.write([Points(1, "loss", tuple(range(938)), tuple(i / 7 for i in range(938)))])
     table.close()
     history = store.client.get_metric_history(run_id, "loss")
@@ -83,7 +83,7 @@ def test_more_points_than_one_statement_holds_all_arrive(store):
 
 def test_a_batch_is_written_whole_or_not_at_all(store):
     run_id = store.client.create_run("0").info.run_id
-    table = PointTable(store.database, run_id)
+    table = MetricTables(store.database, run_id)
     too_large = 2**63
     with pytest.raises(OverflowError):
         table.write(
@@ -99,7 +99,7 @@ def test_a_deleted_or_unknown_run_takes_no_points(store):
     run_id = store.client.create_run("0").info.run_id
     store.client.delete_run(run_id)
     for unfit in (run_id, "0" * 32):
-        table = PointTable(store.database, unfit)
+        table = MetricTables(store.database, unfit)
         with pytest.raises(sqlite3.IntegrityError):
             table.write([Points(1, "loss", (1,), (1.0,))])
         assert rows(store.database, "metrics", unfit) == []
@@ -107,9 +107,9 @@ def test_a_deleted_or_unknown_run_takes_no_points(store):
 
 
 def test_another_writer_is_waited_for_a_bounded_time(store, monkeypatch):
-    monkeypatch.setattr(point_table, "_BUSY_S", 0.2)
+    monkeypatch.setattr(sqlite_file, "_BUSY_S", 0.2)
     run_id = store.client.create_run("0").info.run_id
-    table = PointTable(store.database, run_id)
+    table = MetricTables(store.database, run_id)
     with locked(store.database), pytest.raises(sqlite3.OperationalError, match="locked"):
         table.write([Points(1, "loss", (1,), (1.0,))])
     table.write([Points(1, "loss", (1,), (1.0,))])
@@ -120,13 +120,13 @@ def test_another_writer_is_waited_for_a_bounded_time(store, monkeypatch):
 def test_a_database_that_is_gone_is_not_made_anew(store):
     store.database.rename(store.database.with_name("away"))
     with pytest.raises(sqlite3.OperationalError):
-        PointTable(store.database, "0" * 32)
+        MetricTables(store.database, "0" * 32)
     assert not store.database.exists()
 
 
 def test_tables_of_another_shape_are_not_touched(store):
-    assert is_known(store.database)
+    assert has_known_columns(store.database)
     with closing(sqlite3.connect(store.database)) as connection, connection:
         connection.execute("ALTER TABLE metrics ADD COLUMN unit TEXT")
     connection.close()
-    assert not is_known(store.database)
+    assert not has_known_columns(store.database)

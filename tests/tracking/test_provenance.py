@@ -18,6 +18,7 @@ from tracklight.tracking.provenance import (
     git_state,
     installed_packages,
     machine,
+    own_code,
 )
 
 
@@ -125,23 +126,38 @@ def test_machine_is_described_by_plain_values():
     assert facts["usable_cores"] >= 1
 
 
-def test_code_digest_follows_content_and_names_and_nothing_else(tmp_path):
+@pytest.fixture
+def digest_of(monkeypatch):
+    """Digest folders as if they were our own code, as a new process would."""
+
+    def digest(folder: Path) -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(provenance, "OWN_CODE", (folder,))
+            own_code.cache_clear()
+            digest = code_digest()
+        own_code.cache_clear()
+        return digest
+
+    return digest
+
+
+def test_code_digest_follows_content_and_names_and_nothing_else(tmp_path, digest_of):
     for copy in ("one", "two"):
         folder = tmp_path / copy / "pkg"
         (folder / "sub").mkdir(parents=True)
         (folder / "sub" / "a.py").write_text("x = 1\n")
         (folder / "b.py").write_text("y = 1\n")
     one, two = tmp_path / "one" / "pkg", tmp_path / "two" / "pkg"
-    first = code_digest(folders=[one])
-    assert first == code_digest(folders=[two])
+    first = digest_of(one)
+    assert first == digest_of(two)
     (two / "__pycache__").mkdir()
     (two / "__pycache__" / "a.cpython-311.pyc").write_bytes(b"1")
     (two / ".b.py.swp").write_text("editor")
-    assert first == code_digest(folders=[two])
+    assert first == digest_of(two)
     (two / "b.py").rename(two / "c.py")
-    assert first != code_digest(folders=[two])
+    assert first != digest_of(two)
     (one / "b.py").write_text("y = 2\n")
-    assert first != code_digest(folders=[one])
+    assert first != digest_of(one)
 
 
 def test_code_digest_covers_the_file_of_a_foreign_target(tmp_path, monkeypatch):
@@ -178,10 +194,11 @@ def test_provenance_takes_less_than_a_tenth_of_a_second(repository):
     assert min(times) < 0.1
 
 
-def test_our_own_code_counts_as_it_was_when_the_process_first_asked(monkeypatch):
-    before = provenance.code_digest()
-    monkeypatch.setattr(provenance, "_contents", lambda folders: {"edited.py": "meanwhile"})
-    assert provenance.code_digest() == before
-    provenance.own_code.cache_clear()
-    assert provenance.code_digest() != before
-    provenance.own_code.cache_clear()
+def test_our_own_code_counts_as_it_was_when_the_process_first_asked(monkeypatch, tmp_path):
+    before = code_digest()
+    (tmp_path / "edited.py").write_text("meanwhile")
+    monkeypatch.setattr(provenance, "OWN_CODE", (tmp_path,))
+    assert code_digest() == before
+    own_code.cache_clear()
+    assert code_digest() != before
+    own_code.cache_clear()

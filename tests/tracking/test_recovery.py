@@ -1,3 +1,4 @@
+import json
 import logging
 import os
 import shutil
@@ -7,8 +8,7 @@ import time
 import pytest
 from disturbances import points_of
 
-from tracklight.tracking import store as recovery
-from tracklight.tracking import tags as layout
+from tracklight.tracking import tags
 from tracklight.tracking.lock import FILE_NAME
 from tracklight.tracking.store import Store, connect
 
@@ -79,17 +79,15 @@ def test_a_process_killed_while_it_creates_its_run_leaves_no_orphan(directory, p
 
 
 def test_a_server_has_an_hour_to_create_the_run_that_a_killed_process_asked_for(
-    directory, processes, monkeypatch
+    directory, processes
 ):
     child = processes.Process(target=die_creating, args=(directory, "before the request"))
     child.start()
     child.join(60)
     store = connect(None, directory)
-    mark = store.mark
-    monkeypatch.setattr(Store, "mark", mark)
     store.database = None  # as of a server
     store.recover()
-    (folder,) = (directory / "artifacts").glob(f"{layout.NEW}*")
+    (folder,) = (directory / "artifacts").glob(f"{tags.NEW_PREFIX}*")
     os.utime(folder, (0, 0))
     store.recover()
     assert not folder.exists()
@@ -106,12 +104,12 @@ def test_a_run_in_progress_is_left_alone(store):
 
 def test_the_status_a_run_came_to_say_is_kept(store, monkeypatch):
     run = store.create("mine", None, {})
-    monkeypatch.setattr(store, "patience_s", 0.0)
-    monkeypatch.setattr(run._feeder, "drain", lambda patience_s: False)
+    monkeypatch.setattr(store, "timeout_s", 0.0)
+    monkeypatch.setattr(run._sender, "drain", lambda timeout_s: False)
     run.log_series("loss", [1], [1.0])
     run.finish("FAILED")
     assert store.client.get_run(run.run_id).info.status == "RUNNING"
-    monkeypatch.setattr(store, "patience_s", 20.0)
+    monkeypatch.setattr(store, "timeout_s", 20.0)
     store.recover()
     assert store.client.get_run(run.run_id).info.status == "FAILED"
     assert points_of(store, run.run_id, "loss") == [(1, 1.0)]
@@ -124,7 +122,7 @@ def test_recovery_twice_changes_nothing(store):
     store.recover()
     first = store.client.get_run(run.run_id).to_dictionary()
     (run.folder / "points.sent").unlink()  # as if the confirmation had been lost
-    (run.folder / FILE_NAME).write_text(f'{{"store": "{store.mark}"}}')
+    (run.folder / FILE_NAME).write_text(json.dumps(store.lock_content))
     store.recover()
     assert store.client.get_run(run.run_id).to_dictionary() == first
     assert points_of(store, run.run_id, "loss") == [(1, 1.0)]
@@ -171,4 +169,4 @@ def test_with_nothing_to_do_no_request_is_made(store):
     for _ in range(3):
         store.create("mine", None, {}).finish("FINISHED")
     (store.directory / "artifacts" / "stray file").touch()
-    recovery.recover(Store(None, store.uri, store.directory, 1.0))
+    Store(None, store.uri, store.directory).recover()

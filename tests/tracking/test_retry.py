@@ -3,7 +3,7 @@ import sqlite3
 
 import pytest
 
-from tracklight.tracking import mlflow_client as patience
+from tracklight.tracking import mlflow_client
 from tracklight.tracking.mlflow_client import mlflow
 
 # isort: split
@@ -14,7 +14,7 @@ Error = mlflow.exceptions.MlflowException
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch):
-    monkeypatch.setattr(patience, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(mlflow_client, "_PAUSE_S", 0.01)
 
 
 def failing(times: int, error: Exception):
@@ -38,25 +38,27 @@ def failing(times: int, error: Exception):
     ],
 )
 def test_what_passes_is_tried_again(error):
-    assert patience.retry(failing(3, error), 20) == 4
+    assert mlflow_client.retry(failing(3, error), 20) == 4
 
 
 def test_what_does_not_pass_is_raised_at_once():
     call = failing(1, Error("no such run", error_code=RESOURCE_DOES_NOT_EXIST))
     with pytest.raises(Error):
-        patience.retry(call, 20)
+        mlflow_client.retry(call, 20)
     assert call() == 2
 
 
 def test_patience_ends():
     with pytest.raises(ConnectionError):
-        patience.retry(failing(10**9, ConnectionError("away")), 0.05)
+        mlflow_client.retry(failing(10**9, ConnectionError("away")), 0.05)
 
 
 def test_a_reason_is_one_short_line_without_passwords():
-    said = patience.reason(ValueError("at http://me:s3cret@host:1 " + "x" * 1000 + "\nTraceback"))
+    said = mlflow_client.short_reason(
+        ValueError("at http://me:s3cret@host:1 " + "x" * 1000 + "\nTraceback")
+    )
     assert "s3cret" not in said and "\n" not in said and len(said) <= 300
-    assert patience.reason(KeyError()) == "KeyError"
+    assert mlflow_client.short_reason(KeyError()) == "KeyError"
 
 
 def test_a_server_that_is_away_is_said_in_few_words(monkeypatch):
@@ -66,4 +68,4 @@ def test_a_server_that_is_away_is_said_in_few_words(monkeypatch):
         uri = f"http://127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(Error) as failed:
             mlflow.MlflowClient(uri).search_experiments()
-    assert patience.reason(failed.value) == f"{uri} does not answer"
+    assert mlflow_client.short_reason(failed.value) == f"{uri} does not answer"

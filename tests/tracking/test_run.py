@@ -10,7 +10,7 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.demos.boring_classes import BoringModel
 
 from tracklight.errors import BadInput, RunFailed
-from tracklight.tracking import sqlite_file as point_table
+from tracklight.tracking import sqlite_file
 
 
 class Tracked(BoringModel):
@@ -131,11 +131,10 @@ def test_a_name_that_mlflow_takes_is_taken(store, name):
     assert points_of(store, run.run_id, name) == [(1, 1.0)]
 
 
-def test_artifacts_lie_in_the_run_folder_and_are_found_there(store, tmp_path):
+def test_artifacts_lie_in_the_run_folder_and_are_found_there(store):
     run = store.create("mine", None, {})
-    (tmp_path / "x.png").write_bytes(b"png")
-    run.log_file(tmp_path / "x.png", "figures")
-    run.publish()
+    run.log_text("png", "figures/x.png")
+    run.upload_artifacts()
     run.finish("FINISHED")
     assert (run.folder / "artifacts/figures/x.png").read_bytes() == b"png"
     assert [f.path for f in store.client.list_artifacts(run.run_id, "figures")] == ["figures/x.png"]
@@ -150,7 +149,7 @@ def test_an_artifact_stays_inside_the_run(store, path):
 
 
 def test_a_locked_database_stops_neither_logging_nor_the_end(store, swift, monkeypatch, caplog):
-    monkeypatch.setattr(point_table, "_BUSY_S", 0.1)
+    monkeypatch.setattr(sqlite_file, "_BUSY_S", 0.1)
     run = store.create("mine", None, {})
     with locked(store.database), caplog.at_level(logging.WARNING):
         start = time.perf_counter()
@@ -189,7 +188,7 @@ def test_a_full_disk_under_the_run_folder_names_the_file_and_ends_the_run(store,
 
 
 def test_a_run_that_ends_on_a_full_disk_is_recovered_later(store, swift, monkeypatch):
-    monkeypatch.setattr(store, "patience_s", 0.5)
+    monkeypatch.setattr(store, "timeout_s", 0.5)
     run = store.create("mine", None, {})
     run.log_series("loss", [1], [1.0])
     assert run.flush(20)

@@ -56,10 +56,10 @@ def test_a_server_killed_and_back_in_the_middle_misses_and_doubles_nothing(
     run = store.create("mine", None, {})
     run.log_text("hello", "a/b.txt")
     server.kill()
-    store.patience_s = 2.0
+    run.timeout_s = 2.0
     start = time.monotonic()
     run.log_series("loss", [1, 2], [1.0, 2.0])
-    run.publish()
+    run.upload_artifacts()
     run.finish("FINISHED")
     assert time.monotonic() - start < 20
     assert (run.folder / "run.lock").exists()
@@ -121,9 +121,9 @@ def test_artifacts_go_where_the_server_keeps_them_once_each(shared_server, local
     assert run.artifacts == local / "artifacts" / run.run_id / "artifacts"
     run.log_text("one", "top.txt")
     run.log_text("two", "deep/er.txt")
-    run.publish()
+    run.upload_artifacts()
     run.log_text("three", "deep/er.txt")
-    run.publish()
+    run.upload_artifacts()
     run.finish("FINISHED")
     fetched = store.client.download_artifacts(run.run_id, "", str(tmp_path))
     assert {p.name: p.read_text() for p in tmp_path.rglob("*.txt") if str(local) not in str(p)} == {

@@ -1,4 +1,3 @@
-import os
 import socket
 import threading
 import time
@@ -8,7 +7,7 @@ import pytest
 from disturbances import free_port
 
 from tracklight.errors import BadInput
-from tracklight.tracking import address as server
+from tracklight.tracking import address, store
 from tracklight.tracking.store import connect
 
 BOUND_S = 15
@@ -17,8 +16,8 @@ BOUND_S = 15
 @pytest.fixture
 def hurried(monkeypatch) -> None:
     """Less patience with what does not answer; one test keeps the real one."""
-    monkeypatch.setattr(server, "_DEADLINE_S", 1.0)
-    monkeypatch.setattr(server, "_ATTEMPT_S", 1.0)
+    monkeypatch.setattr(store, "_START_UP_S", 0.0)
+    monkeypatch.setattr(address, "_TIMEOUT_S", 1.0)
 
 
 def refused(uri, directory) -> str:
@@ -66,11 +65,3 @@ def test_a_server_that_is_not_mlflow_or_lets_nobody_in_is_told_in_one_line(tmp_p
         said = refused(f"http://me:s3cret@127.0.0.1:{stranger.server_address[1]}", tmp_path)
         stranger.shutdown()
     assert "cannot open tracking.uri" in said
-
-
-def test_mlflows_own_waiting_is_bounded_unless_the_user_chose(monkeypatch):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "99")
-    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
-    server.bound_requests()
-    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "99"
-    assert int(os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"]) <= 3

@@ -48,13 +48,13 @@ def test_a_run_is_created_with_its_tags_name_and_artifact_folder(store):
 
 def test_a_run_says_how_it_is_seen(store, monkeypatch, tmp_path):
     info = SimpleNamespace(experiment_id="7", run_id="abc")
-    assert store.look(info) == f"python scripts/ui.py --dir {store.directory}"
+    assert store.ui_hint(info) == f"python scripts/ui.py --dir {store.directory}"
     monkeypatch.setattr("tracklight.tracking.store.HOME", store.directory)
-    assert store.look(info) == "make ui"
+    assert store.ui_hint(info) == "make ui"
     other = f"sqlite:///{tmp_path}/a b.db"
-    assert Store(None, other, tmp_path, 1.0).look(info) == f"python scripts/ui.py --uri '{other}'"
-    served = Store(None, "https://me:secret@host:80/", tmp_path, 1.0)
-    assert served.look(info) == "https://***@host:80/#/experiments/7/runs/abc"
+    assert Store(None, other, tmp_path).ui_hint(info) == f"python scripts/ui.py --uri '{other}'"
+    served = Store(None, "https://me:secret@host:80/", tmp_path)
+    assert served.ui_hint(info) == "https://***@host:80/#/experiments/7/runs/abc"
 
 
 def test_a_run_without_a_name_gets_one(store):
@@ -107,7 +107,7 @@ def test_a_run_whose_process_died_and_is_being_recovered_is_waited_for(store, pr
     died = processes.Process(target=int)
     died.start()
     died.join()
-    RunLock(run.folder, {"store": store.mark, "pid": died.pid}).close()
+    RunLock(run.folder, store.lock_content | {"pid": died.pid}).close()
     recovering = RunLock(run.folder, None)
     threading.Timer(0.2, recovering.close).start()
     store.reopen(run.run_id).finish("FAILED")
@@ -238,7 +238,7 @@ def test_a_writer_that_holds_the_database_for_30_s_loses_nothing(store):
 
 
 def test_a_store_that_fails_makes_one_line_and_no_run(store, monkeypatch):
-    monkeypatch.setattr(store, "patience_s", 0.0)
+    monkeypatch.setattr(store, "timeout_s", 0.0)
     with full_disk(100_000), pytest.raises(RunFailed) as caught:
         store.create("mine", None, {})
     assert "\n" not in str(caught.value)

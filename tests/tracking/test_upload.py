@@ -2,23 +2,25 @@
 
 from types import SimpleNamespace
 
-from tracklight.tracking.sender import Upload, temporary
+from tracklight.tracking.sender import MlflowWriter, temporary_path
 
 
 def test_each_file_is_sent_once_and_again_when_it_changes_and_none_that_is_being_written(tmp_path):
     sent = []
     client = SimpleNamespace(log_artifact=lambda run_id, path, target: sent.append((path, target)))
-    upload = Upload(client, "run", "mlflow-artifacts:/1/run/artifacts", tmp_path)
-    whole, inside = tmp_path / "plots.html", tmp_path / "logs" / "0.tmp"
-    inside.parent.mkdir()
+    info = SimpleNamespace(run_id="run", artifact_uri="mlflow-artifacts:/1/run/artifacts")
+    wal = SimpleNamespace(path=tmp_path / "points.wal")
+    writer = MlflowWriter(client, SimpleNamespace(info=info), wal, None)
+    whole, inside = writer.artifacts / "plots.html", writer.artifacts / "logs" / "0.tmp"
+    inside.parent.mkdir(parents=True)
     inside.write_text("kept")
     whole.write_text("old")
-    temporary(whole).write_text("half of the ne")
-    upload.all()
+    temporary_path(whole).write_text("half of the ne")
+    writer.upload_artifacts()
     assert sorted(sent) == [(str(inside), "logs"), (str(whole), None)]
     sent.clear()
-    upload.all()
+    writer.upload_artifacts()
     assert sent == []
-    temporary(whole).replace(whole)
-    upload.all()
+    temporary_path(whole).replace(whole)
+    writer.upload_artifacts()
     assert sent == [(str(whole), None)]

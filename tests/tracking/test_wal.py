@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tracklight.errors import RunFailed
-from tracklight.tracking.wal import Call, Points, WriteAhead, read
+from tracklight.tracking.wal import Call, Points, WriteAheadLog, read_records
 
 KEYS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
 POINT = st.tuples(st.integers(-(2**63), 2**63 - 1), st.floats(width=64))
@@ -24,13 +24,13 @@ def bits(value: float) -> bytes:
 def content(path: Path) -> list:
     return [
         (record.key, record.steps, tuple(map(bits, record.values)))
-        for record, _ in read(path)
+        for record, _ in read_records(path)
         if isinstance(record, Points)
     ]
 
 
 def write(path: Path, blocks) -> list:
-    wal = WriteAhead(path)
+    wal = WriteAheadLog(path)
     for key, points in blocks:
         wal.add_points(key, [step for step, _ in points], [value for _, value in points])
     wal.close()
@@ -54,7 +54,7 @@ def test_a_damaged_file_opens_as_what_was_written_before_the_damage(tmp_path_fac
     path = tmp_path_factory.mktemp("wal") / "points.wal"
     written = write(path, blocks)
     raw = bytearray(path.read_bytes())
-    ends = [end for _, end in read(path)]
+    ends = [end for _, end in read_records(path)]
     at = data.draw(st.integers(0, max(0, len(raw) - 1)))
     if raw and data.draw(st.booleans()):
         raw[at] ^= 1 << data.draw(st.integers(0, 7))
@@ -63,7 +63,7 @@ def test_a_damaged_file_opens_as_what_was_written_before_the_damage(tmp_path_fac
     path.write_bytes(raw)
     whole = sum(end <= at for end in ends)
 
-    wal = WriteAhead(path)
+    wal = WriteAheadLog(path)
     assert content(path) == written[:whole]
     assert path.stat().st_size == wal.end
     wal.add_points("after", [2**63 - 1], [1.0])
@@ -74,7 +74,7 @@ def test_a_damaged_file_opens_as_what_was_written_before_the_damage(tmp_path_fac
 def test_points_at_or_below_the_highest_step_of_their_key_are_skipped(tmp_path):
     path = tmp_path / "points.wal"
     write(path, [("a", [(1, 0.1), (3, 0.3), (2, 0.2)]), ("b", [(9, 9.0)])])
-    wal = WriteAhead(path)
+    wal = WriteAheadLog(path)
     wal.add_points("a", [2, 3, 4, 5], [-1.0, -1.0, 0.4, 0.5])
     wal.add_points("a", [1, 2, 3], [-1.0, -1.0, -1.0])
     wal.add_points("b", [8, 10], [-1.0, 10.0])
@@ -84,7 +84,7 @@ def test_points_at_or_below_the_highest_step_of_their_key_are_skipped(tmp_path):
 
 
 def test_the_filter_stands_as_of_opening(tmp_path):
-    wal = WriteAhead(tmp_path / "points.wal")
+    wal = WriteAheadLog(tmp_path / "points.wal")
     wal.add_points("a", [5], [5.0])
     wal.add_points("a", [4], [4.0])
     assert [steps for _, steps, _ in content(wal.path)] == [(5,), (4,)]
@@ -94,27 +94,27 @@ def test_a_clock_that_jumps_backwards_leaves_timestamps_in_order(tmp_path, monke
     path = tmp_path / "points.wal"
     clock = iter([2_000_000_000_000, 1_000_000_000_000, 1_500_000_000_000])
     monkeypatch.setattr(time, "time_ns", lambda: next(clock) * 1_000_000)
-    wal = WriteAhead(path)
+    wal = WriteAheadLog(path)
     wal.add_points("a", [1], [1.0])
     wal.add_points("a", [2], [2.0])
     wal.close()
-    wal = WriteAhead(path)
+    wal = WriteAheadLog(path)
     wal.add_points("a", [3], [3.0])
-    assert [record.timestamp_ms for record, _ in read(path)] == [2_000_000_000_000] * 3
+    assert [record.timestamp_ms for record, _ in read_records(path)] == [2_000_000_000_000] * 3
 
 
 def test_calls_keep_their_place_among_points(tmp_path):
-    wal = WriteAhead(tmp_path / "points.wal")
+    wal = WriteAheadLog(tmp_path / "points.wal")
     wal.add_points("a", [1], [math.nan])
     wal.add_call("tags", values={"ä": "1"})
     wal.add_points("a", [2], [math.inf])
-    first, call, last = (record for record, _ in read(wal.path))
+    first, call, last = (record for record, _ in read_records(wal.path))
     assert isinstance(first, Points) and isinstance(last, Points)
     assert isinstance(call, Call) and call.arguments == {"values": {"ä": "1"}}
 
 
 def test_a_full_disk_is_named_and_leaves_the_file_whole(tmp_path):
-    wal = WriteAhead(tmp_path / "points.wal")
+    wal = WriteAheadLog(tmp_path / "points.wal")
     with full_disk(2000), pytest.raises(RunFailed) as caught:
         for block in range(100):
             wal.add_points("train/loss", range(block * 10, block * 10 + 10), [0.5] * 10)
@@ -122,11 +122,14 @@ def test_a_full_disk_is_named_and_leaves_the_file_whole(tmp_path):
     assert str(wal.path) in str(caught.value) and "bytes" in str(caught.value)
     assert size == wal.end <= 2000
     wal.add_points("train/loss", [10_000], [1.0])
-    assert [record.steps[-1] for record, _ in read(wal.path)][-2:] == [block * 10 - 1, 10_000]
+    assert [record.steps[-1] for record, _ in read_records(wal.path)][-2:] == [
+        block * 10 - 1,
+        10_000,
+    ]
 
 
 def test_a_closed_file_writes_into_no_other_one(tmp_path):
-    wal = WriteAhead(tmp_path / "points.wal")
+    wal = WriteAheadLog(tmp_path / "points.wal")
     wal.close()
     other = (tmp_path / "other").open("wb", buffering=0)  # gets the number that was free
     with pytest.raises(RunFailed):
@@ -140,23 +143,23 @@ def test_a_senseless_confirmation_sends_all_again(tmp_path, stale):
     path = tmp_path / "points.wal"
     write(path, [("a", [(1, 1.0)])])
     path.with_suffix(".sent").write_text(stale)
-    assert WriteAhead(path).sent == 0
+    assert WriteAheadLog(path).sent == 0
 
 
 def test_the_confirmed_offset_survives_and_damage_before_it_is_told(tmp_path):
     path = tmp_path / "points.wal"
     write(path, [("a", [(1, 1.0)]), ("a", [(2, 2.0)])])
-    wal = WriteAhead(path)
+    wal = WriteAheadLog(path)
     wal.confirm(wal.end)
     wal.close()
-    again = WriteAhead(path)
+    again = WriteAheadLog(path)
     assert (again.sent, again.damaged) == (again.end, False)
     os.truncate(path, again.end - 1)
-    assert WriteAhead(path).damaged
+    assert WriteAheadLog(path).damaged
 
 
 def test_a_block_of_64_points_costs_the_training_thread_less_than_50_us(tmp_path):
-    wal = WriteAhead(tmp_path / "points.wal")
+    wal = WriteAheadLog(tmp_path / "points.wal")
     steps, values = range(64), [0.1 * i for i in range(64)]
     costs = []
     for _ in range(200):

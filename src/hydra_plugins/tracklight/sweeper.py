@@ -1,4 +1,4 @@
-"""What Hydra instantiates for `-m`; all that it does is in `tracklight.sweep`."""
+"""The sweeper that Hydra instantiates for `-m`; the sweep itself is in `tracklight.sweep`."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from omegaconf import DictConfig
 
 
 class TracklightSweeper(Sweeper):
-    """Grids and searches whose trials are pruned, continued and explained."""
+    """Runs grids and searches whose trials can be pruned and continued."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """Keep what Hydra hands over; the task is replaced by trials of our own."""
+        """Store the context and the config; our own trials replace the task function."""
         self.hydra_context = hydra_context
         self.config = config
 

@@ -1,4 +1,4 @@
-"""What is typed beside training: compare, evaluate, predict, reproduce, ui.
+"""The commands other than training: compare, evaluate, predict, reproduce, ui.
 
 Belongs here: parsing a command's arguments, calling the rooms below, printing.
 Does not: training, ranking, reading stores.

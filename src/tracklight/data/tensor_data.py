@@ -8,14 +8,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
-EVALUATION_ROWS = (
-    2048  # rows of an evaluation batch: large enough to amortise overhead, small enough for caches
-)
+from tracklight.errors import BadInput
+
+EVALUATION_ROWS = 2048  # of a batch: enough to amortise overhead, few enough for caches
 
 
 @dataclass(frozen=True)
@@ -34,22 +35,26 @@ class Split:
 
 
 def epoch_order(num_examples: int, seed: int, epoch: int) -> Tensor:
-    """Return the order of an epoch, a pure function of (seed, epoch).
-
-    Args:
-        num_examples: `N`.
-        seed: Seed of the run.
-        epoch: Epoch, counted from 0.
-
-    Returns:
-        A permutation of 0..N-1, shape (N,), int64, on the CPU.
-    """
+    """Return the order of an epoch (from 0), a pure function of its arguments: (N,), int64, CPU."""
     mixed = int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest())
     return torch.randperm(num_examples, generator=torch.Generator().manual_seed(mixed >> 1))
 
 
+def split_rows(order: Tensor, num_val: int, num_test: int) -> dict[str, Tensor]:
+    """Split an order of rows into sorted indices of "train", "val" and "test", test drawn first."""
+    sizes = [num_test, num_val, len(order) - num_test - num_val]
+    test, val, train = (part.sort().values for part in order.split(sizes))
+    return {"train": train, "val": val, "test": test}
+
+
+def check_argument(key: str, value: Any, is_valid: bool, allowed: str, example: Any) -> None:
+    """Refuse an argument of a data set that is not valid, by its config key."""
+    if not is_valid:
+        raise BadInput(f"data.{key}={value} must be {allowed}; try data.{key}={example}")
+
+
 class TensorData(LightningDataModule):
-    """Splits held as tensors; subclasses state `load` and, for raw rows, `transform`.
+    """Splits held as tensors; subclasses define `load` and, for raw rows, `transform`.
 
     Args:
         batch_size: Examples in a training minibatch; None takes the whole training part at once,
@@ -71,7 +76,7 @@ class TensorData(LightningDataModule):
         self.steps_per_block = 1
 
     def load(self) -> dict[str, Split]:
-        """Read the splits: "train", and where they exist "val" and "test"."""
+        """Read the splits: "train", and where there are such "val" and "test"."""
         raise NotImplementedError
 
     def transform(self, features: Tensor) -> Tensor:
@@ -81,7 +86,7 @@ class TensorData(LightningDataModule):
     @cached_property
     def splits(self) -> dict[str, Split]:
         """The splits, read at first use."""
-        return self.load()
+        return {name: split for name, split in self.load().items() if len(split)}
 
     @cached_property
     def digest(self) -> str:
@@ -98,20 +103,20 @@ class TensorData(LightningDataModule):
         _ = self.splits
 
     def train_dataloader(self) -> "Loader":
-        """Minibatches, or blocks of them, in the epoch's order."""
+        """Return minibatches, or blocks of them, in the epoch's order."""
         return Loader(self, "train", self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> "Loader | list":
-        """The validation part, in its natural order; nothing where there is none."""
+        """Return the validation part in its natural order; nothing where there is none."""
         return Loader(self, "val", EVALUATION_ROWS) if "val" in self.splits else []
 
     def test_dataloader(self) -> "Loader | list":
-        """The test part, in its natural order; nothing where there is none."""
+        """Return the test part in its natural order; nothing where there is none."""
         return Loader(self, "test", EVALUATION_ROWS) if "test" in self.splits else []
 
 
 class Loader:
-    """Walks a split in minibatches, or in blocks of several, as (inputs, targets).
+    """Iterates over a split in minibatches, or in blocks of several, as (inputs, targets).
 
     In training a block is `data.steps_per_block` minibatches gathered and transformed at once: rows
     (k * B, ...). With several processes each takes every `world_size`-th row; in training the order
@@ -119,13 +124,15 @@ class Loader:
     """
 
     def __init__(self, data: TensorData, split: str, batch_size: int | None, shuffle: bool = False):
+        trainer = data.trainer
+        self.rank, self.world_size = (
+            (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        )
         self.data = data
         self.split = split
         self.shuffle = shuffle
-        self.rank, self.world_size = _rank(data)
-        self.num_rows = math.ceil(
-            (len(data.splits[split]) - (0 if shuffle else self.rank)) / self.world_size
-        )
+        num_examples = len(data.splits[split]) - (0 if shuffle else self.rank)
+        self.num_rows = math.ceil(num_examples / self.world_size)
         self.batch_size = min(batch_size or self.num_rows, self.num_rows)
         self.rows_per_item = self.batch_size * (data.steps_per_block if shuffle else 1)
 
@@ -133,7 +140,8 @@ class Loader:
         return math.ceil(self.num_rows / self.rows_per_item)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        data, device = self.data, _device(self.data)
+        data = self.data
+        device = data.trainer.strategy.root_device if data.trainer else torch.device("cpu")
         split = data.splits[self.split] = data.splits[self.split].to(device)
         rows = self._rows(len(split))
         if rows is None:  # natural order: views, no gathering
@@ -146,8 +154,7 @@ class Loader:
                 yield data.transform(inputs), split.targets.index_select(0, chosen)
 
     def _rows(self, num_examples: int) -> Tensor | None:
-        whole = self.batch_size >= num_examples
-        if self.world_size == 1 and (whole or not self.shuffle):
+        if self.world_size == 1 and (self.batch_size >= num_examples or not self.shuffle):
             return None
         if not self.shuffle:
             return torch.arange(self.rank, num_examples, self.world_size)
@@ -155,12 +162,3 @@ class Loader:
         order = epoch_order(num_examples, self.data.seed, epoch)
         padding = self.num_rows * self.world_size - num_examples
         return torch.cat([order, order[:padding]])[self.rank :: self.world_size]
-
-
-def _rank(data: TensorData) -> tuple[int, int]:
-    trainer = data.trainer
-    return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-
-
-def _device(data: TensorData) -> torch.device:
-    return data.trainer.strategy.root_device if data.trainer else torch.device("cpu")

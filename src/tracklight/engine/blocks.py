@@ -1,8 +1,8 @@
-"""Several optimizer steps for one turn of Lightning's loop.
+"""Several optimizer steps for one batch of Lightning's loop.
 
-Lightning's hooks and bookkeeping around a batch cost several times the step of a small model. Where
-nobody listens to them, the engine hands Lightning a block of minibatches as one batch and takes the
-steps itself: the same arithmetic in the same order as the loop by hand.
+Lightning's bookkeeping for a batch costs several times the step of a small model. Where nothing
+depends on it, Lightning gets a block of minibatches as one batch, and the engine takes the steps:
+the same arithmetic in the same order as the loop by hand.
 
 Shapes: `S` steps in a block, `B` minibatch size, `...` an example's own shape.
 """
@@ -10,19 +10,23 @@ Shapes: `S` steps in a block, `B` minibatch size, `...` an example's own shape.
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.loops.optimization.automatic import Closure, ClosureResult
 from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
 from tracklight.data.tensor_data import TensorData
-from tracklight.engine.eligibility import obstacle
+from tracklight.engine.eligibility import why_no_blocks
+from tracklight.engine.lightning_internals import (
+    batch_value,
+    count_optimizer_step,
+    reload_train_dataloader,
+)
 from tracklight.engine.seeding import seed_step
-from tracklight.engine.steps import make_step, standing
+from tracklight.engine.steps import make_step, signature
 from tracklight.errors import RunFailed
 from tracklight.models.supervised import Supervised
 
@@ -40,189 +44,140 @@ class NonFiniteLoss(RunFailed):
         self.step = step
 
 
-class SeriesLog(Protocol):
-    """Takes a block's values of one metric at once."""
-
-    def log_series(self, key: str, steps: Sequence[int], values: Sequence[float]) -> None:
-        """Record `values[i]` at `steps[i]`."""
-
-
 class LogRecorder:
-    """What a model logs during a block, which Lightning would take for one step's.
-
-    Args:
-        losses: Of the steps taken so far; their number is the step under way.
-    """
+    """Records what a model logs during a block, which Lightning would take for a single step."""
 
     def __init__(self, losses: Sequence[Tensor]):
-        self.losses = losses
-        self.notes: dict[str, tuple[list[int], list[Tensor], dict[str, Any]]] = {}
+        self.losses = losses  # of the steps taken so far; their number is the current step
+        self.logged: dict[str, tuple[list[int], list[Tensor], dict[str, Any]]] = {}
 
-    def note(self, name: str, value: Any, prog_bar: bool = False, **how: Any) -> None:
-        """Take the arguments of `LightningModule.log`."""
-        how |= {"prog_bar": prog_bar}
-        if isinstance(value, Metric):  # which keeps its own account of the epoch
-            how["metric"], value = value, value._forward_cache
-        indices, values, _ = self.notes.setdefault(name, ([], [], how))
-        if value is None:  # it was updated only: there is nothing to say of the step
-            return
-        indices.append(len(self.losses))
-        is_tensor = isinstance(value, Tensor)  # copied: the step may change it
-        value = value.detach().clone() if is_tensor else torch.tensor(float(value))
-        values.append(value.squeeze())
+    def log(self, name: str, value: Any, prog_bar: bool = False, **options: Any) -> None:
+        """Record one call of `LightningModule.log`."""
+        options["prog_bar"] = prog_bar
+        if isinstance(value, Metric):  # computes its mean over the epoch itself
+            options["metric"], value = value, batch_value(value)
+        indices, values, _ = self.logged.setdefault(name, ([], [], options))
+        if value is not None:  # None: the metric was updated only
+            indices.append(len(self.losses))
+            is_tensor = isinstance(value, Tensor)  # copied: the step may change it
+            value = value.detach().clone() if is_tensor else torch.tensor(float(value))
+            values.append(value.squeeze())
 
 
 class Blocks(Callback):
-    """Takes the optimizer steps of a block in place of Lightning, and tells Lightning so.
+    """Takes the optimizer steps of a block in place of Lightning's automatic optimization.
 
-    Where blocks may not be used, it only reseeds before each batch and checks each loss.
+    Where blocks cannot be used, it only reseeds before each batch and checks each loss.
 
     Args:
         seed: The run's seed, for the random numbers of each step.
-        tell: Takes the one line that says why blocks are not used.
+        report: Called with a line that says why blocks are not used.
     """
 
-    listens_by_block = True
+    supports_blocks = True
 
-    def __init__(self, seed: int, tell: Callable[[str], None] = print):
+    def __init__(self, seed: int, report: Callable[[str], None] = print):
         self.seed = seed
-        self.tell = tell
-        self.track: SeriesLog | None = None  # takes each step's loss; None where nothing is tracked
-        self.walking = False
+        self.report = report
+        self.logger: Any = None  # its `log_series` logs the values of each step
+        self.uses_blocks = False
 
     @override
-    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.trainer: Any = trainer
-        data = self.trainer.datamodule
-        reason = obstacle(trainer, module, data)
-        self.walking = reason is None
+    def on_fit_start(self, trainer: Any, module: LightningModule) -> None:
+        self.trainer, data = trainer, trainer.datamodule
+        self.module: Any = module
+        reason = why_no_blocks(trainer, module, data)
+        self.uses_blocks = reason is None
+        if isinstance(module, Supervised):
+            module.block_runner = self._run_block if self.uses_blocks else None
+            # Supervised overrides the hooks that this warning is about, but only for blocks.
+            warnings.filterwarnings("ignore", "When using `Trainer.accumulate_grad", UserWarning)
         if isinstance(data, TensorData):
-            data.steps_per_block = 1
-        if isinstance(module, Supervised) and isinstance(data, TensorData) and self.walking:
-            self.module, self.data = module, data
-            data.steps_per_block = STEPS_PER_BLOCK
-            trainer.fit_loop._combined_loader = None  # who asked for the number of steps, made one
-            module.__dict__["optimizer_step"] = self._optimizer_step
-            self.standing: Any = None
-            # Lightning takes blocks for batches, and finds them too few to be logged.
+            self.data = data
+            data.steps_per_block = STEPS_PER_BLOCK if self.uses_blocks else 1
+        if self.uses_blocks:
+            reload_train_dataloader(trainer)
+            self.signature: Any = None
+            # Lightning takes blocks for batches, and finds too few of them for its logging.
             warnings.filterwarnings("ignore", "The number of training batches", UserWarning)
         elif trainer.is_global_zero:
-            self.tell(f"Steps are taken one by one (plain Lightning): {reason}")
+            self.report(f"Steps are taken one by one (plain Lightning): {reason}")
 
     @override
-    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if self.walking:
-            del module.optimizer_step
+    def on_fit_end(self, trainer: Trainer, module: Any) -> None:
+        if self.uses_blocks:
+            module.block_runner = None
             self.data.steps_per_block = 1
 
     @override
-    def on_train_batch_start(
-        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if self.walking:
-            self.block = batch
-            if batch_idx == 0 and (found := standing(self.module)) != self.standing:
-                self.standing = found
-                self.step = make_step(self.module, trainer.optimizers[0])
-        else:
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if not self.uses_blocks:
             step = trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1
             seed_step(self.seed, step, trainer.global_rank)
+        elif batch_idx == 0 and (found := signature(module)) != self.signature:
+            self.signature = found
+            self.step = make_step(module, trainer.optimizers[0])
 
-    def _optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Closure) -> None:
-        with self.trainer.precision_plugin.train_step_context():
-            self.losses = self._walk(*self.block)
-        closure._result = ClosureResult(
-            closure_loss=None
-        )  # Lightning asks the closure for what the steps gave
-
-    def _walk(self, inputs: Tensor, targets: Tensor) -> Tensor:  # (S * B, ...) -> losses (S,)
-        schedulers: list[Any] = [
-            config.scheduler
-            for config in self.trainer.lr_scheduler_configs
-            if config.interval == "step"
-        ]
+    def _run_block(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Take a block's steps; return the last loss and the mean over all S * B examples."""
+        configs = self.trainer.lr_scheduler_configs
+        schedulers = [config.scheduler for config in configs if config.interval == "step"]
         first = self.trainer.global_step
         size = self.data.batch_size or len(targets)
         losses: list[Tensor] = []
-        self.heard = LogRecorder(losses)
-        self.module.__dict__["log"] = self.heard.note
+        self.recorder = LogRecorder(losses)
+        self.module.log_recorder = self.recorder.log
         try:
             for x, y in zip(inputs.split(size), targets.split(size), strict=True):
-                if losses:  # Lightning itself steps the schedulers after the block's last step
+                if losses:  # Lightning itself counts and schedules once a block, after its end
                     for scheduler in schedulers:
                         scheduler.step()
-                    self._count()
+                    count_optimizer_step(self.trainer)
                 seed_step(self.seed, first + len(losses))
                 losses.append(self.step(x, y))
         finally:
-            del self.module.log
-        return torch.stack(losses)
-
-    def _count(self) -> None:
-        """Count a step that Lightning does not know of; it counts the block as one."""
-        loop = self.trainer.fit_loop.epoch_loop
-        progress = loop.automatic_optimization.optim_progress.optimizer.step
-        for counter in (progress.total, progress.current):
-            counter.ready += 1
-            counter.completed += 1
-        loop._batches_that_stepped += 1
-        total = loop.batch_progress.total
-        for name in ("ready", "started", "processed", "completed"):
-            setattr(total, name, getattr(total, name) + 1)
+            self.module.log_recorder = None
+        self.losses = torch.stack(losses)  # (S,)
+        self.sizes = self.losses.new_full((len(losses),), size)
+        self.sizes[-1] = len(targets) - size * (len(losses) - 1)
+        return losses[-1], (self.losses * self.sizes).sum() / len(targets)
 
     @override
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        outputs: Any,
-        batch: tuple[Tensor, Tensor],
-        batch_idx: int,
-    ) -> None:
-        if not self.walking:
-            self._check_loss(outputs)
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+        if not self.uses_blocks:
+            loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+            if isinstance(loss, Tensor) and not math.isfinite(value := loss.item()):
+                raise NonFiniteLoss(trainer.global_step, value)
             return
-        losses, num_examples = self.losses, len(batch[1])
-        steps = range(trainer.global_step - len(losses) + 1, trainer.global_step + 1)
-        values = losses.tolist()  # the block's one synchronisation
+        values = self.losses.tolist()  # the block's one synchronisation
+        steps = range(trainer.global_step - len(values) + 1, trainer.global_step + 1)
         bad = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
-        self._log_steps("train/loss", steps[: None if bad is None else bad + 1], values)
+        self._log_series("train/loss", steps[: None if bad is None else bad + 1], values)
         if bad is not None:
             raise NonFiniteLoss(steps[bad], values[bad])
-        sizes = losses.new_full((len(losses),), self.data.batch_size or num_examples)
-        sizes[-1] += num_examples - sizes.sum()
-        mean = (losses * sizes).sum() / num_examples
-        module.log(
-            "train/loss", losses[-1], on_step=True, on_epoch=False, prog_bar=True, logger=False
-        )
-        module.log("train/loss_epoch", mean, on_step=False, on_epoch=True, batch_size=num_examples)
-        self._pass_on(steps, sizes)
+        self._log_recorded(steps)
 
-    def _pass_on(self, steps: Sequence[int], sizes: Tensor) -> None:
-        """Log what the model logged in forward pass or loss, step by step as Lightning would."""
-        for name, (indices, values, how) in self.heard.notes.items():
-            on_step, on_epoch = how.pop("on_step", None), how.pop("on_epoch", None) or False
-            metric = how.pop("metric", None)
-            found = torch.stack(values) if values else sizes.new_empty(0)
-            if values and (on_step is None or on_step):
+    def _log_recorded(self, steps: Sequence[int]) -> None:
+        """Log what the model logged in its forward pass or loss, as Lightning would by step."""
+        for name, (indices, values, options) in self.recorder.logged.items():
+            on_step, on_epoch = options.pop("on_step", None), options.pop("on_epoch", None)
+            metric = options.pop("metric", None)
+            recorded = torch.stack(values) if values else self.sizes.new_empty(0)
+            if values and on_step is not False:
                 key = f"{name}_step" if on_epoch else name
-                if how.get("logger") is not False:
-                    self._log_steps(key, [steps[index] for index in indices], found.tolist())
-                self.module.log(key, found[-1], **{**how, "logger": False})
+                if options.get("logger") is not False:
+                    self._log_series(key, [steps[index] for index in indices], recorded.tolist())
+                self.module.log(key, recorded[-1], **{**options, "logger": False})
             if on_epoch:
                 key = name if on_step is False else f"{name}_epoch"
-                weights = sizes[indices]
-                mean, total = (found * weights).sum() / weights.sum(), int(weights.sum())
-                how |= {"batch_size": total, "on_step": False, "on_epoch": True}
-                self.module.log(key, mean if metric is None else metric, **how)
+                weights = self.sizes[indices]
+                mean = (recorded * weights).sum() / weights.sum()
+                options |= {"batch_size": int(weights.sum()), "on_step": False, "on_epoch": True}
+                self.module.log(key, mean if metric is None else metric, **options)
 
-    def _log_steps(self, key: str, steps: Sequence[int], values: Sequence[float]) -> None:
-        if self.track is None or not self.trainer.log_every_n_steps:
+    def _log_series(self, key: str, steps: Sequence[int], values: Sequence[float]) -> None:
+        interval = self.trainer.log_every_n_steps
+        if self.logger is None or not interval:
             return
-        chosen = [i for i, step in enumerate(steps) if step % self.trainer.log_every_n_steps == 0]
-        self.track.log_series(key, [steps[i] for i in chosen], [values[i] for i in chosen])
-
-    def _check_loss(self, outputs: Any) -> None:
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if isinstance(loss, Tensor) and not math.isfinite(value := loss.item()):
-            raise NonFiniteLoss(self.trainer.global_step, value)
+        kept = [(step, values[i]) for i, step in enumerate(steps) if step % interval == 0]
+        self.logger.log_series(key, [step for step, _ in kept], [value for _, value in kept])

@@ -1,7 +1,7 @@
 """Checkpoints that survive a crash at any instant, and the one from which a run continues.
 
-A checkpoint is written beside its final name, synced, and renamed; the digest beside it is there
-before the rename, so whatever stands under the final name can be proved whole.
+A checkpoint is written beside its final name, synced, and renamed. Its checksum comes first, so
+whatever has the final name can be verified.
 """
 
 import hashlib
@@ -11,12 +11,13 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from io import BytesIO
 from operator import mul
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
@@ -31,70 +32,92 @@ from tracklight.paths import sync_folder
 
 CHECKSUM = ".sha256.json"
 LIGHTNING = "pytorch-lightning"
+INTERVAL_S = 1.0  # the least time between two resume checkpoints within a fit
+NUM_KEPT = 2
+PATTERN = "step-*.ckpt"
+LAST = "last.ckpt"
+RATES = {"lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "_last_lr"}  # in PyTorch's states
 
 
 @dataclass(frozen=True)
 class Checksum:
-    """What may rightly stand under a checkpoint's name: the new content, or the one before."""
+    """Digests that a checkpoint's file may have: of the new content, and of the one before."""
 
     sha256: list[str] = field(default_factory=list)
     step: int = -1
 
     @classmethod
-    def of(cls, path: Path) -> "Checksum":
-        """Read the checksum beside `path`; an empty one where there is none that can be read."""
+    def of(cls, checkpoint: Path) -> "Checksum":
+        """Read the checksum of a checkpoint; an empty one if there is none that can be read."""
         try:
-            return cls(**json.loads(checksum_path(path).read_text()))
+            return cls(**json.loads(checksum_path(checkpoint).read_text()))
         except (OSError, ValueError, TypeError):
             return cls()
 
 
-def checksum_path(path: Path) -> Path:
-    """Return where the checksum of the checkpoint `path` lies."""
-    return path.with_name(path.name + CHECKSUM)
+def checksum_path(checkpoint: Path) -> Path:
+    """Return the path of a checkpoint's checksum."""
+    return checkpoint.with_name(checkpoint.name + CHECKSUM)
 
 
-def is_intact(path: Path) -> bool:
-    """Say whether the checkpoint's content is what was written."""
+def write_checksum(checkpoint: Path, checksum: Checksum) -> None:
+    """Write a checkpoint's checksum, durably."""
+    path = checksum_path(checkpoint)
+    temporary = path.with_name(f".{path.name}.tmp")
+    _write_synced(temporary, json.dumps(asdict(checksum)).encode())
+    temporary.replace(path)
+
+
+def _write_synced(path: Path, content: bytes | memoryview) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def is_intact(checkpoint: Path) -> bool:
+    """Check a checkpoint's content against its checksum."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() in Checksum.of(path).sha256
+        with checkpoint.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return False
+    return digest in Checksum.of(checkpoint).sha256
 
 
-def load_plain(path: Path, map_location: MAP_LOCATION = "cpu") -> dict[str, Any]:
+def load_plain(
+    path: Path, map_location: MAP_LOCATION = "cpu", damaged: type[Exception] = BadInput
+) -> dict[str, Any]:
     """Load a checkpoint that holds plain values and tensors only.
 
     Raises:
-        BadInput: The file is missing, damaged, no checkpoint, from a later version, or holds
+        damaged: The content does not match the checksum.
+        BadInput: The file is missing, no checkpoint, from a later version of Lightning, or holds
             anything that would run code.
     """
     if checksum_path(path).exists() and path.exists() and not is_intact(path):
-        raise BadInput(
+        raise damaged(
             f"checkpoint {path} is damaged: its content does not match its checksum; take another"
         )
     try:
         loaded = torch.load(path, map_location=map_location, weights_only=True)
-    except FileNotFoundError:
-        raise BadInput(f"checkpoint {path} does not exist") from None
     except Exception as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            raise BadInput(
-                f"checkpoint {path}: unsafe content refused (plain values and tensors only)"
-            ) from None
-        raise BadInput(
-            f"checkpoint {path} cannot be read: empty, cut off, or no checkpoint at all"
-        ) from None
+        if isinstance(error, FileNotFoundError):
+            reason = " does not exist"
+        elif "weights_only" in str(error) or "Unsupported" in str(error):
+            reason = ": unsafe content refused (plain values and tensors only)"
+        else:
+            reason = " cannot be read: empty, cut off, or no checkpoint at all"
+        raise BadInput(f"checkpoint {path}{reason}") from None
     if not isinstance(loaded, dict) or not isinstance(loaded.get("state_dict"), dict):
         raise BadInput(
             f"checkpoint {path} holds no `state_dict`; expected a checkpoint that Lightning wrote"
         )
-    written, ours = str(loaded.get("pytorch-lightning_version", "0.0")), version(LIGHTNING)
-    if _release(written) > _release(ours):
+    written, installed = str(loaded.get("pytorch-lightning_version", "0.0")), version(LIGHTNING)
+    if _release(written) > _release(installed):
         raise BadInput(
             f"checkpoint {path} was written by {LIGHTNING} {written[:20]}, which is later than"
-            f" {ours} here; pip install '{LIGHTNING}>={written[:20]}'"
+            f" {installed} here; pip install '{LIGHTNING}>={written[:20]}'"
         )
     return loaded
 
@@ -103,7 +126,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     """Load the weights of a checkpoint, to start from.
 
     Raises:
-        BadInput: As for `load_plain`, or a weight is no finite number.
+        BadInput: As for `load_plain`, or a weight is not a finite number.
     """
     weights = load_plain(path)["state_dict"]
     for name, tensor in weights.items():
@@ -115,38 +138,16 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _release(written: str) -> tuple[int, ...]:
-    """Return major and minor number of a version; what is none compares as the latest."""
+    """Return major and minor number of a version; any other text compares as the latest."""
     numbers = re.match(r"(\d+)\.(\d+)", written)
     return tuple(map(int, numbers.groups())) if numbers else (sys.maxsize,)
-
-
-class _HashingFile:
-    """Passes what `torch.save` writes on to a file, hashing and counting on the way."""
-
-    def __init__(self, file: IO[bytes]):
-        self.file = file
-        self.digest = hashlib.sha256()
-        self.num_bytes = 0
-        self.error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.num_bytes += len(data)
-        try:
-            return self.file.write(data)
-        except OSError as error:  # torch.save turns it into a RuntimeError that no longer says why
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 class DurableCheckpointIO(CheckpointIO):
     """Writes checkpoints so that power loss leaves the old one or the new one, never half.
 
     Args:
-        before_commit: Called once the content is on disk and before it takes its name: what the
+        before_commit: Called when the content is on disk and before it takes its name: what the
             checkpoint builds on (the metrics up to it) must be durable first.
     """
 
@@ -160,26 +161,18 @@ class DurableCheckpointIO(CheckpointIO):
         final = Path(path)
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = final.with_name(f".{final.name}.tmp")
-        num_bytes = 0
+        buffer = BytesIO()  # torch.save into a file would hide why a write failed
+        torch.save(checkpoint, buffer)
+        content = buffer.getbuffer()
         try:
-            with temporary.open("wb") as file:
-                sink = _HashingFile(file)
-                try:
-                    torch.save(checkpoint, cast(IO[bytes], sink))
-                except RuntimeError:
-                    if sink.error is None:
-                        raise
-                    raise sink.error from None
-                finally:
-                    num_bytes = sink.num_bytes
-                file.flush()
-                os.fsync(file.fileno())
+            _write_synced(temporary, content)
             self.before_commit()
-            accepted = [sink.digest.hexdigest(), *Checksum.of(final).sha256[:1]]
-            write_checksum(final, Checksum(accepted, checkpoint.get("global_step", -1)))
+            digests = [hashlib.sha256(content).hexdigest(), *Checksum.of(final).sha256[:1]]
+            write_checksum(final, Checksum(digests, checkpoint.get("global_step", -1)))
             temporary.replace(final)
             sync_folder(final.parent)
         except OSError as error:
+            num_bytes = temporary.stat().st_size if temporary.exists() else 0
             temporary.unlink(missing_ok=True)
             raise RunFailed(
                 f"checkpoint {final} could not be written ({num_bytes:,} bytes so far):"
@@ -194,11 +187,7 @@ class DurableCheckpointIO(CheckpointIO):
             raise BadInput(
                 f"checkpoint {path} is remote; only local files are loaded: download it first"
             )
-        if checksum_path(Path(path)).exists() and not is_intact(Path(path)):
-            raise RunFailed(
-                f"checkpoint {path} is damaged: its content does not match its checksum"
-            )
-        return load_plain(Path(path), map_location or "cpu")
+        return load_plain(Path(path), map_location or "cpu", damaged=RunFailed)
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -206,80 +195,63 @@ class DurableCheckpointIO(CheckpointIO):
             file.unlink(missing_ok=True)
 
 
-def write_checksum(checkpoint: Path, checksum: Checksum) -> None:
-    """Write the checksum beside a checkpoint, durably."""
-    path = checksum_path(checkpoint)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        json.dump(asdict(checksum), file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def newest_resume_checkpoint(folder: Path) -> Path | None:
+    """Return the intact resume checkpoint of the highest step, and warn of damaged ones.
 
-
-def newest_intact(checkpoints: Iterable[Path]) -> Path | None:
-    """Return the intact checkpoint of the highest step, judged by content alone.
-
-    Warns of each damaged one.
-
-    Raises:
-        RunFailed: There are checkpoints, and none is intact.
-    """
-    intact = []
-    for path in (found := sorted(checkpoints)):
-        if is_intact(path):
-            intact.append(path)
-        else:
-            warnings.warn(
-                f"checkpoint {path} is damaged (checksum differs); using another", stacklevel=2
-            )
-    if found and not intact:
-        raise RunFailed(f"no checkpoint in {found[0].parent} is intact; not starting afresh")
-    return max(intact, key=lambda path: Checksum.of(path).step, default=None)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what a crash left half written, and checksums of what was not written at all."""
-    for file in folder.glob(".*.tmp"):
-        file.unlink(missing_ok=True)
-    for file in folder.glob(f"*{CHECKSUM}"):
-        if not file.with_name(file.name.removesuffix(CHECKSUM)).exists():
-            file.unlink(missing_ok=True)
-
-
-INTERVAL_S = 1.0  # commits of fast epochs are at least this far apart
-GENERATIONS = 2
-PATTERN = "step-*.ckpt"
-LAST = "last.ckpt"
-RATES = {"lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "_last_lr"}  # in PyTorch's states
-
-
-def resume_point(folder: Path) -> Path | None:
-    """Return a folder's newest intact resume checkpoint; None where there never was one.
+    Returns:
+        None if there never was one.
 
     Raises:
         RunFailed: There are some, and none is intact.
     """
-    return newest_intact([*folder.glob(PATTERN), *folder.glob(LAST)])
+    paths = sorted([*folder.glob(PATTERN), *folder.glob(LAST)])
+    intact = {path: Checksum.of(path).step for path in paths if is_intact(path)}
+    for path in sorted(set(paths) - set(intact)):
+        message = f"checkpoint {path} is damaged (checksum differs); using another"
+        warnings.warn(message, stacklevel=2)
+    if paths and not intact:
+        raise RunFailed(f"no checkpoint in {folder} is intact; not starting afresh")
+    return max(intact, key=lambda path: intact[path], default=None)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files of a crash, and checksums without a checkpoint."""
+    for file in (*folder.glob(".*.tmp"), *folder.glob(f"*{CHECKSUM}")):
+        if file.suffix == ".tmp" or not file.with_name(file.name.removesuffix(CHECKSUM)).exists():
+            file.unlink(missing_ok=True)
+
+
+def keep_last(folder: Path, io: DurableCheckpointIO) -> None:
+    """Rename a finished run's newest resume checkpoint to `last.ckpt` and remove the others."""
+    newest = newest_resume_checkpoint(folder)
+    if newest is not None and newest.name != LAST:
+        io.remove_checkpoint(folder / LAST)  # of an earlier end of this run
+        write_checksum(folder / LAST, Checksum.of(newest))
+        sync_folder(folder)
+        newest.replace(folder / LAST)
+        sync_folder(folder)
+        io.remove_checkpoint(newest)  # its checksum is left
+    for path in folder.glob(PATTERN):
+        io.remove_checkpoint(path)
 
 
 class ResumeCheckpoint(Callback):
-    """Commits a resume checkpoint once an epoch is wholly over: as the next starts, or at the end.
+    """Saves a resume checkpoint once an epoch is wholly over: as the next starts, or at the end.
 
     `on_train_epoch_end` comes before the epoch's train metrics are logged and the schedulers
     stepped, so a run continued from there would lose both.
 
     Args:
-        io: Removes what is superseded.
+        io: Removes superseded checkpoints.
     """
 
     def __init__(self, io: DurableCheckpointIO):
-        self.folder: Path | None = None  # set once the run's folder is known
+        self.folder: Any = None  # a Path, once the run's folder is known
         self.io = io
-        self.committed_at = time.monotonic()
+        self.saved_at = time.monotonic()
         self.stopped_early = False
         self.first_epoch = 0
-        self.changed: Mapping[str, tuple[Any, Any]] = {}  # of the config, since it was taken
+        self.changed: Mapping[str, tuple[Any, Any]] = {}  # config keys, since the checkpoint
 
     @override
     def state_dict(self) -> dict[str, bool]:
@@ -290,35 +262,29 @@ class ResumeCheckpoint(Callback):
         self.stopped_early = state_dict["stopped_early"]
 
     @override
-    def on_load_checkpoint(self, *hook_arguments: Any) -> None:
-        checkpoint = hook_arguments[-1]
-        adopt(self.changed, checkpoint)
-        if self.folder is not None:
-            rehouse(self.folder, checkpoint)
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        apply_changes(self.changed, checkpoint)
+        relocate_best(self.folder, checkpoint)
 
     @override
     def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        self.folder = trainer.strategy.broadcast(self.folder)  # known to the first process alone
+        self.folder = trainer.strategy.broadcast(self.folder)  # known to rank zero alone
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         progress = trainer.fit_loop.epoch_progress
-        if progress.total.ready <= 1 or trainer.current_epoch == self.first_epoch:
+        total, current = progress.total, progress.current
+        first = total.ready <= 1 or trainer.current_epoch == self.first_epoch
+        recent = trainer.world_size == 1 and time.monotonic() - self.saved_at < INTERVAL_S
+        if first or recent:
             return
-        if trainer.world_size == 1 and time.monotonic() - self.committed_at < INTERVAL_S:
-            return
-        ready = (
-            progress.total.ready,
-            progress.current.ready,
-        )  # this epoch is counted already, but has not begun
-        progress.total.ready, progress.current.ready = (
-            progress.total.completed,
-            progress.current.completed,
-        )
+        ready = total.ready, current.ready
+        # Lightning has counted the new epoch, which has not begun.
+        total.ready, current.ready = total.completed, current.completed
         try:
             self._commit(trainer)
         finally:
-            progress.total.ready, progress.current.ready = ready
+            total.ready, current.ready = ready
 
     @override
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
@@ -331,69 +297,49 @@ class ResumeCheckpoint(Callback):
         self._commit(trainer)
 
     def _commit(self, trainer: Trainer) -> None:
-        assert self.folder is not None
         path = self.folder / f"step-{trainer.global_step:09d}.ckpt"
         trainer.save_checkpoint(path)
-        self.committed_at = time.monotonic()
+        self.saved_at = time.monotonic()
         if trainer.is_global_zero:
-            there = sorted(self.folder.glob(PATTERN))  # one of a later step was found damaged
-            kept = [each for each in there if each.name <= path.name][-GENERATIONS:]
-            for old in set(there) - set(kept):
+            saved = sorted(self.folder.glob(PATTERN))  # one of a later step was found damaged
+            kept = [each for each in saved if each.name <= path.name][-NUM_KEPT:]
+            for old in set(saved) - set(kept):
                 self.io.remove_checkpoint(old)
 
 
-def adopt(changed: Mapping[str, tuple[Any, Any]], checkpoint: dict[str, Any]) -> None:
-    """Put changed settings of optimizer and scheduler into their stored state, which would win.
+def apply_changes(changed: Mapping[str, tuple[Any, Any]], checkpoint: dict[str, Any]) -> None:
+    """Put changed settings into the stored states of optimizer and scheduler, which would win.
 
     Args:
-        changed: Dotted key to its value before and now.
-        checkpoint: Is changed in place. A learning rate under way goes on in proportion.
+        changed: Dotted config key to its value before and now. The learning rate that a schedule
+            has reached changes in proportion.
+        checkpoint: Is changed in place.
     """
     groups = [each for state in checkpoint["optimizer_states"] for each in state["param_groups"]]
-    schedulers = checkpoint["lr_schedulers"]
+    states = {"optimizer": groups, "scheduler": checkpoint["lr_schedulers"]}
     for key, (before, now) in changed.items():
         section, _, name = key.partition(".")
         if key == "optimizer.lr":
-            for state in (*groups, *schedulers):
+            for state in (*groups, *checkpoint["lr_schedulers"]):
                 for rate in RATES & state.keys():
                     state[rate] = apply_to_collection(state[rate], float, mul, now / before)
-        elif section in ("optimizer", "scheduler"):
-            for state in groups if section == "optimizer" else schedulers:
+        else:
+            for state in states.get(section, ()):
                 if name in state:
                     state[name] = now
 
 
-def rehouse(folder: Path, checkpoint: dict[str, Any]) -> None:
-    """Let the best checkpoint so far lie in `folder`: Lightning forgets one that has moved.
+def relocate_best(folder: Path, checkpoint: dict[str, Any]) -> None:
+    """Point ModelCheckpoint's stored state at `folder`; it forgets a best checkpoint that moved."""
 
-    Args:
-        folder: Of the run's checkpoints, now.
-        checkpoint: Is changed in place.
-    """
+    def move(path: str, before: str) -> str:
+        inside = path and Path(path).is_relative_to(before)
+        return str(folder / Path(path).relative_to(before)) if inside else path
+
     for state in checkpoint["callbacks"].values():
-        if not isinstance(state, dict) or "best_k_models" not in state:
-            continue
-        before = state["dirpath"]
-
-        def moved(path: str, before: str = before) -> str:
-            inside = path and Path(path).is_relative_to(before)
-            return str(folder / Path(path).relative_to(before)) if inside else path
-
-        state["dirpath"] = str(folder)
-        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
-            state[key] = moved(state[key])
-        state["best_k_models"] = {moved(path): v for path, v in state["best_k_models"].items()}
-
-
-def keep_last(folder: Path, io: DurableCheckpointIO) -> None:
-    """Leave of a finished run's resume checkpoints the newest alone, named `last.ckpt`."""
-    newest = resume_point(folder)
-    if newest is not None and newest.name != LAST:
-        io.remove_checkpoint(folder / LAST)  # of an earlier end of this run
-        write_checksum(folder / LAST, Checksum.of(newest))
-        sync_folder(folder)
-        newest.replace(folder / LAST)
-        sync_folder(folder)
-        io.remove_checkpoint(newest)  # its checksum is left
-    for path in folder.glob(PATTERN):
-        io.remove_checkpoint(path)
+        if isinstance(state, dict) and "best_k_models" in state:
+            before, state["dirpath"] = state["dirpath"], str(folder)
+            for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                state[key] = move(state[key], before)
+            best = state["best_k_models"]
+            state["best_k_models"] = {move(path, before): score for path, score in best.items()}

@@ -1,4 +1,4 @@
-"""The processes of a distributed run: the first tracks it, the others train along."""
+"""The processes of a distributed run: rank zero tracks it, the others only train."""
 
 import json
 import os
@@ -9,41 +9,42 @@ from typing import Any
 
 from tracklight.errors import RunFailed
 
-LEADER = "TRACKLIGHT_LEADER"  # environment variable, for the processes that Lightning launches
+# Environment variable for the processes that Lightning launches.
+RANK_ZERO_RUN = "TRACKLIGHT_LEADER"
 # Above 0 in all processes but the first; by torchrun, Lightning, a cluster of nodes, SLURM.
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 
 
 @dataclass(frozen=True)
-class Leader:
-    """What the first process tells those it launches.
+class RankZeroRun:
+    """What rank zero runs, for the processes that it launches.
 
     Args:
-        cfg: The config it runs, as plain values: their own command line is not read again.
-        checkpoint: Where it continues from, if it does.
+        cfg: The config as plain values: their own command line is not read again.
+        checkpoint: To continue from; None for a new run.
     """
 
     cfg: Mapping[str, Any]
     checkpoint: str | None = None
 
 
-def is_follower() -> bool:
-    """Say whether another process leads this one."""
+def is_nonzero_rank() -> bool:
+    """Check whether another process is rank zero."""
     return any(int(os.environ.get(name) or 0) > 0 for name in RANKS)
 
 
-def lead(strategy: Any, cfg: Mapping[str, Any], checkpoint: Path | None) -> None:
-    """Tell the processes that a Lightning strategy is about to launch what this one runs.
+def export_rank_zero_run(strategy: Any, cfg: Mapping[str, Any], checkpoint: Path | None) -> None:
+    """Pass the config and checkpoint on to the processes that a Lightning strategy will launch.
 
     Args:
         strategy: Of the trainer.
-        cfg: The config, as plain values.
-        checkpoint: Where this process continues from, if it does.
+        cfg: As plain values.
+        checkpoint: That this process continues from; None for a new run.
 
     Raises:
-        RunFailed: They were launched from outside, and cannot be told where to continue.
+        RunFailed: They are launched from outside, so the checkpoint cannot be passed on.
     """
-    if getattr(strategy, "num_processes", 1) == 1 or is_follower():
+    if getattr(strategy, "num_processes", 1) == 1 or is_nonzero_rank():
         return
     if checkpoint and strategy.cluster_environment.creates_processes_externally:
         raise RunFailed(
@@ -51,12 +52,12 @@ def lead(strategy: Any, cfg: Mapping[str, Any], checkpoint: Path | None) -> None
             " or let trainer.devices launch them"
         )
     os.environ["OMP_NUM_THREADS"] = str(cfg["num_threads"])  # else Lightning decides
-    told = {**cfg, "resume": None, "init_from": None}
-    os.environ[LEADER] = json.dumps(asdict(Leader(told, checkpoint and str(checkpoint))))
+    run = RankZeroRun({**cfg, "resume": None, "init_from": None}, checkpoint and str(checkpoint))
+    os.environ[RANK_ZERO_RUN] = json.dumps(asdict(run))
 
 
-def leader() -> Leader | None:
-    """Return what this process was told; None for the first, and for one launched from outside."""
-    if LEADER not in os.environ or not is_follower():
+def read_rank_zero_run() -> RankZeroRun | None:
+    """Read what rank zero exported; None in rank zero and in processes launched from outside."""
+    if RANK_ZERO_RUN not in os.environ or not is_nonzero_rank():
         return None
-    return Leader(**json.loads(os.environ[LEADER]))
+    return RankZeroRun(**json.loads(os.environ[RANK_ZERO_RUN]))

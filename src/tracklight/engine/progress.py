@@ -10,22 +10,21 @@ from pytorch_lightning.callbacks import EarlyStopping, RichProgressBar
 from typing_extensions import override
 
 
-def progress(enabled: bool) -> Callback | None:
-    """Return what shows progress on this kind of screen."""
+def progress_callback(enabled: bool) -> Callback | None:
+    """Return the callback that shows progress on this kind of screen."""
     if not enabled:
         return None
     return RichProgressBar(leave=True) if sys.stdout.isatty() else EpochLines()
 
 
 class AfterEpoch(EarlyStopping):
-    """A callback whose epochs end after the module's own `on_train_epoch_end`, and what that logs.
+    """A callback whose `on_train_epoch_end` runs after the module's own, and sees what that logs.
 
-    Lightning grants this to early stopping and checkpoints alone; of the former only the name is
-    used.
+    Lightning calls only early stopping and checkpoints that late; the base's checks never run.
     """
 
     def __init__(self) -> None:
-        super().__init__(monitor="")
+        super().__init__(monitor="", check_on_train_epoch_end=True)
 
     @property
     @override
@@ -36,23 +35,11 @@ class AfterEpoch(EarlyStopping):
     def state_dict(self) -> dict[str, Any]:
         return {}
 
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        return
-
-    @override
-    def setup(self, *_: Any, **__: Any) -> None:
-        return
-
-    @override
-    def on_validation_end(self, *_: Any) -> None:
-        return
-
 
 class EpochLines(AfterEpoch):
     """Prints one line an epoch: its metrics and its seconds."""
 
-    listens_by_block = True
+    supports_blocks = True
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
@@ -60,44 +47,43 @@ class EpochLines(AfterEpoch):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
-        if not trainer.is_global_zero:
-            return
-        seconds = time.perf_counter() - self.started
-        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        done, total = trainer.current_epoch + 1, trainer.max_epochs
-        print(f"epoch {done}/{total}  {shown(metrics)}  {seconds:.2f} s", flush=True)
+        if trainer.is_global_zero:
+            seconds = time.perf_counter() - self.started
+            epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+            metrics = format_metrics(trainer.callback_metrics)
+            print(f"{epoch}  {metrics}  {seconds:.2f} s", flush=True)
 
 
-def shown(metrics: Mapping[str, float]) -> str:
-    """Lay metrics out on a line, with five significant digits."""
-    return "  ".join(f"{key} {value:.5g}" for key, value in sorted(metrics.items()))
+def format_metrics(metrics: Mapping[str, Any]) -> str:
+    """Format metrics as one line, with five significant digits."""
+    return "  ".join(f"{key} {float(value):.5g}" for key, value in sorted(metrics.items()))
 
 
-def summary(
+def format_summary(
     score: Mapping[str, float],
-    of: str,
+    epoch: str,
     test: Mapping[str, float],
     seconds: tuple[float, float],
     num_examples: int,
-    **named: str,
+    **lines: str,
 ) -> str:
-    """Lay out the closing summary, one aligned line for each entry that has something to say.
+    """Format the closing summary, one aligned line for each item that is not empty.
 
     Args:
-        score: The monitored metric's name and value; empty where none is monitored.
-        of: Which epoch's that is: best or last.
-        test: Scores on the test part.
-        seconds: Of training, and of everything.
-        num_examples: Trained on in that time; 0 where it is not known.
-        **named: Further entries.
+        score: The monitored metric; empty if none is monitored.
+        epoch: Of the score: best or last.
+        test: Metrics on the test part.
+        seconds: Of training, and in all.
+        num_examples: Trained on in that time; 0 if unknown.
+        **lines: Further lines.
     """
     training_s, all_s = seconds
     speed = f", {num_examples / training_s:,.0f} examples/s" if num_examples else ""
-    entries = {
-        "score": shown(score) and f"{shown(score)} ({of} epoch)",
-        "test": shown(test),
+    items = {
+        "score": score and f"{format_metrics(score)} ({epoch} epoch)",
+        "test": format_metrics(test),
         "time": f"{training_s:.1f} s of training, {all_s:.1f} s in all{speed}",
-        **named,
+        **lines,
     }
-    width = max(map(len, entries))
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in entries.items() if text)
+    width = max(map(len, items))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in items.items() if text)

@@ -1,58 +1,47 @@
 """Random numbers as a pure function of (seed, epoch) and (seed, step): reseeded, never saved.
 
-Resuming at an epoch's boundary therefore needs no generator's state, and dropout does not depend on
+Resuming at an epoch's boundary therefore needs no generator state, and dropout does not depend on
 how many steps are taken at a time.
 """
 
 import random
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning import LightningDataModule, LightningModule, seed_everything
-from torch.utils.data import DataLoader
+
+from tracklight.engine.lightning_internals import call_before_iteration
 
 MASK = (1 << 64) - 1
+STEPS, EPOCHS = 1, 2  # streams
 
 
-def mixed_seed(seed: int, stream: int, index: int) -> int:
-    """Return a 64-bit seed for entry `index` of a stream of draws.
-
-    Args:
-        seed: The run's seed, in [0, 2**32).
-        stream: Tells independent streams apart: steps from epochs.
-        index: Global step or epoch, counted from 0.
+def derive_seed(seed: int, stream: int, index: int) -> int:
+    """Return the 64-bit seed at `index`, from 0, of an independent stream of a run's seed.
 
     Source: SplitMix64's finaliser (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
     generators").
     """
-    z = (
-        seed * 0x9E3779B97F4A7C15 + (stream << 56) + index * 0xD1342543DE82EF95 + 0x9E3779B97F4A7C15
-    ) & MASK
+    z = ((seed + 1) * 0x9E3779B97F4A7C15 + (stream << 56) + index * 0xD1342543DE82EF95) & MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
     return z ^ (z >> 31)
 
 
-STEPS, EPOCHS = 1, 2
-
-
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
     """Reseed PyTorch's global generators for one optimizer step, in about a microsecond."""
-    drawn = mixed_seed(seed, STEPS + 2 * rank, step)
-    torch.default_generator.manual_seed(drawn)
+    derived = derive_seed(seed, STEPS + 2 * rank, step)
+    torch.default_generator.manual_seed(derived)
     if torch.cuda.is_initialized():
-        torch.cuda.manual_seed(drawn)
+        torch.cuda.manual_seed(derived)
 
 
 def seed_epoch(seed: int, epoch: int) -> None:
     """Reseed every global generator at an epoch's start, before its first example is drawn."""
-    drawn = mixed_seed(seed, EPOCHS, epoch)
-    torch.manual_seed(drawn)
-    np.random.seed(drawn & 0xFFFFFFFF)
-    random.seed(drawn)
+    derived = derive_seed(seed, EPOCHS, epoch)
+    torch.manual_seed(derived)
+    np.random.seed(derived & 0xFFFFFFFF)
+    random.seed(derived)
 
 
 def seed_run(seed: int) -> None:
@@ -60,32 +49,14 @@ def seed_run(seed: int) -> None:
     seed_everything(seed, workers=True, verbose=False)
 
 
-def seed_epochs_of(owner: LightningModule | LightningDataModule, seed: int) -> None:
-    """Make the order of a foreign data loader a pure function of (seed, epoch).
+def reseed_epochs(owner: LightningModule | LightningDataModule, seed: int) -> None:
+    """Make the order of foreign training data a pure function of (seed, epoch).
 
-    A shuffling sampler draws its order, and workers their seeds, from the global generator at
-    `iter()`. Lightning calls that before it tells a resumed run's first epoch to the sampler
-    (upstream #21938), so the loaders themselves reseed there.
+    Samplers and workers draw from the global generators when a data loader is iterated.
     """
-    original: Callable[[], Any] = owner.train_dataloader
 
-    def train_dataloader() -> Any:
-        return apply_to_collection(
-            original(), DataLoader, lambda loader: _reseeding(loader, owner, seed)
-        )
-
-    owner.train_dataloader = train_dataloader
-
-
-def _reseeding(
-    loader: DataLoader, owner: LightningModule | LightningDataModule, seed: int
-) -> DataLoader:
-    kind = type(loader)
-
-    def reseed_and_iterate(self: DataLoader) -> Any:
+    def reseed() -> None:
         assert owner.trainer is not None
         seed_epoch(seed, owner.trainer.current_epoch)
-        return kind.__iter__(self)
 
-    loader.__class__ = type(kind.__name__, (kind,), {"__iter__": reseed_and_iterate})
-    return loader
+    call_before_iteration(owner, reseed)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first stops at the next safe point, a second one leaves at once."""
+"""Ctrl-C and SIGTERM: the first stops at the next safe point, a second one exits at once."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from pytorch_lightning import Callback, Trainer
+from pytorch_lightning import Callback
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
@@ -26,7 +26,7 @@ class SafeStop(Callback):
     Outside the training loop there is nothing to wait for: there the signal raises at once.
     """
 
-    listens_by_block = True
+    supports_blocks = True
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -34,11 +34,9 @@ class SafeStop(Callback):
 
     @contextmanager
     def listening(self) -> Iterator["SafeStop"]:
-        """Handle SIGINT and SIGTERM until the block ends; only a main thread may."""
-        previous = {
-            number: signal.signal(number, self._handle)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        """Handle SIGINT and SIGTERM within the context; only a main thread can."""
+        signals = (signal.SIGINT, signal.SIGTERM)
+        previous = {number: signal.signal(number, self._handle) for number in signals}
         try:
             yield self
         finally:
@@ -46,20 +44,19 @@ class SafeStop(Callback):
                 signal.signal(number, handler)
 
     @contextmanager
-    def prevailing(self) -> Iterator[None]:
-        """Raise `Stopped` for whatever else the signal makes others raise meanwhile.
+    def converting_errors(self) -> Iterator[None]:
+        """Raise `Stopped` in place of errors that follow from a signal.
 
-        A data loader's worker may hear of it first and die; Lightning makes of SIGTERM a SystemExit
-        without a code, on every process.
+        A data loader's worker may get the signal first and die; for SIGTERM, Lightning raises a
+        SystemExit without a code, in every process.
         """
         try:
             yield
-        except SIGTERMException as error:
-            raise Stopped(signal.SIGTERM) from error
-        except Exception as error:
-            if self.received is None:
+        except (Exception, SIGTERMException) as error:
+            signum = signal.SIGTERM if isinstance(error, SIGTERMException) else self.received
+            if signum is None:
                 raise
-            raise Stopped(self.received) from error
+            raise Stopped(signum) from error
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.received is not None:
@@ -68,47 +65,30 @@ class SafeStop(Callback):
         if not self.in_loop:
             raise Stopped(signum)
 
-    def check(self) -> None:
-        """Raise `Stopped` if a signal has come."""
+    def check(self, *_: Any, **__: Any) -> None:
+        """Raise `Stopped` if a signal was received."""
         if self.received is not None:
             self.in_loop = False
             raise Stopped(self.received)
 
     @override
-    def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+    def setup(self, *_: Any, **__: Any) -> None:
         self.in_loop = True
         self.check()
 
+    on_train_epoch_start = on_train_batch_start = check
+    on_validation_batch_start = on_test_batch_start = check
+
     @override
-    def on_train_start(self, *_: Any) -> None:
-        # Lightning's own handler broadcasts in the midst of whatever else the processes exchange,
-        # and so hangs where one of several gets the signal. Its teardown brings ours back, too.
+    def on_train_start(self, *_: Any, **__: Any) -> None:
+        # Lightning's own handler broadcasts amid whatever else the processes exchange, and hangs if
+        # only one of them gets the signal. Its teardown restores ours.
         signal.signal(signal.SIGTERM, self._handle)
 
-    @override
-    def on_test_start(self, *_: Any) -> None:
-        signal.signal(signal.SIGTERM, self._handle)
+    on_test_start = on_train_start
 
     @override
-    def teardown(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+    def teardown(self, *_: Any, **__: Any) -> None:
         self.in_loop = False
 
-    @override
-    def on_exception(self, *_: Any) -> None:
-        self.in_loop = False
-
-    @override
-    def on_train_epoch_start(self, *_: Any) -> None:
-        self.check()
-
-    @override
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.check()
-
-    @override
-    def on_validation_batch_start(self, *_: Any) -> None:
-        self.check()
-
-    @override
-    def on_test_batch_start(self, *_: Any) -> None:
-        self.check()
+    on_exception = teardown

@@ -1,4 +1,4 @@
-"""Which run a command continues, and whether it may."""
+"""Stored runs: the one that a command resumes, and any run's config, data and model rebuilt."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,173 +12,191 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import LightningDataModule, LightningModule
 
-from tracklight.config import compose as config
+from tracklight.config import compose
 from tracklight.data.table import Table
 from tracklight.data.tensor_data import TensorData
-from tracklight.engine.checkpoints import load_weights
+from tracklight.engine.checkpoints import load_weights, newest_resume_checkpoint
 from tracklight.errors import BadInput
-from tracklight.experiment import build as assemble
-from tracklight.experiment.build import depends_on_total
-from tracklight.runs import select as query
+from tracklight.experiment.build import build_data, build_model, depends_on_total
 from tracklight.runs.reader import open_reader
 from tracklight.runs.select import fetch, find_run, read_text
-from tracklight.tracking import provenance
+from tracklight.tracking import tags
+from tracklight.tracking.provenance import code_digest
 from tracklight.tracking.store import Store, connect
-from tracklight.tracking.tags import (
-    BEST,
-    CODE_TAG,
-    CONFIG,
-    DATA_TAG,
-    EPOCHS_TAG,
-    FOLDER,
-    INPUTS,
-    LAST,
-    NON_FINITE_TAG,
-    PARENT_TAG,
-    REPRODUCES_TAG,
-    is_sweep,
-)
 
-OTHERS = {PARENT_TAG, REPRODUCES_TAG}  # a sweep's and a reproduction's runs are theirs to continue
-OURS = (
-    "resume",
-    "allow_changes",
-    "tracking",
-    "allowed_targets",
-)  # of this command, never of the stored config
+# Keys that say what a command does with a run; their values never come from a stored config.
+COMMAND_KEYS = ("resume", "allow_changes", "tracking", "allowed_targets")
+# Overrides for using a model on this machine, whatever it was trained on.
+ANY_HARDWARE = ("trainer.accelerator=auto", "trainer.devices=1", "trainer.num_nodes=1")
 
 
-@dataclass
-class Continued:
-    """A run to continue, and what differs from when it was started, one line a difference.
+def open_store(uri: str | None, directory: Path, *, create: bool = False) -> Store:
+    """Open a tracking store and recover the runs whose processes died.
 
-    `checkpoint` is where to continue from if the run's own folder has nothing, `best` the best
-    weights so far then; `changed` holds the values before and now of each dotted key that differs.
+    Raises:
+        BadInput: The store cannot be opened, or it is missing and `create` is not set.
     """
+    if not create:
+        open_reader(uri, directory)  # raises if there is no store, where `connect` creates one
+    store = connect(uri, directory)
+    store.recover()
+    return store
 
-    run: Any
-    changes: list[str]
-    checkpoint: Path | None = None
-    best: Path | None = None
-    changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+
+@dataclass(frozen=True)
+class ResumedRun:
+    """A run to resume, and how its config differs from the one it was started with."""
+
+    run: Any  # MLflow's
+    folder: Path  # of its checkpoints on this machine
+    checkpoint: Path | None = None  # where to resume from if the folder has none
+    best: Path | None = None  # the best weights so far, likewise
+    changes: Sequence[str] = ()  # one line for each key that differs
+    changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)  # key: (before, now)
+
+    def find_checkpoint(self) -> Path | None:
+        """Return the newest checkpoint to resume from; None if the run has none."""
+        return newest_resume_checkpoint(self.folder) or self.checkpoint
 
 
-def resolve(
-    cfg: DictConfig, store: Store, into: str | None = None
-) -> tuple[DictConfig, Continued | None]:
-    """Return the config to run and the run to continue, if any.
+def resolve_resume(
+    cfg: DictConfig, store: Store | None, run_id: str | None = None
+) -> tuple[DictConfig, ResumedRun | None]:
+    """Return the config to run and the run to resume, if any.
 
     Args:
         cfg: The config of this command.
-        store: Where the runs are.
-        into: Id of a run known to be of this very config; it is continued, `resume` or not.
+        store: Holds the runs; None if this process tracks nothing.
+        run_id: A run of this very config to resume, whatever `cfg.resume` says.
 
     Raises:
-        BadInput: There is no such run, or the command asks for what cannot be continued.
+        BadInput: There is no such run, or the command asks for what cannot be resumed.
     """
-    if into is not None:
-        run = find_run(store, into)
-        try:
-            found = _stored_checkpoints(store, run)
-        except BadInput:  # trained again from the start, it comes to the same points
-            found = None, None
-        return cfg, Continued(run, [], *found)
+    if store is None:
+        if cfg.resume is not None and not cfg.tracking.enabled:
+            raise BadInput(
+                f"resume={cfg.resume} needs tracking=mlflow: untracked runs leave nothing behind"
+            )
+        return cfg, None
+    if run_id is not None:
+        return cfg, _resumed_run(store, find_run(store, run_id), required=False)
     if cfg.resume is None:
         return cfg, None
     if cfg.resume == "auto":
-        unfinished = [
-            run
-            for run in store.find(config.identity(cfg))
-            if not OTHERS & run.data.tags.keys()
-            and _is_here(store, run)  # else it may be in progress on another machine
-            and (
-                is_unfinished(run, cfg.trainer.max_epochs)
-                or run.info.run_id in store.recovered  # killed as it closed
-            )
-        ]
-        if depends_on_total(cfg.scheduler):  # then another total is another training
-            unfinished = [run for run in unfinished if _epochs(run) == cfg.trainer.max_epochs]
-        return cfg, Continued(unfinished[0], []) if unfinished else None
-    run = find_run(store, str(cfg.resume))
-    if is_sweep(run.data.tags):
-        raise BadInput(
-            f"run {run.info.run_id} is a sweep: its own command continues it; or name a trial of it"
-        )
-    stored = yaml.safe_load(read_text(store, run, CONFIG))
-    amended = config.amend(stored, cfg.overrides)
-    for key in OURS:
-        OmegaConf.update(amended, key, cfg[key], force_add=True)
-    config.check(amended)
-    old, new = config.deciding(stored), config.deciding(amended)
-    _check_epochs(stored, amended, run)
-    changed = {key: (old[key], new[key]) for key in old.keys() & new.keys() if old[key] != new[key]}
-    changes = config.differences(old, new)
-    return amended, Continued(run, changes, *_stored_checkpoints(store, run), changed)
+        run = _find_unfinished(cfg, store)
+        return cfg, None if run is None else _resumed_run(store, run)
+    return _resume_by_id(cfg, store)
 
 
-def _is_here(store: Store, run: Any) -> bool:
-    return (store.directory / FOLDER / run.info.run_id).is_dir()
-
-
-def _stored_checkpoints(store: Store, run: Any) -> tuple[Path | None, Path | None]:
-    """Fetch the resume and the best checkpoint of a run that trained, if its files are not here.
-
-    Raises:
-        BadInput: The store has none either; starting afresh would not be continuing.
-    """
-    if not run.data.metrics or _is_here(store, run):
-        return None, None
-    return fetch(store, run, LAST), fetch(store, run, BEST)
+def _find_unfinished(cfg: DictConfig, store: Store) -> Any | None:
+    """Return the newest unfinished run of this config that no other command resumes."""
+    max_epochs = cfg.trainer.max_epochs
+    for run in store.find(compose.config_digest(cfg)):
+        run_id, run_tags = run.info.run_id, run.data.tags
+        if {tags.PARENT_TAG, tags.REPRODUCES_TAG} & run_tags.keys():
+            continue
+        if not (store.runs_folder / run_id).is_dir():  # it may be in progress on another machine
+            continue
+        if depends_on_total(cfg.scheduler) and run_tags.get(tags.EPOCHS_TAG) != str(max_epochs):
+            continue
+        if is_unfinished(run, max_epochs) or run_id in store.recovered:
+            return run
+    return None
 
 
 def is_unfinished(run: Any, max_epochs: int) -> bool:
-    """Say whether a run has epochs left: stopped, dead, failed in passing, or asked for more."""
-    match run.info.status:
-        case "FAILED":
-            return NON_FINITE_TAG not in run.data.tags
-        case "FINISHED":
-            return max_epochs > (_epochs(run) or max_epochs)
-        case _:
-            return True
+    """Return whether a run has epochs left and did not fail because of a non-finite loss."""
+    if run.info.status == "FAILED":
+        return tags.NON_FINITE_TAG not in run.data.tags
+    epochs = int(run.data.tags.get(tags.EPOCHS_TAG, max_epochs))
+    return run.info.status != "FINISHED" or epochs < max_epochs
 
 
-def _epochs(run: Any) -> int | None:
-    asked = run.data.tags.get(EPOCHS_TAG)
-    return None if asked is None else int(asked)
-
-
-def check_changes(continued: Continued, code: str, data: str, allow: bool) -> list[str]:
-    """Return what changed since the run was started, where that is allowed.
-
-    Raises:
-        BadInput: Something changed and `allow_changes` is not set; the message shows the
-            differences.
-    """
-    changes = list(continued.changes)
-    for tag, now in ((CODE_TAG, code), (DATA_TAG, data)):
-        before = continued.run.data.tags.get(tag, now)
-        if before != now:
-            changes.append(f"{tag.partition('.')[2]}: digest {before[:12]} -> {now[:12]}")
-    if changes and not allow:
+def _resume_by_id(cfg: DictConfig, store: Store) -> tuple[DictConfig, ResumedRun]:
+    run = find_run(store, str(cfg.resume))
+    run_id = run.info.run_id
+    if tags.is_sweep(run.data.tags):
         raise BadInput(
-            f"run {continued.run.info.run_id} was started otherwise ({'; '.join(changes)});"
-            " allow_changes=true continues all the same and records it"
+            f"run {run_id} is a sweep: its own command continues it; or name a trial of it"
         )
-    return changes
-
-
-def _check_epochs(stored: dict[str, Any], amended: DictConfig, run: Any) -> None:
+    stored = _read_config(store, run)
+    amended = _amend_config(stored, cfg.overrides, cfg)
     before, now = stored["trainer"]["max_epochs"], amended.trainer.max_epochs
     if now != before and depends_on_total(amended.scheduler) and not amended.allow_changes:
         raise BadInput(
-            f"trainer.max_epochs={now}: the schedule of run {run.info.run_id} spans its {before}"
+            f"trainer.max_epochs={now}: the schedule of run {run_id} spans its {before}"
             " epochs and would change for the epochs already trained; start a new run"
         )
+    old, new = compose.result_keys(stored), compose.result_keys(amended)
+    changed = {key: (old[key], new[key]) for key in old.keys() & new.keys() if old[key] != new[key]}
+    changes = compose.diff_configs(old, new)
+    return amended, _resumed_run(store, run, changes=changes, changed=changed)
+
+
+def _resumed_run(store: Store, run: Any, required: bool = True, **changes: Any) -> ResumedRun:
+    """Fetch the checkpoints of a run that has trained, unless its folder is on this machine."""
+    run_folder, checkpoint, best = store.runs_folder / run.info.run_id, None, None
+    if run.data.metrics and not run_folder.is_dir():
+        try:
+            checkpoint, best = fetch(store, run, tags.LAST), fetch(store, run, tags.BEST)
+        except BadInput:
+            if required:  # else it is trained again from its start, to the same end
+                raise
+    folder = run_folder / tags.ARTIFACTS_FOLDER / tags.CHECKPOINTS
+    return ResumedRun(run, folder, checkpoint, best, **changes)
+
+
+def load_config(store: Store, run: Any, overrides: Sequence[str] = ()) -> DictConfig:
+    """Load the config that a run was trained with and apply dotted overrides.
+
+    Raises:
+        BadInput: The run has no config, or the config or an override is not valid here.
+    """
+    command = compose.compose([])
+    OmegaConf.update(command, "tracking.dir", str(store.directory))
+    OmegaConf.update(command, "tracking.uri", store.uri)
+    return _amend_config(_read_config(store, run), overrides, command)
+
+
+def _read_config(store: Store, run: Any) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(read_text(store, run, tags.CONFIG))
+    except yaml.YAMLError:
+        tree = None
+    if not isinstance(tree, dict):
+        raise BadInput(f"run {run.info.run_id}: its {tags.CONFIG} is no config")
+    return tree
+
+
+def _amend_config(stored: dict[str, Any], overrides: Any, command: DictConfig) -> DictConfig:
+    """Apply the overrides and the COMMAND_KEYS of a command to a stored config, and check it."""
+    cfg = compose.apply_overrides(stored, overrides)
+    for key in COMMAND_KEYS:
+        OmegaConf.update(cfg, key, command[key], force_add=True)
+    compose.check_config(cfg)
+    return cfg
+
+
+def load_best_weights(model: LightningModule, store: Store | None, run_id: str) -> str:
+    """Load the best weights of another run into a model and return that run's full id.
+
+    Raises:
+        BadInput: There is no such run, or its weights do not fit.
+    """
+    if store is None:
+        raise BadInput(f"init_from={run_id} needs tracking=mlflow, where that run is")
+    run = find_run(store, run_id)
+    weights = load_weights(fetch(store, run, tags.BEST))
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise BadInput(f"init_from={run_id}: its weights do not fit this model: {error}") from None
+    return run.info.run_id
 
 
 @dataclass
-class Stored:
-    """A run's config and, by it, its data set and its model with the best weights."""
+class RebuiltRun:
+    """A run with its config, its data module and its model with the best weights."""
 
     run: Any
     cfg: DictConfig
@@ -186,120 +204,67 @@ class Stored:
     model: LightningModule
 
 
-# Whatever trained it, a model is used on what this machine has.
-ANYWHERE = ("trainer.accelerator=auto", "trainer.devices=1", "trainer.num_nodes=1")
+def rebuild(store: Store, run: Any, cfg: DictConfig, *, read: bool) -> RebuiltRun:
+    """Build a run's data module and its model, with the best weights.
 
-
-def open_store(uri: str | None, directory: Path) -> Store:
-    """Open a store that is there already; what died since the last start is set right in it.
+    A data module whose data are not read can only encode new examples.
 
     Raises:
-        BadInput: There is none.
+        BadInput: A part of the run is missing, or does not fit this checkout's code.
     """
-    open_reader(uri, directory)  # refuses to make a store that would be empty
-    store = connect(uri, directory)
-    store.recover()
-    return store
-
-
-def stored_config(store: Store, run: Any, overrides: Sequence[str] = ()) -> DictConfig:
-    """Return the config that a run was trained by, under this checkout's allow-list.
-
-    Args:
-        store: Holds the run.
-        run: MLflow's.
-        overrides: Dotted, `data.root=/elsewhere`.
-
-    Raises:
-        BadInput: The run has no config, or it or an override is not valid here.
-    """
-    try:
-        tree = yaml.safe_load(query.read_text(store, run, CONFIG))
-    except yaml.YAMLError:
-        tree = None
-    if not isinstance(tree, dict):
-        raise BadInput(f"run {run.info.run_id}: its {CONFIG} is no config")
-    cfg = config.amend(tree, overrides)
-    now = config.compose([])
-    OmegaConf.update(now, "tracking.dir", str(store.directory))
-    for key in OURS:
-        OmegaConf.update(cfg, key, now[key], force_add=True)
-    cfg.tracking.uri = store.uri
-    config.check(cfg)
-    return cfg
-
-
-def rebuild(store: Store, run: Any, cfg: DictConfig, *, read: bool) -> Stored:
-    """Build data set and model of a run and load its best weights.
-
-    Args:
-        store: Holds the run.
-        run: MLflow's.
-        cfg: The run's config.
-        read: Whether the data is read; without, the data set can encode new examples only.
-
-    Raises:
-        BadInput: Something of it is gone, or this checkout's code no longer fits.
-    """
-    weights = load_weights(query.fetch(store, run, BEST))
+    weights = load_weights(fetch(store, run, tags.BEST))
     if cfg.num_threads:
         torch.set_num_threads(cfg.num_threads)
-    data = assemble.build_data(cfg, read=read)
+    data = build_data(cfg, read=read)
     if not read and data is not None:
-        restore_inputs(data, inputs_of(store, run))
+        _restore_inputs(data, load_inputs(store, run))
     try:
-        model = assemble.build_model(cfg, data)
+        model = build_model(cfg, data)
         model.load_state_dict(weights)
     except (RuntimeError, TypeError, BadInput) as error:
         reason = " ".join(str(error).split())[:300]
-        raise BadInput(
-            f"run {run.info.run_id} does not fit this code: {reason}{_code_change(run, cfg)}"
-        ) from None
-    return Stored(run, cfg, data, model.eval())
+        code = code_digest(compose.list_targets(cfg))
+        if run.data.tags.get(tags.CODE_TAG, code) != code:
+            commit = run.data.tags.get(tags.COMMIT_TAG, "unknown")[:12]
+            reason += f"; it was trained by other code, of commit {commit}"
+        raise BadInput(f"run {run.info.run_id} does not fit this code: {reason}") from None
+    return RebuiltRun(run, cfg, data, model.eval())
 
 
-def inputs_of(store: Store, run: Any) -> dict[str, Any]:
-    """Return what the run wrote down about its model's inputs.
+_INPUT_KEYS = ("name", "in_features", "out_features", "feature_names", "class_names")
+
+
+def describe_inputs(data: TensorData) -> dict[str, Any]:
+    """Return, as plain values, all that turns raw rows into model input."""
+    inputs = {key: getattr(data, key, None) for key in _INPUT_KEYS}
+    inputs["shape"] = list(data.splits["train"].features.shape[1:])  # of one raw example
+    if data.class_names is None:
+        names = getattr(data, "target", None) or ["target"]
+        inputs["target_names"] = [str(name) for name in names]
+    if isinstance(data, Table) and data.standardise:
+        inputs["mean"], inputs["std"] = data.mean.tolist(), data.std.tolist()
+    return inputs
+
+
+def load_inputs(store: Store, run: Any) -> dict[str, Any]:
+    """Load what `describe_inputs` returned when the run was trained.
 
     Raises:
-        BadInput: It wrote nothing down.
+        BadInput: The run did not record it.
     """
     try:
-        return json.loads(query.read_text(store, run, INPUTS))
+        return json.loads(read_text(store, run, tags.INPUTS))
     except BadInput as error:
         raise BadInput(
             f"{error}; a run on a data set of one's own (no TensorData) has none"
         ) from None
 
 
-def _code_change(run: Any, cfg: DictConfig) -> str:
-    now = provenance.code_digest(config.targets(cfg))
-    if run.data.tags.get(CODE_TAG, now) == now:
-        return ""
-    commit = run.data.tags.get("mlflow.source.git.commit")
-    return f"; it was trained by other code{f', of commit {commit[:12]}' if commit else ''}"
-
-
-_FACTS = ("name", "in_features", "out_features", "feature_names", "class_names")
-
-
-def describe_inputs(data: TensorData) -> dict[str, Any]:
-    """Return, as plain values, all that turns raw rows into model input."""
-    facts = {key: getattr(data, key, None) for key in _FACTS}
-    facts["shape"] = list(data.splits["train"].features.shape[1:])  # of one raw example
-    if data.class_names is None:
-        named = getattr(data, "target", None) or ["target"]
-        facts["target_names"] = [str(name) for name in named]
-    if isinstance(data, Table) and data.standardise:
-        facts["mean"], facts["std"] = data.mean.tolist(), data.std.tolist()
-    return facts
-
-
-def restore_inputs(data: Any, facts: dict[str, Any]) -> None:
-    """Tell a data set that was not read what it knew when the model was trained on it."""
-    for key in _FACTS:
-        if facts.get(key) is not None:
-            setattr(data, key, facts[key])
+def _restore_inputs(data: Any, inputs: dict[str, Any]) -> None:
+    """Set on a data module that was not read what it knew in training."""
+    for key in _INPUT_KEYS:
+        if inputs.get(key) is not None:
+            setattr(data, key, inputs[key])
     if isinstance(data, Table):
-        mean, std = (np.array(facts[key]) if key in facts else None for key in ("mean", "std"))
-        data.recall(facts["feature_names"], mean, std)
+        mean, std = (np.array(inputs[key]) if key in inputs else None for key in ("mean", "std"))
+        data.restore(inputs["feature_names"], mean, std)

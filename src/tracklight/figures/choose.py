@@ -1,4 +1,4 @@
-"""Which figures suit a model and its data, drawn from the weights that were scored."""
+"""Chooses the figures that suit a model and its data, and draws them."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -14,10 +14,10 @@ from tracklight.data.tensor_data import EVALUATION_ROWS, Split, TensorData
 _log = logging.getLogger(__name__)
 
 FOLDER = "figures"
-MAX_ROWS = 20_000  # of a split without a scored evaluation: a figure needs no more
+MAX_ROWS = 20_000  # of a split: a figure needs no more
 
 
-def illustrate(
+def draw_figures(
     model: LightningModule,
     data: LightningDataModule | None,
     series: Mapping[str, tuple[Sequence[int], Sequence[float]]],
@@ -27,36 +27,26 @@ def illustrate(
 ) -> list[Path]:
     """Draw a run's figures into `folder`; one that cannot be drawn costs a warning, never the run.
 
-    Args:
-        model: With the weights that were scored.
-        data: What it was trained on.
-        series: Metric to its steps and values.
-        folder: Where the PNG files go.
-        best_step: The optimizer step of the best checkpoint.
-        tested: Whether the test part was evaluated; if not, it is not looked at here either.
-
-    Returns:
-        The files.
+    `series` maps a metric to its steps and values; `best_step` is the best checkpoint's. Unless the
+    test part was `tested`, no figure shows it.
     """
-    from tracklight.figures import (
-        plots as figures,  # imports matplotlib: only who draws waits for it
-    )
+    from tracklight.figures import plots  # imports matplotlib: only who draws waits for it
 
     paths = []
     for draw in (
-        lambda: {"learning_curves": figures.learning_curves(series, best_step)},
-        lambda: _of_fit(model, data, tested) if isinstance(data, TensorData) else {},
+        lambda: {"learning_curves": plots.learning_curves(series, best_step)},
+        lambda: _draw_predictions(model, data, tested) if isinstance(data, TensorData) else {},
     ):
         try:
             for name, figure in draw().items():
-                figures.save(figure, folder / f"{name}.png")
+                plots.save(figure, folder / f"{name}.png")
                 paths.append(folder / f"{name}.png")
         except Exception as error:  # noqa: BLE001, an arbitrary model may give anything
             _log.warning("no figures: %s", (str(error) or type(error).__name__).splitlines()[0])
     return paths
 
 
-def outputs_of(model: nn.Module, data: TensorData, features: Tensor) -> Tensor:
+def predict_rows(model: nn.Module, data: TensorData, features: Tensor) -> Tensor:
     """Return the model's outputs (N, ...) for raw rows (N, ...), on the CPU, in evaluation mode."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     training = model.training
@@ -69,70 +59,58 @@ def outputs_of(model: nn.Module, data: TensorData, features: Tensor) -> Tensor:
     return torch.cat(outputs)
 
 
-def _of_fit(model: LightningModule, data: TensorData, tested: bool) -> dict:
+def _draw_predictions(model: LightningModule, data: TensorData, tested: bool) -> dict:
     splits = {
         name: Split(split.features[:MAX_ROWS].cpu(), split.targets[:MAX_ROWS].cpu())
         for name, split in data.splits.items()
         if name != "test" or tested
     }
     last = list(splits)[-1]
-    outputs = outputs_of(model, data, splits[last].features)
-    targets = splits[last].targets
+    outputs, targets = predict_rows(model, data, splits[last].features), splits[last].targets
     if data.class_names and outputs.ndim == 2 and not targets.is_floating_point():
-        return _of_classes(model, data, last, splits[last], outputs)
+        return _draw_classes(model, data.class_names, last, splits[last], outputs)
     if outputs.shape == targets.shape and targets.is_floating_point():
-        shown = {name: splits[name] for name in dict.fromkeys(("train", last))}
-        fitted = {
-            name: outputs_of(model, data, split.features).numpy() for name, split in shown.items()
-        }
-        return _of_regression(model, data, shown, fitted)
+        return _draw_regression(model, data, {name: splits[name] for name in ("train", last)})
     return {}
 
 
-def _of_regression(
-    model: LightningModule, data: TensorData, splits: dict[str, Split], fitted: dict
+def _draw_regression(model: LightningModule, data: TensorData, splits: dict[str, Split]) -> dict:
+    from tracklight.figures import plots
+
+    pairs = {
+        name: (split.targets.numpy(), predict_rows(model, data, split.features).numpy())
+        for name, split in splits.items()
+    }
+    residuals, features = plots.residuals(pairs), splits["train"].features
+    if features.ndim != 2 or features.shape[1] != 1 or data.out_features != 1:
+        return {"residuals": residuals, "fit": plots.predicted_against_true(pairs)}
+    low, high = features.min().item(), features.max().item()
+    grid = torch.linspace(low, high, 100, dtype=features.dtype)[:, None]
+    x, y = grid[:, 0].numpy(), predict_rows(model, data, grid)[:, 0].numpy()
+    slope = (y[-1] - y[0]) / ((high - low) or 1.0)
+    bias = y[0] - slope * low
+    x_name = (data.feature_names or ["x"])[0]
+    is_straight = np.allclose(y, bias + slope * x, rtol=0, atol=1e-3 * float(np.ptp(y)) + 1e-6)
+    equation = f"y = {slope:.4g} {x_name} {'-' if bias < 0 else '+'} {abs(bias):.4g}"
+    points = {n: (s.features[:, 0].numpy(), s.targets[:, 0].numpy()) for n, s in splits.items()}
+    title = equation if is_straight else "Fit"
+    return {"residuals": residuals, "fit": plots.fitted_line(points, (x, y), x_name, title)}
+
+
+def _draw_classes(
+    model: LightningModule, names: Sequence[str], split: str, rows: Split, outputs: Tensor
 ) -> dict:
-    from tracklight.figures import plots as figures
+    from tracklight.figures import plots
 
-    pairs = {name: (split.targets.numpy(), fitted[name]) for name, split in splits.items()}
-    drawn = {"residuals": figures.residuals(pairs)}
-    features = splits["train"].features
-    if features.ndim == 2 and features.shape[1] == 1 and data.out_features == 1:
-        points = {n: (s.features[:, 0].numpy(), s.targets[:, 0].numpy()) for n, s in splits.items()}
-        low, high = (float(edge) for edge in (features.min(), features.max()))
-        grid = torch.linspace(low, high, 100, dtype=features.dtype)[:, None]
-        line = outputs_of(model, data, grid)[:, 0].numpy()
-        slope = (line[-1] - line[0]) / ((high - low) or 1.0)
-        name = (data.feature_names or ["x"])[0]
-        start = line[0] - slope * low
-        straight = start + slope * grid[:, 0].numpy()
-        is_straight = np.allclose(line, straight, rtol=0, atol=1e-3 * float(np.ptp(line)) + 1e-6)
-        sign = "-" if start < 0 else "+"
-        equation = f"y = {slope:.4g} {name} {sign} {abs(start):.4g}" if is_straight else "Fit"
-        drawn["fit"] = figures.fitted_line(points, (grid[:, 0].numpy(), line), name, equation)
-    else:
-        drawn["fit"] = figures.predicted_against_true(pairs)
-    return drawn
-
-
-def _of_classes(
-    model: LightningModule, data: TensorData, name: str, split: Split, outputs: Tensor
-) -> dict:
-    from tracklight.figures import plots as class_figures
-
-    names = list(data.class_names or [])
-    targets = split.targets.numpy()
+    features, targets = rows.features.numpy(), rows.targets.numpy()
     probabilities = outputs.softmax(dim=1).numpy()
     counts = np.zeros((len(names), len(names)), dtype=int)
     np.add.at(counts, (targets, probabilities.argmax(axis=1)), 1)
-    drawn = {"confusion": class_figures.confusion(counts, names, name)}
-    if split.features.ndim != 3:
-        return drawn
-    images = split.features.numpy()
-    drawn["mistakes"] = class_figures.mistakes(images, probabilities, targets, names, name)
-    shape = images.shape[1:]
-    first = next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
-    if first is not None and first.in_features == shape[0] * shape[1]:
-        weights = first.weight.detach().float().cpu().numpy().reshape(-1, *shape)
-        drawn["first_layer"] = class_figures.first_layer(weights)
+    drawn = {"confusion": plots.confusion(counts, names, split)}
+    if features.ndim == 3:
+        drawn["mistakes"] = plots.mistakes(features, probabilities, targets, names, split)
+        layer = next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
+        if layer is not None and layer.in_features == features[0].size:
+            weights = layer.weight.detach().float().cpu().numpy()
+            drawn["first_layer"] = plots.first_layer(weights.reshape(-1, *features.shape[1:]))
     return drawn

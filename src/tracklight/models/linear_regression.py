@@ -36,30 +36,25 @@ class LinearRegression(Supervised):
         return functional.mse_loss(outputs, targets)
 
     def reference(self, inputs: Tensor, targets: Tensor) -> dict[str, float]:
-        """Return how far the trained layer is from the closed-form least-squares solution.
+        """Compare the trained layer with the least-squares solution.
 
         Args:
             inputs: Training inputs (N, F), standardised as in training.
             targets: Training targets (N, T).
 
         Returns:
-            `ols/loss`, the least mean squared error that any such layer reaches on these examples,
-            and `ols/gap`, the largest difference of a parameter from the least-squares one over the
-            largest least-squares parameter.
+            `ols/loss`, the least mean squared error of any such layer on these examples, and
+            `ols/gap`, the largest difference of a parameter from its least-squares value over the
+            largest of these.
 
         Source: minimum-norm least squares by singular value decomposition (LAPACK gelsd), in
         float64.
         """
-        exact_inputs, exact_targets = inputs.cpu().double(), targets.cpu().double()
+        x, y = inputs.cpu().double(), targets.cpu().double()
         trained = self.linear.weight.detach().cpu().double().T  # (F, T)
         if self.linear.bias is not None:
-            exact_inputs = torch.cat(
-                [exact_inputs, torch.ones(len(inputs), 1)], dim=1
-            )  # (N, F + 1)
+            x = torch.cat([x, torch.ones(len(x), 1)], dim=1)  # (N, F + 1)
             trained = torch.cat([trained, self.linear.bias.detach().cpu().double()[None]])
-        solution = torch.linalg.lstsq(exact_inputs, exact_targets, driver="gelsd").solution
+        solution = torch.linalg.lstsq(x, y, driver="gelsd").solution
         gap = (trained - solution).abs().max() / solution.abs().max()
-        return {
-            "ols/loss": functional.mse_loss(exact_inputs @ solution, exact_targets).item(),
-            "ols/gap": gap.item(),
-        }
+        return {"ols/loss": functional.mse_loss(x @ solution, y).item(), "ols/gap": gap.item()}

@@ -12,27 +12,18 @@ from typing_extensions import override
 
 from tracklight.models.supervised import Supervised
 
-ACTIVATIONS = {
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-}
+ACTIVATIONS = dict(relu=nn.ReLU, gelu=nn.GELU, silu=nn.SiLU, tanh=nn.Tanh, sigmoid=nn.Sigmoid)
 
 
 class MLP(Supervised):
     """Linear layers with an activation and dropout between them, under cross-entropy.
 
     Args:
-        in_features: `F`, the values of one example.
+        in_features: `F`.
         out_features: `K`.
         hidden: Widths of the hidden layers; an empty list gives softmax regression.
         dropout: Probability of dropping a hidden unit, in [0, 1).
         activation: One of `ACTIVATIONS`.
-
-    Raises:
-        ValueError: The activation is unknown.
     """
 
     pure = True
@@ -49,15 +40,15 @@ class MLP(Supervised):
         hidden = list(hidden)
         self.save_hyperparameters()
         if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"model.activation={activation} must be one of {', '.join(ACTIVATIONS)}"
-            )
+            allowed = ", ".join(ACTIVATIONS)
+            raise ValueError(f"model.activation={activation} must be one of {allowed}")
+        widths = [in_features, *hidden]
         layers: list[nn.Module] = [nn.Flatten()]  # (B, ...) -> (B, F)
-        for width_in, width_out in pairwise([in_features, *hidden]):
+        for width_in, width_out in pairwise(widths):
             layers += [nn.Linear(width_in, width_out), ACTIVATIONS[activation]()]
             if dropout:
                 layers.append(nn.Dropout(dropout))
-        layers.append(nn.Linear([in_features, *hidden][-1], out_features))
+        layers.append(nn.Linear(widths[-1], out_features))
         self.layers = nn.Sequential(*layers)
 
     @override

@@ -11,18 +11,22 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from typing_extensions import override
 
-Factory = Callable[..., Any]
-
 
 class Supervised(LightningModule):
-    """Learns targets from inputs; a subclass states `forward`, `loss` and perhaps `metrics`.
+    """Learns targets from inputs; a subclass defines `forward`, `loss` and optionally `metrics`.
 
     A subclass calls `save_hyperparameters()` first, with plain values only, so that its checkpoint
     reloads alone. The optimizer and scheduler come as factories, which are no hyperparameters:
     without them, plain SGD.
+
+    With a `block_runner`, each batch is a block of minibatches. The runner takes all of its
+    optimizer steps and returns the last step's loss and the mean loss of the block's examples, and
+    Lightning's automatic optimization only calls `training_step`.
     """
 
     pure = False
+    block_runner: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    log_recorder: Callable[..., None] | None = None  # replaces `log` during a block
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,24 +38,46 @@ class Supervised(LightningModule):
         raise NotImplementedError
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return further scores of one batch, scalars: means over its examples."""
+        """Return further metrics of one batch, scalars: means over its examples."""
         return {}
 
     @override
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         inputs, targets = batch
-        loss = self.loss(self(inputs), targets)
-        size, several = len(targets), self.trainer.world_size > 1
-        self.log("train/loss", loss, on_step=True, prog_bar=True, sync_dist=several)
+        if self.block_runner is None:
+            loss = mean = self.loss(self(inputs), targets)
+        else:
+            loss, mean = self.block_runner(inputs, targets)
+        logger = None if self.block_runner is None else False  # the runner logs each of its steps
+        size, sync = len(targets), self.trainer.world_size > 1
+        self.log("train/loss", loss, prog_bar=True, logger=logger, on_step=True, sync_dist=sync)
         self.log(
-            "train/loss_epoch",
-            loss,
-            on_step=False,
-            on_epoch=True,
-            batch_size=size,
-            sync_dist=several,
+            "train/loss_epoch", mean, on_step=False, on_epoch=True, batch_size=size, sync_dist=sync
         )
         return loss
+
+    @override
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        (self.log_recorder or super().log)(name, value, *args, **kwargs)
+
+    @override
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        if self.block_runner is None:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    @override
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self.block_runner is None:
+            super().backward(loss, *args, **kwargs)
+
+    @override
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        if self.block_runner is None:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        else:
+            optimizer_closure()
 
     @override
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -64,10 +90,10 @@ class Supervised(LightningModule):
     def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
         inputs, targets = batch
         outputs = self(inputs)
-        scores = {"loss": self.loss(outputs, targets)} | self.metrics(outputs, targets)
-        named = {f"{stage}/{name}": value for name, value in scores.items()}
-        several = self.trainer.world_size > 1
-        self.log_dict(named, batch_size=len(targets), prog_bar=True, sync_dist=several)
+        values = {"loss": self.loss(outputs, targets)} | self.metrics(outputs, targets)
+        values = {f"{stage}/{name}": value for name, value in values.items()}
+        sync = self.trainer.world_size > 1
+        self.log_dict(values, batch_size=len(targets), prog_bar=True, sync_dist=sync)
 
     @override
     def configure_optimizers(self) -> dict[str, Any]:

@@ -1,42 +1,31 @@
-"""What two runs kept of their environment, and how it differs: code, packages, machine."""
+"""Diffs two runs: config, code, data, packages, machine, metrics, score."""
 
-import contextlib
 import difflib
-import io
 import json
 import statistics
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tracklight.errors import BadInput
 from tracklight.paths import ROOT
-from tracklight.runs.leaderboard import between, decides, guess_mode, half_width
-from tracklight.runs.reader import ClientReader, RunFilter, RunReader, RunRecord, distinct, finite
-from tracklight.runs.select import check_trained, choose_id
-from tracklight.tracking.tags import (
-    BEST_TAG,
-    CODE_TAG,
-    COMMIT_TAG,
-    DATA_NAME_TAG,
-    DATA_TAG,
-    DIRTY_TAG,
-    FOLDER,
-    PRUNED,
-    SCORE,
-    SETTING_TAG,
-    is_pruned,
-    is_sweep,
-)
+from tracklight.runs.leaderboard import difference, guess_mode, half_width, result_params
+from tracklight.runs.reader import RunFilter, RunReader, RunRecord, finite, latest_seeds
+from tracklight.runs.select import fetch, find_run, select_id, trained_id
+from tracklight.tracking import tags
 
-KEPT = ("provenance/packages.txt", "provenance/machine.json", "provenance/diff.patch")
-PACKAGES, MACHINE, PATCH = KEPT
-Texts = Mapping[str, str]  # what a run kept of its environment, by path; without what is gone
+ENVIRONMENT = {"packages": "provenance/packages.txt", "machine": "provenance/machine.json"}
+PATCH = "provenance/diff.patch"
+CODE_TAGS = {"digest": tags.CODE_TAG, "commit": tags.COMMIT_TAG, "uncommitted": tags.DIRTY_TAG}
+MAX_LINES = 40  # of one section; a patch that --diff prints is whole
+Scores = dict[str, float]  # by seed
+Texts = Mapping[str, str]  # a run's environment: its provenance artifacts, by path
 
 
-def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Return a line for each key whose values differ."""
+def diff_values(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Return a line for each key whose values differ: `key: before -> after`."""
     return [
         f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
         for key in dict.fromkeys((*before, *after))
@@ -44,235 +33,179 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def git_diff(one: RunRecord, other: RunRecord, *options: str) -> str:
-    """Return git's difference between the two commits, or nothing where it does not know them."""
-    commits = [entry.tags.get(COMMIT_TAG, "") for entry in (one, other)]
+def diff_environments(before: Texts, after: Texts) -> dict[str, list[str] | None]:
+    """Diff packages and machines; None stands for what is not known of both runs."""
+    found: dict[str, list[str] | None] = {}
+    for name, path in ENVIRONMENT.items():
+        known = [texts[path] for texts in (before, after) if path in texts]
+        parse = json.loads if name == "machine" else _parse_packages
+        found[name] = diff_values(*map(parse, known)) if len(known) == 2 else None
+    return found
+
+
+def read_environment(uri: str | None, directory: Path, run_id: str) -> Texts:
+    """Read a run's environment from its folder or, if it lies elsewhere, by MLflow."""
+    folder = directory.absolute() / tags.RUNS_FOLDER / run_id / "artifacts" / "provenance"
+    if not folder.is_dir():
+        from tracklight.tracking.store import connect  # imports MLflow, which takes seconds
+
+        store = connect(uri, directory)
+        try:
+            folder = fetch(store, find_run(store, run_id), "provenance")
+        except BadInput:  # it was deleted
+            return {}
+    return {f"provenance/{path.name}": path.read_text("utf-8") for path in folder.iterdir()}
+
+
+def diff_runs(reader: RunReader, args: Any) -> str:
+    """Return the report on the two runs of a command line, as text or JSON.
+
+    Raises:
+        BadInput: There is no such run.
+    """
+    a, b = (_trained_run(reader, select_id(reader, w, args.experiment)) for w in args.runs)
+    texts = [read_environment(args.uri, args.dir, run.run_id) for run in (a, b)]
+    scores = [_scores_by_seed(reader, run) for run in (a, b)]
+    sections: dict[str, Any] = {
+        "config": diff_values(result_params(a), result_params(b)),
+        "code": _diff_tags(a, b, CODE_TAGS) + _git_diff(a, b, "--stat").splitlines(),
+        "data": _diff_tags(a, b, {"digest": tags.DATA_TAG}),
+        **diff_environments(*texts),
+    }
+    if args.form == "json":
+        runs = {"runs": [a.run_id, b.run_id]}
+        return json.dumps(runs | sections | _diff_numbers(a, b, scores), indent=1) + "\n"
+    for name, path in ENVIRONMENT.items():
+        if sections[name] is None:
+            gone = [side for side, each in zip("AB", texts, strict=True) if path not in each]
+            sections[name] = [f"{side}: not known (its files are gone)" for side in gone]
+    sections |= {"metrics": _diff_metrics(a, b), "score": _describe_scores(a, b, scores)}
+    lines = []
+    for name, run in (("A", a), ("B", b)):
+        status = f"{run.status}, {tags.PRUNED}" if tags.is_pruned(run.tags) else run.status
+        lines.append(f"{name}  {run.run_id}  {run.name}  {status}")
+    for title, found in sections.items():
+        found = found or ["the same"]
+        lines += ["", title, *(f"  {line}" for line in found[:MAX_LINES])]
+        if len(found) > MAX_LINES:
+            lines.append(f"  and {len(found) - MAX_LINES} more (--json has all)")
+    if args.diff:
+        lines += ["", _diff_patches(a, b, *texts)]
+    return "\n".join(lines) + "\n"
+
+
+def _trained_run(reader: RunReader, run_id: str) -> RunRecord:
+    (run,) = reader.get_runs([run_id])
+    best_id = trained_id(run_id, run.tags)
+    if best_id == run_id:
+        return run
+    found = reader.get_runs([best_id])
+    if not found:
+        raise BadInput(f"run {run_id} is a sweep whose best trial was deleted; name a run")
+    return replace(found[0], name=f"{found[0].name}, the best of {run.name}")
+
+
+def _parse_packages(text: str) -> dict[str, str]:
+    return dict(line.split("==", 1) for line in text.splitlines() if "==" in line)
+
+
+def _diff_tags(a: RunRecord, b: RunRecord, names: Mapping[str, str]) -> list[str]:
+    def short(run: RunRecord) -> dict[str, str]:
+        return {name: run.tags.get(tag, "unknown")[:12] for name, tag in names.items()}
+
+    return diff_values(short(a), short(b))
+
+
+def _git_diff(a: RunRecord, b: RunRecord, *options: str) -> str:
+    """Return git's diff of the two commits, or nothing if it does not know them."""
+    commits = [run.tags.get(tags.COMMIT_TAG, "") for run in (a, b)]
     if commits[0] == commits[1] or not all(len(c) >= 40 and c.isalnum() for c in commits):
         return ""
     command = ["git", "-C", str(ROOT), "diff", "--no-color", *options, *commits]
+    command += ["--", "src", "conf"]
     try:
-        return subprocess.run(
-            [*command, "--", "src", "conf"], capture_output=True, text=True, timeout=10
-        ).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
 
 
-def patch(one: RunRecord, other: RunRecord, before: Texts, after: Texts) -> str:
-    """Return the difference of the code: between the commits, and of what was not committed."""
-    sides = zip("AB", (one, other), (before, after), strict=True)
+def _diff_patches(a: RunRecord, b: RunRecord, before: Texts, after: Texts) -> str:
+    """Return the diff of the commits, and of the uncommitted patches."""
     gone = [
         f"{side}: uncommitted changes not known (its files are gone)\n"
-        for side, entry, texts in sides
-        if entry.tags.get(DIRTY_TAG) == "true" and not texts
+        for side, run, texts in zip("AB", (a, b), (before, after), strict=True)
+        if run.tags.get(tags.DIRTY_TAG) == "true" and not texts
     ]
     old, new = (texts.get(PATCH, "").splitlines() for texts in (before, after))
-    beside = difflib.unified_diff(old, new, "A: uncommitted", "B: uncommitted", lineterm="")
-    return git_diff(one, other) + "".join(gone) + "\n".join(beside)
+    patches = difflib.unified_diff(old, new, "A: uncommitted", "B: uncommitted", lineterm="")
+    return _git_diff(a, b) + "".join(gone) + "\n".join(patches)
 
 
-def kept(ledger: RunReader, asked: Any, ids: Sequence[str]) -> list[Texts]:
-    """Read what each run kept of its environment, as far as it is still there."""
-    if isinstance(ledger, ClientReader):
-        return _fetched(asked, ids)
-    folders = [asked.dir.absolute() / FOLDER / run_id / "artifacts" for run_id in ids]
-    if not all(folder.is_dir() for folder in folders):  # elsewhere, or deleted: MLflow knows
-        return _fetched(asked, ids)
-    return [
-        {path: (folder / path).read_text("utf-8") for path in KEPT if (folder / path).is_file()}
-        for folder in folders
-    ]
+def _share_metric(a: RunRecord, b: RunRecord) -> bool:
+    return a.params.get("score.metric") == b.params.get("score.metric")
 
 
-def _fetched(asked: Any, ids: Sequence[str]) -> list[Texts]:
-    from tracklight.runs import select as query  # imports MLflow, which a local store does without
-    from tracklight.tracking.store import connect
-
-    store = connect(asked.uri, asked.dir)
-    found: list[dict[str, str]] = []
-    for run in (query.find_run(store, run_id) for run_id in ids):
-        found.append({})
-        for path in KEPT:
-            with contextlib.suppress(BadInput):  # it is gone, or never was
-                found[-1][path] = query.read_text(store, run, path)
-    return [*found]
-
-
-def packages(before: Texts, after: Texts) -> list[str] | None:
-    """Return the packages whose versions differ; None where a list is gone."""
-    if PACKAGES not in before or PACKAGES not in after:
-        return None
-    return changes(*(_versions(each[PACKAGES]) for each in (before, after)))
-
-
-def _versions(listed: str) -> dict[str, str]:
-    return dict(line.split("==", 1) for line in listed.splitlines() if "==" in line)
-
-
-def machine(before: Texts, after: Texts) -> list[str] | None:
-    """Return what differs between the machines; None where one is not known."""
-    if MACHINE not in before or MACHINE not in after:
-        return None
-    return changes(*(json.loads(each[MACHINE]) for each in (before, after)))
-
-
-def or_unknown(found: list[str] | None, path: str, before: Texts, after: Texts) -> list[str]:
-    """Return the differences found, or which side's file at `path` is gone."""
-    if found is not None:
-        return found
-    sides = zip("AB", (before, after), strict=True)
-    return [f"{side}: not known (its files are gone)" for side, each in sides if path not in each]
-
-
-pass
-pass
-
-MAX_LINES = 40  # of one kind; a patch asked for by --diff is whole
-
-
-def told(ledger: RunReader, asked: Any) -> str:
-    """Return the report on two runs.
-
-    Raises:
-        BadInput: A run is not to be had.
-    """
-    one, other = (_trained(ledger, choose_id(ledger, w, asked.experiment)) for w in asked.runs)
-    ids = [one.run_id, other.run_id]
-    texts = kept(ledger, asked, ids)
-    if asked.form == "json":
-        return json.dumps(_plain(ledger, one, other, *texts), indent=1) + "\n"
-    out = io.StringIO()
-    for name, entry in (("A", one), ("B", other)):
-        state = f"{entry.status}, {PRUNED}" if is_pruned(entry.tags) else entry.status
-        print(f"{name}  {entry.run_id}  {entry.name}  {state}", file=out)
-    sections = {
-        "config": changes(_deciding(one.params), _deciding(other.params)),
-        "code": _code(one, other),
-        "data": _tags(one, other, {"digest": DATA_TAG}),
-        "packages": or_unknown(packages(*texts), PACKAGES, *texts),
-        "machine": or_unknown(machine(*texts), MACHINE, *texts),
-        "metrics": _metrics(one, other),
-        "score": _scores(ledger, one, other),
-    }
-    for title, lines in sections.items():
-        print(f"\n{title}", file=out)
-        for line in lines[:MAX_LINES] or ["the same"]:
-            print(f"  {line}", file=out)
-        if len(lines) > MAX_LINES:
-            print(f"  and {len(lines) - MAX_LINES} more (--json has all)", file=out)
-    if asked.diff:
-        print("\n" + patch(one, other, *texts), file=out)
-    return out.getvalue()
-
-
-def _trained(ledger: RunReader, run_id: str) -> RunRecord:
-    """Return the run; of a sweep, the best of its trials."""
-    (entry,) = ledger.entries([run_id])
-    check_trained(run_id, entry.tags)
-    if not is_sweep(entry.tags):
-        return entry
-    if BEST_TAG not in entry.tags:
-        raise BadInput(f"run {run_id} is a sweep without a finished trial; name a run")
-    (best,) = ledger.entries([entry.tags[BEST_TAG]]) or [None]
-    if best is None:
-        raise BadInput(f"run {run_id} is a sweep whose best trial was deleted; name a run")
-    return replace(best, name=f"{best.name}, the best of {entry.name}")
-
-
-def _plain(
-    ledger: RunReader, one: RunRecord, other: RunRecord, before: Texts, after: Texts
-) -> dict[str, Any]:
-    scores = [_seeds(ledger, entry) for entry in (one, other)]
-    found = between(*scores) if _metric(one) == _metric(other) else None
+def _diff_numbers(a: RunRecord, b: RunRecord, scores: list[Scores]) -> dict[str, Any]:
+    found = difference(*scores) if _share_metric(a, b) else None
     return {
-        "runs": [one.run_id, other.run_id],
-        "config": changes(_deciding(one.params), _deciding(other.params)),
-        "code": _code(one, other),
-        "data": _tags(one, other, {"digest": DATA_TAG}),
-        "packages": packages(before, after),
-        "machine": machine(before, after),
         "metrics": {
-            key: [finite(entry.metrics.get(key)) for entry in (one, other)]
-            for key in sorted({*one.metrics, *other.metrics})
+            key: [finite(run.metrics.get(key)) for run in (a, b)]
+            for key in sorted({*a.metrics, *b.metrics})
         },
         "scores": [[*each.values()] for each in scores],
         "paired": found and found.is_paired,
         "difference": found and [found.value, found.low, found.high],
-        "more_than_noise": found and found.is_real,
+        "more_than_noise": found and found.is_significant,
     }
 
 
-def _metric(entry: RunRecord) -> str | None:
-    return entry.params.get("score.metric")
-
-
-def _deciding(params: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in params.items() if decides(key)}
-
-
-def _tags(one: RunRecord, other: RunRecord, tags: Mapping[str, str]) -> list[str]:
-    before = {name: one.tags.get(tag, "unknown")[:12] for name, tag in tags.items()}
-    after = {name: other.tags.get(tag, "unknown")[:12] for name, tag in tags.items()}
-    return changes(before, after)
-
-
-def _code(one: RunRecord, other: RunRecord) -> list[str]:
-    lines = _tags(one, other, {"digest": CODE_TAG, "commit": COMMIT_TAG, "uncommitted": DIRTY_TAG})
-    stat = git_diff(one, other, "--stat")
-    return lines + stat.splitlines()
-
-
-def _metrics(a: RunRecord, b: RunRecord) -> list[str]:
-    before, after = a.metrics, b.metrics
+def _diff_metrics(a: RunRecord, b: RunRecord) -> list[str]:
     lines = []
-    for key in sorted({*before, *after}):
-        if key == SCORE and _metric(a) != _metric(b):
+    for key in sorted({*a.metrics, *b.metrics}):
+        if key == tags.SCORE and not _share_metric(a, b):
             continue  # two things of one name
-        one, other = before.get(key), after.get(key)
-        if one is not None and other is not None:
-            if one != other and not key.startswith("system/"):
-                lines.append(f"{key}: {one:.6g} -> {other:.6g} ({other - one:+.3g})")
-        else:
-            lines.append(f"{key}: {'absent' if one is None else f'{one:.6g}'} -> "
-                         f"{'absent' if other is None else f'{other:.6g}'}")  # fmt: skip
+        before, after = a.metrics.get(key), b.metrics.get(key)
+        if before is None or after is None:
+            one, other = ("absent" if v is None else f"{v:.6g}" for v in (before, after))
+            lines.append(f"{key}: {one} -> {other}")
+        elif before != after and not key.startswith("system/"):
+            lines.append(f"{key}: {before:.6g} -> {after:.6g} ({after - before:+.3g})")
     return lines
 
 
-def _seeds(ledger: RunReader, entry: RunRecord) -> dict[str, float]:
-    """Return the scores of all runs of this run's setting, by what their seeds are."""
-    setting = entry.tags.get(SETTING_TAG)
+def _scores_by_seed(reader: RunReader, run: RunRecord) -> Scores:
+    """Return the scores of all runs of this run's setting, by their seeds."""
+    setting = run.tags.get(tags.SETTING_TAG)
     if setting is None:
-        return {"": entry.metrics[SCORE]} if SCORE in entry.metrics else {}
-    data = {key: entry.tags[key] for key in (DATA_NAME_TAG,) if key in entry.tags}
-    found = distinct(ledger.scored(RunFilter(tags={SETTING_TAG: setting, **data}), SCORE))
+        return {"": run.metrics[tags.SCORE]} if tags.SCORE in run.metrics else {}
+    same = {key: run.tags[key] for key in (tags.SETTING_TAG, tags.DATA_NAME_TAG) if key in run.tags}
+    found = latest_seeds(reader.search_scores(RunFilter(tags=same), tags.SCORE))
     values = {run.run_id: run.value for run in found if run.value is not None}
-    return {
-        " ".join(
-            text for key, text in run.params.items() if key.rpartition(".")[2] == "seed"
-        ): values[run.run_id]
-        for run in ledger.entries([*values])
-    }
+    scores = {}
+    for each in reader.get_runs([*values]):
+        seeds = (text for key, text in each.params.items() if key.rpartition(".")[2] == "seed")
+        scores[" ".join(seeds)] = values[each.run_id]
+    return scores
 
 
-def _scores(ledger: RunReader, one: RunRecord, other: RunRecord) -> list[str]:
-    metric = _metric(one)
-    if metric != _metric(other):
-        return [f"A is scored by {metric}, B by {_metric(other)}"]
-    scores = [_seeds(ledger, entry) for entry in (one, other)]
+def _describe_scores(a: RunRecord, b: RunRecord, scores: list[Scores]) -> list[str]:
+    metric, setting = a.params.get("score.metric"), a.tags.get(tags.SETTING_TAG)
+    if not _share_metric(a, b):
+        return [f"A is scored by {metric}, B by {b.params.get('score.metric')}"]
     lines = []
     for name, found in zip("AB", scores, strict=True):
         half = half_width([*found.values()])
         spread = "" if half is None else f" ± {half:.2g}"
         mean = f"{statistics.fmean(found.values()):.6g}" if found else "none"
         lines.append(f"{name}: {metric} {mean}{spread} over {len(found)} seeds of its setting")
-    if one.tags.get(SETTING_TAG) == other.tags.get(SETTING_TAG) and SETTING_TAG in one.tags:
+    if setting is not None and setting == b.tags.get(tags.SETTING_TAG):
         return [*lines[:1], "A and B are of one setting: what differs is chance, or the code"]
-    found = between(*scores)
+    found = difference(*scores)
     if found is None:
         return [*lines, "a single seed cannot tell chance apart; train both with several seeds"]
-    mode = one.params.get("score.mode") or guess_mode(metric or "")
+    mode = a.params.get("score.mode") or guess_mode(metric or "")
     better = "better" if (found.value > 0) == (mode == "max") else "worse"
-    verdict = f"more than noise: B is {better}" if found.is_real else "no more than noise"
+    verdict = f"more than noise: B is {better}" if found.is_significant else "no more than noise"
     pairs = ", seed by seed" if found.is_paired else ""
     interval = f"95 % interval {found.low:+.3g} to {found.high:+.3g}{pairs}"
     return [*lines, f"B - A: {found.value:+.4g}, {interval}: {verdict}"]

@@ -1,4 +1,4 @@
-"""Many runs from one command: planned, searched, pruned, continued and explained.
+"""Sweeps: many runs from one command.
 
 Belongs here: the plan, Optuna's study, the loop, the executors, the parent run.
 Does not: how one run is trained (`experiment`), how runs are ranked (`runs`).

@@ -1,7 +1,7 @@
-"""Imported first by the process that all trials are forked from, for what an import can do there.
+"""What the process from which all trials are forked does first, as this file is imported.
 
-Ctrl-C in the terminal reaches that process too, and is the sweep's to handle. And a trial is of the
-code that was there when the sweep began, whatever is edited while it goes on.
+It ignores Ctrl-C in the terminal, which the sweep's process handles, and reads the digest of the
+code, so that all trials have that of the sweep's start, whatever is edited meanwhile.
 """
 
 import signal

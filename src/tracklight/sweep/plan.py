@@ -1,443 +1,321 @@
-"""The points of a sweep: composed by Hydra, checked as single runs are, and identified."""
+"""Plan a sweep: compose and check the configs of its trials before the first one starts."""
 
-import copy
 import hashlib
 import importlib.util
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import HydraContext
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
-from tracklight.config import compose as config
+from tracklight.config.compose import config_digest, resolve_composed, resolve_config, result_keys
 from tracklight.config.hardware import count_cores, count_gpus, num_devices
+from tracklight.config.hydra_internals import apply_parsed_overrides
 from tracklight.config.rules import check_values
 from tracklight.errors import BadInput
 from tracklight.runs.leaderboard import short_names
-from tracklight.sweep.samplers import Methods
-from tracklight.sweep.space import Space, read_space
+from tracklight.sweep.space import read_space
 from tracklight.sweep.trial import TrialSpec
+
+if TYPE_CHECKING:
+    from tracklight.sweep.study import OptunaSettings
+
+BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+JOBLIB_LAUNCHER = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"  # local
+NOT_SWEEPABLE = ("sweep", "tracking", "resume", "allow_changes", "allowed_targets", "hydra")
+DEFAULT_TRIALS = 20  # of a search
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a point: the point under one seed.
+    """One job of a multirun, as Hydra calls it: a trial's config under one seed."""
 
-    Args:
-        number: The trial's, counted from 0.
-        params: What varies, axis name to text.
-        cfg: The resolved config.
-        words: The overrides that make it.
-        key: The point's and the seed's identity.
-    """
-
-    number: int
-    params: dict[str, str]
-    cfg: DictConfig
-    words: list[str]
-    key: str
+    number: int  # of the trial, from 0
+    params: dict[str, str]  # name of each axis to its value as text
+    cfg: DictConfig  # resolved
+    overrides: list[str]  # that compose it
+    key: str  # digest of the config; jobs of one key have one result
 
     @property
     def name(self) -> str:
-        """Tell the trial in a line: its number and what varies."""
+        """The trial's number, its params and the seed."""
         seed = "" if "seed" in self.params else f" seed={self.cfg.seed}"
-        return f"{self.number} {shown(self.params)}{seed}"
-
-    def numbered(self, number: int) -> "Job":
-        """Return it as part of another trial."""
-        return replace(self, number=number)
+        return f"{self.number} {format_params(self.params)}{seed}"
 
 
-def shown(params: Mapping[str, str]) -> str:
-    """Lay out what varies, keys by their last part and numbers with five digits."""
-    names = short_names([*params])
-    return " ".join(
-        f"{n}={short_value(text)}" for n, text in zip(names, params.values(), strict=True)
-    )
+def format_params(params: Mapping[str, str]) -> str:
+    """Format params in one line, keys by their last part and numbers with five digits."""
+    pairs = zip(short_names([*params]), params.values(), strict=True)
+    return " ".join(f"{name}={format_number(text)}" for name, text in pairs)
 
 
-def short_value(text: str) -> str:
-    """Return a number with five digits, anything else as it is."""
+def format_number(text: str) -> str:
+    """Shorten a number to five digits; return any other text unchanged."""
     try:
-        number = float(text)
+        return text if len(text) < 8 else f"{float(text):.5g}"
     except ValueError:
         return text
-    return text if len(text) < 8 else f"{number:.5g}"
 
 
-def pinned(job: Job, threads: int) -> Job:
-    """Write the number of threads into a run's config, if it leaves that open."""
+def with_num_threads(job: Job, num_threads: int) -> Job:
+    """Set the number of threads in a job's config, unless the user has set it."""
     if job.cfg.num_threads is None:
-        job.cfg.num_threads = threads
-    return replace(job, key=_key(job.cfg, job.params))
+        job.cfg.num_threads = num_threads
+    return replace(job, key=_job_key(job.cfg, job.params))
 
 
-class Composer:
-    """Turns points into configs; what all points share is composed once.
+def make_trial_spec(job: Job, **options: Any) -> TrialSpec:
+    """Return what the process of a job needs; `options` are further arguments of `TrialSpec`."""
+    cfg: Any = OmegaConf.to_container(job.cfg)
+    cfg["trainer"]["enable_progress_bar"] = False
+    cfg["tracking"]["run_name"] = job.name.replace("${", "{")  # not an interpolation
+    cfg["resume"] = None
+    kept = [each for each in job.overrides if each.partition("=")[0] != "num_threads"]
+    fixed = (f"num_threads={job.cfg.num_threads}", "trainer.enable_progress_bar=false")
+    return TrialSpec(cfg, (*kept, *fixed), **options)
+
+
+def _job_key(cfg: DictConfig, params: Mapping[str, str]) -> str:
+    keys = result_keys(cfg)
+    others = sorted((key, text) for key, text in params.items() if "." in key and key not in keys)
+    return json_digest([config_digest(cfg), cfg.trainer.max_epochs, others])
+
+
+def json_digest(value: Any, sort_keys: bool = False) -> str:
+    """Return the SHA-256 of a value as JSON, in hexadecimal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=sort_keys).encode()).hexdigest()
+
+
+class Plan:
+    """A sweep that is read and checked, and has not started.
 
     Attributes:
-        space: What varies.
-
-    Args:
-        loader: Hydra's.
-        master: The config of the whole command.
-        space: What varies.
-        here: Whether trials run on this machine.
-    """
-
-    def __init__(self, loader: ConfigLoader, master: DictConfig, space: Space, here: bool):
-        self._loader = loader
-        self._master = master
-        self.space = space
-        self._here = here
-        self._parser = OverridesParser.create(config_loader=loader)
-        self._templates: dict[tuple[str, ...], tuple[DictConfig, DictConfig]] = {}
-        self._checked: set[tuple[str, ...]] = set()
-
-    def job(self, number: int, params: Mapping[str, str], seed: int | None = None) -> Job:
-        """Compose one run of a point.
-
-        Args:
-            number: The trial's.
-            params: Axis name to text.
-            seed: How far to move the seed; None leaves it.
-
-        Raises:
-            BadInput: The point is no valid config.
-        """
-        words = self.space.words(params)
-        is_group = [self._is_group(word) for word in words]
-        groups = tuple(word for word, group in zip(words, is_group, strict=True) if group)
-        dotted = [word for word, group in zip(words, is_group, strict=True) if not group]
-        hydra, template = self._template(groups)
-        HydraConfig.instance().set_config(hydra)
-        cfg = copy.deepcopy(template)
-        parsed = self._parser.parse_overrides(dotted)
-        ConfigLoaderImpl._apply_overrides_to_config(parsed, cfg)  # as Hydra ends a composition
-        if seed:
-            cfg.seed += seed
-        check = config.settled if groups in self._checked else config.checked
-        cfg = check(cfg, self._here)
-        self._checked.add(groups)
-        moved = [f"seed={cfg.seed}"] if seed else []
-        return Job(
-            number,
-            dict(params),
-            cfg,
-            [*self.space.fixed, *words, *moved],
-            _key(cfg, params),
-        )
-
-    def shared(self) -> DictConfig:
-        """Return what the points share, before any of them sets its own."""
-        return copy.deepcopy(self._template(())[1])
-
-    def _is_group(self, word: str) -> bool:
-        key = word.partition("=")[0].lstrip("+~").partition("@")[0]
-        return "." not in key and bool(self._loader.get_group_options(key))
-
-    def _template(self, groups: tuple[str, ...]) -> tuple[DictConfig, DictConfig]:
-        if groups not in self._templates:
-            words = [*self.space.fixed, *groups]
-            full = self._loader.load_sweep_config(self._master, words)
-            template = copy.deepcopy(full)
-            with open_dict(template):
-                del template["hydra"]
-            self._templates[groups] = (full, template)
-        return self._templates[groups]
-
-
-def _key(cfg: DictConfig, params: Mapping[str, str]) -> str:
-    """Identify a run of a sweep by its resolved config: its identity, and what varies outside."""
-    decides = config.deciding(cfg)
-    beside = sorted(
-        (key, text) for key, text in params.items() if "." in key and key not in decides
-    )
-    parts = [config.identity(cfg), cfg.trainer.max_epochs, beside]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def params_key(params: Mapping[str, str]) -> str:
-    """Identify a point that is no valid config, which has no identity of its own."""
-    return hashlib.sha256(json.dumps(dict(params)).encode()).hexdigest()
-
-
-def sweep_identity(cfg: DictConfig, space: Space, how: Mapping[str, Any], is_search: bool) -> str:
-    """Identify a sweep by what its points share and by what it varies.
-
-    A grid is the same whatever the values on its axes, so that it can be extended.
-
-    Args:
-        cfg: What the points share; changed.
-        space: What varies.
-        how: What else decides which trials run, and how far.
-        is_search: Whether Optuna draws the points.
-    """
-    names = [axis.name.partition("@")[0] for axis in space.axes]
-    for name in names:
-        if OmegaConf.select(cfg, name, throw_on_missing=False) is None and "." in name:
-            OmegaConf.update(cfg, name, 0, force_add=True)
-    tree = config.deciding(cfg) | {"trainer.max_epochs": cfg.trainer.max_epochs}
-    shared = {
-        key: value
-        for key, value in tree.items()
-        if not any(key == name or key.startswith(f"{name}.") for name in names)
-    }
-    varied: Any = space.written() if is_search else sorted(names)
-    parts = [is_search, shared, varied, dict(how)]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def check_scores(jobs: list[Job]) -> tuple[str, str]:
-    """Return the metric and the mode by which all points are ranked.
+        settings: The config group `sweep`, as plain values.
+        is_search: Whether Optuna samples the trials; otherwise they are a grid.
+        launcher: Hydra launcher, by its `_target_`, that replaces our own processes.
+        num_gpus: GPUs that the trials share, one each; 0 on the CPU.
+        configs: Of a grid, the jobs of each config, one a seed; of a search, one job for each
+            corner of the space.
 
     Raises:
-        BadInput: They are scored by different metrics.
-    """
-    scores = dict.fromkeys((job.cfg.score.metric, job.cfg.score.mode) for job in jobs)
-    if len(scores) > 1:
-        told = ", ".join(f"{metric} ({mode})" for metric, mode in scores)
-        raise BadInput(
-            f"the points are scored by different metrics, {told}, and cannot be ranked; "
-            "set score.metric and score.mode for all of them"
-        )
-    return next(iter(scores))
-
-
-pass
-
-BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
-JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
-HERE = (BASIC, JOBLIB)  # launchers whose trials run on this machine
-OUTSIDE = ("sweep", "tracking", "resume", "allow_changes", "allowed_targets", "hydra")
-TRIALS = 20  # of a search, unless told
-
-
-@dataclass
-class Plan:
-    """A sweep, read and checked; nothing has run.
-
-    Args:
-        master: The config of the whole command.
-        context: Hydra's.
-        settings: The `sweep` group.
-        space: What varies.
-        composer: Makes configs of points.
-        points: Of a grid, the runs of each point; of a search, the corners of its space.
-        metric: `score.metric`.
-        mode: `score.mode`.
+        BadInput: The sweep cannot run.
     """
 
-    master: DictConfig
-    context: HydraContext
-    settings: dict[str, Any]
-    space: Space
-    composer: Composer
-    points: list[list[Job]]
-    metric: str
-    mode: str
+    def __init__(self, overrides: list[str], master: DictConfig, context: HydraContext):
+        settings: Any = OmegaConf.to_container(master.sweep, resolve=True)
+        check_values({"sweep": settings})
+        self.master = master
+        self.context = context
+        self.settings: dict[str, Any] = settings
+        self._loader = context.config_loader
+        self.space = read_space(overrides, settings["space"] or {}, self._loader)
+        axes = self.space.axes
+        self.is_search = settings["trials"] is not None or any(axis.is_interval for axis in axes)
+        self._check_space()
+        target = master.hydra.launcher._target_
+        self.launcher: str | None = None if target == BASIC_LAUNCHER else target
+        self.prunes: bool = settings["pruner"] != "none"
+        self.num_threads = max(1, count_cores() // settings["workers"])  # of each trial
+        self._parser = OverridesParser.create(config_loader=self._loader)
+        keys = [axis.override.key_or_group for axis in axes]
+        self._is_group = ["." not in k and bool(self._loader.get_group_options(k)) for k in keys]
+        self._composed: dict[tuple[str, ...], DictConfig] = {}
+        self._checked: set[tuple[str, ...]] = set()
+        if self.is_search:
+            configs = [[self._compose_corner(n, c)] for n, c in enumerate(self.space.corners())]
+        else:
+            configs = [
+                [self.compose(number, params, offset) for offset in range(settings["seeds"])]
+                for number, params in enumerate(self.space.grid())
+            ]
+        self.configs = list({jobs[0].key: jobs for jobs in configs}.values())
+        self.first_cfg = self.configs[0][0].cfg
+        self.metric, self.mode = self.first_cfg.score.metric, self.first_cfg.score.mode
+        self._check_configs()
+        trainer = self.first_cfg.trainer
+        may_use_gpu = trainer.accelerator in ("auto", "gpu", "cuda")
+        is_single = num_devices(trainer.devices) == 1
+        self.num_gpus = (count_gpus() or 0) if may_use_gpu and is_single else 0
+        if self.is_search or self.prunes or settings["pruner_options"]:
+            self.optuna_settings.check(self.space.distributions() if self.is_search else {})
 
-    @classmethod
-    def of(cls, arguments: list[str], master: DictConfig, context: HydraContext) -> "Plan":
-        """Read and check a sweep.
+    def compose(self, number: int, params: Mapping[str, str], seed_offset: int = 0) -> Job:
+        """Compose and check the config of a trial, `seed_offset` added to its seed.
 
         Raises:
-            BadInput: Something is wrong with it.
+            BadInput: The config is not valid.
         """
-        settings = OmegaConf.to_container(master.sweep, resolve=True)
-        assert isinstance(settings, dict)
-        settings = {str(key): value for key, value in settings.items()}
-        check_values({"sweep": settings})
-        space = read_space(arguments, settings["space"] or {}, context.config_loader)
-        searched = space.has_interval or settings["trials"] is not None
-        _check_space(space, searched, settings)
-        here = master.hydra.launcher._target_ in HERE
-        composer = Composer(context.config_loader, master, space, here)
-        seeds = settings["seeds"] if isinstance(settings["seeds"], int) else 1
-        if searched:
-            points = [[_corner(composer, n, each)] for n, each in enumerate(space.corners())]
-        else:
-            points = [
-                [composer.job(number, each, seed) for seed in range(max(1, seeds))]
-                for number, each in enumerate(space.grid())
-            ]
-        points = list({jobs[0].key: jobs for jobs in points}.values())
-        metric, mode = check_scores([jobs[0] for jobs in points])
-        plan = cls(master, context, settings, space, composer, points, metric, mode)
-        _check_points(points, plan.methods, settings["storage"])
-        if searched or settings["pruner"] != "none" or settings["pruner_options"]:
-            plan.methods.check(space.distributions() if searched else {})
-        return plan
+        overrides = self.space.overrides(params)
+        pairs = list(zip(overrides, self._is_group, strict=True))
+        groups = tuple(override for override, is_group in pairs if is_group)
+        dotted = [override for override, is_group in pairs if not is_group]
+        cfg = self._compose_groups(groups)
+        apply_parsed_overrides(self._parser.parse_overrides(dotted), cfg)
+        if seed_offset:
+            cfg.seed += seed_offset
+            overrides.append(f"seed={cfg.seed}")
+        is_local = self.launcher in (None, JOBLIB_LAUNCHER)
+        cfg = (resolve_config if groups in self._checked else resolve_composed)(cfg, is_local)
+        self._checked.add(groups)
+        key = _job_key(cfg, params)
+        return Job(number, dict(params), cfg, [*self.space.fixed, *overrides], key)
 
-    @property
-    def is_search(self) -> bool:
-        """Whether Optuna draws the points."""
-        return self.space.has_interval or self.settings["trials"] is not None
+    def _compose_groups(self, groups: tuple[str, ...]) -> DictConfig:
+        """Return a copy of the config with the fixed overrides and these group choices."""
+        if groups not in self._composed:
+            overrides = [*self.space.fixed, *groups]
+            self._composed[groups] = self._loader.load_sweep_config(self.master, overrides)
+        composed = self._composed[groups]
+        HydraConfig.instance().set_config(composed)
+        cfg = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+        OmegaConf.set_struct(cfg, True)
+        return cfg
 
     @cached_property
-    def total(self) -> int | None:
-        """Trials of a search; None for a grid."""
+    def optuna_settings(self) -> "OptunaSettings":
+        """The sampler and the pruner."""
+        from tracklight.sweep.study import OptunaSettings  # its import takes 2 s
+
+        cfg, keys = self.first_cfg, ("sampler", "sampler_options", "pruner", "pruner_options")
+        options: dict[str, Any] = {key: self.settings[key] or {} for key in keys}
+        return OptunaSettings(**options, seed=cfg.seed, max_epochs=cfg.trainer.max_epochs)
+
+    @cached_property
+    def num_trials(self) -> int | None:
+        """Total number of trials of a search; None for a grid."""
         if not self.is_search:
             return None
-        total = self.settings["trials"] or TRIALS
+        total = self.settings["trials"] or DEFAULT_TRIALS
         if self.settings["sampler"] == "grid":
-            num_cells = 1
-            for cells in self.methods.cells(self.space.distributions()).values():
-                num_cells *= len(cells)
-            total = min(total, num_cells)
+            cells = self.optuna_settings.grid_cells(self.space.distributions())
+            total = min(total, math.prod(map(len, cells.values())))
         return total
 
     @cached_property
-    def methods(self) -> Methods:
-        """How it searches and prunes."""
-        first = self.points[0][0].cfg
-        return Methods(
-            self.settings["sampler"],
-            self.settings["sampler_options"] or {},
-            self.settings["pruner"],
-            self.settings["pruner_options"] or {},
-            first.seed,
-            first.trainer.max_epochs,
-        )
+    def digest(self) -> str:
+        """Digest of what all trials share and of what varies.
+
+        It leaves out the number of trials and the values in a grid, so a sweep can be extended.
+        """
+        names = [axis.name.partition("@")[0] for axis in self.space.axes]
+        cfg = self._compose_groups(())
+        for name in names:
+            if "." in name and OmegaConf.select(cfg, name, throw_on_missing=False) is None:
+                OmegaConf.update(cfg, name, 0, force_add=True)
+        values = result_keys(cfg) | {"trainer.max_epochs": cfg.trainer.max_epochs}
+        shared = {
+            key: value
+            for key, value in values.items()
+            if not any(key == name or key.startswith(f"{name}.") for name in names)
+        }
+        keys = ["pruner", "pruner_options"]
+        keys += ["sampler", "sampler_options", "seeds"] if self.is_search else []
+        settings = {key: self.settings[key] for key in keys}
+        settings["score"] = [self.metric, self.mode]
+        settings["is_mean"] = self.settings["seeds"] > 1  # not comparable with a single score
+        varied = self.space.expressions() if self.is_search else sorted(names)
+        return json_digest([self.is_search, shared, varied, settings], sort_keys=True)
 
     @property
-    def identity(self) -> str:
-        """Digest of all that makes it this sweep; how many trials or points is not part of it."""
-        chosen = ("pruner", "pruner_options")
-        searched = ("sampler", "sampler_options", "seeds")
-        keys = (*chosen, *searched) if self.is_search else chosen
-        how = {key: self.settings[key] for key in keys} | {"score": [self.metric, self.mode]}
-        how["is_mean"] = self.settings["seeds"] > 1  # means and single scores are not one ranking
-        return sweep_identity(self.composer.shared(), self.space, how, self.is_search)
-
-    @property
-    def launcher(self) -> str | None:
-        """The launcher that was chosen instead of our own processes."""
-        target = self.master.hydra.launcher._target_
-        return None if target == BASIC else target
-
-    @property
-    def remarks(self) -> list[str]:
-        """What of the settings has no effect here, a line each."""
-        told = []
+    def notes(self) -> list[str]:
+        """A line for each setting that has no effect, or another one than expected."""
+        notes = []
         sampler = self.settings["sampler"]
-        if self.launcher and self.methods.prunes:
-            told.append("pruning needs trials in processes of our own: sweep.pruner ignored")
+        if self.launcher and self.prunes:
+            notes.append("pruning needs trials in processes of our own: sweep.pruner ignored")
         if not self.is_search and (sampler != "tpe" or self.settings["sampler_options"]):
-            told.append("lists alone are a grid: sweep.sampler needs sweep.trials")
-        if self.launcher not in (None, *HERE) and self.points[0][0].cfg.num_threads is None:
-            told.append(
-                f"trials take {self.threads} threads each, this machine's cores shared out; "
-                "num_threads=N for those of another"
+            notes.append("lists alone are a grid: sweep.sampler needs sweep.trials")
+        if self.launcher not in (None, JOBLIB_LAUNCHER) and self.first_cfg.num_threads is None:
+            notes.append(
+                f"trials use {self.num_threads} threads each, this machine's cores divided by "
+                "sweep.workers; num_threads=N for those of another"
             )
         if self.is_search and sampler == "cmaes":
-            listed = [axis.name for axis in self.space.axes if not axis.is_numeric]
-            if len(self.space.axes) - len(listed) < 2:
-                listed = [axis.name for axis in self.space.axes]
-            if listed:
-                told.append(
-                    f"sweep.sampler=cmaes draws {', '.join(listed)} at random: it needs two ranges "
+            random = [axis.name for axis in self.space.axes if not axis.is_numeric]
+            if len(self.space.axes) - len(random) < 2:
+                random = [axis.name for axis in self.space.axes]
+            if random:
+                notes.append(
+                    f"sweep.sampler=cmaes draws {', '.join(random)} at random: it needs two ranges "
                     "of numbers at least, and no lists"
                 )
-        return told
+        return notes
 
-    @property
-    def gpus(self) -> int:
-        """How many GPUs the trials share, one each; 0 on the CPU."""
-        trainer = self.points[0][0].cfg.trainer
-        if trainer.accelerator not in ("auto", "gpu", "cuda") or num_devices(trainer.devices) != 1:
-            return 0
-        return count_gpus() or 0
+    def apply_num_threads(self) -> None:
+        """Write the number of threads into the configs, since it changes results."""
+        num = self.num_threads
+        self.configs = [[with_num_threads(job, num) for job in jobs] for jobs in self.configs]
 
-    @property
-    def threads(self) -> int:
-        """Threads of a trial: the cores, shared out."""
-        return max(1, count_cores() // self.settings["workers"])
-
-    def pin(self, threads: int) -> None:
-        """Fix the number of threads: it is part of what a trial is."""
-        self.points = [[pinned(job, threads) for job in jobs] for jobs in self.points]
-
-    def listing(self) -> str:
-        """Tell what would run, a line each."""
-        runs = f", {self.settings['seeds']} seeds each" if self.settings["seeds"] > 1 else ""
+    def describe(self) -> str:
+        """List what would run."""
+        seeds = f", {self.settings['seeds']} seeds each" if self.settings["seeds"] > 1 else ""
         if self.is_search:
-            told = [f"{self.total} trials{runs} by {self.settings['sampler']}, of"]
-            told += [f"  {name} = {values}" for name, values in self.space.written().items()]
+            lines = [f"{self.num_trials} trials{seeds} by {self.settings['sampler']}, of"]
+            lines += [f"  {name} = {text}" for name, text in self.space.expressions().items()]
         else:
-            told = [f"{len(self.points)} points{runs}"]
-            for number, jobs in enumerate(self.points):
-                told.append(f"  {number}  " + " ".join(self.space.words(jobs[0].params)))
-        how = f"{self.settings['workers']} at once, ranked by {self.metric} ({self.mode})"
-        return "\n".join([*told, how, *self.remarks])
+            lines = [f"{len(self.configs)} trials{seeds}"]
+            for number, jobs in enumerate(self.configs):
+                lines.append(f"  {number}  {' '.join(self.space.overrides(jobs[0].params))}")
+        lines.append(f"{self.settings['workers']} at once, ranked by {self.metric} ({self.mode})")
+        return "\n".join([*lines, *self.notes])
 
-
-def _check_space(space: Space, searched: bool, settings: Mapping[str, Any]) -> None:
-    if not space.axes and (searched or settings["seeds"] == 1):
-        raise BadInput(
-            "nothing varies in this sweep; give a key several values, optimizer.lr=0.1,0.01 or "
-            "'optimizer.lr=interval(0.01,0.1)', or drop -m"
-        )
-    for axis in space.axes:
-        if axis.name.partition("@")[0].partition(".")[0] in OUTSIDE:
+    def _check_space(self) -> None:
+        axes, seeds = self.space.axes, self.settings["seeds"]
+        if not axes and (self.is_search or seeds == 1):
             raise BadInput(
-                f"{axis.name}={axis.written}: {axis.name} is of the command as a whole, and cannot "
-                "vary within a sweep; give it one value"
+                "nothing varies in this sweep; give a key several values, optimizer.lr=0.1,0.01 or "
+                "'optimizer.lr=interval(0.01,0.1)', or drop -m"
             )
-        axis.check(searched)
-    if importlib.util.find_spec("optuna") is None:
-        raise BadInput("sweeps need Optuna and Plotly: pip install 'tracklight[sweep]'")
-    if settings["seeds"] != 1 and any(axis.name == "seed" for axis in space.axes):
-        raise BadInput(
-            f"seed varies already; drop it, or sweep.seeds={settings['seeds']} which runs each "
-            "point with that many seeds"
-        )
+        for axis in axes:
+            if axis.name.partition("@")[0].partition(".")[0] in NOT_SWEEPABLE:
+                raise BadInput(
+                    f"{axis.name}={axis.expression}: {axis.name} is of the command as a whole, and "
+                    "cannot vary within a sweep; give it one value"
+                )
+            axis.check(self.is_search)
+        if importlib.util.find_spec("optuna") is None:
+            raise BadInput("sweeps need Optuna and Plotly: pip install 'tracklight[sweep]'")
+        if seeds != 1 and any(axis.name == "seed" for axis in axes):
+            raise BadInput(
+                f"seed varies already; drop it, or sweep.seeds={seeds}, the seeds of each trial"
+            )
 
+    def _compose_corner(self, number: int, params: Mapping[str, str]) -> Job:
+        try:
+            return self.compose(number, params)
+        except BadInput as error:
+            for axis in self.space.axes:
+                reason = f"{axis.name}={params[axis.name]} must be a whole number"
+                if axis.is_interval and reason in str(error):
+                    hint = f"whole numbers alone are {axis.name}=int({axis.expression})"
+                    raise BadInput(f"{error}; {hint}") from None
+            raise
 
-def _check_points(points: list[list[Job]], methods: Methods, storage: str | None) -> None:
-    cfg = points[0][0].cfg
-    if storage and not cfg.tracking.enabled:
-        raise BadInput(
-            "sweep.storage remembers trials whose runs MLflow has; drop it, or tracking=none"
-        )
-    if cfg.resume not in (None, "auto"):
-        raise BadInput(
-            f"resume={cfg.resume} is one run, and -m makes several; drop -m, or drop resume: a "
-            "sweep continues by itself"
-        )
-    if methods.prunes and num_devices(cfg.trainer.devices) != 1:
-        raise BadInput(
-            f"sweep.pruner={methods.pruner_name} needs trials on one device, not trainer.devices="
-            f"{cfg.trainer.devices}; try sweep.pruner=none"
-        )
-
-
-def _corner(composer: Composer, number: int, params: Mapping[str, str]) -> Job:
-    try:
-        return composer.job(number, params)
-    except BadInput as error:
-        for axis in composer.space.axes:
-            refused = f"{axis.name}={params[axis.name]} must be a whole number"
-            if axis.is_interval and refused in str(error):
-                whole = f"whole numbers alone are {axis.name}=int({axis.written})"
-                raise BadInput(f"{error}; {whole}") from None
-        raise
-
-
-def assign(job: Job, **further: Any) -> TrialSpec:
-    """Return what a run's process is told."""
-    cfg = OmegaConf.to_container(job.cfg)
-    assert isinstance(cfg, dict)
-    cfg["trainer"]["enable_progress_bar"] = False
-    cfg["tracking"]["run_name"] = job.name.replace("${", "{")  # text, not to be resolved
-    cfg["resume"] = None
-    kept = [word for word in job.words if word.partition("=")[0] != "num_threads"]
-    words = (*kept, f"num_threads={job.cfg.num_threads}", "trainer.enable_progress_bar=false")
-    return TrialSpec({str(key): value for key, value in cfg.items()}, words, **further)
+    def _check_configs(self) -> None:
+        cfg = self.first_cfg
+        scores = {(jobs[0].cfg.score.metric, jobs[0].cfg.score.mode): None for jobs in self.configs}
+        if len(scores) > 1:
+            metrics = ", ".join(f"{metric} ({mode})" for metric, mode in scores)
+            raise BadInput(
+                f"the trials are scored by different metrics, {metrics}, and cannot be ranked; "
+                "set score.metric and score.mode for all of them"
+            )
+        if self.settings["storage"] and not cfg.tracking.enabled:
+            raise BadInput(
+                "sweep.storage remembers trials whose runs MLflow has; drop it, or tracking=none"
+            )
+        if cfg.resume not in (None, "auto"):
+            raise BadInput(
+                f"resume={cfg.resume} is one run; drop -m, or resume: a sweep continues by itself"
+            )
+        if self.prunes and num_devices(cfg.trainer.devices) != 1:
+            raise BadInput(
+                f"sweep.pruner={self.settings['pruner']} needs trials on one device, not "
+                f"trainer.devices={cfg.trainer.devices}; try sweep.pruner=none"
+            )

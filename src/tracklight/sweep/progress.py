@@ -1,46 +1,44 @@
-"""What a sweep prints: a line for each trial that ends, where it stands, and the closing table."""
+"""What a sweep prints and plots: a line for each ended trial, the closing table, Optuna's plots."""
 
 import math
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.trial import TrialState
 from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from tracklight.runs.leaderboard import Standing, short_names
-from tracklight.sweep.plan import Job, short_value, shown
-from tracklight.sweep.study import direction
+from tracklight.runs.leaderboard import LeaderboardRow, short_names
+from tracklight.sweep.plan import Job, format_number, format_params
+from tracklight.sweep.study import direction, optuna
 from tracklight.sweep.trial import TrialResult
 
 MAX_ROWS = 20
-PLAIN_WIDTH = 140
+PLAIN_WIDTH = 140  # of output that is no terminal
+LOG_RATIO = 30.0  # the axis of positive numbers that differ by more than this factor is logarithmic
 
 
 class Progress:
-    """Counts trials and tells of them.
+    """Counts trials, prints those that end, and shows a status line on a terminal."""
 
-    Args:
-        metric: `score.metric`.
-        mode: `score.mode`.
-        slots: OptunaStudy at once.
-    """
-
-    def __init__(self, metric: str, mode: str, slots: int):
+    def __init__(self, metric: str, mode: str, num_workers: int):
         self._metric = metric
         self._sign = 1 if mode == "min" else -1
-        self._slots = slots
+        self._num_workers = num_workers
         self._counts: Counter[str] = Counter()
-        self._kept = 0
         self._seconds: list[float] = []
-        self._began: dict[str, float] = {}
+        self._started_s: dict[str, float] = {}
         self._best: tuple[float, str] | None = None
-        self._left = 0
+        self._num_remaining = 0
         is_terminal = sys.stdout.isatty()
         self._console = Console(width=None if is_terminal else PLAIN_WIDTH, highlight=False)
         self._status = Status("", console=self._console) if is_terminal else None
@@ -51,136 +49,127 @@ class Progress:
         """Print a line."""
         self._console.print(text, markup=False, soft_wrap=True)
 
-    def goes_on(self, earlier: Sequence[TrialResult | None]) -> None:
-        """Say of a sweep that is continued what there is of it: how its runs ended, if they did."""
-        num_open = sum(outcome is None for outcome in earlier)
+    def resumed(self, earlier: Sequence[TrialResult | None]) -> None:
+        """Print how many runs of a continued sweep have ended; an unfinished one is None."""
+        num_open = sum(result is None for result in earlier)
         num_ended = len(earlier) - num_open
         ended = "1 run has ended" if num_ended == 1 else f"{num_ended} runs have ended"
+        more = f", {num_open} to be taken up again" if num_open else ""
         if earlier:
-            more = f", {num_open} to be taken up again" if num_open else ""
             self.note(f"the sweep goes on: {ended}{more}")
 
-    def began(self, job: Job) -> None:
-        """A trial has started."""
-        self._began[job.key] = time.monotonic()
-        self._show()
+    def started(self, job: Job) -> None:
+        """Count a run as running."""
+        self._started_s[job.key] = time.monotonic()
+        self.update()
 
-    def epoch(self) -> None:
-        """A trial has finished an epoch."""
-        self._show()
+    def finished_earlier(self, result: TrialResult) -> None:
+        """Count a run that had ended before."""
+        self._counts[result.kind] += 1
 
-    def kept(self, outcome: TrialResult) -> None:
-        """A trial had ended before this command."""
-        self._kept += 1
-        self._counts[outcome.kind] += 1
-
-    def ended(self, job: Job, outcome: TrialResult, log: Path | None) -> None:
-        """A trial has ended."""
-        seconds = time.monotonic() - self._began.pop(job.key, time.monotonic())
-        self._counts[outcome.kind] += 1
-        if outcome.kind != "stopped":
+    def ended(self, job: Job, result: TrialResult, log: Path | None) -> None:
+        """Count a run that has ended and print its result."""
+        seconds = time.monotonic() - self._started_s.pop(job.key, time.monotonic())
+        self._counts[result.kind] += 1
+        if result.kind != "stopped":
             self._seconds.append(seconds)
-        value = f"{outcome.reason} ({log})" if outcome.reason and log else outcome.reason
-        if outcome.score is not None:
-            value = f"{self._metric} {outcome.score:.5g}"
-        self.note(f"trial {job.name}  {outcome.kind}  {value}  {seconds:.1f} s{self._suffix()}")
-        self._show()
+        value = f"{result.reason} ({log})" if result.reason and log else result.reason
+        if result.score is not None:
+            value = f"{self._metric} {result.score:.5g}"
+        self._print_trial(job.name, result.kind, f"{value}  {seconds:.1f} s")
 
-    def standing(self, number: int, params: Mapping[str, str], score: float) -> None:
-        """A point has its score: is it the best so far?"""
-        if self._best is None or self._sign * score < self._sign * self._best[0]:
-            self._best = (score, f"trial {number} {shown(params)}")
-
-    def refused(self, number: int, reason: str) -> None:
-        """A trial is no valid config."""
+    def invalid(self, number: int, reason: str) -> None:
+        """Count and print a trial that failed because its config is invalid."""
         self._counts["failed"] += 1
-        self.note(f"trial {number}  failed  {reason}{self._suffix()}")
-        self._show()
+        self._print_trial(str(number), "failed", reason)
 
-    def left(self, num: int) -> None:
-        """Set how many runs have not begun."""
-        self._left = num
-        self._show()
+    def combined(
+        self, number: int, params: Mapping[str, str], kind: str, score: float | None
+    ) -> None:
+        """Compare the mean score of a complete trial with the best so far."""
+        if kind != "complete" or score is None:
+            return
+        if self._best is None or self._sign * score < self._sign * self._best[0]:
+            self._best = (score, f"trial {number} {format_params(params)}")
 
-    def _suffix(self) -> str:
-        return "" if self._status else f"  | {self._line()}"
-
-    def _show(self) -> None:
+    def update(self, num_remaining: int | None = None) -> None:
+        """Update the status line, and the number of runs that have not started if it is given."""
+        if num_remaining is not None:
+            self._num_remaining = num_remaining
         if self._status:
-            self._status.update(self._line())
-
-    def _line(self) -> str:
-        states = ("complete", "pruned", "failed")
-        told = [f"{self._counts[state]} {state}" for state in states if self._counts[state]]
-        told += [f"{len(self._began)} running"] if self._began else []
-        told += [f"{self._left} to go"] if self._left else []
-        if self._best:
-            told.append(f"best {self._best[0]:.5g} ({self._best[1]})")
-        if (left_s := self._seconds_left()) is not None:
-            told.append(f"about {duration(left_s)} left")
-        return ", ".join(told)
-
-    def _seconds_left(self) -> float | None:
-        if not self._seconds or not (self._left or self._began):
-            return None
-        mean = sum(self._seconds) / len(self._seconds)
-        now = time.monotonic()
-        running = sum(max(0.0, mean - (now - began)) for began in self._began.values())
-        return (mean * self._left + running) / self._slots
+            self._status.update(self._summary())
 
     def close(self) -> None:
-        """Stop showing where the sweep stands."""
+        """Remove the status line."""
         if self._status:
             self._status.stop()
 
-    def table(self, found: Sequence[Standing], title: str) -> None:
-        """Print the closing table: the best, and all that failed."""
+    def _print_trial(self, name: str, kind: str, text: str) -> None:
+        summary = "" if self._status else f"  | {self._summary()}"
+        self.note(f"trial {name}  {kind}  {text}{summary}")
+        self.update()
+
+    def _summary(self) -> str:
+        states = ("complete", "pruned", "failed")
+        parts = [f"{self._counts[state]} {state}" for state in states if self._counts[state]]
+        parts += [f"{len(self._started_s)} running"] if self._started_s else []
+        parts += [f"{self._num_remaining} to go"] if self._num_remaining else []
+        if self._best:
+            parts.append(f"best {self._best[0]:.5g} ({self._best[1]})")
+        if self._seconds and (self._num_remaining or self._started_s):
+            parts.append(f"about {format_duration(self._seconds_left())} left")
+        return ", ".join(parts)
+
+    def _seconds_left(self) -> float:
+        mean = sum(self._seconds) / len(self._seconds)
+        now = time.monotonic()
+        running = sum(max(0.0, mean - (now - start)) for start in self._started_s.values())
+        return (mean * self._num_remaining + running) / self._num_workers
+
+    def table(self, rows: Sequence[LeaderboardRow], title: str) -> None:
+        """Print the closing table: the best trials, and all that failed."""
         self.close()
-        failed = [each for each in found if each.state == "failed"]
-        rest = [each for each in found if each.state != "failed"]
-        rows = rest[:MAX_ROWS] + failed
-        names = [*dict.fromkeys(name for each in rows for name in each.params)]
-        several = any(each.interval for each in rows)
-        table = Table(
-            title=title, title_justify="left", title_style="", box=None, pad_edge=False,
-            header_style="bold", padding=(0, 2, 0, 0),
-        )  # fmt: skip
-        for column in ("#", self._metric, *(("± 95 %", "seeds") if several else ())):
-            table.add_column(column, justify="right", no_wrap=True)
-        for column in ("trial", *short_names(names), "state"):
-            table.add_column(column, overflow="fold")
-        for column in ("epochs", "s"):
-            table.add_column(column, justify="right", no_wrap=True)
-        if failed:
-            table.add_column("reason", overflow="fold")
-        for each in rows:
-            cells = _cells(each, names)
-            spread, reason = (*cells[2:4],) if several else (), (each.reason,) if failed else ()
-            style = "bold green" if each.rank == 1 else None
-            table.add_row(*map(Text, (*cells[:2], *spread, *cells[4:], *reason)), style=style)
-        self._console.print(table)
-        if len(rest) > MAX_ROWS:
-            self.note(f"and {len(rest) - MAX_ROWS} more; all are in leaderboard.csv")
+        failed = [row for row in rows if row.state == "failed"]
+        others = [row for row in rows if row.state != "failed"]
+        self.note(title)
+        self._console.print(_closing_table(others[:MAX_ROWS] + failed, self._metric))
+        if len(others) > MAX_ROWS:
+            self.note(f"and {len(others) - MAX_ROWS} more; all are in leaderboard.csv")
 
 
-def _cells(standing: Standing, names: Sequence[str]) -> list[str]:
-    """Return rank, mean score, half its interval, seeds, trial, what varies, state, epochs, s."""
-    interval, runs = standing.interval, standing.runs
-    return [
-        str(standing.rank or "-"),
-        "-" if standing.score is None else f"{standing.score:.5g}",
-        "" if interval is None else f"±{(interval[1] - interval[0]) / 2:.2g}",
-        str(len(runs)),
-        str(standing.trial),
-        *(short_value(standing.params.get(name, "")) for name in names),
-        standing.state,
-        str(sum(run.epochs for run in runs)),
-        f"{sum(run.seconds for run in runs):.1f}",
+def _closing_table(rows: Sequence[LeaderboardRow], metric: str) -> Table:
+    right, fold = {"justify": "right", "no_wrap": True}, {"overflow": "fold"}
+    names = [*dict.fromkeys(name for row in rows for name in row.params)]
+    columns: list[tuple[str, dict[str, Any], Callable[[LeaderboardRow], str]]] = [
+        ("#", right, lambda row: str(row.rank or "-")),
+        (metric, right, lambda row: "-" if row.score is None else f"{row.score:.5g}"),
+        ("± 95 %", right, lambda row: "" if row.half_width is None else f"±{row.half_width:.2g}"),
+        ("seeds", right, lambda row: str(len(row.run_ids))),
+        ("trial", fold, lambda row: str(row.trial)),
+        *(
+            (label, fold, lambda row, name=name: format_number(row.params.get(name, "")))
+            for label, name in zip(short_names(names), names, strict=True)
+        ),
+        ("state", fold, lambda row: row.state),
+        ("epochs", right, lambda row: str(row.epochs)),
+        ("s", right, lambda row: f"{row.seconds:.1f}"),
+        ("reason", fold, lambda row: row.reason),
     ]
+    if not any(row.state == "failed" for row in rows):
+        columns.pop()
+    if not any(row.interval for row in rows):
+        del columns[2:4]
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for label, style, _ in columns:
+        table.add_column(label, **style)
+    for row in rows:
+        cells = (Text(cell(row)) for _, _, cell in columns)
+        table.add_row(*cells, style="bold green" if row.rank == 1 else None)
+    return table
 
 
-def duration(seconds: float) -> str:
-    """Say a duration in its two largest units."""
+def format_duration(seconds: float) -> str:
+    """Format a duration in its two largest units."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -188,86 +177,61 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-LOG_RATIO = 30.0  # an axis of positive numbers this far apart is drawn logarithmically
-
-
-def page(standings: Sequence[Standing], metric: str, mode: str) -> str | None:
-    """Return HTML with history, importance and parallel coordinates; None with nothing to show."""
+def plot_page(rows: Sequence[LeaderboardRow], metric: str, mode: str) -> str | None:
+    """Return an HTML page of Optuna's plots; None without a complete trial."""
     from optuna import visualization
 
-    from tracklight.sweep.study import optuna
-
-    study = _study(standings, mode)
-    num_complete = len(study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)))
+    study = _to_study(rows, mode)
+    num_complete = len(study.get_trials(states=(TrialState.COMPLETE,)))
     if not num_complete:
         return None
     names = list(study.best_trial.params)
-    draws = [
+    plots = [
         lambda: visualization.plot_optimization_history(study, target_name=metric),
         lambda: visualization.plot_parallel_coordinate(study, params=names, target_name=metric),
         lambda: visualization.plot_slice(study, params=names, target_name=metric),
     ]
     if num_complete > 2 and len(names) > 1:
-        draws.insert(1, lambda: visualization.plot_param_importances(study, target_name=metric))
+        plots.insert(1, lambda: visualization.plot_param_importances(study, target_name=metric))
     parts = []
-    for draw in draws:
-        with warnings.catch_warnings():
+    for plot in plots:
+        with warnings.catch_warnings(), suppress(ValueError, RuntimeError):  # too few values
             warnings.simplefilter("ignore")
-            try:
-                figure = draw()
-            except (ValueError, RuntimeError):  # too few distinct values for this one
-                continue
-        parts.append(figure.to_html(full_html=False, include_plotlyjs=not parts))
+            parts.append(plot().to_html(full_html=False, include_plotlyjs=not parts))
     return f"<html><head><meta charset='utf-8'></head><body>{''.join(parts)}</body></html>"
 
 
-def _study(standings: Sequence[Standing], mode: str):
-    """Build a study in memory, axes of numbers as numbers."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
-    from optuna.trial import TrialState
-
-    from tracklight.sweep.study import optuna
-
+def _to_study(rows: Sequence[LeaderboardRow], mode: str) -> optuna.Study:
+    """Return a study in memory that holds the complete and the pruned trials."""
     study = optuna.create_study(direction=direction(mode))
-    distributions = {}
-    for name in standings[0].params if standings else ():
-        texts = [each.params[name] for each in standings if name in each.params]
-        numbers = [_number(text) for text in texts]
-        if all(number is not None and math.isfinite(number) for number in numbers):
-            low, high = min(numbers), max(numbers)  # pyright: ignore[reportArgumentType]
-            log = low > 0 and high / low > LOG_RATIO
-            distributions[name] = FloatDistribution(low, high, log=log)
-        else:
-            distributions[name] = CategoricalDistribution(tuple(dict.fromkeys(texts)))
+    space = {
+        name: _distribution([row.params[name] for row in rows if name in row.params])
+        for name in (rows[0].params if rows else ())
+    }
     states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
-    for each in sorted(standings, key=lambda each: each.trial):
-        if (
-            each.state not in states
-            or each.score is None
-            or each.params.keys() != distributions.keys()
-        ):
+    for row in sorted(rows, key=lambda row: row.trial):
+        if row.state not in states or row.score is None or row.params.keys() != space.keys():
             continue
         params = {
-            name: text if isinstance(kind, CategoricalDistribution) else float(text)
-            for (name, text), kind in zip(
-                ((name, each.params[name]) for name in distributions),
-                distributions.values(),
-                strict=True,
-            )
+            name: float(row.params[name])
+            if isinstance(each, FloatDistribution)
+            else row.params[name]
+            for name, each in space.items()
         }
-        study.add_trial(
-            optuna.create_trial(
-                state=states[each.state],
-                value=each.score,
-                params=params,
-                distributions=distributions,
-            )
+        trial = optuna.create_trial(
+            state=states[row.state], value=row.score, params=params, distributions=space
         )
+        study.add_trial(trial)
     return study
 
 
-def _number(text: str) -> float | None:
+def _distribution(values: Sequence[str]) -> BaseDistribution:
+    """Return a range that holds the values if all are finite numbers, else a list of them."""
     try:
-        return float(text)
+        numbers = [float(value) for value in values]
     except ValueError:
-        return None
+        numbers = [math.nan]
+    if not all(map(math.isfinite, numbers)):
+        return CategoricalDistribution(tuple(dict.fromkeys(values)))
+    low, high = min(numbers), max(numbers)
+    return FloatDistribution(low, high, log=low > 0 and high / low > LOG_RATIO)

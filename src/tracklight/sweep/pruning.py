@@ -1,4 +1,4 @@
-"""The callback that tells a sweep how a trial goes, and ends it when the sweep says so."""
+"""The callback that reports a trial's score after each epoch and stops a pruned trial."""
 
 import math
 import time
@@ -10,40 +10,34 @@ from pytorch_lightning import Trainer
 from typing_extensions import override
 
 from tracklight.engine.progress import AfterEpoch
-from tracklight.sweep.trial import EpochReport
 from tracklight.tracking.tags import EPOCHS_RUN_TAG, OUTCOME_TAG, PRUNED, SECONDS_TAG
 
 
 class PruningCallback(AfterEpoch):
-    """Reports the score after each epoch, and marks the run with how it ended.
+    """Reports the score after each epoch, stops a pruned trial, and tags its run.
 
-    With a pruner the answer is awaited before the epoch's checkpoint is taken, so that a continued
-    trial never has epochs behind it that the pruner did not see.
+    The report precedes the epoch's checkpoint: the pruner has seen every epoch of a checkpoint.
 
     Args:
-        metric: The score's.
-        tell: Takes an epoch; says whether to stop.
-        asks: Whether an answer is awaited.
-        once: Whether this is a preflight, which stops after the first epoch.
+        metric: `score.metric`.
+        report: Takes the epoch, counted from 1, and the score; returns whether to prune the trial.
+        one_epoch: Whether to stop after the first epoch, as a preflight does.
     """
 
-    listens_by_block = True
+    supports_blocks = True
 
-    def __init__(
-        self, metric: str, tell: Callable[[EpochReport, bool], bool], asks: bool, once: bool = False
-    ):
+    def __init__(self, metric: str, report: Callable[[int, float], bool], one_epoch: bool = False):
         super().__init__()
         self.metric = metric
-        self.tell = tell
-        self.asks = asks
-        self.once = once
+        self.report = report
+        self.one_epoch = one_epoch
         self.pruned = False
         self.run_id: str | None = None
         self.metrics: set[str] = set()
         self.data: str | None = None
         self.epochs = 0
-        self.before_s = 0.0
-        self.began_s = math.nan
+        self.earlier_s = 0.0
+        self.started_s = math.nan
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -52,44 +46,44 @@ class PruningCallback(AfterEpoch):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.pruned = state_dict["pruned"]
-        self.before_s = state_dict["seconds"]
+        self.earlier_s = state_dict["seconds"]
 
     @property
     def seconds(self) -> float:
-        """How long the trial has trained, all its starts together."""
-        now_s = 0.0 if math.isnan(self.began_s) else time.monotonic() - self.began_s
-        return self.before_s + now_s
+        """Training time over all starts of the trial."""
+        now_s = 0.0 if math.isnan(self.started_s) else time.monotonic() - self.started_s
+        return self.earlier_s + now_s
 
     @override
     def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         self.run_id = getattr(trainer.logger, "run_id", None)
-        if self.once:
+        if self.one_epoch:
             self.data = getattr(getattr(trainer, "datamodule", None), "digest", None)
 
     @override
     def on_fit_start(self, *_: Any) -> None:
-        self.began_s = time.monotonic()
+        self.started_s = time.monotonic()
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
         self.metrics |= set(trainer.callback_metrics)
         value = trainer.callback_metrics.get(self.metric)
         if value is not None and trainer.is_global_zero:
-            self.pruned = self.tell(EpochReport(trainer.current_epoch + 1, float(value)), self.asks)
-        if self.pruned or self.once:
+            self.pruned = self.report(trainer.current_epoch + 1, float(value))
+        if self.pruned or self.one_epoch:
             trainer.should_stop = True
 
     @override
     def on_fit_end(self, trainer: Trainer, *_: Any) -> None:
-        self._leave(trainer, {OUTCOME_TAG: PRUNED if self.pruned else "complete"})
+        self._log_end(trainer, {OUTCOME_TAG: PRUNED if self.pruned else "complete"})
 
     @override
     def on_exception(self, trainer: Trainer, *_: Any) -> None:
-        if not math.isnan(self.began_s):
-            with suppress(OSError):  # what it failed by may be the disk
-                self._leave(trainer, {})
+        if not math.isnan(self.started_s):
+            with suppress(OSError):  # the disk itself may be what failed
+                self._log_end(trainer, {})
 
-    def _leave(self, trainer: Trainer, outcome: dict[str, str]) -> None:
+    def _log_end(self, trainer: Trainer, outcome: dict[str, str]) -> None:
         self.epochs = trainer.current_epoch
         if trainer.logger is not None:
             spent = {EPOCHS_RUN_TAG: str(self.epochs), SECONDS_TAG: f"{self.seconds:.3f}"}

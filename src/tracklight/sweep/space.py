@@ -1,228 +1,165 @@
-"""What a sweep varies: overrides of `-m` and `sweep.space` as axes of a grid or a search."""
+"""The space of a sweep: overrides of `-m` and of `sweep.space`, fixed or with several values."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, Transformer
+from hydra.core.override_parser.types import Override, Transformer
 from hydra.errors import HydraException
 
-from tracklight.config.overrides import check_alone
+from tracklight.config.overrides import check_no_nested_sweep
 from tracklight.errors import BadInput
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
+OPTUNA_TYPES = (bool, int, float, str, type(None))  # of a categorical value that can be stored
 
-PLAIN = (bool, int, float, str, type(None))  # what Optuna and JSON can hold as a choice
 
-
-@dataclass(frozen=True)
 class Axis:
-    """One override with several values.
+    """An override with several values.
 
-    Args:
-        override: As Hydra parsed it.
+    Attributes:
+        name: The key without Hydra's `+`, as in tags and tables.
+        expression: The values as they were typed.
+        is_interval: Whether it is an interval, which has no list of values.
+        is_numeric: Whether it is an interval or a range, whose values are ordered.
+        texts: Each value once, as in an override; empty for an interval.
     """
 
-    override: Override
+    def __init__(self, override: Override):
+        self.override = override
+        self.name = override.get_key_element().lstrip("+~")
+        self.expression = override.get_value_string()
+        self.is_interval = override.is_interval_sweep()
+        self.is_numeric = self.is_interval or override.is_range_sweep()
+        self._sweep: Any = override.value()
+        self._is_log = "log" in getattr(self._sweep, "tags", ())
+        # Iterated once: `shuffle` gives another order each time.
+        values = [] if self.is_interval else [*override.sweep_iterator()]
+        pairs = [(Transformer.str(value), value) for value in values]
+        self._choices = {t: v if isinstance(v, OPTUNA_TYPES) else t for t, v in pairs}
+        self.texts = tuple(self._choices)
 
-    @property
-    def name(self) -> str:
-        """The key without Hydra's `+`, as in tags and tables."""
-        return self.override.get_key_element().lstrip("+~")
-
-    @property
-    def written(self) -> str:
-        """The values as they were typed."""
-        return self.override.get_value_string()
-
-    @property
-    def is_interval(self) -> bool:
-        """Whether it has no finite list of values."""
-        return self.override.is_interval_sweep()
-
-    @property
-    def is_numeric(self) -> bool:
-        """Whether its values have an order and distances, as those of a list have not."""
-        return self.is_interval or self.override.is_range_sweep()
-
-    def word(self, text: str) -> str:
-        """Return the override that sets one value."""
-        return f"{self.override.get_key_element()}={text}"
-
-    @cached_property
-    def texts(self) -> tuple[str, ...]:
-        """Every value as in an override, each once; none of an interval."""
-        if self.is_interval:
-            return ()
-        return tuple(self._choices)
-
-    @cached_property
-    def _choices(self) -> dict[str, Any]:
-        """Values for Optuna by text; what it cannot hold stays text."""
-        values = [*self.override.sweep_iterator()]  # once: `shuffle` gives another order each time
-        return {Transformer.str(value): _held(value) for value in values}
-
-    @property
-    def _sweep(self) -> Any:
-        return self.override.value()
-
-    @property
-    def _is_log(self) -> bool:
-        return "log" in getattr(self._sweep, "tags", ())
-
-    def check(self, searched: bool) -> None:
-        """Refuse an axis without values.
+    def check(self, is_search: bool) -> None:
+        """Check that there are values to choose from.
 
         Raises:
-            BadInput: It is empty, or its bounds do not fit.
+            BadInput: The axis is empty, or the bounds of its interval are invalid.
         """
-        key, written = self.name, self.written
+        key, assignment = self.name, f"{self.name}={self.expression}"
         if not self.is_interval:
             if not self.texts:
-                raise BadInput(f"{key}={written} has no values; try {key}=A,B")
-            if searched and self._is_log:
+                raise BadInput(f"{assignment} has no values; try {key}=A,B")
+            if is_search and self._is_log:
                 raise BadInput(
-                    f"{key}={written}: only an interval is searched logarithmically; "
+                    f"{assignment}: only an interval is searched logarithmically; "
                     f"try {key}=tag(log,interval(A,B)), or list the values"
                 )
             return
         low, high = self._sweep.start, self._sweep.end
-        if not all(map(math.isfinite, (low, high))):
-            raise BadInput(f"{key}={written}: both ends of an interval must be finite")
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise BadInput(f"{assignment}: both ends of an interval must be finite")
         if low >= high:
-            whole = isinstance(low, int)  # as `int(interval(...))` made them
-            swap = f"interval({high:g},{low:g})" if low > high else f"interval({low:g},{low + 1:g})"
+            is_int = isinstance(low, int)  # from `int(interval(...))`
+            fix = f"interval({high:g},{low:g})" if low > high else f"interval({low:g},{low + 1:g})"
             raise BadInput(
-                f"{key}={written} is empty: the first {'whole ' * whole}number must be below the "
-                f"second; try {key}={f'int({swap})' if whole else swap}"
+                f"{assignment} is empty: the first {'whole ' * is_int}number must be below the "
+                f"second; try {key}={f'int({fix})' if is_int else fix}"
             )
-        if searched and self._is_log and low <= 0:
-            raise BadInput(f"{key}={written}: a logarithmic interval must start above 0")
+        if is_search and self._is_log and low <= 0:
+            raise BadInput(f"{assignment}: a logarithmic interval must start above 0")
 
     def distribution(self) -> "BaseDistribution":
-        """Return what Optuna draws from."""
-        from optuna.distributions import (
-            CategoricalDistribution,
-            FloatDistribution,
-            IntDistribution,
-        )
+        """Return the Optuna distribution of the values."""
+        from optuna import distributions as kinds
 
-        if isinstance(self._sweep, IntervalSweep):
-            low, high = self._sweep.start, self._sweep.end
-            assert low is not None
-            assert high is not None
-            whole = isinstance(low, int) and isinstance(high, int)
-            kind = IntDistribution if whole else FloatDistribution
-            return kind(low, high, log=self._is_log)  # pyright: ignore[reportArgumentType]
-        if self.override.is_range_sweep() and len(self.texts) > 1:
-            values = sorted(self._choices.values())
-            step = abs(self._sweep.step)
-            if all(isinstance(value, int) for value in values):
-                return IntDistribution(values[0], values[-1], step=step)
-            return FloatDistribution(values[0], values[-1], step=step)
-        texts = sorted(self.texts) if getattr(self._sweep, "shuffle", False) else self.texts
-        return CategoricalDistribution([self._choices[text] for text in texts])
+        if not self.is_interval and not (self.is_numeric and len(self.texts) > 1):
+            texts = sorted(self.texts) if getattr(self._sweep, "shuffle", False) else self.texts
+            return kinds.CategoricalDistribution([self._choices[text] for text in texts])
+        sweep, values = self._sweep, sorted(self._choices.values())
+        low, high = (sweep.start, sweep.end) if self.is_interval else (values[0], values[-1])
+        is_int = all(isinstance(value, int) for value in (low, high, *values))
+        kind: Any = kinds.IntDistribution if is_int else kinds.FloatDistribution
+        options = {"log": self._is_log} if self.is_interval else {"step": abs(sweep.step)}
+        return kind(low, high, **options)
 
-    def text(self, value: Any) -> str:
-        """Return a value that Optuna drew as it stands in an override."""
+    def to_text(self, value: Any) -> str:
+        """Return a value that Optuna suggested as in an override."""
         if self.is_interval:
             return repr(value)
-        if self.override.is_range_sweep():  # Optuna adds up the steps, Hydra does so in decimals
+        if self.is_numeric:  # Optuna adds up the steps as floats, Hydra as decimals
             return min(self.texts, key=lambda text: abs(self._choices[text] - value))
-        for text, choice in self._choices.items():
-            if type(choice) is type(value) and choice == value:
-                return text
-        return repr(value)
+        same = (t for t, c in self._choices.items() if type(c) is type(value) and c == value)
+        return next(same, repr(value))
 
-    def ends(self) -> tuple[str, ...]:
-        """Values by which to check the axis: both ends of numbers, all of a list."""
+    def boundary_texts(self) -> tuple[str, ...]:
+        """Return the values to check before a search: both ends of numbers, all of a list."""
         if self.is_interval:
             return repr(self._sweep.start), repr(self._sweep.end)
-        if self.override.is_range_sweep():
-            return tuple(dict.fromkeys((self.texts[0], self.texts[-1])))
-        return self.texts
-
-
-def _held(value: Any) -> Any:
-    return value if isinstance(value, PLAIN) else Transformer.str(value)
+        return (self.texts[0], *self.texts[1:][-1:]) if self.is_numeric else self.texts
 
 
 @dataclass(frozen=True)
 class Space:
-    """What stays and what varies.
+    """The overrides that all trials share, and the axes on which they differ, in the order given.
 
-    Args:
-        fixed: Overrides that every point shares.
-        axes: Overrides with several values, in the order given.
+    A trial's params are the name of each axis to one of its values, as text.
     """
 
     fixed: tuple[str, ...]
     axes: tuple[Axis, ...]
 
-    @property
-    def has_interval(self) -> bool:
-        """Whether only a search can walk it."""
-        return any(axis.is_interval for axis in self.axes)
-
     def grid(self) -> Iterator[dict[str, str]]:
-        """Yield every point as axis name to text, the last axis changing fastest."""
+        """Yield the params of every combination, the last axis changing fastest."""
         for texts in product(*(axis.texts for axis in self.axes)):
             yield dict(zip((axis.name for axis in self.axes), texts, strict=True))
 
     def corners(self) -> Iterator[dict[str, str]]:
-        """Yield points that hold, between them, each value by which an axis is checked."""
-        first = {axis.name: axis.ends()[0] for axis in self.axes}
+        """Yield params that cover, between them, the boundary values of every axis."""
+        first = {axis.name: axis.boundary_texts()[0] for axis in self.axes}
         yield first
         for axis in self.axes:
-            for text in axis.ends()[1:]:
+            for text in axis.boundary_texts()[1:]:
                 yield first | {axis.name: text}
 
-    def words(self, point: Mapping[str, str]) -> list[str]:
-        """Return the overrides that set a point."""
-        return [axis.word(point[axis.name]) for axis in self.axes]
+    def overrides(self, params: Mapping[str, str]) -> list[str]:
+        """Return the override of each axis that sets these params."""
+        return [f"{axis.override.get_key_element()}={params[axis.name]}" for axis in self.axes]
 
     def distributions(self) -> "dict[str, BaseDistribution]":
-        """Return axis name to what Optuna draws from."""
+        """Return the Optuna distribution of each axis."""
         return {axis.name: axis.distribution() for axis in self.axes}
 
-    def written(self) -> dict[str, str]:
-        """Return axis name to its values as typed."""
-        return {axis.name: axis.written for axis in self.axes}
+    def expressions(self) -> dict[str, str]:
+        """Return the values of each axis as they were typed."""
+        return {axis.name: axis.expression for axis in self.axes}
 
 
 def read_space(
-    arguments: Sequence[str], preset: Mapping[str, str], loader: ConfigLoader | None
+    overrides: Sequence[str], preset: Mapping[str, str], loader: ConfigLoader | None
 ) -> Space:
-    """Read overrides by Hydra's grammar; those of the command line win over the preset's.
-
-    Args:
-        arguments: The overrides of the command line.
-        preset: Key to values, as in `sweep.space`.
-        loader: Knows the choices of a group, for `glob`.
+    """Parse overrides with Hydra's grammar; those of the command line win over `sweep.space`.
 
     Raises:
-        BadInput: An entry of the preset does not read.
+        BadInput: An override of the preset cannot be parsed.
     """
     parser = OverridesParser.create(config_loader=loader)
-    parsed = list(zip(arguments, parser.parse_overrides(list(arguments)), strict=True))
-    typed = {override.get_key_element().lstrip("+~") for _, override in parsed}
+    parsed = dict(zip(overrides, parser.parse_overrides(list(overrides)), strict=True))
+    typed = {override.get_key_element().lstrip("+~") for override in parsed.values()}
     for key, values in preset.items():
         if key.lstrip("+") in typed:
             continue
-        word = f"{key}={values}"
+        text = f"{key}={values}"
         try:
-            (override,) = parser.parse_overrides([word])
+            (override,) = parser.parse_overrides([text])
         except HydraException as error:
-            raise BadInput(f"sweep.space: cannot read {word}: {error}") from error
-        check_alone(word, override)
-        parsed.append((word, override))
-    fixed = tuple(word for word, override in parsed if not override.is_sweep_override())
-    axes = tuple(Axis(override) for _, override in parsed if override.is_sweep_override())
-    return Space(fixed, axes)
+            raise BadInput(f"sweep.space: cannot read {text}: {error}") from error
+        check_no_nested_sweep(text, override)
+        parsed[text] = override
+    fixed = tuple(text for text, override in parsed.items() if not override.is_sweep_override())
+    return Space(fixed, tuple(Axis(o) for o in parsed.values() if o.is_sweep_override()))

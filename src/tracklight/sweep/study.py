@@ -1,162 +1,226 @@
-"""The one door to Optuna: what it says of itself goes off while it is imported."""
+"""Optuna: the sampler and the pruner of a sweep, where its study is stored, and its trials."""
 
 import fcntl
+import importlib.util
+import inspect
 import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import SimpleNamespace
+from typing import Any, Literal
 
+import numpy as np
 import optuna
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from tracklight.errors import BadInput
 from tracklight.redact import redact
-from tracklight.sweep.samplers import Methods
 from tracklight.sweep.space import Space
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-# Its one warning tells, in a page of SQL, that a query failed and is asked in another way; where
-# that fails too, the error says so.
+# Its one warning is a page of SQL about a query that is retried; if that fails too, it raises.
 logging.getLogger("optuna.storages._rdb.storage").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
-__all__ = ["optuna"]
+SAMPLERS = {
+    "tpe": "TPESampler",
+    "random": "RandomSampler",
+    "qmc": "QMCSampler",
+    "grid": "GridSampler",
+    "cmaes": "CmaEsSampler",
+    "gp": "GPSampler",
+}
+PRUNERS = {
+    "none": "NopPruner",
+    "median": "MedianPruner",
+    "percentile": "PercentilePruner",
+    "hyperband": "HyperbandPruner",
+    "asha": "SuccessiveHalvingPruner",
+}
+STORAGE_TIMEOUT_S = 15.0
+
+# User attributes of a trial.
+PARAMS_ATTR = "point"  # of a grid's trial: its params as text
+RUN_KEYS_ATTR = "runs"  # the keys of its runs
+INVALID_ATTR = "refused"  # why its config is not valid
+RETRY_OF_ATTR = "retry_of"  # number of the trial that it replaces
 
 
-T = TypeVar("T")
+@dataclass(frozen=True)
+class OptunaSettings:
+    """The sampler and the pruner of a sweep by name, with the arguments of their classes."""
+
+    sampler: str
+    sampler_options: Mapping[str, Any]
+    pruner: str
+    pruner_options: Mapping[str, Any]
+    seed: int
+    max_epochs: int
+
+    def check(self, distributions: Mapping[str, Any]) -> None:
+        """Check the options by sampling and pruning a trial in memory.
+
+        Raises:
+            BadInput: An option or the space is not valid for the sampler or the pruner.
+        """
+        sampler = self.build_sampler(0, distributions) if distributions else None
+        study = optuna.create_study(sampler=sampler, pruner=self.build_pruner())
+        with _option_errors("sampler", self.sampler, self.sampler_options):
+            trial = study.ask(dict(distributions))
+        with _option_errors("pruner", self.pruner, self.pruner_options):
+            trial.report(0.0, 1)
+            trial.should_prune()
+
+    def build_sampler(self, index: int, distributions: Mapping[str, Any]) -> Any:
+        """Return the sampler of the trial with this index, seeded by it."""
+        samplers, options = optuna.samplers, dict(self.sampler_options)
+        if self.sampler == "cmaes" and importlib.util.find_spec("cmaes") is None:
+            raise BadInput("sweep.sampler=cmaes needs the package cmaes: pip install cmaes")
+        if self.sampler == "grid":
+            options["search_space"] = self.grid_cells(distributions)
+        if self.sampler in ("cmaes", "qmc"):
+            options.setdefault("warn_independent_sampling", False)
+        options["seed"] = own_seed = _derive_seed(self.seed, index)
+        if self.sampler in ("qmc", "grid"):  # a sequence, which has one seed for all trials
+            options["seed"] = _derive_seed(self.seed)
+        if self.sampler == "qmc":  # it samples with this one until a trial has finished
+            options["independent_sampler"] = samplers.RandomSampler(seed=own_seed)
+        return _build("sampler", self.sampler, getattr(samplers, SAMPLERS[self.sampler]), options)
+
+    def grid_cells(self, distributions: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """Return the values of each axis for the grid sampler, which allows no intervals."""
+        cells = {}
+        for name, distribution in distributions.items():
+            if hasattr(distribution, "choices"):
+                cells[name] = list(distribution.choices)
+            elif distribution.step and not distribution.log:
+                low, high, step = distribution.low, distribution.high, distribution.step
+                cells[name] = [low + i * step for i in range(round((high - low) / step) + 1)]
+            else:
+                raise BadInput(
+                    f"sweep.sampler=grid cannot enumerate the interval of {name}; "
+                    f"list its values, {name}=A,B, or try sweep.sampler=tpe"
+                )
+        return cells
+
+    def build_pruner(self) -> Any:
+        """Return the pruner, with defaults that suit epochs as steps."""
+        defaults = {
+            "percentile": {"percentile": 25.0},
+            "hyperband": {"max_resource": self.max_epochs},
+            "asha": {"min_resource": 1},
+        }
+        options = {**defaults.get(self.pruner, {}), **self.pruner_options}
+        return _build("pruner", self.pruner, getattr(optuna.pruners, PRUNERS[self.pruner]), options)
 
 
-def bounded(call: Callable[[], T], limit_s: float) -> T:
-    """Return the call's result; it runs in a thread that is left behind if it takes too long.
-
-    Raises:
-        TimeoutError: It took longer than the limit.
-        Exception: What the call raised.
-    """
-    ended: list[tuple[bool, Any]] = []
-
-    def run() -> None:
-        try:
-            ended.append((True, call()))
-        except Exception as error:
-            ended.append((False, error))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(limit_s)
-    if not ended:
-        raise TimeoutError
-    succeeded, result = ended[0]
-    if not succeeded:
-        raise result
-    return result
+def _derive_seed(*entropy: int) -> int:
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
-pass
-pass
+def _build(kind: str, name: str, cls: type, options: dict[str, Any]) -> Any:
+    allowed = [key for key in inspect.signature(cls).parameters if key != "seed"]
+    given = {key: value for key, value in options.items() if key != "seed"}
+    for key in given:
+        if key not in allowed:
+            raise BadInput(
+                f"sweep.{kind}_options.{key}: {kind} {name} has no such option; "
+                f"it takes {', '.join(allowed) or 'none'}"
+            )
+    with _option_errors(kind, name, given):
+        return cls(**options)
 
-STORAGE_S = 15.0
 
-
-class FileLock:
-    """A lock that the kernel takes back from a killed process; Optuna's own would last 30 s."""
-
-    def __init__(self, path: Path):
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-
-    def acquire(self) -> bool:
-        """Wait for the lock."""
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-        return True
-
-    def release(self) -> None:
-        """Let go."""
-        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+@contextmanager
+def _option_errors(kind: str, name: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """Name the options in what Optuna raises; it checks few of them itself."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # some are called experimental
+            yield
+    except Exception as error:
+        pairs = ", ".join(f"{key}: {value}" for key, value in options.items())
+        reason = " ".join(str(error).split())
+        raise BadInput(
+            f"sweep.{kind}_options={{{pairs}}} cannot be those of {kind} {name}: {reason}"
+        ) from error
 
 
 def open_storage(url: str | None, journal: Path | None) -> BaseStorage:
-    """Open where the trials are remembered.
-
-    Args:
-        url: A database; None for the journal.
-        journal: Optuna's journal file; None to remember nothing beyond this process.
+    """Open Optuna's storage: a database, else a journal file, else memory.
 
     Raises:
         BadInput: The database does not answer, or its driver is missing.
     """
-    if url is None and journal is None:
-        return optuna.storages.InMemoryStorage()
     if url is None:
-        assert journal is not None
-        _cut_torn_line(journal)
-        lock: Any = FileLock(journal.with_suffix(".lock"))
-        return JournalStorage(JournalFileBackend(str(journal), lock))
-    shown = redact(url)
+        return _open_journal(journal) if journal else optuna.storages.InMemoryStorage()
     try:
-        return bounded(lambda: optuna.storages.RDBStorage(url), STORAGE_S)
-    except TimeoutError:
-        raise BadInput(
-            f"sweep.storage={shown} does not answer within {STORAGE_S:.0f} s; start it, or try "
-            "sweep.storage=null for a file in tracking.dir"
-        ) from None
+        return _call_with_timeout(lambda: optuna.storages.RDBStorage(url), STORAGE_TIMEOUT_S)
     except Exception as error:
         reason = redact(" ".join(str(error).split("\n")[0].split()))[:200]
+        if isinstance(error, TimeoutError):
+            reason = f"does not answer within {STORAGE_TIMEOUT_S:.0f} s"
         raise BadInput(
-            f"sweep.storage={shown} cannot be opened ({reason}); give a database, sqlite:///FILE "
-            "or postgresql://..., or null for a file in tracking.dir"
+            f"sweep.storage={redact(url)} cannot be opened ({reason}); give a database that runs, "
+            "sqlite:///FILE or postgresql://..., or null for a file in tracking.dir"
         ) from None
 
 
-def _cut_torn_line(journal: Path) -> None:
-    """Cut what a kill left half-written: Optuna would append to it and read neither."""
-    if not journal.exists():
-        return
-    content = journal.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(journal, whole)
+def _open_journal(path: Path) -> JournalStorage:
+    if path.exists():  # a kill leaves a line half-written: Optuna would append to it, read neither
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    # The kernel releases this lock when a process is killed; Optuna's own would last 30 s.
+    descriptor = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    lock: Any = SimpleNamespace(
+        acquire=partial(fcntl.flock, descriptor, fcntl.LOCK_EX),
+        release=partial(fcntl.flock, descriptor, fcntl.LOCK_UN),
+    )
+    return JournalStorage(JournalFileBackend(str(path), lock))
 
 
-pass
+def _call_with_timeout(function: Callable[[], Any], timeout_s: float) -> Any:
+    """Call a function in a thread, abandoned at the timeout; not every driver has its own."""
+    future: Future[Any] = Future()
 
-POINT = "point"  # of a grid's trial: its parameters as text
-RUNS = "runs"  # the keys of a trial's runs
-REFUSED = "refused"  # of a trial that is no valid config: why
-RETRY_OF = "retry_of"  # of a trial that takes the place of an earlier one: Optuna's number of that
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result(timeout_s)
 
 
 def direction(mode: str) -> Literal["minimize", "maximize"]:
-    """Return Optuna's word for a mode."""
+    """Return Optuna's name for `score.mode`."""
     return "minimize" if mode == "min" else "maximize"
 
 
 @dataclass(frozen=True)
 class TrialRequest:
-    """A trial to run: its number, what varies as text, and why it cannot run, if so."""
+    """A trial to run."""
 
-    number: int
-    params: dict[str, str]
-    has_ended: bool = False
-    refused: str = ""
+    number: int  # of a retry, that of the trial it replaces
+    params: dict[str, str]  # name of each axis to its value as text
+    has_ended: bool = False  # finished by an earlier command
+    error: str = ""  # why it cannot run
 
 
 class OptunaStudy:
-    """The study of one sweep.
+    """The study of one sweep, continued if the storage has it.
 
     Args:
-        storage: Where it is remembered.
-        name: The study's.
-        mode: `min` or `max`.
-        space: What varies.
-        methods: How to search and prune.
-        total: OptunaStudy of a search; None for a grid.
+        num_trials: Total number of trials of a search; None for a grid.
     """
 
     def __init__(
@@ -165,154 +229,144 @@ class OptunaStudy:
         name: str,
         mode: str,
         space: Space,
-        methods: Methods,
-        total: int | None,
+        settings: OptunaSettings,
+        num_trials: int | None,
     ):
+        self.is_search = num_trials is not None
+        self._storage = storage
         self._space = space
-        self._methods = methods
-        self._total = total
-        self._distributions = space.distributions() if total is not None else {}
-        self._study: Study = optuna.create_study(
+        self._settings = settings
+        self._num_trials = num_trials or 0
+        self._distributions = space.distributions() if self.is_search else {}
+        self._study = optuna.create_study(
             storage=storage,
             study_name=name,
             direction=direction(mode),
-            pruner=methods.pruner(),
-            sampler=methods.sampler(0, self._distributions),
+            pruner=settings.build_pruner(),
+            sampler=optuna.samplers.RandomSampler(),  # `ask` sets the one to sample with
             load_if_exists=True,
         )
-        self._live: dict[int, Trial] = {}
-        self._left = [each for each in self._all() if each.state == TrialState.RUNNING]
+        self._running: dict[int, Trial] = {}
+        running = [each for each in self.get_trials() if each.state == TrialState.RUNNING]
+        self._interrupted = [each.number for each in running if not self._is_torn(each)]
+        for trial in filter(self._is_torn, running):  # its other params would differ if resumed
+            self._study.tell(trial.number, state=TrialState.FAIL)
 
-    @property
-    def is_search(self) -> bool:
-        """Whether Optuna draws the points."""
-        return self._total is not None
-
-    def _all(self) -> list[FrozenTrial]:
+    def get_trials(self) -> list[FrozenTrial]:
+        """Return all trials of the study, by Optuna's number."""
         return self._study.get_trials(deepcopy=False)
 
-    def counted(self) -> list[FrozenTrial]:
-        """The trials that stand: neither torn by a kill as they were drawn, nor replaced."""
-        trials = self._all()
-        replaced = {trial.user_attrs.get(RETRY_OF) for trial in trials}
-        return [
-            trial for trial in trials if trial.number not in replaced and not self._is_torn(trial)
-        ]
+    def counted_trials(self) -> list[FrozenTrial]:
+        """Return the trials that count: neither replaced by a retry nor torn by a kill."""
+        trials = [trial for trial in self.get_trials() if not self._is_torn(trial)]
+        replaced = {trial.user_attrs.get(RETRY_OF_ATTR) for trial in trials}
+        return [trial for trial in trials if trial.number not in replaced]
 
     def _is_torn(self, trial: FrozenTrial) -> bool:
-        whole = self._distributions.keys() <= trial.params.keys()
-        return not (whole or "fixed_params" in trial.system_attrs)
+        """Return whether a kill left some of a trial's params unsampled."""
+        unsampled = self._distributions.keys() - trial.params.keys()
+        return trial.state != TrialState.WAITING and bool(unsampled)
 
-    def number(self, trial: FrozenTrial) -> int:
-        """Return the number of a trial: Optuna's of the one whose place it has taken in the end."""
-        trials, number = self._all(), trial.number
-        while (earlier := trials[number].user_attrs.get(RETRY_OF)) is not None:
-            number = earlier
-        return number
+    def finished_trials(self) -> list[FrozenTrial]:
+        """Return the trials that count and are finished."""
+        return [trial for trial in self.counted_trials() if trial.state.is_finished()]
 
-    def params(self, trial: FrozenTrial) -> dict[str, str]:
-        """Return what a trial varies, as text."""
-        if POINT in trial.user_attrs:
-            return dict(trial.user_attrs[POINT])
-        fixed = trial.system_attrs.get("fixed_params", {})  # of one that still waits
-        values = fixed | trial.params
-        return {axis.name: axis.text(values[axis.name]) for axis in self._space.axes}
+    def trial_number(self, trial: FrozenTrial) -> int:
+        """Return a trial's number; of a retry, that of the first trial it replaces."""
+        earlier = trial.user_attrs.get(RETRY_OF_ATTR)
+        return trial.number if earlier is None else self.trial_number(self.get_trials()[earlier])
 
-    def take(self, params: Mapping[str, str]) -> TrialRequest:
-        """Return the trial of a grid's point: a new one, one left behind, or one that has ended."""
-        same = [trial for trial in self.counted() if self.params(trial) == params]
-        if not same:
-            self._study.enqueue_trial({}, user_attrs={POINT: dict(params)})
-            return self._popped(len(self._all()) - 1)
-        found = same[-1]
-        if found.state == TrialState.WAITING:
-            return self._popped(found.number)
-        if found.state == TrialState.RUNNING:
-            return self._started(Trial(self._study, found._trial_id))
-        return TrialRequest(self.number(found), dict(params), has_ended=True)
-
-    def retry(self, number: int) -> None:
-        """Put a trial in the queue that takes the place of an ended one."""
-        trial = next(trial for trial in self.ended() if self.number(trial) == number)
-        attrs = {RETRY_OF: trial.number} | {
-            key: value for key, value in trial.user_attrs.items() if key == POINT
-        }
-        self._study.enqueue_trial(
-            trial.system_attrs.get("fixed_params", {}) | trial.params, user_attrs=attrs
-        )
-
-    def retried(self, number: int) -> TrialRequest:
-        """Replace an ended trial by one to run now."""
-        self.retry(number)
-        return self._popped(len(self._all()) - 1)
-
-    def _popped(self, number: int) -> TrialRequest:
-        while True:
-            trial = self._study.ask()
-            if trial.number == number:
-                return self._started(trial)
-
-    def ended(self) -> list[FrozenTrial]:
-        """The trials that stand and have ended."""
-        return [trial for trial in self.counted() if trial.state.is_finished()]
-
-    def note_runs(self, number: int, keys: Sequence[str]) -> None:
-        """Remember which runs a trial is made of."""
-        if self._live[number].user_attrs.get(RUNS) != list(keys):
-            self._live[number].set_user_attr(RUNS, list(keys))
+    def trial_params(self, trial: FrozenTrial) -> dict[str, str]:
+        """Return a trial's params as text."""
+        if PARAMS_ATTR in trial.user_attrs:
+            return dict(trial.user_attrs[PARAMS_ATTR])
+        values = trial.system_attrs.get("fixed_params", {}) | trial.params  # the first: WAITING
+        return {axis.name: axis.to_text(values[axis.name]) for axis in self._space.axes}
 
     def ask(self) -> TrialRequest | None:
-        """Return the next trial to run: those left behind first, then the queue, then a new one."""
-        while self._left:
-            left = self._left.pop(0)
-            trial = Trial(self._study, left._trial_id)
-            if self._is_torn(left):  # drawing the rest would not draw what was to be drawn
-                self._study.tell(trial, state=TrialState.FAIL)
-                continue
-            return self._started(trial)
-        counted = self.counted()
-        waiting = any(trial.state == TrialState.WAITING for trial in counted)
-        if not waiting and (self._total is None or len(counted) >= self._total):
+        """Return the next trial of a search: interrupted, enqueued or new; None after the last."""
+        if self._interrupted:
+            return self._reopen(self._interrupted.pop(0))
+        trials = self.counted_trials()
+        has_waiting = any(trial.state == TrialState.WAITING for trial in trials)
+        if not has_waiting and len(trials) >= self._num_trials:
             return None
-        # A function of how many trials there are: neither a restart nor a second worker repeats it.
-        self._study.sampler = self._methods.sampler(len(counted), self._distributions)
-        return self._started(self._study.ask())
+        # Seeded by the number of trials: neither a restart nor a second worker repeats a sample.
+        self._study.sampler = self._settings.build_sampler(len(trials), self._distributions)
+        return self._request(self._study.ask(self._distributions))
 
-    def _started(self, trial: Trial) -> TrialRequest:
-        for name, distribution in self._distributions.items():
-            trial._suggest(name, distribution)
-        frozen = self._study._storage.get_trial(trial._trial_id)
-        number = self.number(frozen)
-        self._live[number] = trial
-        return TrialRequest(number, self.params(frozen))
+    def ask_config(self, params: Mapping[str, str]) -> TrialRequest:
+        """Return the trial of a grid's config: new, interrupted or finished."""
+        same = [trial for trial in self.counted_trials() if self.trial_params(trial) == params]
+        if not same:
+            self._study.enqueue_trial({}, user_attrs={PARAMS_ATTR: dict(params)})
+            return self._ask_waiting(len(self.get_trials()) - 1)
+        trial = same[-1]
+        if trial.state == TrialState.WAITING:
+            return self._ask_waiting(trial.number)
+        if trial.state == TrialState.RUNNING:
+            return self._reopen(trial.number)
+        return TrialRequest(self.trial_number(trial), dict(params), has_ended=True)
+
+    def enqueue_retry(self, number: int) -> int:
+        """Enqueue a trial that replaces a finished one; return its number in the study."""
+        trial = next(each for each in self.finished_trials() if self.trial_number(each) == number)
+        attrs = {key: value for key, value in trial.user_attrs.items() if key == PARAMS_ATTR}
+        params = trial.system_attrs.get("fixed_params", {}) | trial.params
+        self._study.enqueue_trial(params, user_attrs={RETRY_OF_ATTR: trial.number} | attrs)
+        return len(self.get_trials()) - 1
+
+    def ask_retry(self, number: int) -> TrialRequest:
+        """Return a trial that replaces a finished one."""
+        return self._ask_waiting(self.enqueue_retry(number))
+
+    def _ask_waiting(self, number: int) -> TrialRequest:
+        while True:
+            trial = self._study.ask(self._distributions)
+            if trial.number == number:
+                return self._request(trial)
+
+    def _reopen(self, number: int) -> TrialRequest:
+        study_id = self._storage.get_study_id_from_name(self._study.study_name)
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
+        return self._request(Trial(self._study, trial_id))
+
+    def _request(self, trial: Trial) -> TrialRequest:
+        frozen = self.get_trials()[trial.number]
+        number = self.trial_number(frozen)
+        self._running[number] = trial
+        return TrialRequest(number, self.trial_params(frozen))
 
     @property
-    def waiting(self) -> int:
-        """How many trials have not been asked for yet."""
-        counted = self.counted()
-        in_queue = sum(trial.state == TrialState.WAITING for trial in counted)
-        drawn = 0 if self._total is None else max(0, self._total - len(counted))
-        return in_queue + drawn + len(self._left)
+    def num_remaining(self) -> int:
+        """Number of a search's trials that `ask` has not returned yet."""
+        trials = self.counted_trials()
+        num_waiting = sum(trial.state == TrialState.WAITING for trial in trials)
+        return max(0, self._num_trials - len(trials)) + num_waiting + len(self._interrupted)
+
+    def set_run_keys(self, number: int, keys: Sequence[str]) -> None:
+        """Store the keys of a trial's runs."""
+        self._running[number].set_user_attr(RUN_KEYS_ATTR, list(keys))
 
     def report(self, number: int, epoch: int, value: float) -> bool:
-        """Remember a trial's score after an epoch; return whether to prune it."""
-        trial = self._live[number]
-        last = self._study._storage.get_trial(trial._trial_id).last_step
+        """Report a trial's score after an epoch; return whether to prune the trial."""
+        trial = self._running[number]
+        last = self.get_trials()[trial.number].last_step
         if last is not None and epoch < last:
-            return False  # run again after a kill; it went on from here once, so it does again
+            return False  # repeated after a kill: it was not pruned here the first time
         if epoch != last:
             trial.report(value, epoch)
         return trial.should_prune()
 
-    def refuse(self, number: int, reason: str) -> None:
-        """Remember that a trial is no valid config, and never will be."""
-        self._live[number].set_user_attr(REFUSED, reason)
+    def fail_invalid(self, number: int, reason: str) -> None:
+        """Fail a trial whose config is not valid, for good."""
+        self._running[number].set_user_attr(INVALID_ATTR, reason)
         self.tell(number, "failed", None)
 
     def tell(self, number: int, kind: str, score: float | None) -> None:
-        """Remember how a trial ended; of a stopped one nothing, so that it is taken up again."""
-        trial = self._live.pop(number)
-        self._study.sampler = optuna.samplers.RandomSampler()  # a grid's would stop the study here
+        """Store how a trial ended; a stopped one stays RUNNING, to be continued."""
+        trial = self._running.pop(number)
+        self._study.sampler = optuna.samplers.RandomSampler()  # a grid's would stop the study
         if kind == "complete":
             self._study.tell(trial, score)
         elif kind != "stopped":

@@ -1,30 +1,32 @@
-"""A sweep from the command line to its winner."""
+"""Run a sweep: check it by a preflight, run its trials, test the winner.
+
+What takes seconds to import is imported inside functions: bad input is refused before that, and
+the preflight runs meanwhile.
+"""
 
 import difflib
 import signal
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from tracklight.config.hardware import num_devices
 from tracklight.errors import BadInput, RunFailed
-from tracklight.runs.leaderboard import Standing
-from tracklight.sweep.executors import Executor, ProcessExecutor
-from tracklight.sweep.parent_run import ParentRun
-from tracklight.sweep.plan import Job, Plan, assign, pinned, shown
+from tracklight.runs.leaderboard import LeaderboardRow, rank_trials
+from tracklight.runs.select import find_run
+from tracklight.sweep.executors import Executor, LauncherExecutor, ProcessExecutor
+from tracklight.sweep.plan import Job, Plan, format_params, make_trial_spec
 from tracklight.sweep.trial import TrialResult
 from tracklight.tracking.tags import PARENT_TAG, POINT_TAG, TESTED_TAG
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
     from optuna.storages import BaseStorage
 
     from tracklight.sweep.loop import SweepLoop
@@ -32,360 +34,278 @@ if TYPE_CHECKING:
     from tracklight.sweep.progress import Progress
     from tracklight.tracking.store import Store
 
-
-pass
-
-
-MAX_TOLD = 3  # failed trials that the last line names
-MAX_REASON = 80  # characters there; the table has the whole
+MAX_FAILURES = 3  # named in the error message
+MAX_REASON_CHARS = 80  # of each of them; the table has the whole reason
 
 
-def sweep(arguments: list[str], master: DictConfig, context: HydraContext) -> float | None:
-    """Run the sweep that the overrides of `-m` describe.
-
-    Args:
-        arguments: The overrides.
-        master: The config of the whole command, Hydra's part included.
-        context: Hydra's.
-
-    Returns:
-        The best score.
+def sweep(overrides: list[str], master: DictConfig, context: HydraContext) -> float | None:
+    """Run the sweep that the overrides of `-m` describe, and return the best score.
 
     Raises:
-        BadInput: Something is wrong with it; nothing ran.
-        RunFailed: OptunaStudy failed.
-        KeyboardInterrupt: Ctrl-C.
-        SystemExit: SIGTERM.
+        BadInput: The sweep cannot run; no trial was started.
+        RunFailed: A trial, the winner's test or a store failed.
     """
-    plan = Plan.of(arguments, master, context)
+    plan = Plan(overrides, master, context)
     if plan.settings["dry_run"]:
-        print(plan.listing())
+        print(plan.describe())
         return None
-    pool = ProcessExecutor(plan.settings["workers"], plan.gpus)
+    executor = ProcessExecutor(plan.settings["workers"], plan.num_gpus)
+    data: Future[str | None] = Future()
+
+    def check() -> None:
+        try:
+            data.set_result(preflight(plan, executor))
+        except Exception as error:
+            data.set_exception(error)
+
     try:
-        with preflight(plan, pool) as rehearsed:
-            storage = _open_storage(plan)
-            store = _open_store(plan)
-        return _Sweep(plan, pool, store, storage, rehearsed[0].data).run()
+        threading.Thread(target=check, daemon=True).start()
+        store, storage = _open_stores(plan)
+        return _run(plan, executor, store, storage, data.result())
     finally:
-        pool.kill()
+        executor.kill()
 
 
-def _open_storage(plan: Plan) -> "BaseStorage | None":
-    """Open the database that `sweep.storage` names, before there is a parent run."""
+def _open_stores(plan: Plan) -> "tuple[Store | None, BaseStorage | None]":
+    """Open MLflow's store and Optuna's storage; None if it is the journal of the parent run."""
     from tracklight.sweep.study import open_storage
-
-    url = plan.settings["storage"]
-    tracked = plan.points[0][0].cfg.tracking.enabled
-    return open_storage(url, None) if url or not tracked else None
-
-
-def _open_store(plan: Plan) -> "Store | None":
-    from tracklight.runs.select import find_run
     from tracklight.tracking.run import Run  # noqa: F401, imported now: the preflight takes as long
     from tracklight.tracking.store import connect
 
-    tracking = plan.points[0][0].cfg.tracking
-    starts = {job.cfg.init_from for jobs in plan.points for job in jobs} - {None}
+    tracking, url = plan.first_cfg.tracking, plan.settings["storage"]
+    init_from = {job.cfg.init_from for jobs in plan.configs for job in jobs} - {None}
     if not tracking.enabled:
-        for run_id in starts:
+        for run_id in init_from:
             raise BadInput(f"init_from={run_id} needs tracking=mlflow, where that run is")
-        return None
+        return None, open_storage(url, None)
+    storage = open_storage(url, None) if url else None
     store = connect(tracking.uri, Path(tracking.dir))
     store.recover()
-    for run_id in starts:
+    for run_id in init_from:
         find_run(store, run_id)
-    return store
+    return store, storage
 
 
-class _Sweep:
-    """One sweep, its store open.
+def _run(
+    plan: Plan,
+    executor: ProcessExecutor,
+    store: "Store | None",
+    storage: "BaseStorage | None",
+    data: str | None,
+) -> float | None:
+    """Run the remaining trials, test the winner, and end the parent run with its status."""
+    from optuna.exceptions import StorageInternalError
 
-    Args:
-        plan: What to run.
-        pool: Processes for it.
-        store: Where it is recorded; None for nowhere.
-        storage: Optuna's, opened already; None for the journal in the parent's folder.
-        data: Digest of the first point's data, where it is known.
-    """
+    from tracklight.sweep.parent_run import open_parent
+    from tracklight.sweep.progress import Progress
+    from tracklight.tracking.mlflow_client import mlflow, short_reason
 
-    def __init__(
-        self,
-        plan: Plan,
-        pool: ProcessExecutor,
-        store: "Store | None",
-        storage: "BaseStorage | None",
-        data: str | None,
-    ):
-        self.plan = plan
-        self.pool = pool
-        self.store = store
-        self.storage = storage
-        self.data = data
-        self.board: ParentRun | None = None
-
-    def run(self) -> float | None:
-        """Run what is left of it, test the winner, close the parent run as it really ended."""
-        from optuna.exceptions import StorageInternalError
-
-        from tracklight.sweep.progress import Progress
-        from tracklight.tracking.mlflow_client import mlflow, reason
-
-        plan = self.plan
-        threads = plan.threads
-        if self.store:
-            self.board, threads = self._open_board(self.store)
-        status = "FAILED"
-        progress = Progress(plan.metric, plan.mode, plan.settings["workers"])
-        try:
-            plan.pin(threads)
-            course = self._course(progress, threads)
-            course.run()
-            if course.signum is not None:
-                status = "KILLED"
-            score = self._close(course, progress)
-            if course.signum is None and not course.failures:
-                status = "FINISHED"
-        except (KeyboardInterrupt, SystemExit):
+    parent = open_parent(store, plan, data) if store else None
+    progress = Progress(plan.metric, plan.mode, plan.settings["workers"])
+    status = "FAILED"
+    try:
+        plan.apply_num_threads()
+        loop = _build_loop(plan, executor, parent, storage, progress)
+        loop.run()
+        if loop.signum is not None:
             status = "KILLED"
-            raise
-        except mlflow.exceptions.MlflowException as error:
-            raise RunFailed(
-                f"the tracking store fails ({reason(error)}); the same command continues the sweep"
-            ) from None
-        except StorageInternalError as error:
-            cause = error.__cause__ or error
-            raise RunFailed(
-                f"sweep.storage fails ({reason(cause)}); the same command continues the sweep"
-            ) from None
-        finally:
-            progress.close()
-            if self.board:
-                hint = "; the same command continues it" if status == "KILLED" else ""
-                run = self.board.run
-                progress.note(f"sweep  {run.run_id}  {run.folder}{hint}\nlook   {run.look}")
-                self.board.finish(status)
-        _raise_what_happened(course)
-        return score
+        score = _conclude(loop)
+        if loop.signum is None and not loop.failures:
+            status = "FINISHED"
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    except mlflow.exceptions.MlflowException as error:
+        raise RunFailed(
+            f"the tracking store fails ({short_reason(error)}); the same command continues the "
+            "sweep"
+        ) from None
+    except StorageInternalError as error:
+        cause = error.__cause__ or error
+        raise RunFailed(
+            f"sweep.storage fails ({short_reason(cause)}); the same command continues the sweep"
+        ) from None
+    finally:
+        progress.close()
+        if parent:
+            hint = "; the same command continues it" if status == "KILLED" else ""
+            run = parent.run
+            progress.note(f"sweep  {run.run_id}  {run.folder}{hint}\nlook   {run.ui_hint}")
+            parent.finish(status)
+    _raise_outcome(loop)
+    return score
 
-    def _open_board(self, store: "Store") -> "tuple[ParentRun, int]":
-        """Return the parent run and how many threads a trial has."""
-        from tracklight.sweep.parent_run import ParentRun, open_parent
 
-        plan = self.plan
-        run, threads = open_parent(store, plan, self.data)
-        names = [axis.name for axis in plan.space.axes]
-        seeds = plan.settings["seeds"]
-        return ParentRun(store, run, names, plan.metric, plan.mode, seeds), threads
+def _build_loop(
+    plan: Plan,
+    executor: Executor,
+    parent: "ParentRun | None",
+    storage: "BaseStorage | None",
+    progress: "Progress",
+) -> "SweepLoop":
+    from tracklight.sweep.loop import SweepLoop
+    from tracklight.sweep.study import OptunaStudy, open_storage
 
-    def _course(self, progress: "Progress", threads: int) -> "SweepLoop":
-        from tracklight.sweep.executors import LauncherExecutor
-        from tracklight.sweep.loop import Grid, Search, SweepLoop
-        from tracklight.sweep.parent_run import journal
-        from tracklight.sweep.study import OptunaStudy, open_storage
+    name = plan.digest[:16]
+    if parent:
+        (parent.run.folder / "logs").mkdir(exist_ok=True)
+        name += "" if storage is None else f"-{parent.run.run_id}"
+        storage = storage or open_storage(None, parent.run.folder / "study.journal")
+    assert storage is not None
+    study = OptunaStudy(storage, name, plan.mode, plan.space, plan.optuna_settings, plan.num_trials)
+    if plan.launcher:
+        takes_all = not plan.is_search and plan.settings["on_failure"] != "stop"
+        batch_size = None if takes_all else plan.settings["workers"]
+        executor = LauncherExecutor(plan.context, plan.master, batch_size)
+    for note in plan.notes:
+        progress.note(note)
+    return SweepLoop(plan, study, executor, parent, progress)
 
-        plan, board, storage = self.plan, self.board, self.storage
-        name = plan.identity[:16]
-        if storage is None:
-            assert board
-            storage = open_storage(None, journal(board.run))
-        elif board:
-            name += f"-{board.run.run_id}"
-        trials = OptunaStudy(storage, name, plan.mode, plan.space, plan.methods, plan.total)
-        logs = board.run.folder / "logs" if board else None
-        if logs:
-            logs.mkdir(exist_ok=True)
-        slots = self.pool
-        prunes = plan.methods.prunes
-        if plan.launcher:
-            one_by_one = plan.is_search or plan.settings["on_failure"] == "stop"
-            slots = LauncherExecutor(
-                plan.context, plan.master, plan.settings["workers"] if one_by_one else None
-            )
-        for remark in plan.remarks:
-            progress.note(remark)
-        seeds = plan.settings["seeds"]
-        source = (
-            Search(trials, plan.composer, seeds, threads)
-            if plan.is_search
-            else Grid(plan.points, trials)
+
+def _conclude(loop: "SweepLoop") -> float | None:
+    """Print the closing table and return the best score; of a completed sweep, test the winner."""
+    plan, parent, progress = loop.plan, loop.parent, loop.progress
+    if parent is None:
+        rows = rank_trials(loop.trial_runs, plan.mode, plan.settings["seeds"])
+    else:
+        rows = parent.refresh(final=True) or []
+    num = max(len(rows), len(loop.study.finished_trials()))
+    different = f", {len(rows)} of them different" if num > len(rows) else ""
+    trials = f"{num} trial{'s' * (num != 1)}{different}"
+    progress.table(rows, f"{plan.metric} ({plan.mode}), {trials}")
+    if loop.halted and loop.num_remaining:
+        progress.note(
+            f"sweep.on_failure=stop: runs not begun: {loop.num_remaining}; the same command goes "
+            "on with them"
         )
-        stops = plan.settings["on_failure"] == "stop"
-        asks = prunes and not plan.launcher
-        return SweepLoop(source, trials, slots, board, progress, asks, stops, logs)
-
-    def _close(self, course: "SweepLoop", progress: "Progress") -> float | None:
-        """Test the winner, if the sweep is through, and tell how it went."""
-        from tracklight.runs.leaderboard import standings
-
-        if self.board is None:
-            found = standings(course.rows, self.plan.mode, self.plan.settings["seeds"])
-        else:
-            found = self.board.refresh(final=True) or []
-        num = max(len(found), course.num_ended)
-        several = f", {len(found)} of them different" if num > len(found) else ""
-        trials = f"{num} trial{'s' * (num != 1)}{several}"
-        progress.table(found, f"{self.plan.metric} ({self.plan.mode}), {trials}")
-        if course.halted and course.num_left:
-            progress.note(
-                f"sweep.on_failure=stop: runs not begun: {course.num_left}; the same command goes "
-                "on with them"
-            )
-        winner = found[0] if found and found[0].rank == 1 else None
-        if self.board and winner and course.signum is None and not course.halted:
-            pass
-
-            progress.note(test(self.plan, course.slots, self.board, winner))
-        return winner.score if winner else None
+    winner = rows[0] if rows and rows[0].rank == 1 else None
+    if parent and winner and loop.signum is None and not loop.halted:
+        progress.note(test_winner(plan, loop.executor, parent, winner))
+    return winner.score if winner else None
 
 
-def _raise_what_happened(course: "SweepLoop") -> None:
-    if course.signum == signal.SIGINT:
+def _raise_outcome(loop: "SweepLoop") -> None:
+    """Raise what the exit code of the sweep follows from, unless it succeeded."""
+    if loop.signum == signal.SIGINT:
         raise KeyboardInterrupt
-    if course.signum is not None:
-        sys.exit(128 + course.signum)
-    if course.failures:
-        told = [
-            f"trial {number} ({textwrap.shorten(reason, MAX_REASON, placeholder='...')})"
-            for number, reason in course.failures.items()
-        ][:MAX_TOLD]
-        more = ", ..." if len(course.failures) > MAX_TOLD else ""
-        num = len(course.failures)
-        raise RunFailed(f"{num} trial{'s' * (num > 1)} failed: {', '.join(told)}{more}")
+    if loop.signum is not None:
+        sys.exit(128 + loop.signum)
+    if loop.failures:
+        failed = [
+            f"trial {number} ({textwrap.shorten(reason, MAX_REASON_CHARS, placeholder='...')})"
+            for number, reason in loop.failures.items()
+        ][:MAX_FAILURES]
+        more = ", ..." if len(loop.failures) > MAX_FAILURES else ""
+        num = len(loop.failures)
+        raise RunFailed(f"{num} trial{'s' * (num > 1)} failed: {', '.join(failed)}{more}")
 
 
-def test(plan: Plan, slots: Executor, board: ParentRun, winner: Standing) -> str:
-    """Test the runs of the winning point that were not tested yet.
-
-    Returns:
-        A line that tells what came out.
+def test_winner(plan: Plan, executor: Executor, parent: "ParentRun", winner: LeaderboardRow) -> str:
+    """Test those runs of the best trial that are not tested yet; return a line with the results.
 
     Raises:
         RunFailed: A run could not be tested.
     """
-    children = {child.info.run_id: child for child in board.children()}
-    wanted = [children[run.run_id] for run in winner.runs]
-    todo = [child for child in wanted if TESTED_TAG not in child.data.tags]
+    children = {child.info.run_id: child for child in parent.children()}
+    runs = [children[run_id] for run_id in winner.run_ids]
+    untested = {run.data.tags[POINT_TAG]: run for run in runs if TESTED_TAG not in run.data.tags}
     try:
-        _run_tests(plan, slots, board, winner, todo)
+        if untested:
+            _run_tests(plan, executor, parent, winner, untested)
     except (KeyboardInterrupt, SystemExit):
-        slots.stop()  # each closes its run, and the same command goes on with it
-        for _ in slots.drain():
+        for _ in executor.stop():  # each run is closed, and the same command continues it
             pass
         raise
-    found = board.log_test([run.run_id for run in winner.runs])
-    told = "  ".join(f"{key} {value:.5g}" for key, value in sorted(found.items()))
+    metrics = parent.log_test(winner.run_ids)
+    results = "  ".join(f"{key} {value:.5g}" for key, value in sorted(metrics.items()))
     score = f"{plan.metric} {winner.score:.5g}"
-    return f"best  trial {winner.trial} {shown(winner.params)}  {score}  {told}".rstrip()
+    return f"best  trial {winner.trial} {format_params(winner.params)}  {score}  {results}".rstrip()
 
 
 def _run_tests(
-    plan: Plan, slots: Executor, board: ParentRun, winner: Standing, todo: "list[Run]"
+    plan: Plan,
+    executor: Executor,
+    parent: "ParentRun",
+    winner: LeaderboardRow,
+    untested: Mapping[str, Any],
 ) -> None:
-    jobs = _jobs(plan, winner, todo)
-    runs = {child.data.tags[POINT_TAG]: child.info.run_id for child in todo}
-    while todo or slots.running:
-        while todo and slots.has_room:
-            child = todo.pop()
-            job = jobs.get(child.data.tags[POINT_TAG])
-            if job is None:
-                raise RunFailed(
-                    f"the winner, run {child.info.run_id}, was trained by another config than "
-                    f"{shown(winner.params)} stands for now, and is not tested; sweep.fresh=true "
-                    "starts over"
-                )
-            tags = {PARENT_TAG: board.run.run_id}
-            log = board.run.folder / "logs" / f"{winner.trial:04d}.log"
-            slots.start(assign(job, tags=tags, run_id=runs[job.key], test=True, log=log), job)
-        for job, message in slots.messages(1.0):
-            if isinstance(message, TrialResult):
-                _tested(board, runs[job.key], message)
+    """Test runs of the winner, given by job key."""
+    from tracklight.sweep.loop import compose_jobs
+
+    num_seeds = max(plan.settings["seeds"], len(winner.run_ids))
+    jobs = compose_jobs(plan, winner.trial, winner.params, num_seeds)
+    waiting = [job for job in jobs if job.key in untested]
+    for key in untested.keys() - {job.key for job in waiting}:
+        raise RunFailed(
+            f"the winner, run {untested[key].info.run_id}, was trained by another config than "
+            f"{format_params(winner.params)} stands for now, and is not tested; sweep.fresh=true "
+            "starts over"
+        )
+    tags = {PARENT_TAG: parent.run.run_id}
+    log = parent.run.folder / "logs" / f"{winner.trial:04d}.log"
+    while waiting or executor.running:
+        while waiting and executor.has_room:
+            job = waiting.pop()
+            run_id = untested[job.key].info.run_id
+            spec = make_trial_spec(job, tags=tags, run_id=run_id, test=True, log=log)
+            executor.start(spec, job)
+        for job, message in executor.messages(1.0):
+            run_id = untested[job.key].info.run_id
+            if not isinstance(message, TrialResult):
+                continue
+            if message.kind not in ("complete", "pruned"):
+                reason = message.reason or message.kind
+                raise RunFailed(f"the winner, run {run_id}, could not be tested: {reason}")
+            parent.store.client.set_tag(run_id, TESTED_TAG, "true")
 
 
-def _tested(board: ParentRun, run_id: str, outcome: TrialResult) -> None:
-    if outcome.kind not in ("complete", "pruned"):
-        why = outcome.reason or outcome.kind
-        raise RunFailed(f"the winner, run {run_id}, could not be tested: {why}")
-    board.store.client.set_tag(run_id, TESTED_TAG, "true")
+def preflight(plan: Plan, executor: ProcessExecutor) -> str | None:
+    """Train one batch of the first config, and of the next ones while they are refused.
 
+    A refusal concerns the sweep as a whole if two configs share it, or if all are refused. Trials
+    of a launcher or of several devices run on this machine's CPU here, where a failure proves
+    nothing: then only the names of the metrics are checked.
 
-def _jobs(plan: Plan, winner: Standing, runs: "list[Run]") -> dict[str, Job]:
-    """Compose the winner again, under each of its seeds, by key."""
-    jobs = {}
-    for offset in range(max(plan.settings["seeds"], len(winner.runs))):
-        job = plan.composer.job(winner.trial, winner.params, offset)
-        job = pinned(job, int(runs[0].data.params["num_threads"])) if runs else job
-        jobs[job.key] = job
-    return jobs
-
-
-@contextmanager
-def preflight(plan: Plan, pool: ProcessExecutor) -> Iterator[list[TrialResult]]:
-    """Take one batch of the first point while this process does its own imports.
-
-    Trials of a launcher or of several devices are rehearsed on this machine's CPU, where a failure
-    proves nothing of them: then only the names of the metrics count.
-
-    Yields:
-        A list that holds its outcome in the end.
+    Returns:
+        The digest of the first config's data; None if unknown.
 
     Raises:
-        BadInput: The data or the model refuse, or nothing of the score's name is logged.
+        BadInput: The data or the model refuse the config, or `score.metric` is never logged.
     """
-    jobs = [jobs[0] for jobs in plan.points]
-    differs = plan.launcher is not None or num_devices(jobs[0].cfg.trainer.devices) != 1
-    outcomes: list[TrialResult] = []
-    errors: list[Exception] = []
-
-    def start() -> None:
-        try:
-            _start(pool, jobs[0], differs)
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=start, daemon=True)
-    thread.start()  # blocks until the forkserver has done its imports
-    yield outcomes
-    thread.join()
-    if errors:
-        raise errors[0]
-    found, told = _outcome(pool), set()
-    outcomes.append(found)
-    for job in (*jobs[1:], None):
-        refusal = _refusal(found, plan.metric, differs)
+    jobs = [jobs[0] for jobs in plan.configs]
+    on_cpu = plan.launcher is not None or num_devices(jobs[0].cfg.trainer.devices) != 1
+    refusals: list[str] = []
+    for job in jobs:
+        result = _run_preflight(executor, job, on_cpu)
+        refusal = _refusal(result, plan.metric, on_cpu)
         if not refusal:
+            for text in result.warnings:
+                print(f"warning: {text}", file=sys.stderr)
+            return None if refusals else result.data
+        if refusal in refusals:
             break
-        if refusal in told or job is None:  # it is not that point's alone
-            raise BadInput(refusal)
-        told.add(refusal)
-        _start(pool, job, differs)
-        found = _outcome(pool)
-        outcomes[0] = replace(found, data=None)  # of another point than the first
-    for text in found.warnings:
-        print(f"warning: {text}", file=sys.stderr)
+        refusals.append(refusal)
+    raise BadInput(refusals[-1])
 
 
-def _start(pool: ProcessExecutor, job: Job, differs: bool) -> None:
-    assignment = assign(job, rehearse=True)
-    if differs:
-        assignment.cfg["trainer"]["accelerator"] = "cpu"
-    pool.start(assignment, job)
-
-
-def _outcome(pool: ProcessExecutor) -> TrialResult:
+def _run_preflight(executor: ProcessExecutor, job: Job, on_cpu: bool) -> TrialResult:
+    spec = make_trial_spec(job, preflight=True)
+    if on_cpu:
+        spec.cfg["trainer"]["accelerator"] = "cpu"
+    executor.start(spec, job)
     while True:
-        for _, message in pool.messages(1.0):
+        for _, message in executor.messages(1.0):
             if isinstance(message, TrialResult):
                 return message
 
 
-def _refusal(found: TrialResult, metric: str, differs: bool) -> str:
-    """Return why a preflight refuses its point; nothing if it does not."""
-    if found.kind == "failed":
-        return found.reason if found.is_input and not differs else ""
-    if metric in found.metrics:
+def _refusal(result: TrialResult, metric: str, on_cpu: bool) -> str:
+    """Return why the result of a preflight refuses the config; empty if it does not."""
+    if result.kind == "failed":
+        return result.reason if result.is_input and not on_cpu else ""
+    if metric in result.metrics:
         return ""
-    near = difflib.get_close_matches(metric, found.metrics, n=1, cutoff=0.0)
-    hint = f"; try score.metric={near[0]}" if near else ""
-    logged = ", ".join(found.metrics) or "no metrics"
+    similar = difflib.get_close_matches(metric, result.metrics, n=1, cutoff=0.0)
+    hint = f"; try score.metric={similar[0]}" if similar else ""
+    logged = ", ".join(result.metrics) or "no metrics"
     return f"score.metric={metric} is never logged; logged are {logged}{hint}"

@@ -1,4 +1,4 @@
-"""One trial, as the process sees it that runs it: nothing heavy is imported with this file."""
+"""One trial in the process that runs it; importing this file imports nothing heavy."""
 
 import os
 import signal
@@ -6,19 +6,22 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
-PACKAGE = Path(__file__).resolve().parents[1]
+from tracklight.errors import BadInput, RunFailed
+from tracklight.redact import redact
 
-REHEARSAL = {  # one batch of an epoch; the length of a schedule stays
+PACKAGE = Path(__file__).resolve().parents[1]
+MAX_REASON_CHARS = 500
+
+PREFLIGHT = {  # one batch of one epoch; the length of a schedule stays
     "tracking": {"enabled": False},
-    "init_from": None,  # no store, no weights; the sweep itself looks that run up
+    "init_from": None,  # without a store there are no weights; the sweep checks that the run exists
     "trainer": {
         "devices": 1,
         "num_nodes": 1,
@@ -34,190 +37,140 @@ REHEARSAL = {  # one batch of an epoch; the length of a schedule stays
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """What a trial's process is told.
+    """What a process needs to run one trial under one seed."""
 
-    Args:
-        cfg: The resolved config as plain values.
-        words: The command line of this one run; further processes of a distributed trial use it.
-        tags: Of its run.
-        run_id: Run to continue; None for a new one.
-        asks: Whether the parent decides after each epoch if the trial goes on.
-        test: Whether to evaluate on the test part.
-        rehearse: Take one batch, untracked, to see which metrics are logged.
-        log: File for what the trial prints; None for nowhere.
-        slot: Which of the sweep's slots it fills, hence which GPU.
-        gpus: How many GPUs the slots share.
-    """
-
-    cfg: dict[str, Any]
-    words: tuple[str, ...] = ()
+    cfg: dict[str, Any]  # resolved, plain values
+    overrides: tuple[str, ...] = ()  # the ranks of a distributed trial are started with them
     tags: Mapping[str, str] = field(default_factory=dict)
-    run_id: str | None = None
-    asks: bool = False
+    run_id: str | None = None  # of a run to continue
+    awaits_decision: bool = False  # after each epoch: whether the trial is pruned
     test: bool = False
-    rehearse: bool = False
-    log: Path | None = None
-    slot: int = 0
-    gpus: int = 0
+    preflight: bool = False
+    log: Path | None = None  # file for the trial's output
+    worker: int = 0  # selects the GPU
+    num_gpus: int = 0  # that the workers share; 0 on the CPU
 
 
 @dataclass(frozen=True)
 class EpochReport:
-    """Told by a trial after each epoch: its number, counted from 1, and `score.metric`."""
+    """The value of `score.metric` after an epoch, counted from 1."""
 
-    number: int
+    epoch: int
     value: float
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """How a trial ended.
-
-    Args:
-        kind: `stopped` may be continued; the others are for good.
-        score: Best value of `score.metric`.
-        reason: Why it failed, one line.
-        run_id: Its run, if it came to have one.
-        is_input: Whether it failed by what the user asked for.
-        epochs: How many it has behind it.
-        seconds: How long it trained, all its starts together.
-        metrics: What a preflight found to be logged.
-        data: Digest of the data set that a preflight read, if it has one.
-        warnings: Ours, of a preflight: what trials print goes to their logs.
-    """
+    """How a trial ended; a `stopped` one can be continued."""
 
     kind: Literal["complete", "pruned", "failed", "stopped"]
     score: float | None = None
-    reason: str = ""
-    run_id: str | None = None
-    is_input: bool = False
+    reason: str = ""  # why it failed, in one line
+    run_id: str | None = None  # None if the trial created no run
+    is_input: bool = False  # whether it failed because of bad input
     epochs: int = 0
-    seconds: float = 0.0
-    metrics: tuple[str, ...] = ()
-    data: str | None = None
-    warnings: tuple[str, ...] = ()
+    seconds: float = 0.0  # of training, over all starts
+    metrics: tuple[str, ...] = ()  # names of the logged metrics
+    data: str | None = None  # digest of the data set, of a preflight only
+    warnings: tuple[str, ...] = ()  # of tracklight's own code, of a preflight only
 
 
-def work(assignment: TrialSpec, line: Connection) -> None:
-    """Run a trial in a process of its own, and tell the parent of it over the line."""
-    os.setsid()  # Ctrl-C in the terminal is the parent's to handle
+def run_in_worker(spec: TrialSpec, connection: Connection) -> None:
+    """Run a trial in a process of its own and send its reports and its result to the sweep."""
+    os.setsid()  # the sweep's process handles Ctrl-C in the terminal
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    _redirect(assignment.log)
-    if assignment.gpus:
-        _take_gpu(assignment.slot, assignment.gpus)
-    sys.argv[1:] = assignment.words
-    outcome = run(assignment, line)
-    line.send(outcome)
+    _redirect_output(spec.log)
+    if spec.num_gpus:
+        _select_gpu(spec.worker, spec.num_gpus)
+    sys.argv[1:] = spec.overrides
+    connection.send(run_trial(spec, connection))
     sys.stdout.flush()
     sys.stderr.flush()
-    if query := sys.modules.get("tracklight.runs.select"):
-        query.discard()
-    os._exit(0)  # the run is closed; tearing the interpreter down would keep the slot for longer
+    from tracklight.runs import select
+
+    select.remove_downloads()
+    os._exit(0)  # the run is closed; shutting down the interpreter would only keep the worker busy
 
 
-def run(assignment: TrialSpec, line: Connection | None = None) -> TrialResult:
+def run_trial(spec: TrialSpec, connection: Connection | None = None) -> TrialResult:
     """Run a trial in this process.
 
     Args:
-        assignment: What to run.
-        line: To the parent; None where no parent listens.
+        spec: The trial.
+        connection: To the sweep's process; None where a launcher runs the trial.
     """
     from omegaconf import OmegaConf
 
     from tracklight.engine.signals import Stopped
-    from tracklight.errors import BadInput, RunFailed
-    from tracklight.experiment import train as experiment
+    from tracklight.experiment import train
     from tracklight.sweep.pruning import PruningCallback
 
-    cfg = OmegaConf.create(assignment.cfg)
-    if assignment.rehearse:
-        cfg.merge_with(REHEARSAL)
+    cfg = OmegaConf.create(spec.cfg)
+    if spec.preflight:
+        cfg.merge_with(PREFLIGHT)
     OmegaConf.set_struct(cfg, True)
-    reporter = PruningCallback(
-        cfg.score.metric, _teller(line), assignment.asks, assignment.rehearse
-    )
-    warned: list[str] = []
-    try:
-        with _overheard(warned) if assignment.rehearse else nullcontext():
-            score = experiment.run(
-                cfg,
-                tags=assignment.tags,
-                callbacks=[reporter],
-                test=assignment.test,
-                into=assignment.run_id,
-            )
-    except Stopped:
-        outcome = TrialResult("stopped")
-    except (BadInput, RunFailed) as error:
-        outcome = TrialResult("failed", reason=_line(error), is_input=isinstance(error, BadInput))
-    except Exception as error:
-        traceback.print_exc()
-        outcome = TrialResult("failed", reason=f"{type(error).__name__}: {_line(error)}")
-    else:
-        kind = "pruned" if reporter.pruned else "complete"
-        outcome = TrialResult(kind, score, metrics=tuple(sorted(reporter.metrics)))
-        if score is None and not assignment.rehearse:
-            outcome = TrialResult("failed", reason=f"{cfg.score.metric} was never logged")
-        elif score is not None and score != score:
-            outcome = TrialResult("failed", reason=f"{cfg.score.metric} is nan")
-    if outcome.reason:
-        print(f"failed: {outcome.reason}", flush=True)
-    return replace(
-        outcome,
-        run_id=reporter.run_id or assignment.run_id,
-        epochs=reporter.epochs,
-        seconds=reporter.seconds,
-        data=reporter.data,
-        warnings=tuple(dict.fromkeys(warned)),
-    )
+    metric = cfg.score.metric
 
-
-@contextmanager
-def _overheard(found: list[str]) -> Iterator[None]:
-    """Append what our own code warns of."""
-    with warnings.catch_warnings(record=True) as caught:
-        try:
-            yield
-        finally:
-            ours = [each for each in caught if Path(each.filename).is_relative_to(PACKAGE)]
-            found += [str(each.message) for each in ours]
-
-
-def _teller(line: Connection | None) -> Callable[[EpochReport, bool], bool]:
-    """Return what tells the parent of an epoch and, if asked to, brings its answer: to stop?"""
-
-    def tell(epoch: EpochReport, asks: bool) -> bool:
-        if line is None:
+    def report(epoch: int, value: float) -> bool:
+        if connection is None:
             return False
-        line.send(epoch)
-        return bool(line.recv()) if asks else False
+        connection.send(EpochReport(epoch, value))
+        return spec.awaits_decision and bool(connection.recv())
 
-    return tell
+    callback = PruningCallback(metric, report, one_epoch=spec.preflight)
+    with warnings.catch_warnings(record=spec.preflight) as caught:
+        try:
+            score = train.run(
+                cfg, tags=spec.tags, callbacks=[callback], test=spec.test, run_id=spec.run_id
+            )
+            result = TrialResult("pruned" if callback.pruned else "complete", score)
+            if score is None and not spec.preflight:
+                result = TrialResult("failed", reason=f"{metric} was never logged")
+            elif score is not None and score != score:
+                result = TrialResult("failed", reason=f"{metric} is nan")
+        except Stopped:
+            result = TrialResult("stopped")
+        except Exception as error:
+            if not isinstance(error, BadInput | RunFailed):
+                traceback.print_exc()
+            is_input = isinstance(error, BadInput)
+            result = TrialResult("failed", reason=describe_error(error), is_input=is_input)
+    if result.reason:
+        print(f"failed: {result.reason}", flush=True)
+    ours = [each for each in caught or () if Path(each.filename).is_relative_to(PACKAGE)]
+    return replace(
+        result,
+        run_id=callback.run_id or spec.run_id,
+        epochs=callback.epochs,
+        seconds=callback.seconds,
+        metrics=tuple(sorted(callback.metrics)),
+        data=callback.data,
+        warnings=tuple(dict.fromkeys(str(each.message) for each in ours)),
+    )
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an error's message in one line without passwords, after its type if not our own."""
+    text = redact(" ".join(str(error).split()))[:MAX_REASON_CHARS]
+    return text if isinstance(error, BadInput | RunFailed) else f"{type(error).__name__}: {text}"
 
 
 def _die_with_parent() -> None:
-    """End this process and those it started once the parent is gone, however that came to be."""
+    """Kill this process and its children once the sweep's process has ended, however it ended."""
     parent = parent_process()
     assert parent is not None
     parent.join()  # returns when the kernel closes the parent's end of a pipe
     os.killpg(0, signal.SIGKILL)
 
 
-def _redirect(log: Path | None) -> None:
+def _redirect_output(log: Path | None) -> None:
     descriptor = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
 
 
-def _take_gpu(slot: int, gpus: int) -> None:
-    """Let the trial see one of the GPUs that the sweep may use."""
+def _select_gpu(worker: int, num_gpus: int) -> None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(index) for index in range(gpus)]
-    os.environ["CUDA_VISIBLE_DEVICES"] = names[slot % len(names)].strip()
-
-
-def _line(error: BaseException) -> str:
-    from tracklight.redact import redact
-
-    return redact(" ".join(str(error).split()))[:500]
+    names = visible.split(",") if visible else [str(index) for index in range(num_gpus)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = names[worker % len(names)].strip()

@@ -1,12 +1,10 @@
-"""Where MLflow is: a URI as the user gave it, made whole, checked and fit to be shown."""
+"""The address of the tracking store: resolved, checked and contacted."""
 
-import os
 import socket
 import ssl
-import time
 from pathlib import Path
-from urllib.error import HTTPError, URLError
-from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
+from urllib.error import HTTPError
+from urllib.parse import unquote, urlsplit, urlunsplit
 from urllib.request import urlopen
 
 from tracklight.errors import BadInput
@@ -14,115 +12,74 @@ from tracklight.redact import redact
 
 DATABASE = "mlflow.db"
 _SERVERS = ("http", "https")
-_DATABASES = ("postgresql", "mysql", "mssql")
+_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _ALLOWED = "sqlite:///FILE, http(s)://HOST:PORT, or a postgresql, mysql or mssql database"
+_TIMEOUT_S = 4.0
 
 
-def resolve(uri: str | None, directory: Path) -> str:
-    """The full tracking URI; None stands for the SQLite file in `directory`.
+def resolve_uri(uri: str | None, directory: Path) -> str:
+    """Return the full tracking URI; None stands for the SQLite file in `directory`.
 
     Raises:
-        BadInput: No store can be there.
+        BadInput: MLflow has no store of this kind, or the URI names no place.
     """
+    shown = f"tracking.uri={redact(uri)}"
     if uri is None:
-        return _sqlite(directory / DATABASE, f"tracking.dir={directory}")
-    shown = redact(uri)
+        uri, shown = f"sqlite:///{directory / DATABASE}", f"tracking.dir={directory}"
     scheme, separator, rest = uri.partition(":")
     dialect = scheme.partition("+")[0].lower()
     if not separator or dialect == "file":
         raise BadInput(
-            f"tracking.uri={shown}: MLflow's file store is gone since 3.13; "
+            f"{shown}: MLflow's file store is gone since 3.13; "
             f"try tracking.uri=sqlite:///{directory / DATABASE}"
         )
     if dialect == "sqlite":
-        path = rest.removeprefix("///")
-        if not rest.startswith("///") or path in ("", ":memory:"):
-            raise BadInput(f"tracking.uri={shown} names no file; try sqlite:////ABSOLUTE/PATH.db")
-        return _sqlite(Path(path).absolute(), f"tracking.uri={shown}")
-    if dialect in _SERVERS or dialect in _DATABASES:
+        if not rest.startswith("///") or rest in ("///", "///:memory:"):
+            raise BadInput(f"{shown} names no file; try sqlite:////ABSOLUTE/PATH.db")
+        path = str(Path(rest.removeprefix("///")).absolute())
+        # SQLAlchemy decodes the path and takes what follows "?" as options, MLflow does neither.
+        if unquote(path) != path or "?" in path:
+            raise BadInput(f"{shown}: no path with '?' or a '%' escape can be a URI; try another")
+        return f"sqlite:///{path}"
+    if dialect in _SERVERS or dialect in _PORTS:
         try:
             parts = urlsplit(uri)
             _ = parts.port
         except ValueError as error:
-            raise BadInput(f"tracking.uri={shown} is no address: {error}") from None
+            raise BadInput(f"{shown} is no address: {error}") from None
         if not parts.hostname and dialect in _SERVERS:
-            raise BadInput(f"tracking.uri={shown} names no host; try http://127.0.0.1:5000")
+            raise BadInput(f"{shown} names no host; try http://127.0.0.1:5000")
         return uri
-    raise BadInput(f"tracking.uri={shown}: no tracking store of this kind; use {_ALLOWED}")
-
-
-def _sqlite(path: Path, shown: str) -> str:
-    # SQLAlchemy decodes the path and takes what follows "?" as options, MLflow does neither.
-    if unquote(str(path)) != str(path) or "?" in str(path):
-        raise BadInput(f"{shown}: a path with '?' or a '%' escape cannot be a URI; choose another")
-    return f"sqlite:///{path}"
+    raise BadInput(f"{shown}: no tracking store of this kind; use {_ALLOWED}")
 
 
 def is_server(uri: str) -> bool:
-    """Whether `uri` is a tracking server, which decides itself where artifacts go."""
+    """Return whether `uri` is a tracking server, which itself decides where artifacts go."""
     return uri.lower().startswith(_SERVERS)
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The file of an SQLite URI; None for any other."""
+    """Return the file of an SQLite URI; None for any other."""
     return Path(uri.partition(":///")[2]) if uri.startswith("sqlite") else None
 
 
-_DEADLINE_S = 8.0
-_ATTEMPT_S = 4.0
-_PAUSE_S = 1.0
-_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
-
-# MLflow's own defaults make one call to a dead server last four minutes. Our feeder tries again
-# anyway, so a single call may end soon.
-_HTTP_DEFAULTS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-}
-
-
-def bound_requests() -> None:
-    """Bound MLflow's own waiting, where the user has not chosen otherwise."""
-    for name, value in _HTTP_DEFAULTS.items():
-        os.environ.setdefault(name, value)
-
-
-def await_answer(uri: str) -> None:
-    """Return when something answers at `uri`.
-
-    Raises:
-        BadInput: Nothing does, for some seconds.
-    """
+def contact(uri: str) -> None:
+    """Raise BadInput unless something answers at the URI of a server or database."""
     parts = urlsplit(uri)
-    dialect = parts.scheme.partition("+")[0].lower()
-    start_s = time.monotonic()
-    while True:
-        try:
-            return _ask_port(parts, dialect) if dialect in _PORTS else _ask_http(parts)
-        except OSError as error:
-            if time.monotonic() - start_s > _DEADLINE_S - _ATTEMPT_S:
-                cause = getattr(error, "reason", None) or error
-                raise BadInput(
-                    f"no tracking server answers at {redact(uri)} ({cause}); start it, or choose "
-                    "another tracking.uri"
-                ) from None
-        time.sleep(_PAUSE_S)
-
-
-def _ask_http(parts: SplitResult) -> None:
-    host = parts.netloc.rpartition("@")[2]  # any answer will do, so nobody's password is needed
+    port = _PORTS.get(parts.scheme.partition("+")[0].lower())
+    host = parts.netloc.rpartition("@")[2]  # any answer will do, so no password is sent
     url = urlunsplit((parts.scheme, host, parts.path.rstrip("/") + "/health", "", ""))
     try:
-        urlopen(url, timeout=_ATTEMPT_S).close()
+        if port is None:
+            urlopen(url, timeout=_TIMEOUT_S).close()
+        elif parts.hostname:
+            socket.create_connection((parts.hostname, parts.port or port), _TIMEOUT_S).close()
     except HTTPError as error:
         error.close()
-    except URLError as error:
-        if not isinstance(error.reason, ssl.SSLError):  # MLflow has its own say on certificates
-            raise
-
-
-def _ask_port(parts: SplitResult, dialect: str) -> None:
-    if parts.hostname:
-        address = (parts.hostname, parts.port or _PORTS[dialect])
-        socket.create_connection(address, timeout=_ATTEMPT_S).close()
+    except OSError as error:
+        cause = getattr(error, "reason", None) or error
+        if not isinstance(cause, ssl.SSLError):  # MLflow itself reports on certificates
+            raise BadInput(
+                f"no tracking server answers at {redact(uri)} ({cause}); start it, or choose "
+                "another tracking.uri"
+            ) from None

@@ -1,7 +1,4 @@
-"""A trained network as an MLflow model: a traced graph that loads without this code base.
-
-Only the client passed in is used: MLflow's active run and tracking URI stay as they were.
-"""
+"""Logs a trained network as an MLflow model: a traced graph that loads without this code base."""
 
 import contextlib
 import copy
@@ -13,99 +10,87 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+
+from tracklight.tracking.mlflow_client import mlflow, short_reason, skip_requirements_check
+
+# isort: split
 from mlflow import pytorch as flavor
 from mlflow.entities import LoggedModelOutput
 from mlflow.models import Model, infer_signature
-from mlflow.utils import environment
-from torch import Tensor, nn
 
-from tracklight.tracking.mlflow_client import mlflow
-
-# isort: split
-
+_NAME = "model"
 _REQUIRED = ("mlflow", "numpy", "torch")
-_SPARED_CHECK = "warn_dependency_requirement_mismatches"
 _log = logging.getLogger(__name__)
 
 
 def log_model(
-    client: mlflow.MlflowClient,
-    run_id: str,
-    model: nn.Module,
-    example: Tensor,
-    name: str = "model",
-    step: int = 0,
+    client: mlflow.MlflowClient, run_id: str, model: nn.Module, example: Tensor, step: int = 0
 ) -> str | None:
-    """Log `model` to its run, in evaluation mode and on the CPU; the module itself stays untouched.
+    """Log `model` to its run, in evaluation mode and on the CPU; the module itself is unchanged.
 
-    A model of the same run and name logged before is replaced. What cannot be exported or stored
-    costs one line of warning, never the run.
+    Replaces a model logged to the run before. What cannot be exported or stored costs a warning.
+    MLflow's active run and tracking URI stay as they were.
 
     Args:
-        client: Speaks to the store that holds the run.
+        client: Of the store that holds the run.
         run_id: The run that trained the model.
         model: Maps inputs (B, ...) to one tensor (B, ...).
         example: A few real inputs (B, ...).
-        name: What the model is called in its run.
         step: The optimizer step its weights are from.
 
     Returns:
-        The model's address `models:/<id>`, or None if it was not logged.
+        The model's URI `models:/<id>`, or None if it was not logged.
     """
     with tempfile.TemporaryDirectory() as scratch, _quiet():
         folder = Path(scratch) / "model"
         try:
-            described = _export(model, example, folder)
-            return _store(client, run_id, described, folder, name, step)
+            return _store(client, run_id, _export(model, example, folder), folder, step)
         except Exception as error:  # noqa: BLE001, an arbitrary module or server fails as it likes
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = short_reason(error)
     _log.warning("%s was not logged as an MLflow model: %s", type(model).__name__, reason)
     return None
 
 
 def _export(model: nn.Module, example: Tensor, folder: Path) -> Model:
-    """Write the model's folder, free in its batch size, and return its description."""
+    """Write the model's folder, with a dynamic batch size, and return its MLmodel."""
     inputs = example.detach().cpu()
     if len(inputs) < 2:  # torch.export takes a size of one for a constant
         inputs = torch.cat([inputs, inputs])
     twin = copy.deepcopy(model).cpu().eval()  # a LightningModule's copy has no trainer
     with torch.no_grad():
         outputs = twin(inputs)
-    described = Model()
-    flavor.save_model(
-        twin,
-        str(folder),
-        mlflow_model=described,
-        signature=infer_signature(inputs.numpy(), outputs.numpy()),
-        input_example=inputs.numpy(),
-        pip_requirements=[f"{package}=={version(package)}" for package in _REQUIRED],
-        serialization_format="pt2",
-    )
+    mlmodel = Model()
+    with skip_requirements_check():
+        flavor.save_model(
+            twin,
+            str(folder),
+            mlflow_model=mlmodel,
+            signature=infer_signature(inputs.numpy(), outputs.numpy()),
+            input_example=inputs.numpy(),
+            pip_requirements=[f"{package}=={version(package)}" for package in _REQUIRED],
+            serialization_format="pt2",
+        )
     # Exported on the CPU it runs there only, while MLflow's default is the GPU of who loads it.
-    described.flavors["python_function"]["config"] = {"device": "cpu"}
+    mlmodel.flavors["python_function"]["config"] = {"device": "cpu"}
     graph = torch.export.load(folder / "data" / "model.pt2").module()
     with torch.no_grad():
         graph(torch.cat([inputs, inputs[:1]]))  # raises where the batch size became a constant
-    return described
+    return mlmodel
 
 
 def _store(
-    client: mlflow.MlflowClient,
-    run_id: str,
-    described: Model,
-    folder: Path,
-    name: str,
-    step: int,
+    client: mlflow.MlflowClient, run_id: str, mlmodel: Model, folder: Path, step: int
 ) -> str:
-    """Upload the folder as a logged model of the run, then drop the one it replaces."""
+    """Upload the folder as a logged model of the run, then delete the one it replaces."""
     experiment = client.get_run(run_id).info.experiment_id
-    query = f"name = '{name}' AND source_run_id = '{run_id}'"
+    query = f"name = '{_NAME}' AND source_run_id = '{run_id}'"
     replaced = client.search_logged_models([experiment], filter_string=query)
-    logged = client.create_logged_model(experiment, name=name, source_run_id=run_id)
-    described.model_id = described.model_uuid = logged.model_id
-    described.run_id = run_id
-    described.artifact_path = logged.artifact_location
-    described.save(str(folder / "MLmodel"))
+    logged = client.create_logged_model(experiment, name=_NAME, source_run_id=run_id)
+    mlmodel.model_id = mlmodel.model_uuid = logged.model_id
+    mlmodel.run_id = run_id
+    mlmodel.artifact_path = logged.artifact_location
+    mlmodel.save(str(folder / "MLmodel"))
     try:
         client.log_model_artifacts(logged.model_id, str(folder))
         client.finalize_logged_model(logged.model_id, "READY")
@@ -121,22 +106,13 @@ def _store(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what export and MLflow remark on, and spare a check that takes most of the time.
-
-    MLflow compares the requirements with the environment that they were read from a line above,
-    for which it lists the files of every installed package.
-    """
-    check = getattr(environment, _SPARED_CHECK)
-    loggers = [logging.getLogger(name) for name in ("mlflow", "torch")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        setattr(environment, _SPARED_CHECK, lambda requirements: None)
-        for logger in loggers:
+    """Silence the remarks of torch.export and MLflow."""
+    levels = {each: each.level for each in map(logging.getLogger, ("mlflow", "torch"))}
+    with warnings.catch_warnings(action="ignore"):
+        for logger in levels:
             logger.setLevel(logging.CRITICAL)
         try:
             yield
         finally:
-            setattr(environment, _SPARED_CHECK, check)
-            for logger, level in zip(loggers, levels, strict=True):
+            for logger, level in levels.items():
                 logger.setLevel(level)

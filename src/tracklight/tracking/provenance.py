@@ -1,8 +1,4 @@
-"""What made a run: code, environment, machine and command, gathered in one short look.
-
-Everything here also works where there is no git, no repository or no commit; what cannot be told
-is left out.
-"""
+"""The provenance of a run: code, environment, machine and command, with or without git."""
 
 import contextlib
 import functools
@@ -16,25 +12,24 @@ import re
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from tracklight.tracking.tags import CODE_TAG, COMMAND_TAG, COMMIT_TAG, DIRTY_TAG
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 OWN_CODE = (_PACKAGE, _PACKAGE.parent / "hydra_plugins" / "tracklight")
 
 _MAX_DIFF_BYTES = 1_000_000
 _MAX_UNTRACKED = 200
-_MAX_TAG_CHARS = 5000  # MLflow takes 8000; a command line beyond this is no longer read
+_MAX_TAG_CHARS = 5000  # MLflow takes 8000; nobody reads a longer command line
 _GIT_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
 class Git:
-    """The state of the work tree; `commit` is None outside a repository or before its first commit.
-
-    `dirty` is None outside a repository; files that git does not know do not make it dirty.
-    """
+    """The state of the work tree, None where there is none; untracked files are not dirty."""
 
     commit: str | None = None
     branch: str | None = None
@@ -45,7 +40,7 @@ class Git:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a run came from; `tags` and `texts` say it in MLflow's terms."""
+    """Where a run came from, also as MLflow's tags and artifacts."""
 
     git: Git
     packages: dict[str, str]
@@ -55,22 +50,15 @@ class Provenance:
 
     def tags(self) -> dict[str, str]:
         """Return short facts as run tags, under MLflow's own names where it has one."""
-        tags = {
-            "mlflow.source.name": self.command.split(" ")[0],
-            "mlflow.source.type": "LOCAL",
-            "tracklight.command": self.command,
-            "tracklight.code": self.code,
+        tags = source_tags(self.command.split(" ")[0]) | {
+            COMMAND_TAG: self.command,
+            CODE_TAG: self.code,
             "tracklight.python": str(self.machine["python"]),
+            COMMIT_TAG: self.git.commit,
+            "mlflow.source.git.branch": self.git.branch,
+            DIRTY_TAG: None if self.git.dirty is None else str(self.git.dirty).lower(),
         }
-        with contextlib.suppress(OSError, KeyError, ImportError):  # a container may have no user
-            tags["mlflow.user"] = getpass.getuser()
-        if self.git.commit:
-            tags["mlflow.source.git.commit"] = self.git.commit
-        if self.git.branch:
-            tags["mlflow.source.git.branch"] = self.git.branch
-        if self.git.dirty is not None:
-            tags["mlflow.source.git.dirty"] = str(self.git.dirty).lower()
-        return {key: value[:_MAX_TAG_CHARS] for key, value in tags.items()}
+        return {key: value[:_MAX_TAG_CHARS] for key, value in tags.items() if value}
 
     def texts(self) -> dict[str, str]:
         """Return what is too long for a tag, as artifact path and content."""
@@ -78,57 +66,48 @@ class Provenance:
         texts = {
             "provenance/packages.txt": "".join(packages),
             "provenance/machine.json": json.dumps(self.machine, indent=2) + "\n",
+            "provenance/diff.patch": self.git.diff,
+            "provenance/untracked.txt": "".join(f"{path}\n" for path in self.git.untracked),
         }
-        if self.git.diff:
-            texts["provenance/diff.patch"] = self.git.diff
-        if self.git.untracked:
-            texts["provenance/untracked.txt"] = "".join(f"{p}\n" for p in self.git.untracked)
-        return texts
+        return {path: text for path, text in texts.items() if text}
 
 
 def collect(root: Path, command: str, code: str) -> Provenance:
-    """Gather a run's provenance.
-
-    Args:
-        root: The project's folder, the one git is asked about.
-        command: The command line from the script's name on, already freed of secrets.
-        code: The digest that `code_digest` gave.
-    """
+    """Gather the provenance of a run in project `root`; `command` holds no secrets."""
     return Provenance(git_state(root), installed_packages(), machine(), command, code)
 
 
-def code_digest(modules: Iterable[str] = (), folders: Sequence[Path] = OWN_CODE) -> str:
-    """Digest the code that a result depends on.
+def source_tags(name: str) -> dict[str, str]:
+    """Return MLflow's own tags for the user and the script of this name."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a container may know no name for its user
+        user = "unknown"
+    return {"mlflow.user": user, "mlflow.source.name": name, "mlflow.source.type": "LOCAL"}
+
+
+def code_digest(modules: Iterable[str] = ()) -> str:
+    """Digest the code that a result depends on, wherever it lies.
 
     Args:
-        modules: Dotted names (`_target_` values or modules) whose file counts too. Those from
-            installed packages and the standard library do not: their versions are recorded instead.
-        folders: Folders of which every Python file counts.
-
-    Returns:
-        The sha256 in hex over names and contents, the same wherever the folders lie.
+        modules: Dotted names (`_target_` values or modules) whose file counts too, unless it is
+            installed: versions of packages are recorded instead.
     """
-    contents = dict(own_code() if folders == OWN_CODE else _contents(folders))
+    contents = dict(own_code())
     for name in modules:
         module, path = _module_file(name)
-        if path is not None and not any(path.is_relative_to(folder) for folder in folders):
+        if path is not None and not any(path.is_relative_to(folder) for folder in OWN_CODE):
             contents[module] = _sha256(path)
-    digest = hashlib.sha256()
-    for name in sorted(contents):
-        digest.update(f"{name}\0{contents[name]}\n".encode())
-    return digest.hexdigest()
+    lines = [f"{name}\0{contents[name]}\n" for name in sorted(contents)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 @functools.cache
 def own_code() -> dict[str, str]:
-    """Digest each of our files, as they were when this process first asked."""
-    return _contents(OWN_CODE)
-
-
-def _contents(folders: Sequence[Path]) -> dict[str, str]:
+    """Digest each of our files, as they are at the first call in this process."""
     return {
         f"{folder.name}/{path.relative_to(folder).as_posix()}": _sha256(path)
-        for folder in folders
+        for folder in OWN_CODE
         for path in folder.rglob("*.py")
     }
 
@@ -137,45 +116,76 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def _module_file(name: str) -> tuple[str, Path | None]:
+    """Return the module that a dotted name lies in and its file, None for installed ones."""
+    parts = name.split(".")
+    top = _source(parts[0])
+    installed = (sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib"))
+    if top is not None and any(top.is_relative_to(Path(each).resolve()) for each in installed):
+        return parts[0], None  # asked first: finding a submodule imports its package
+    for end in range(len(parts), 0, -1):
+        module = ".".join(parts[:end])
+        if (path := _source(module)) is not None:
+            return module, path
+    return name, None
+
+
+def _source(module: str) -> Path | None:
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError, AttributeError):
+        return None
+    origin = (spec and spec.origin) or ""
+    return Path(origin).resolve() if origin.endswith(".py") else None
+
+
 def git_state(root: Path) -> Git:
-    """Ask git about `root` alone, whatever else its repository holds."""
+    """Return git's state of `root` alone, whatever else its repository holds."""
     status = _git(root, "status", "--porcelain=v2", "--branch", "-z", "--", ".")
     if status is None:
         return Git()
     lines = status.split("\0")
     headers = dict(line[2:].split(" ", 1) for line in lines if line.startswith("# "))
-    commit, branch = headers.get("branch.oid"), headers.get("branch.head")
+    commit, branch = (headers.get(key) for key in ("branch.oid", "branch.head"))
     commit = None if commit == "(initial)" else commit
-    untracked = [line[2:] for line in lines if line.startswith("? ")]
+    branch = None if branch == "(detached)" else branch
     dirty = any(line[:2] in ("1 ", "2 ", "u ") for line in lines)
-    diff = ""
-    if dirty and commit:
-        diff = _git(root, "diff", "HEAD", "--no-ext-diff", "--no-color", "--", ".") or ""
-    return Git(
-        commit=commit,
-        branch=None if branch == "(detached)" else branch,
-        dirty=dirty,
-        diff=diff,
-        untracked=tuple(untracked[:_MAX_UNTRACKED]),
-    )
+    command = ("diff", "HEAD", "--no-ext-diff", "--no-color", "--", ".")
+    diff = _git(root, *command) if dirty and commit else None
+    untracked = tuple(line[2:] for line in lines if line.startswith("? "))
+    return Git(commit, branch, dirty, diff or "", untracked[:_MAX_UNTRACKED])
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """Return git's output, cut at a bound, or None if it fails."""
+    hidden = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # set inside hooks, for another tree
+    environment = {key: value for key, value in os.environ.items() if key not in hidden}
+    try:
+        output = subprocess.run(
+            ["git", "-C", str(root), *arguments],
+            env=environment | {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_GIT_TIMEOUT_S,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    cut = "" if len(output) <= _MAX_DIFF_BYTES else f"\n[cut: {len(output)} bytes in all]\n"
+    return output[:_MAX_DIFF_BYTES].decode(errors="replace") + cut
 
 
 def installed_packages() -> dict[str, str]:
-    """Return name and version of every installed package.
-
-    Read from the names of their metadata folders: opening each metadata file takes 50 times longer.
-    """
+    """Return name and version of every installed package."""
     packages: dict[str, str] = {}
-    for entry in sys.path:
-        try:
-            names = os.listdir(entry or ".")  # noqa: PTH208, names alone are wanted, and fast
-        except OSError:
-            continue
-        for name in names:
-            stem, suffix = os.path.splitext(name)  # noqa: PTH122, a name, no path
-            if suffix in (".dist-info", ".egg-info") and "-" in stem:
-                package, version = stem.split("-")[:2]
-                packages.setdefault(re.sub(r"[-_.]+", "-", package).lower(), version)
+    # The names of metadata folders say both; opening the files takes 50 times longer.
+    for folder in sys.path:
+        with contextlib.suppress(OSError):
+            for name in os.listdir(folder or "."):  # noqa: PTH208, names alone are wanted, and fast
+                found = re.fullmatch(r"([^-]+)-([^-]+).*\.(dist|egg)-info", name)
+                if found:
+                    package = re.sub(r"[-_.]+", "-", found[1]).lower()
+                    packages.setdefault(package, found[2])
     return packages
 
 
@@ -194,69 +204,15 @@ def machine() -> dict[str, str | int | list[str]]:
         facts["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     torch = sys.modules.get("torch")
     if torch is not None:
-        facts["torch"] = str(torch.__version__)
-        facts["cuda"] = str(torch.version.cuda)
+        facts |= {"torch": str(torch.__version__), "cuda": str(torch.version.cuda)}
     return facts
 
 
-def _git(root: Path, *arguments: str) -> str | None:
-    """Return git's answer, cut at a bound, or None where it has none."""
-    hidden = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # set inside hooks, for another tree
-    environment = {key: value for key, value in os.environ.items() if key not in hidden}
-    environment |= {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"}
-    try:
-        answer = subprocess.run(
-            ["git", "-C", str(root), *arguments],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=_GIT_TIMEOUT_S,
-            check=True,
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    cut = "" if len(answer) <= _MAX_DIFF_BYTES else f"\n[cut: {len(answer)} bytes in all]\n"
-    return answer[:_MAX_DIFF_BYTES].decode(errors="replace") + cut
-
-
-def _module_file(name: str) -> tuple[str, Path | None]:
-    """Return the module that a dotted name lies in and its file, None for installed ones."""
-    parts = name.split(".")
-    if _is_installed(_source(parts[0])):  # asked first: finding a submodule imports its package
-        return parts[0], None
-    for end in range(len(parts), 0, -1):
-        module = ".".join(parts[:end])
-        path = _source(module)
-        if path is not None:
-            return module, path
-    return name, None
-
-
-def _source(module: str) -> Path | None:
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError, AttributeError):
-        return None
-    if spec is None or not spec.origin or not spec.origin.endswith(".py"):
-        return None
-    return Path(spec.origin).resolve()
-
-
-def _is_installed(path: Path | None) -> bool:
-    folders = (sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib"))
-    return path is not None and any(
-        path.is_relative_to(Path(folder).resolve()) for folder in folders
-    )
-
-
 def _cpu_model() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        found = None
-    if found:
-        return found[1].strip()
-    return platform.processor() or platform.machine()
+    names: list[str] = []
+    with contextlib.suppress(OSError):
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    return names[0].strip() if names else platform.processor() or platform.machine()
 
 
 def _gpu_names() -> list[str]:
@@ -265,6 +221,5 @@ def _gpu_names() -> list[str]:
         return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     names = []
     for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        found = re.search(r"^Model:\s*(.+)$", path.read_text(), re.M)
-        names.append(found[1].strip() if found else "NVIDIA GPU")
+        names += re.findall(r"^Model:\s*(.+?)\s*$", path.read_text(), re.M) or ["NVIDIA GPU"]
     return names

@@ -1,148 +1,137 @@
-"""Carries a run's write-ahead file to MLflow, off the training thread, through outages."""
+"""Sends a run's write-ahead log to MLflow, in a thread of its own and through outages."""
 
 import logging
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from tracklight.tracking.mlflow_client import mlflow, reason
-from tracklight.tracking.sqlite_file import PointTable, is_known
-from tracklight.tracking.wal import Call, Points, WriteAhead, read
+from tracklight.tracking.mlflow_client import mlflow, short_reason
+from tracklight.tracking.sqlite_file import MetricTables, has_known_columns
+from tracklight.tracking.tags import ARTIFACTS_FOLDER
+from tracklight.tracking.wal import Call, Points, WriteAheadLog, read_records
 
 _log = logging.getLogger(__name__)
 
 _MAX_POINTS = 1000  # of one log_batch; mlflow.utils.validation.MAX_METRICS_PER_BATCH
 _PERIOD_S = 1.0
-_POLL_S = 0.2
+_DRAIN_PERIOD_S = 0.2
+_POLL_S = 0.01
 _MAX_BACK_OFF_S = 10.0
 
 
-class Delivery:
-    """Sends what lies beyond the file's confirmed offset, in order, one request a step.
+def temporary_path(path: Path) -> Path:
+    """Return the name under which a file is written until it is whole; it is not uploaded."""
+    return path.with_name(f".{path.name}.tmp")
 
-    Args:
-        client: Where to.
-        run_id: Which run.
-        wal: The run's file.
-        publish: Uploads the run's artifacts; called where the file says so.
-        database: MLflow's SQLite file, if that is where the client writes.
-    """
 
-    def __init__(
-        self,
-        client: Any,
-        run_id: str,
-        wal: WriteAhead,
-        publish: Callable[[], None],
-        database: Path | None,
-    ):
-        self._client = client
-        self._run_id = run_id
-        self._wal = wal
-        self._publish = publish
+class MlflowWriter:
+    """Sends a run's log to MLflow, or its points to `database`, and uploads its artifacts."""
+
+    def __init__(self, client: Any, run: Any, wal: WriteAheadLog, database: Path | None):
+        self.client = client
+        self.run_id: str = run.info.run_id
+        self.wal = wal
+        self.artifacts = wal.path.parent / ARTIFACTS_FOLDER
+        uri = urlsplit(run.info.artifact_uri)
+        is_local = uri.scheme in ("", "file") and Path(url2pathname(uri.path)) == self.artifacts
+        self._needs_upload = not is_local
+        self._uploaded: dict[Path, tuple[int, int]] = {}
         self._database = database
-        self._table: PointTable | None = None
+        self._tables: MetricTables | None = None
 
     @property
     def pending(self) -> bool:
-        """Whether there is something to send."""
-        return self._wal.sent < self._wal.end
+        """Whether anything waits to be sent."""
+        return self.wal.sent < self.wal.end
 
-    def step(self) -> None:
-        """Send the next request's worth; whatever MLflow raises passes through."""
+    def send_next(self) -> None:
+        """Send the next request; errors of MLflow propagate."""
         # What MLflow holds must be in the file even after power loss, or replay would double it.
-        self._wal.sync()
+        self.wal.sync()
         points: list[Points] = []
-        count = 0
-        at = self._wal.sent
-        for record, end in read(self._wal.path, self._wal.sent, self._wal.end):
+        count, confirmed = 0, self.wal.sent
+        for record, end in read_records(self.wal.path, self.wal.sent, self.wal.end):
             if isinstance(record, Call):
                 if not points:
                     self._call(record)
-                    at = end
+                    confirmed = end
                 break
             if points and count + len(record.steps) > _MAX_POINTS:
                 break
             points.append(record)
             count += len(record.steps)
-            at = end
+            confirmed = end
         if points:
-            self._send(points)
-        self._wal.confirm(at)
+            self._log_points(points)
+        self.wal.confirm(confirmed)
 
-    def _send(self, points: list[Points]) -> None:
-        if self._database is not None and self._table is None:
-            if is_known(self._database):
-                self._table = PointTable(self._database, self._run_id)
-            else:
-                self._database = None
-        if self._table is not None:
-            self._table.write(points)
+    def _log_points(self, points: list[Points]) -> None:
+        if self._database and not self._tables and has_known_columns(self._database):
+            self._tables = MetricTables(self._database, self.run_id)
+        if self._tables:
+            self._tables.write(points)
             return
         metrics = [
             mlflow.entities.Metric(record.key, value, record.timestamp_ms, step)
             for record in points
             for step, value in zip(record.steps, record.values, strict=True)
         ]
-        self._client.log_batch(self._run_id, metrics=metrics)
-
-    def close(self) -> None:
-        """Close what this opened."""
-        if self._table is not None:
-            self._table.close()
+        self.client.log_batch(self.run_id, metrics=metrics)
 
     def _call(self, call: Call) -> None:
+        entities, client, arguments = mlflow.entities, self.client, call.arguments
+        values = arguments.get("values", {}).items()
         try:
-            self._dispatch(call)
+            match call.name:
+                case "params":
+                    client.log_batch(self.run_id, params=[entities.Param(*v) for v in values])
+                case "tags":
+                    client.log_batch(self.run_id, tags=[entities.RunTag(*v) for v in values])
+                case "input":
+                    context = entities.InputTag("mlflow.data.context", arguments.pop("context"))
+                    dataset = entities.Dataset(**arguments, source_type="local")
+                    client.log_inputs(self.run_id, [entities.DatasetInput(dataset, [context])])
+                case "publish":
+                    self.upload_artifacts()
+                case "status" if arguments["status"] == "RUNNING":
+                    client.update_run(self.run_id, "RUNNING")
+                case "status":
+                    client.set_terminated(self.run_id, arguments["status"], arguments["end_ms"])
         except mlflow.exceptions.MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE" or call.name == "status":
                 raise
-            _log.warning("MLflow refused %s of %s: %s", call.name, self._run_id, reason(error))
+            _log.warning("MLflow refused %s of %s: %s", call.name, self.run_id, short_reason(error))
 
-    def _dispatch(self, call: Call) -> None:
-        entities, client, arguments = mlflow.entities, self._client, call.arguments
-        match call.name:
-            case "params":
-                params = [entities.Param(k, v) for k, v in arguments["values"].items()]
-                client.log_batch(self._run_id, params=params)
-            case "tags":
-                tags = [entities.RunTag(k, v) for k, v in arguments["values"].items()]
-                client.log_batch(self._run_id, tags=tags)
-            case "input":
-                context = entities.InputTag("mlflow.data.context", arguments["context"])
-                dataset = entities.Dataset(
-                    arguments["name"], arguments["digest"], "local", arguments["source"]
-                )
-                client.log_inputs(self._run_id, [entities.DatasetInput(dataset, [context])])
-            case "publish":
-                self._publish()
-            case "status":
-                if arguments["status"] == "RUNNING":
-                    client.update_run(self._run_id, "RUNNING")
-                else:
-                    client.set_terminated(self._run_id, arguments["status"], arguments["end_ms"])
+    def upload_artifacts(self) -> None:
+        """Upload new and changed files, if the store keeps artifacts elsewhere."""
+        if not self._needs_upload:
+            return
+        for path in sorted(self.artifacts.rglob("*")):
+            if path.is_file() and not path.match(".*.tmp"):
+                stat = path.stat()
+                version = (stat.st_size, stat.st_mtime_ns)
+                if self._uploaded.get(path) != version:
+                    folder = "/".join(path.relative_to(self.artifacts).parts[:-1]) or None
+                    self.client.log_artifact(self.run_id, str(path), folder)
+                    self._uploaded[path] = version
+
+    def close(self) -> None:
+        """Close the connection to the database, if one was opened."""
+        if self._tables:
+            self._tables.close()
 
 
 class Sender(threading.Thread):
-    """The daemon thread that keeps a run's delivery going while training goes on.
+    """The daemon thread that sends a run's log while training goes on."""
 
-    Args:
-        delivery: What is to be sent.
-        where: How MLflow's address is shown.
-        spool: The file where points wait through an outage; shown.
-    """
-
-    def __init__(self, delivery: Delivery, where: str, spool: Path):
-        super().__init__(name="tracklight-feeder", daemon=True)
-        self._delivery = delivery
-        self._where = where
-        self._spool = spool
+    def __init__(self, writer: MlflowWriter, display_uri: str):
+        super().__init__(name="tracklight-sender", daemon=True)
+        self.writer = writer
+        self._display_uri = display_uri
         self._wake = threading.Event()
-        self._idle = threading.Event()
         self._stopped = False
         self._draining = False
         self._failing = False
@@ -155,45 +144,31 @@ class Sender(threading.Thread):
             self._wake.wait(pause_s)
             self._wake.clear()
             try:
-                while self._delivery.pending and not self._stopped:
-                    self._delivery.step()
-                    self._succeeded()
+                while self.writer.pending and not self._stopped:
+                    self.writer.send_next()
+                    self._progress_s = time.monotonic()
+                    if self._failing:
+                        self._failing = False
+                        _log.warning("MLflow at %s answers again", self._display_uri)
                 pause_s = _PERIOD_S
-                self._idle.set()
             except Exception as error:  # whatever it is, the points stay and training goes on
-                self._failed(error)
-                pause_s = _PERIOD_S if self._draining else min(2 * pause_s, _MAX_BACK_OFF_S)
+                if not self._failing:
+                    self._failing = True
+                    _log.warning(
+                        f"MLflow at {self._display_uri} takes nothing now ({short_reason(error)}); "
+                        f"training goes on, points wait in {self.writer.wal.path}"
+                    )
+                pause_s = _DRAIN_PERIOD_S if self._draining else min(2 * pause_s, _MAX_BACK_OFF_S)
 
-    def _succeeded(self) -> None:
-        self._progress_s = time.monotonic()
-        if self._failing:
-            self._failing = False
-            _log.warning("MLflow at %s answers again", self._where)
-
-    def _failed(self, error: Exception) -> None:
-        if not self._failing:
-            self._failing = True
-            _log.warning(
-                "MLflow at %s takes nothing now (%s); training goes on, points wait in %s",
-                self._where,
-                reason(error),
-                self._spool,
-            )
-
-    def drain(self, patience_s: float) -> bool:
-        """Return whether all was sent; give up after `patience_s` without any progress."""
+    def drain(self, timeout_s: float) -> bool:
+        """Return whether everything was sent; give up after `timeout_s` without any progress."""
         self._draining = True
-        start_s = time.monotonic()
-        try:
-            while self._delivery.pending:
-                if time.monotonic() > max(start_s, self._progress_s) + patience_s:
-                    return False
-                self._idle.clear()
-                self._wake.set()
-                self._idle.wait(_POLL_S)
-        finally:
-            self._draining = False
-        return True
+        self._wake.set()
+        self._progress_s = time.monotonic()
+        while self.writer.pending and time.monotonic() < self._progress_s + timeout_s:
+            time.sleep(_POLL_S)
+        self._draining = False
+        return not self.writer.pending
 
     def stop(self) -> None:
         """Send nothing more; a request under way may still end."""
@@ -201,47 +176,4 @@ class Sender(threading.Thread):
         self._wake.set()
         self.join(timeout=1)
         if not self.is_alive():
-            self._delivery.close()
-
-
-def temporary(path: Path) -> Path:
-    """Return the name under which a file is written until it is whole; it is not sent."""
-    return path.with_name(f".{path.name}.tmp")
-
-
-def _is_temporary(path: Path) -> bool:
-    return path.name.startswith(".") and path.suffix == ".tmp"
-
-
-class Upload:
-    """Sends each file of `folder` once, and again when it changes.
-
-    Args:
-        client: MLflow's.
-        run_id: The run.
-        artifact_uri: Where the store keeps the run's artifacts.
-        folder: Where they lie on this machine.
-    """
-
-    def __init__(self, client: Any, run_id: str, artifact_uri: str, folder: Path):
-        self._client = client
-        self._run_id = run_id
-        self._folder = folder
-        self._done: dict[Path, tuple[int, int]] = {}
-        parts = urlsplit(artifact_uri)
-        local = url2pathname(parts.path) if parts.scheme in ("", "file") else None
-        self.needed = local is None or Path(local) != folder
-
-    def all(self) -> None:
-        """Send what is new; whatever MLflow raises passes through."""
-        if not self.needed:
-            return
-        for path in sorted(self._folder.rglob("*")):
-            if path.is_file() and not _is_temporary(path):
-                stat = path.stat()
-                mark = (stat.st_size, stat.st_mtime_ns)
-                if self._done.get(path) != mark:
-                    inside = path.parent.relative_to(self._folder).as_posix()
-                    target = None if inside == "." else inside
-                    self._client.log_artifact(self._run_id, str(path), target)
-                    self._done[path] = mark
+            self.writer.close()

@@ -1,178 +1,194 @@
-"""The tracking store: opened safely, and the runs in it made, continued and found again."""
+"""The tracking store: opens it, creates and continues runs, recovers those of dead processes."""
 
-import functools
-import getpass
+import itertools
 import logging
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracklight.errors import BadInput, RunFailed
-from tracklight.paths import HOME, sync_folder
+from tracklight.paths import HOME
 from tracklight.redact import redact
-from tracklight.tracking import address
-from tracklight.tracking import address as server
-from tracklight.tracking import sqlite_file as database
-from tracklight.tracking import tags as layout
-from tracklight.tracking.lock import FILE_NAME, LockHeld, RunLock, read_note
-from tracklight.tracking.mlflow_client import is_locked, mlflow, passes, reason, retry
-from tracklight.tracking.sender import Delivery, Upload
-from tracklight.tracking.wal import WriteAhead
+from tracklight.tracking.address import DATABASE, contact, is_server, resolve_uri, sqlite_path
+from tracklight.tracking.lock import LockHeld, RunLock, read_lock
+from tracklight.tracking.mlflow_client import is_locked, is_transient, mlflow, retry, short_reason
+from tracklight.tracking.provenance import source_tags
+from tracklight.tracking.sender import MlflowWriter, Sender
+from tracklight.tracking.sqlite_file import ensure_database
+from tracklight.tracking.tags import IDENTITY_TAG, KEY_TAG, NEW_PREFIX, RUNS_FOLDER, WAL_FILE
+from tracklight.tracking.wal import WriteAheadLog
 
 if TYPE_CHECKING:
     from tracklight.tracking.run import Run
 
+_log = logging.getLogger(__name__)
 
-_PATIENCE_S = {"database": 60.0, "server": 15.0}
+_TIMEOUT_S = {"database": 60.0, "server": 15.0}
+_START_UP_S = 4.0  # how long a server that refuses connections may yet be starting
+_LATE_CREATION_S = 3600.0  # how long a server may take to create a run for a dead process
 
 
 def connect(uri: str | None, directory: Path) -> "Store":
-    """Open the tracking store; an SQLite file that is not there is made.
-
-    Args:
-        uri: An MLflow tracking URI; None for the SQLite file in `directory`.
-        directory: Where run folders lie; made if missing.
+    """Open the tracking store; a `uri` of None is the SQLite file in `directory`, created if new.
 
     Raises:
-        BadInput: The store cannot be opened, or the folder not be written.
+        BadInput: The store cannot be opened, or the directory not be written.
     """
     directory = directory.absolute()
-    full = address.resolve(uri, directory)
-    root = directory / layout.FOLDER
+    store = Store(None, resolve_uri(uri, directory), directory)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        probe = root / f".probe-{uuid.uuid4().hex}"
-        probe.touch()
-        probe.unlink()
+        store.runs_folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=store.runs_folder).close()
     except OSError as error:
         raise BadInput(
             f"tracking.dir={directory} cannot be written ({error.strerror}); try another"
         ) from None
-    path = address.sqlite_path(full)
-    if path is not None:
-        database.ensure(path, root.as_uri())
+    if store.database is not None:
+        ensure_database(store.database, store.runs_folder.as_uri())
     else:
-        server.bound_requests()
-        server.await_answer(full)
-    patience_s = _PATIENCE_S["database" if path is not None else "server"]
+        retry(lambda: contact(store.uri), _START_UP_S, when=lambda e: isinstance(e, BadInput))
+
+    def open_client() -> Any:
+        client = mlflow.MlflowClient(store.uri)
+        if is_server(store.uri):
+            client.search_experiments(max_results=1)  # is it MLflow, and does it let us in?
+        return client
+
     try:
-        client = retry(lambda: _open_client(full), patience_s, when=is_locked)
-    except Exception as error:  # SQLAlchemy's, a driver's, MLflow's: none of them is for the user
-        raise BadInput(f"cannot open tracking.uri={redact(full)}: {reason(error)}") from None
-    return Store(client, full, directory, patience_s)
-
-
-def _open_client(uri: str) -> Any:
-    client = mlflow.MlflowClient(uri)
-    if address.is_server(uri):
-        client.search_experiments(max_results=1)  # is it MLflow, and does it let us in?
-    return client
+        store.client = retry(open_client, store.timeout_s, when=is_locked)
+    except Exception as error:  # SQLAlchemy's, a driver's or MLflow's: none of them is for the user
+        where, why = store.display_uri, short_reason(error)
+        raise BadInput(f"cannot open tracking.uri={where}: {why}") from None
+    return store
 
 
 class Store:
     """An open tracking store.
 
     Attributes:
-        client: MLflow's own client of it.
-        uri: The full URI, with secrets.
-        shown_uri: The URI as it may be printed and stored.
-        directory: Absolute; run folders are `directory/artifacts/<run_id>`.
+        uri: The full tracking URI, with secrets; `display_uri` hides them.
+        lock_content: What lock files record of the store that their run is in.
+        runs_folder: Holds a folder for each run, named by its id.
         database: The SQLite file, if the store is one.
-        root: The folder of run folders.
-        patience_s: How long a call waits for a store that is busy or away.
-        recovered: Ids of the runs that `recover` found left by a process that died.
+        timeout_s: How long a call waits for a store that is busy or away.
+        recovered: Ids of the runs that `recover` has ended.
     """
 
-    def __init__(self, client: Any, uri: str, directory: Path, patience_s: float):
+    def __init__(self, client: Any, uri: str, directory: Path):
         self.client = client
         self.uri = uri
-        self.shown_uri = redact(uri)
+        self.display_uri = redact(uri)
+        # Relative to the directory, so that lock files survive its move.
+        self.lock_content = {"store": redact(uri.removeprefix(f"sqlite:///{directory}/"))}
         self.directory = directory
-        self.database = address.sqlite_path(uri)
-        self.patience_s = patience_s
+        self.runs_folder = directory / RUNS_FOLDER
+        self.database = sqlite_path(uri)
+        self.timeout_s = _TIMEOUT_S["server" if self.database is None else "database"]
         self.recovered: set[str] = set()
-        self.root = directory / layout.FOLDER
 
-    @property
-    def mark(self) -> str:
-        """What lock files say of the store that their run is in; moves with the directory."""
-        if self.database is not None and self.database.is_relative_to(self.directory):
-            return str(self.database.relative_to(self.directory))
-        return self.shown_uri
-
-    def look(self, info: Any) -> str:
-        """Return how a run is seen in MLflow's UI: its address, or what to type.
-
-        Args:
-            info: MLflow's, of the run.
-        """
-        if address.is_server(self.uri):
+    def ui_hint(self, info: Any) -> str:
+        """Return the address of a run (a RunInfo) in MLflow's UI, or the command for the UI."""
+        if is_server(self.uri):
             page = f"experiments/{info.experiment_id}/runs/{info.run_id}"
-            return f"{self.shown_uri.rstrip('/')}/#/{page}"
-        if self.database == self.directory / address.DATABASE:
-            if self.directory == HOME:
-                return "make ui"
+            return f"{self.display_uri.rstrip('/')}/#/{page}"
+        if self.database == HOME / DATABASE and self.directory == HOME:
+            return "make ui"
+        if self.database == self.directory / DATABASE:
             return f"python scripts/ui.py --dir {shlex.quote(str(self.directory))}"
-        return f"python scripts/ui.py --uri {shlex.quote(self.shown_uri)}"
+        return f"python scripts/ui.py --uri {shlex.quote(self.display_uri)}"
 
     def create(self, experiment: str, name: str | None, tags: dict[str, str]) -> "Run":
-        """Make a run, its folder and its lock; `tags` are set in the request that makes it.
-
-        Args:
-            experiment: Its name; made if there is none.
-            name: The run's; None for one that MLflow invents.
-            tags: Plain strings.
+        """Create a run with its tags and folder, and its experiment if there is none.
 
         Raises:
-            BadInput: The folder cannot be written, or there is no such experiment to be had.
-            RunFailed: The store was there and is now away.
+            BadInput: The folder cannot be written, or the experiment's name not be used.
+            RunFailed: The store does not answer.
         """
         key = uuid.uuid4().hex
-        # The locked folder comes first: what happens after the run exists cannot orphan it.
-        folder = self.root / f"{layout.NEW}{key}"
+        # The locked folder comes first: whatever happens later, recovery finds the run by its key.
+        folder = self.runs_folder / f"{NEW_PREFIX}{key}"
         try:
             folder.mkdir(parents=True)
-            lock = RunLock(folder, {"store": self.mark})
+            lock = RunLock(folder, self.lock_content)
         except OSError as error:
             raise BadInput(f"cannot write {folder.parent}: {error.strerror}") from None
-        source = {"mlflow.user": _user(), "mlflow.source.name": sys.argv[0]}
-        tags = source | {"mlflow.source.type": "LOCAL"} | tags | {layout.KEY_TAG: key}
         try:
-            run = create_once(self, experiment_id(self, experiment), name, tags)
+            tags = source_tags(sys.argv[0]) | tags | {KEY_TAG: key}
+            run = self._create_once(self._experiment_id(experiment), name, tags)
         except mlflow.exceptions.MlflowException as error:
             lock.close()
-            raise RunFailed(f"cannot make a run at {self.shown_uri}: {reason(error)}") from None
-        final = self.root / run.info.run_id
-        folder.rename(final)
-        sync_folder(self.root)
-        lock.moved(final)
+            reason = short_reason(error)
+            raise RunFailed(f"cannot make a run at {self.display_uri}: {reason}") from None
+        lock.rename_folder(self.runs_folder / run.info.run_id)
         return self._open(run, lock)
 
+    def _experiment_id(self, name: str) -> str:
+        """Return the id of the experiment of this name, created if there is none."""
+        location = None if is_server(self.uri) else self.runs_folder.as_uri()
+
+        def get_or_create() -> Any:
+            found = self.client.get_experiment_by_name(name)
+            if found is None:
+                created = self.client.create_experiment(name, artifact_location=location)
+                found = self.client.get_experiment(created)
+            return found
+
+        def may_pass(error: Exception) -> bool:
+            return is_transient(error) or "ALREADY_EXISTS" in getattr(error, "error_code", "")
+
+        try:
+            experiment = retry(get_or_create, self.timeout_s, when=may_pass)
+        except mlflow.exceptions.MlflowException as error:
+            if error.error_code == "INVALID_PARAMETER_VALUE":
+                raise BadInput(f"tracking.experiment={name}: {short_reason(error)}") from None
+            raise
+        if experiment.lifecycle_stage != "active":
+            raise BadInput(f"tracking.experiment={name} is deleted; restore it, or try another")
+        return experiment.experiment_id
+
+    def _create_once(self, experiment_id: str, name: str | None, tags: dict[str, str]) -> Any:
+        """Create one MLflow run, however often the request has to be repeated."""
+        query = f"tags.`{KEY_TAG}` = '{tags[KEY_TAG]}'"
+        attempts = itertools.count()
+
+        def create() -> Any:
+            if next(attempts) and (found := self.search(query)):  # only the answer was lost
+                return found[0]
+            return self.client.create_run(experiment_id, tags=tags, run_name=name)
+
+        run = retry(create, self.timeout_s)
+        if is_server(self.uri):  # MLflow's client repeats the request by itself, too
+            for other in self.search(query):
+                if other.info.run_id != run.info.run_id:
+                    self.client.delete_run(other.info.run_id)
+        return run
+
     def reopen(self, run_id: str) -> "Run":
-        """Continue a run: its lock taken, what it left unsent sent, its status RUNNING again.
+        """Continue a run: lock it, send what it left unsent, set its status to RUNNING.
 
         Raises:
             BadInput: There is no such run, it is in progress, or its folder cannot be written.
-            RunFailed: The store was there and is now away.
+            RunFailed: The store does not answer.
         """
         try:
-            run = retry(lambda: self.client.get_run(run_id), self.patience_s)
+            run = retry(lambda: self.client.get_run(run_id), self.timeout_s)
         except mlflow.exceptions.MlflowException as error:
-            raise BadInput(f"run {run_id!r} is not to be had: {reason(error)}") from None
+            raise BadInput(f"run {run_id!r} cannot be read: {short_reason(error)}") from None
         if run.info.lifecycle_stage != "active":
             raise BadInput(f"run {run_id} is deleted; try `mlflow runs restore --run-id {run_id}`")
-        folder = self.root / run.info.run_id
+        folder = self.runs_folder / run.info.run_id
         try:
             folder.mkdir(exist_ok=True)
             lock = retry(
-                lambda: RunLock(folder, {"store": self.mark}),
-                self.patience_s,
-                when=lambda error: isinstance(error, LockHeld) and error.passes,
+                lambda: RunLock(folder, self.lock_content),
+                self.timeout_s,
+                when=lambda error: isinstance(error, LockHeld) and error.is_transient,
             )
         except LockHeld as held:
             raise BadInput(f"run {run_id} is in progress (pid {held.pid})") from None
@@ -187,9 +203,9 @@ class Store:
     def _open(self, run: Any, lock: RunLock) -> "Run":
         from tracklight.tracking.run import Run  # imports Lightning: seconds that readers spare
 
-        folder = self.root / run.info.run_id
+        folder = self.runs_folder / run.info.run_id
         try:
-            wal = WriteAhead(folder / layout.POINTS)
+            wal = WriteAheadLog(folder / WAL_FILE)
         except OSError as error:
             raise BadInput(f"cannot write run folder {folder}: {error.strerror}") from None
         if wal.damaged or wal.end == 0:  # then MLflow knows more than the file
@@ -198,182 +214,94 @@ class Store:
                 wal.highest[key] = max(metric.step for metric in history)
         if wal.end or run.info.status != "RUNNING":
             wal.add_call("status", status="RUNNING")
-        opened = Run(self, run, folder, lock, wal)
-        if not opened.flush(self.patience_s):
+        writer = MlflowWriter(self.client, run, wal, self.database)
+        sender = Sender(writer, self.display_uri)
+        opened = Run(run, sender, lock, self.ui_hint(run.info), self.timeout_s)
+        if not opened.flush(self.timeout_s):
             opened.abandon()
-            raise RunFailed(f"{self.shown_uri} does not take what run {run.info.run_id} left")
+            raise RunFailed(f"{self.display_uri} does not take what run {opened.run_id} left")
         return opened
 
     def find(self, identity: str) -> list[Any]:
-        """Runs with the tag `tracklight.identity`, newest first, deleted ones excluded."""
-        return self.search(f"tags.`{layout.IDENTITY_TAG}` = '{identity}'")
+        """Return the runs whose tag `tracklight.identity` is this config digest, newest first."""
+        return self.search(f"tags.`{IDENTITY_TAG}` = '{identity}'")
 
-    def search(self, query: str, patience_s: float | None = None) -> list[Any]:
-        """Runs of every experiment that MLflow's filter lets through, newest first.
-
-        Args:
-            query: The filter.
-            patience_s: How long to wait for a store that is busy or away; None for the store's.
-        """
+    def search(self, filter_string: str, timeout_s: float | None = None) -> list[Any]:
+        """Return the active runs of all experiments that pass MLflow's filter, newest first."""
 
         def search() -> list[Any]:
-            experiments = [e.experiment_id for e in _pages(self.client.search_experiments)]
+            experiments = _all_pages(self.client.search_experiments)
+            ids = [experiment.experiment_id for experiment in experiments]
             newest = ["attributes.start_time DESC"]
-            runs = functools.partial(self.client.search_runs, experiments, query, order_by=newest)
-            return list(_pages(runs))
+            return _all_pages(self.client.search_runs, ids, filter_string, order_by=newest)
 
-        return retry(search, self.patience_s if patience_s is None else patience_s)
+        return retry(search, self.timeout_s if timeout_s is None else timeout_s)
 
     def recover(self) -> None:
-        """Send what earlier processes left unsent; mark their runs that died as KILLED."""
-        recover(self)
-
-
-def _pages(search: Callable[..., Any]) -> Iterator[Any]:
-    page = search()
-    yield from page
-    while page.token:
-        page = search(page_token=page.token)
-        yield from page
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container may know no name for its user
-        return "unknown"
-
-
-_PAUSE_S = 1.0
-
-
-def experiment_id(store: "Store", name: str) -> str:
-    """The id of the experiment of this name, made if there is none.
-
-    Raises:
-        BadInput: MLflow allows no such name, or the experiment is deleted.
-    """
-
-    def get() -> Any:
-        return retry(lambda: store.client.get_experiment_by_name(name), store.patience_s)
-
-    def make() -> None:
-        location = None if address.is_server(store.uri) else store.root.as_uri()
-        store.client.create_experiment(name, artifact_location=location)
-
-    experiment = get()
-    if experiment is None:
-        try:
-            retry(make, store.patience_s)
-        except mlflow.exceptions.MlflowException as error:
-            if error.error_code == "INVALID_PARAMETER_VALUE":
-                raise BadInput(f"tracking.experiment={name}: {reason(error)}") from None
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # then another was faster
-                raise
-        experiment = get()
-    if experiment is None or experiment.lifecycle_stage != "active":
-        raise BadInput(f"tracking.experiment={name} is deleted; restore it, or try another name")
-    return experiment.experiment_id
-
-
-def create_once(store: "Store", experiment_id: str, name: str | None, tags: dict[str, str]) -> Any:
-    """MLflow's run, made by one request or by the first of several; its key tag tells them apart.
-
-    Raises:
-        MlflowException: The store does not take it, or has been away for too long.
-    """
-    query = f"tags.`{layout.KEY_TAG}` = '{tags[layout.KEY_TAG]}'"
-    start_s = time.monotonic()
-    run = None
-    while run is None:
-        try:
-            run = store.client.create_run(experiment_id, tags=tags, run_name=name)
-        except mlflow.exceptions.MlflowException as error:
-            if not passes(error) or time.monotonic() - start_s > store.patience_s:
-                raise
-            time.sleep(_PAUSE_S)
-            run = next(iter(store.search(query)), None)  # was only the answer lost?
-    if address.is_server(store.uri):  # MLflow's own retries send the request again, unasked
-        for other in store.search(query):
-            if other.info.run_id != run.info.run_id:
-                store.client.delete_run(other.info.run_id)
-    return run
-
-
-_log = logging.getLogger(__name__)
-
-_ENDED = ("FINISHED", "FAILED", "KILLED")
-_STILL_COMING_S = 3600.0  # a server may yet create a run that it was asked for this long ago
-
-
-def recover(store: "Store") -> None:
-    """Look at each run folder of `store` that holds a lock file: it did not end cleanly."""
-    for folder in sorted(store.root.iterdir()):
-        if not (folder / FILE_NAME).exists() or read_note(folder).get("store") != store.mark:
-            continue
-        try:
-            lock = RunLock(folder, note=None)
-        except (LockHeld, FileNotFoundError):
-            continue
-        except OSError as error:  # its owner is another, say
-            _log.warning("%s cannot be recovered: %s", folder, error.strerror)
-            continue
-        try:
-            final: Path | None = folder
-            if folder.name.startswith(layout.NEW):
-                final = _recover_creation(store, folder, lock)
-            if final is not None:
-                _recover_run(store, final)
-                store.recovered.add(final.name)
-                lock.remove()
-            else:
+        """Send what dead processes left unsent, and set the status of their runs to KILLED."""
+        for folder in sorted(self.runs_folder.iterdir()):
+            if read_lock(folder).get("store") != self.lock_content["store"]:
+                continue
+            try:
+                lock = RunLock(folder, content=None)
+            except (LockHeld, FileNotFoundError):  # in progress, or recovered meanwhile
+                continue
+            except OSError as error:  # of another user, say
+                _log.warning("%s cannot be recovered: %s", folder, error.strerror)
+                continue
+            try:
+                if self._recover(folder, lock):
+                    lock.remove()
+                else:
+                    lock.close()
+            except Exception as error:
                 lock.close()
-        except Exception as error:
-            lock.close()
-            _log.warning("%s cannot be recovered now: %s", folder, reason(error))
-            if passes(error):
-                return  # the next one would wait as long
+                _log.warning("%s cannot be recovered now: %s", folder, short_reason(error))
+                if is_transient(error):
+                    return  # the next folder would wait as long
+
+    def _recover(self, folder: Path, lock: RunLock) -> bool:
+        """Return whether there is nothing left to recover."""
+        if folder.name.startswith(NEW_PREFIX):
+            found = self.search(f"tags.`{KEY_TAG}` = '{folder.name.removeprefix(NEW_PREFIX)}'")
+            if not found:
+                # A database creates no run for a dead process, while a server may do so late.
+                waited_s = time.time() - folder.stat().st_mtime
+                if self.database is not None or waited_s > _LATE_CREATION_S:
+                    shutil.rmtree(folder)
+                return False
+            for other in found[1:]:
+                self.client.delete_run(other.info.run_id)
+            folder = self.runs_folder / found[0].info.run_id
+            lock.rename_folder(folder)
+        found = self.search(f"attributes.run_id = '{folder.name}'")
+        if found:
+            self._send_rest(found[0], folder)
+        else:
+            _log.warning("run %s was deleted; what it left unsent stays in %s", folder.name, folder)
+        self.recovered.add(folder.name)
+        return True
+
+    def _send_rest(self, run: Any, folder: Path) -> None:
+        """Send the rest of a run's log, and the status KILLED if the log holds no final one."""
+        path = folder / WAL_FILE
+        last_s = (path if path.exists() else folder).stat().st_mtime
+        wal = WriteAheadLog(path)
+        if wal.last_status in (None, "RUNNING"):
+            wal.add_call("status", status="KILLED", end_ms=int(last_s * 1000))
+        writer = MlflowWriter(self.client, run, wal, self.database)
+        try:
+            while writer.pending:
+                retry(writer.send_next, self.timeout_s)
+        finally:
+            writer.close()
+            wal.close()
 
 
-def _recover_creation(store: "Store", folder: Path, lock: RunLock) -> Path | None:
-    """The folder of the run whose creation was not confirmed; None if it was not created."""
-    key = folder.name.removeprefix(layout.NEW)
-    found = store.search(f"tags.`{layout.KEY_TAG}` = '{key}'")
-    if not found:
-        # A database of this machine creates no run for a process that is gone.
-        is_over = store.database is not None
-        if is_over or time.time() - folder.stat().st_mtime > _STILL_COMING_S:
-            shutil.rmtree(folder)
-        return None
-    for other in found[1:]:
-        store.client.delete_run(other.info.run_id)
-    final = folder.with_name(found[0].info.run_id)
-    folder.rename(final)
-    lock.moved(final)
-    return final
-
-
-def _recover_run(store: "Store", folder: Path) -> None:
-    """Send what is left, and KILLED if the run did not come to say how it ended."""
-    try:
-        run = retry(lambda: store.client.get_run(folder.name), store.patience_s)
-    except mlflow.exceptions.MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        run = None
-    if run is None or run.info.lifecycle_stage != "active":
-        _log.warning("run %s was deleted; what it left unsent stays in %s", folder.name, folder)
-        return
-    points = folder / layout.POINTS
-    last_ms = int((points if points.exists() else folder).stat().st_mtime * 1000)
-    wal = WriteAhead(points)
-    if wal.last_status not in _ENDED:
-        wal.add_call("status", status="KILLED", end_ms=last_ms)
-    upload = Upload(store.client, folder.name, run.info.artifact_uri, folder / "artifacts")
-    delivery = Delivery(store.client, folder.name, wal, upload.all, store.database)
-    try:
-        while delivery.pending:
-            retry(delivery.step, store.patience_s)
-    finally:
-        delivery.close()
-        wal.close()
+def _all_pages(search: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+    page = search(*args, **kwargs)
+    found = list(page)
+    while page.token:
+        page = search(*args, **kwargs, page_token=page.token)
+        found += page
+    return found

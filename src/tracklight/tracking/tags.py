@@ -1,10 +1,11 @@
-"""Names that this room gives to things on the disk and in the store."""
+"""The names of tags, artifacts and folders, as stores and disks hold them."""
 
 from collections.abc import Mapping
 
-FOLDER = "artifacts"  # in the tracking directory: one folder a run
-NEW = ".new-"  # prefix of a run's folder until the store has told its id
-POINTS = "points.wal"  # in a run's folder
+RUNS_FOLDER = "artifacts"  # in the tracking directory: one folder a run
+NEW_PREFIX = ".new-"  # of a run's folder until the store has answered with the run's id
+ARTIFACTS_FOLDER = "artifacts"  # in a run's folder
+WAL_FILE = "points.wal"  # in a run's folder
 
 KEY_TAG = "tracklight.key"  # unique: finds a run whose creation was not confirmed
 IDENTITY_TAG = "tracklight.identity"
@@ -19,7 +20,8 @@ EVALUATES_TAG = "tracklight.evaluates"  # id of the run whose weights one tested
 OUTCOME_TAG = "tracklight.outcome"  # of a trial that has ended: complete, pruned or failed
 PRUNED = "pruned"
 
-# A run's code and progress.
+# A run's source and progress.
+COMMAND_TAG = "tracklight.command"
 CODE_TAG = "tracklight.code"
 COMMIT_TAG = "mlflow.source.git.commit"
 DIRTY_TAG = "mlflow.source.git.dirty"
@@ -48,10 +50,10 @@ LAST = f"{CHECKPOINTS}/last.ckpt"
 
 
 def is_sweep(tags: Mapping[str, str]) -> bool:
-    """Say whether a run is the parent of a sweep, which has trials and no config of its own."""
+    """Return whether a run is the parent of a sweep, which has trials but no config of its own."""
     return SWEEP_TAG in tags and IDENTITY_TAG not in tags
 
 
 def is_pruned(tags: Mapping[str, str]) -> bool:
-    """Say whether a run is a trial that its sweep ended early: no failure, and no result."""
+    """Return whether a run is a trial that its sweep pruned."""
     return tags.get(OUTCOME_TAG) == PRUNED

@@ -1,7 +1,7 @@
-"""The write-ahead file: buffer, outage spool and replay filter of one run in one append-only file.
+"""The write-ahead log of one run: buffer, outage spool and replay filter in one append-only file.
 
-A record is `length, CRC, payload`; it is written by one system call, so a killed process loses
-nothing that was logged. What a crash leaves half-written at the end is cut off at the next open.
+One system call writes a record, so a killed process loses nothing that was logged. A record that a
+crash left half-written is cut off when the file is next opened.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _CALL = struct.Struct("<cq")  # kind, timestamp
 
 @dataclass(frozen=True, slots=True)
 class Points:
-    """Values of one metric at some steps, with the one timestamp that all of them keep."""
+    """Values of one metric at some steps, all with one timestamp."""
 
     timestamp_ms: int
     key: str
@@ -35,26 +35,23 @@ class Points:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Something else that MLflow is to be told, in its turn: parameters, tags, a status."""
+    """Any other request to MLflow: params, tags, a status."""
 
     timestamp_ms: int
     name: str
     arguments: dict[str, Any]
 
 
-Record = Points | Call
-
-
-class WriteAhead:
-    """The file, open for appending; whoever opens it holds the run's lock.
+class WriteAheadLog:
+    """The file, open for appending; the caller holds the run's lock.
 
     Attributes:
         end: Bytes of whole records, so far.
-        sent: Bytes that MLflow has confirmed. May lag behind after a crash: sending a point again
-            with its own timestamp changes nothing.
+        sent: Bytes that MLflow has confirmed; after a crash at most those, since sending a point
+            again with its own timestamp changes nothing.
         damaged: Whether MLflow had confirmed more than the file still holds.
-        highest: Highest step of each key as of opening; points at or below it are skipped.
-        last_status: Argument of the last `status` call in the file, or None.
+        highest: Highest step of each metric at opening; points up to it are skipped.
+        last_status: Argument of the last `status` call, or None.
     """
 
     def __init__(self, path: Path):
@@ -66,8 +63,12 @@ class WriteAhead:
         self._last_ms = 0
         self._lock = threading.Lock()
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        confirmed = self._read_confirmed()
-        for record, end in read(path):
+        self._sent_path = path.with_suffix(".sent")
+        try:
+            confirmed = int(self._sent_path.read_text())
+        except (OSError, ValueError):
+            confirmed = 0
+        for record, end in read_records(path):
             self.end = end
             if end == confirmed:
                 self.sent = end
@@ -82,38 +83,28 @@ class WriteAhead:
             os.ftruncate(self._fd, self.end)
 
     def add_points(self, key: str, steps: Sequence[int], values: Sequence[float]) -> None:
-        """Append the points of `key` that lie beyond the highest step known at opening.
-
-        Args:
-            key: The metric.
-            steps: One for each value, within 64 bits.
-            values: Stored as doubles, bit for bit; NaN and infinities included.
+        """Append the points of a metric beyond its highest step at opening, bit for bit.
 
         Raises:
             RunFailed: The disk does not take the record; the file stays as it was.
         """
-        floor = self.highest.get(key)
-        if floor is not None:
-            kept = [i for i, step in enumerate(steps) if step > floor]
+        highest = self.highest.get(key)
+        if highest is not None:
+            kept = [i for i, step in enumerate(steps) if step > highest]
             steps, values = [steps[i] for i in kept], [values[i] for i in kept]
-        n = len(steps)
-        if not n:
+        if not (n := len(steps)):
             return
         name = key.encode()
-        body = name + struct.pack(f"<{n}q", *steps) + struct.pack(f"<{n}d", *values)
+        body = name + struct.pack(f"<{n}q{n}d", *steps, *values)
         with self._lock:
             self._append(_POINTS.pack(b"P", self._now_ms(), len(name), n) + body)
 
-    def add_call(self, call: str, /, **arguments: Any) -> None:
-        """Append a call; `arguments` are JSON values.
-
-        Raises:
-            RunFailed: The disk does not take the record; the file stays as it was.
-        """
-        body = json.dumps({"call": call} | arguments).encode()
+    def add_call(self, name: str, /, **arguments: Any) -> None:
+        """Append a call, whose arguments are JSON values; raise as `add_points` does."""
+        body = json.dumps({"call": name} | arguments).encode()
         with self._lock:
             self._append(_CALL.pack(b"C", self._now_ms()) + body)
-            if call == "status":
+            if name == "status":
                 self.last_status = arguments["status"]
 
     def _now_ms(self) -> int:
@@ -124,48 +115,36 @@ class WriteAhead:
     def _append(self, payload: bytes) -> None:
         record = _HEAD.pack(len(payload), zlib.crc32(payload)) + payload
         try:
-            reason = "the file system took only a part"
-            whole = os.write(self._fd, record) == len(record)
+            if os.write(self._fd, record) < len(record):
+                raise OSError(0, "the file system took only a part")
         except OSError as error:
-            whole, reason = False, error.strerror
-        if not whole:
-            with contextlib.suppress(OSError):  # what cannot be cut now is cut at the next open
+            with contextlib.suppress(OSError):  # else it is cut at the next open
                 os.ftruncate(self._fd, self.end)
-            raise RunFailed(f"cannot write {len(record)} bytes to {self.path}: {reason}")
+            what = f"{len(record)} bytes to {self.path}"
+            raise RunFailed(f"cannot write {what}: {error.strerror}") from None
         self.end += len(record)
 
     def sync(self) -> None:
-        """Return once all that was appended is on the disk."""
+        """Return once everything appended is on the disk."""
         os.fsync(self._fd)
 
-    def confirm(self, at: int) -> None:
-        """Remember beside the file that MLflow has everything before offset `at`."""
-        self.sent = at
-        with contextlib.suppress(OSError):  # then it lags behind, which is harmless
-            self._sent_path.write_text(f"{at}\n")
-
-    def _read_confirmed(self) -> int:
-        try:
-            return int(self._sent_path.read_text())
-        except (OSError, ValueError):
-            return 0
-
-    @property
-    def _sent_path(self) -> Path:
-        return self.path.with_suffix(".sent")
+    def confirm(self, end: int) -> None:
+        """Record beside the file that MLflow has everything before this offset."""
+        self.sent = end
+        with contextlib.suppress(OSError):  # a record that lags behind is harmless
+            self._sent_path.write_text(f"{end}\n")
 
     def close(self) -> None:
-        """Close the file; nothing is lost by not calling this."""
+        """Close the file; nothing is lost without it."""
         with self._lock:
             os.close(self._fd)
             self._fd = -1  # another file may get its number
 
 
-def read(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[Record, int]]:
-    """The records between two offsets, each with the offset where it ends.
-
-    Ends at the first record that is not whole. `start` is the end of a record, or zero.
-    """
+def read_records(
+    path: Path, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[Points | Call, int]]:
+    """Yield the whole records between two offsets, each with the offset of its end."""
     with path.open("rb") as file:
         file.seek(start)
         while stop is None or start < stop:
@@ -180,13 +159,12 @@ def read(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[
             yield _parse(payload), start
 
 
-def _parse(payload: bytes) -> Record:
+def _parse(payload: bytes) -> Points | Call:
     if payload[:1] == b"P":
         _, timestamp_ms, key_bytes, n = _POINTS.unpack_from(payload)
         at = _POINTS.size + key_bytes
-        key = payload[_POINTS.size : at].decode()
-        steps = struct.unpack_from(f"<{n}q", payload, at)
-        return Points(timestamp_ms, key, steps, struct.unpack_from(f"<{n}d", payload, at + 8 * n))
+        numbers = struct.unpack_from(f"<{n}q{n}d", payload, at)
+        return Points(timestamp_ms, payload[_POINTS.size : at].decode(), numbers[:n], numbers[n:])
     _, timestamp_ms = _CALL.unpack_from(payload)
     arguments = json.loads(payload[_CALL.size :])
     return Call(timestamp_ms, arguments.pop("call"), arguments)

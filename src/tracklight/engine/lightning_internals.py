@@ -1,0 +1,70 @@
+"""Lightning's private state that the engine uses, as of pytorch-lightning 2.6.6.
+
+`tests/engine/test_lightning_internals.py` fails if an upgrade moves any of it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning_utilities.core.apply_func import apply_to_collection
+from pytorch_lightning import LightningDataModule, LightningModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
+
+
+def count_optimizer_step(trainer: Any) -> None:
+    """Count one more optimizer step and batch; Lightning itself counts a block as one of each.
+
+    `global_step` and checkpoints come from these counters, which no public method changes.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    steps, batches = loop.automatic_optimization.optim_progress.optimizer.step, loop.batch_progress
+    for counter in (steps.total, steps.current):
+        counter.ready += 1
+        counter.completed += 1
+    loop._batches_that_stepped += 1
+    for name in ("ready", "started", "processed", "completed"):
+        setattr(batches.total, name, getattr(batches.total, name) + 1)
+
+
+def reload_train_dataloader(trainer: Any) -> None:
+    """Discard the data loader that `estimated_stepping_batches` may have built before the fit.
+
+    The public `reload_dataloaders_every_n_epochs` reloads between epochs only.
+    """
+    trainer.fit_loop._combined_loader = None
+
+
+def detects_anomaly(trainer: Any) -> bool:
+    """Return the Trainer's argument `detect_anomaly`, which has no public attribute."""
+    return trainer._detect_anomaly
+
+
+def batch_value(metric: Metric) -> Tensor | None:
+    """Return the last batch's value, as `LightningModule.log` does; None if only updated."""
+    return metric._forward_cache
+
+
+def call_before_iteration(
+    owner: LightningModule | LightningDataModule, function: Callable[[], None]
+) -> None:
+    """Call a function whenever a training data loader of `owner` is iterated.
+
+    Lightning has no hook there: it iterates a fit's first loader before `on_train_start`, and on
+    resume before the sampler learns the epoch (upstream #21938). The loaders get a subclass of
+    their own class, because Lightning rebuilds loaders by their class for distributed sampling.
+    """
+    original: Callable[[], Any] = owner.train_dataloader
+
+    def wrap(loader: DataLoader) -> DataLoader:
+        kind = type(loader)
+
+        def iterate(self: DataLoader) -> Any:
+            function()
+            return kind.__iter__(self)
+
+        loader.__class__ = type(kind.__name__, (kind,), {"__iter__": iterate})
+        return loader
+
+    owner.train_dataloader = lambda: apply_to_collection(original(), DataLoader, wrap)
