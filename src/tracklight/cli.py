@@ -23,7 +23,7 @@ from tracklight.config.instantiate import check_hydra_nodes
 from tracklight.config.overrides import check_overrides, explain, split_for_resume
 from tracklight.engine.distributed import read_rank_zero_run
 from tracklight.errors import BadInput, RunFailed
-from tracklight.paths import CONF, PACKAGE
+from tracklight.paths import PACKAGE
 from tracklight.redact import redact
 
 Task = Callable[[Any], Any]
@@ -41,11 +41,9 @@ GC_THRESHOLDS = (50_000, 10, 10)
 
 
 def main(task: Task) -> Any:
-    """Compose the config that the command line describes and run the task on it.
+    """Compose the config that the command line describes; return what the task returns for it.
 
-    Returns:
-        What the task returns. Otherwise the process exits: 1 the run failed, 2 bad input (one line
-        on stderr), 130 Ctrl-C, 143 SIGTERM.
+    Otherwise the process exits: 1 the run failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
     """
     gc.set_threshold(*GC_THRESHOLDS)
     try:
@@ -75,12 +73,9 @@ def quiet() -> None:
         os.environ.setdefault(name, value)
     # Lightning asks PyTorch about pytrees in a way that PyTorch has since renamed.
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_no_tip)
+    lightning = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    lightning.addFilter(lambda record: not record.getMessage().startswith("💡 Tip:"))
     warnings.formatwarning = _format_warning
-
-
-def _is_no_tip(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("💡 Tip:")
 
 
 def _format_warning(
@@ -147,9 +142,7 @@ def _run_through_hydra(task: Task, args: Namespace) -> Any:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come out as they are
     try:
         with redirect_stdout(printed) if prints else nullcontext():
-            run_hydra(
-                args, run_job, CONF, lambda hydra: check_hydra_nodes(hydra, allowed_targets())
-            )
+            run_hydra(args, run_job, lambda hydra: check_hydra_nodes(hydra, allowed_targets()))
     except InstantiationException:
         raise
     except HydraException as error:

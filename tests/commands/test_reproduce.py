@@ -7,9 +7,9 @@ from small_runs import train
 from tracklight.commands.parser import main
 from tracklight.commands.reproduce import compare_runs
 from tracklight.engine.checkpoints import DurableCheckpointIO
+from tracklight.engine.monitors import PruningCallback
 from tracklight.errors import BadInput
 from tracklight.runs import select as query
-from tracklight.sweep.pruning import PruningCallback
 from tracklight.tracking.store import connect
 from tracklight.tracking.tags import EPOCHS_RUN_TAG, POINT_TAG, REPRODUCES_TAG, is_pruned
 

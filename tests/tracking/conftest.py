@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,20 @@ def swift(monkeypatch) -> None:
     """The sender's periods, shortened."""
     monkeypatch.setattr(sender, "_PERIOD_S", 0.05)
     monkeypatch.setattr(sender, "_MAX_BACK_OFF_S", 0.2)
+
+
+@pytest.fixture
+def sending_threads(monkeypatch) -> set[str]:
+    """Names of the threads that have sent something to MLflow."""
+    names: set[str] = set()
+    send = sender.MlflowWriter.send_next
+
+    def record(writer: sender.MlflowWriter) -> None:
+        names.add(threading.current_thread().name)
+        send(writer)
+
+    monkeypatch.setattr(sender.MlflowWriter, "send_next", record)
+    return names
 
 
 @pytest.fixture(scope="module")

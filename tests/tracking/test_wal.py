@@ -158,12 +158,10 @@ def test_the_confirmed_offset_survives_and_damage_before_it_is_told(tmp_path):
     assert WriteAheadLog(path).damaged
 
 
-def test_a_block_of_64_points_costs_the_training_thread_less_than_50_us(tmp_path):
+def test_a_block_of_64_points_costs_the_training_thread_one_write(tmp_path, monkeypatch):
     wal = WriteAheadLog(tmp_path / "points.wal")
-    steps, values = range(64), [0.1 * i for i in range(64)]
-    costs = []
-    for _ in range(200):
-        start = time.perf_counter()
-        wal.add_points("train/loss", steps, values)
-        costs.append(time.perf_counter() - start)
-    assert sorted(costs)[len(costs) // 4] < 50e-6  # the machine may be busy with something else
+    writes, write = [], os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: writes.append(data) or write(fd, data))
+    monkeypatch.setattr(os, "fsync", lambda fd: pytest.fail("waits for the disk"))
+    wal.add_points("train/loss", range(64), [0.1 * i for i in range(64)])
+    assert len(writes) == 1

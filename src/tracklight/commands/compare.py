@@ -9,7 +9,7 @@ import math
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -40,10 +40,8 @@ def run(args: Namespace) -> int:
         print(diff_runs(reader, args), end="")
         return 0
     folders = args.dir.absolute() / RUNS_FOLDER
-    board = rank_runs(
-        *(reader, _parse_filter(reader, args), args.metric, args.mode),
-        *(args.limit or LIMIT, args.each, folders),
-    )
+    run_filter, limit = _parse_filter(reader, args), args.limit or LIMIT
+    board = rank_runs(reader, run_filter, args.metric, args.mode, limit, args.each, folders)
     if args.form == "json":
         print(json.dumps([_to_dict(board, row) for row in board.rows], indent=1))
     elif args.form == "csv":
@@ -52,12 +50,11 @@ def run(args: Namespace) -> int:
         writer.writeheader()
         writer.writerows(rows)
     else:
-        _print_table(board, sys.stdout)
+        _print_table(board)
     return 0
 
 
 def _parse_filter(reader: RunReader, args: Namespace) -> RunFilter:
-    """Return the filter that the command line describes."""
     tags = {}
     for word in args.tag:
         key, separator, value = word.partition("=")
@@ -119,7 +116,7 @@ def _to_csv_row(board: Leaderboard, row: LeaderboardRow) -> dict[str, Any]:
     return {**first, **row.params, **last, "flags": "; ".join(row.flags)}
 
 
-def _print_table(board: Leaderboard, out: IO[str]) -> None:
+def _print_table(board: Leaderboard) -> None:
     """Print a leaderboard as a table, and below it what the table leaves out."""
     columns, dropped = board.columns[:MAX_COLUMNS], board.columns[MAX_COLUMNS:]
     several_seeds = any(len(row.runs) > 1 for row in board.rows)
@@ -157,8 +154,8 @@ def _print_table(board: Leaderboard, out: IO[str]) -> None:
         note += f"; {board.left_out}"
     if dropped:
         note += f"; further parameters that differ: {', '.join(dropped)} (--csv, --json)"
-    width = None if out.isatty() else WIDTH
-    console = Console(file=out, width=width, highlight=False, markup=False)
+    width = None if sys.stdout.isatty() else WIDTH
+    console = Console(width=width, highlight=False, markup=False)
     console.print(table)
     console.print(note, style="dim")
 

@@ -43,12 +43,8 @@ def read_image(path: Path, shape: tuple[int, int], invert: str) -> DigitImage:
     """Read an image file as a light object on dark ground, in the size that a model takes.
 
     For a model of 28 x 28 images, an image of another size is prepared as MNIST was: the ink is
-    separated from the page, fitted into a square of 20 and centred by its mass.
-
-    Args:
-        path: An image file.
-        shape: Rows and columns that the model takes.
-        invert: `yes`, `no`, or `auto`: inverted if the border is light.
+    separated from the page, fitted into a square of 20 and centred by its mass. `shape` is (H, W)
+    of the model; `invert` is `yes`, `no`, or `auto`, which inverts if the border is light.
 
     Raises:
         BadInput: The file holds no image, or one too large to be decoded, or a blank page.
@@ -79,17 +75,15 @@ def _decode(path: Path) -> tuple[np.ndarray, list[str]]:
     too_large = f"is more than the {MAX_PIXELS:,} that are decoded; make it smaller"
     notes = []
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=FORMATS) as image:  # reads the header only
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise BadInput(f"{path}: {width} x {height} pixels {too_large}")
-                if (num_frames := getattr(image, "n_frames", 1)) > 1:
-                    notes.append(f"first of {num_frames} frames")
-                    image.seek(0)
-                image.load()
-                return _brightness(ImageOps.exif_transpose(image)), notes
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
+            width, height = image.size  # so far only the header was read
+            if width * height > MAX_PIXELS:
+                raise BadInput(f"{path}: {width} x {height} pixels {too_large}")
+            if (num_frames := getattr(image, "n_frames", 1)) > 1:
+                notes.append(f"first of {num_frames} frames")
+                image.seek(0)
+            image.load()
+            return _brightness(ImageOps.exif_transpose(image)), notes
     except Image.DecompressionBombError as error:
         size = str(error).partition(" exceeds")[0]
         raise BadInput(f"{path}: {size} {too_large}") from None
@@ -170,8 +164,7 @@ def _center(ink: np.ndarray) -> np.ndarray:
 
 
 def _rescale(grey: np.ndarray, scale: float) -> np.ndarray:
-    height, width = (max(1, round(side * scale)) for side in grey.shape)
-    return _resize(grey, (height, width))
+    return _resize(grey, tuple(max(1, round(side * scale)) for side in grey.shape))
 
 
 def _resize(grey: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

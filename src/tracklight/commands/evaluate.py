@@ -19,6 +19,7 @@ from tracklight.engine.progress import format_metrics
 from tracklight.errors import BadInput, RunFailed
 from tracklight.experiment import stored
 from tracklight.experiment.build import has_test
+from tracklight.experiment.record import finish_run
 from tracklight.redact import redact
 from tracklight.runs.select import resolve_sweep, select_run
 from tracklight.tracking import tags
@@ -65,9 +66,10 @@ def run(args: Namespace) -> int:
     if isinstance(rebuilt.data, TensorData):
         num_examples = len(rebuilt.data.splits[split])
         lines["data"] = f"{split} of {rebuilt.data.name}, {num_examples:,} examples"
-    lines["score"] = format_metrics({f"{split}/{name}": value for name, value in metrics.items()})
+    scores = {f"{split}/{name}": value for name, value in metrics.items()}
+    lines["score"] = format_metrics(scores)
     if split == "test":
-        lines |= _compare_with_recorded(rebuilt, metrics)
+        lines |= _compare_with_recorded(rebuilt, scores)
     if not args.no_log:
         lines["logged"] = _log(store, rebuilt, split, metrics, args.into_run)
     width = max(map(len, lines))
@@ -139,13 +141,12 @@ def measure(rebuilt: stored.RebuiltRun, split: str) -> dict[str, float]:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    stage = "test"
+    stage, evaluate = "test", trainer.test
     if isinstance(rebuilt.data, TensorData):
         _ = rebuilt.data.digest  # of the splits as they were read
         rebuilt.data.splits = {**rebuilt.data.splits, "test": rebuilt.data.splits[split]}
     elif split == "val":
-        stage = "val"
-    evaluate = trainer.validate if stage == "val" else trainer.test
+        stage, evaluate = "val", trainer.validate
     results = evaluate(rebuilt.model, datamodule=rebuilt.data, verbose=False)
     return {
         name.removeprefix(f"{stage}/"): float(value)
@@ -154,14 +155,10 @@ def measure(rebuilt: stored.RebuiltRun, split: str) -> dict[str, float]:
     }
 
 
-def _compare_with_recorded(rebuilt: stored.RebuiltRun, metrics: dict[str, float]) -> dict[str, str]:
+def _compare_with_recorded(rebuilt: stored.RebuiltRun, scores: dict[str, float]) -> dict[str, str]:
     """Describe whether the run's own test had the same metrics, if it recorded any."""
     recorded = rebuilt.run.data.metrics
-    gaps = [
-        abs(value - recorded[f"test/{name}"])
-        for name, value in metrics.items()
-        if f"test/{name}" in recorded
-    ]
+    gaps = [abs(value - recorded[key]) for key, value in scores.items() if key in recorded]
     if not gaps:
         return {}
     if not _is_own_data(rebuilt):
@@ -224,15 +221,11 @@ def _log(
         check_key("metric", f"{split}/{name}")
     experiment = store.client.get_experiment(run.info.experiment_id).name
     child = store.create(experiment, f"evaluate-{split}", child_tags)
-    status = "FAILED"
-    try:
+    with finish_run(child, rebuilt.model, figures=False):
         for name, value in metrics.items():
             child.log_series(f"{split}/{name}", (step,), (value,))
         if isinstance(data := rebuilt.data, TensorData):
             child.log_input(data.name, data.digest, data.source, split)
-        status = "FINISHED"
-    finally:
-        child.finish(status)
     return f"to {child.run_id}, a child of the run"
 
 

@@ -69,9 +69,7 @@ class Parser(argparse.ArgumentParser):
 def main(command: str, argv: Sequence[str]) -> int:
     """Parse a command's arguments, then import and run it; return the exit code.
 
-    Args:
-        command: A module of this package that has `run(args) -> int`.
-        argv: The words after the command.
+    The command is a module of this package that has `run(args) -> int`.
 
     Raises:
         BadInput: The arguments do not parse or do not fit each other, or a package is missing.
@@ -129,7 +127,7 @@ def _check_compare(args: argparse.Namespace) -> None:
 
 def _add_evaluate(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
-    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="of data")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of data")
     splits = ("train", "val", "test")
     parser.add_argument("--split", choices=splits, help="default: test, if there is one")
     parser.add_argument("--table", type=Path, metavar="FILE", help="test on all rows of this CSV")
@@ -148,9 +146,7 @@ def _add_predict(parser: Parser) -> None:
 
 def _add_reproduce(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="of its config"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of its config")
 
 
 def _add_ui(parser: Parser) -> None:

@@ -82,15 +82,10 @@ def _predict(
         return [label | row for label, row in zip(labels, rows, strict=True)]
     predictions = []
     for label, row in zip(labels, outputs.double().softmax(1).tolist(), strict=True):
-        best = max(range(len(names)), key=row.__getitem__)
-        predictions.append(
-            {
-                **label,
-                "prediction": names[best],
-                "probability": row[best],
-                "probabilities": dict(zip(names, row, strict=True)),
-            }
-        )
+        shares = dict(zip(names, row, strict=True))
+        best = max(shares, key=shares.__getitem__)
+        top = {"prediction": best, "probability": shares[best]}
+        predictions.append(label | top | {"probabilities": shares})
     return predictions
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tracklight.config import compose
 from tracklight.data.tensor_data import TensorData
 from tracklight.engine.checkpoints import load_plain
+from tracklight.engine.monitors import PruningCallback
 from tracklight.errors import BadInput, RunFailed
 from tracklight.experiment import train
 from tracklight.experiment.build import build_data
@@ -20,7 +21,6 @@ from tracklight.paths import ROOT
 from tracklight.runs import diff
 from tracklight.runs.reader import reader_of
 from tracklight.runs.select import fetch, resolve_sweep, select_run
-from tracklight.sweep.pruning import PruningCallback
 from tracklight.tracking import provenance, tags
 from tracklight.tracking.store import Store
 
@@ -71,9 +71,7 @@ def run(args: Namespace) -> int:
     return 1
 
 
-def _rebuild_config(
-    store: Store, run: Any, overrides: Sequence[str]
-) -> tuple[DictConfig, list[str]]:
+def _rebuild_config(store: Store, run: Any, overrides: list[str]) -> tuple[DictConfig, list[str]]:
     """Return the config of the reproduction and how it differs from the stored one."""
     stored, cfg = load_config(store, run), load_config(store, run, overrides)
     before, after = (
@@ -93,10 +91,8 @@ def _rebuild_config(
 def compare_runs(store: Store, old: Any, new: Any) -> tuple[int, int, list[str]]:
     """Compare the last and the best weights and the metrics of two runs.
 
-    Of metrics that are logged at the end of training only the last point counts.
-
-    Returns:
-        Number of final weights, number of metric points, and a line for each difference.
+    Of metrics that are logged at the end of training only the last point counts. Returns the number
+    of final weights, the number of metric points, and a line for each difference.
     """
     num_weights, num_points, differences = 0, 0, []
     for path in (tags.LAST, tags.BEST):
@@ -134,13 +130,11 @@ def _diff_histories(key: str, before: Sequence[Any], after: Sequence[Any]) -> li
     lines = []
     if len(before) != len(after):
         lines.append(f"{key}: {len(before):,} points and {len(after):,}")
-    for (step, one), (other_step, other) in zip(before, after, strict=False):
-        if (step, one) != (other_step, other):
-            return [
-                *lines,
-                f"{key}: first differs at step {step}, {one:.9g} and {other:.9g}; "
-                f"at the end {before[-1][1]:.6g} and {after[-1][1]:.6g}",
-            ]
+    for one, other in zip(before, after, strict=False):
+        if one != other:
+            first = f"first differs at step {one[0]}, {one[1]:.9g} and {other[1]:.9g}"
+            end = f"at the end {before[-1][1]:.6g} and {after[-1][1]:.6g}"
+            return [*lines, f"{key}: {first}; {end}"]
     return lines
 
 
@@ -153,9 +147,9 @@ def _known_differences(store: Store, run: Any, cfg: DictConfig) -> list[str]:
         if params.get(key, str(value)) != str(value)
     ]
     epochs = str(cfg.trainer.max_epochs)
-    if (wanted := run_tags.get(tags.EPOCHS_TAG, epochs)) != epochs:
+    if (asked := run_tags.get(tags.EPOCHS_TAG, epochs)) != epochs:
         lines.append(
-            f"config: the run was asked for {wanted} epochs, its stored config for {epochs}"
+            f"config: the run was asked for {asked} epochs, its stored config for {epochs}"
         )
     if not lines and run_tags.get(tags.IDENTITY_TAG) not in (None, compose.config_digest(cfg)):
         lines.append("config: the stored one is not that of the run's identity")

@@ -93,11 +93,7 @@ def allowed_targets() -> list[str]:
 
 
 def to_plain(cfg: Any) -> dict[str, Any]:
-    """Resolve a config into dicts, lists and scalars, once.
-
-    Raises:
-        BadInput: A value refers to nothing, or an interpolation is left in the result.
-    """
+    """Resolve a config into plain values, once; refuse it if an interpolation refers to nothing."""
     tree: Any = cfg
     try:
         if OmegaConf.is_config(cfg):
@@ -116,8 +112,7 @@ def apply_overrides(stored: Mapping[str, Any], overrides: Sequence[str]) -> Dict
     """Apply dotted overrides to a stored, resolved config, under this checkout's allow-list.
 
     Raises:
-        BadInput: An override names no key of that config or replaces a group; or there is an
-            interpolation: a stored config is data, and never resolved again.
+        BadInput: An override names no key, replaces a group or holds an interpolation.
     """
     check_plain(stored)
     cfg = OmegaConf.create({**stored, "allowed_targets": allowed_targets()})

@@ -52,11 +52,7 @@ def count_cores() -> int:
 
 
 def count_gpus(devices: Path = Path("/dev")) -> int | None:
-    """Count GPUs by their device files.
-
-    Returns:
-        The most there can be, or None where the device files do not tell (macOS, WSL, AMD, Jetson).
-    """
+    """Return the most GPUs there can be; None where no device file tells (macOS, WSL, AMD)."""
     if platform.system() != "Linux":
         return None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

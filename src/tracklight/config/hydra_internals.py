@@ -20,6 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from tracklight.errors import BadInput
+from tracklight.paths import CONF
 
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
@@ -63,17 +64,14 @@ def _flags_parser() -> ArgumentParser:
 
 
 def run_hydra(
-    args: Namespace,
-    job: Callable[[DictConfig], Any],
-    conf: Path,
-    check_nodes: Callable[[DictConfig], None],
+    args: Namespace, job: Callable[[DictConfig], Any], check_nodes: Callable[[DictConfig], None]
 ) -> None:
     """Do what Hydra's flags ask for, as `hydra.main` would.
 
     `check_nodes` takes the composed node `hydra` before Hydra acts on it, `job` a run's config.
     """
     name, overrides = args.config_name or "config", args.overrides
-    path = create_config_search_path(_folder("--config-path", args.config_path or str(conf)))
+    path = create_config_search_path(_folder("--config-path", args.config_path or str(CONF)))
     if args.config_dir is not None:
         further = _folder("--config-dir", args.config_dir)
         path.prepend("command-line", f"file://{further}", SearchPathQuery(provider="schema"))

@@ -24,23 +24,16 @@ STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
 def instantiate(
-    node: Any,
-    allowed: Sequence[str],
-    kind: type[Any] = object,
-    partial: bool = False,
-    **kwargs: Any,
+    node: Any, allowed: Sequence[str], kind: type = object, partial: bool = False, **kwargs: Any
 ) -> Any:
     """Instantiate the class that a config node names, the nodes inside it first.
 
     Args:
-        node: A mapping with a `_target_`, or a mapping of such.
+        node: A mapping with a `_target_`; one without gives a plain dict.
         allowed: Modules; a class defined in one of them or below may be instantiated.
         kind: Base class of the outermost class.
         partial: Return a callable that takes the arguments still missing.
         **kwargs: Further arguments of the outermost class; they win over the node's.
-
-    Returns:
-        The object; for `partial` its factory; for a node without `_target_` a plain dict.
 
     Raises:
         BadInput: A target is not allowed, not found or of another kind, or arguments do not fit.

@@ -22,7 +22,7 @@ def check_overrides(words: Sequence[str], *, multirun: bool) -> list[str]:
     """Check the overrides of a command line; return them for Hydra, run ids quoted.
 
     Raises:
-        BadInput: An override is empty, given twice, of a key that tracklight sets, or needs -m.
+        BadInput: One is empty, given twice, of a key that tracklight sets, or needs `-m`.
     """
     quoted = [_quote_run_id(word) for word in words]
     seen: dict[str, str] = {}

@@ -26,13 +26,7 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 def choose_columns(
     where: str, header: list[str], targets: list[str] | None, features: list[str] | None
 ) -> Columns:
-    """Choose the feature and the target columns of a table.
-
-    Args:
-        where: Key and value that named the table, for error messages.
-        header: Names of all columns.
-        targets: Columns to predict.
-        features: Columns to predict from; None takes all others.
+    """Choose the feature and the target columns of a table; features of None are all others.
 
     Raises:
         BadInput: A column does not exist, is named twice, or serves as both.
@@ -89,9 +83,6 @@ def read_features(path: Path, names: list[str], delimiter: str) -> np.ndarray:
     """Read the named columns of a CSV file as (N, C) float64.
 
     A delimiter that separates nothing is replaced by a usual one.
-
-    Raises:
-        BadInput: The file is not such a table; the message names line and column.
     """
 
     def choose(header: list[str]) -> Columns:

@@ -125,9 +125,8 @@ class Loader:
 
     def __init__(self, data: TensorData, split: str, batch_size: int | None, shuffle: bool = False):
         trainer = data.trainer
-        self.rank, self.world_size = (
-            (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        )
+        self.rank = trainer.global_rank if trainer else 0
+        self.world_size = trainer.world_size if trainer else 1
         self.data = data
         self.split = split
         self.shuffle = shuffle

@@ -19,12 +19,8 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from tracklight.data.tensor_data import TensorData
+from tracklight.engine import lightning_internals
 from tracklight.engine.eligibility import why_no_blocks
-from tracklight.engine.lightning_internals import (
-    batch_value,
-    count_optimizer_step,
-    reload_train_dataloader,
-)
 from tracklight.engine.seeding import seed_step
 from tracklight.engine.steps import make_step, signature
 from tracklight.errors import RunFailed
@@ -44,34 +40,11 @@ class NonFiniteLoss(RunFailed):
         self.step = step
 
 
-class LogRecorder:
-    """Records what a model logs during a block, which Lightning would take for a single step."""
-
-    def __init__(self, losses: Sequence[Tensor]):
-        self.losses = losses  # of the steps taken so far; their number is the current step
-        self.logged: dict[str, tuple[list[int], list[Tensor], dict[str, Any]]] = {}
-
-    def log(self, name: str, value: Any, prog_bar: bool = False, **options: Any) -> None:
-        """Record one call of `LightningModule.log`."""
-        options["prog_bar"] = prog_bar
-        if isinstance(value, Metric):  # computes its mean over the epoch itself
-            options["metric"], value = value, batch_value(value)
-        indices, values, _ = self.logged.setdefault(name, ([], [], options))
-        if value is not None:  # None: the metric was updated only
-            indices.append(len(self.losses))
-            is_tensor = isinstance(value, Tensor)  # copied: the step may change it
-            value = value.detach().clone() if is_tensor else torch.tensor(float(value))
-            values.append(value.squeeze())
-
-
 class Blocks(Callback):
     """Takes the optimizer steps of a block in place of Lightning's automatic optimization.
 
-    Where blocks cannot be used, it only reseeds before each batch and checks each loss.
-
-    Args:
-        seed: The run's seed, for the random numbers of each step.
-        report: Called with a line that says why blocks are not used.
+    Where blocks cannot be used, it calls `report` with a line that says why, and only reseeds
+    before each batch and checks each loss.
     """
 
     supports_blocks = True
@@ -96,7 +69,7 @@ class Blocks(Callback):
             self.data = data
             data.steps_per_block = STEPS_PER_BLOCK if self.uses_blocks else 1
         if self.uses_blocks:
-            reload_train_dataloader(trainer)
+            lightning_internals.reload_train_dataloader(trainer)
             self.signature: Any = None
             # Lightning takes blocks for batches, and finds too few of them for its logging.
             warnings.filterwarnings("ignore", "The number of training batches", UserWarning)
@@ -124,15 +97,15 @@ class Blocks(Callback):
         schedulers = [config.scheduler for config in configs if config.interval == "step"]
         first = self.trainer.global_step
         size = self.data.batch_size or len(targets)
-        losses: list[Tensor] = []
-        self.recorder = LogRecorder(losses)
-        self.module.log_recorder = self.recorder.log
+        self.step_losses = losses = list[Tensor]()
+        self.logged: dict[str, tuple[list[int], list[Tensor], dict[str, Any]]] = {}
+        self.module.log_recorder = self._record
         try:
             for x, y in zip(inputs.split(size), targets.split(size), strict=True):
                 if losses:  # Lightning itself counts and schedules once a block, after its end
                     for scheduler in schedulers:
                         scheduler.step()
-                    count_optimizer_step(self.trainer)
+                    lightning_internals.count_optimizer_step(self.trainer)
                 seed_step(self.seed, first + len(losses))
                 losses.append(self.step(x, y))
         finally:
@@ -141,6 +114,18 @@ class Blocks(Callback):
         self.sizes = self.losses.new_full((len(losses),), size)
         self.sizes[-1] = len(targets) - size * (len(losses) - 1)
         return losses[-1], (self.losses * self.sizes).sum() / len(targets)
+
+    def _record(self, name: str, value: Any, prog_bar: bool = False, **options: Any) -> None:
+        """Record a call of the model's `log`: Lightning would take the block for a single step."""
+        options["prog_bar"] = prog_bar
+        if isinstance(value, Metric):  # computes its mean over the epoch itself
+            options["metric"], value = value, lightning_internals.batch_value(value)
+        indices, values, _ = self.logged.setdefault(name, ([], [], options))
+        if value is not None:  # None: the metric was updated only
+            indices.append(len(self.step_losses))
+            is_tensor = isinstance(value, Tensor)  # copied: the step may change it
+            value = value.detach().clone() if is_tensor else torch.tensor(float(value))
+            values.append(value.squeeze())
 
     @override
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
@@ -159,7 +144,7 @@ class Blocks(Callback):
 
     def _log_recorded(self, steps: Sequence[int]) -> None:
         """Log what the model logged in its forward pass or loss, as Lightning would by step."""
-        for name, (indices, values, options) in self.recorder.logged.items():
+        for name, (indices, values, options) in self.logged.items():
             on_step, on_epoch = options.pop("on_step", None), options.pop("on_epoch", None)
             metric = options.pop("metric", None)
             recorded = torch.stack(values) if values else self.sizes.new_empty(0)
@@ -177,7 +162,6 @@ class Blocks(Callback):
 
     def _log_series(self, key: str, steps: Sequence[int], values: Sequence[float]) -> None:
         interval = self.trainer.log_every_n_steps
-        if self.logger is None or not interval:
-            return
-        kept = [(step, values[i]) for i, step in enumerate(steps) if step % interval == 0]
-        self.logger.log_series(key, [step for step, _ in kept], [value for _, value in kept])
+        if self.logger is not None and interval:
+            kept = [i for i, step in enumerate(steps) if step % interval == 0]
+            self.logger.log_series(key, [steps[i] for i in kept], [values[i] for i in kept])

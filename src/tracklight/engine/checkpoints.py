@@ -11,13 +11,12 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from io import BytesIO
 from operator import mul
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
@@ -31,7 +30,6 @@ from tracklight.errors import BadInput, RunFailed
 from tracklight.paths import sync_folder
 
 CHECKSUM = ".sha256.json"
-LIGHTNING = "pytorch-lightning"
 INTERVAL_S = 1.0  # the least time between two resume checkpoints within a fit
 NUM_KEPT = 2
 PATTERN = "step-*.ckpt"
@@ -39,11 +37,10 @@ LAST = "last.ckpt"
 RATES = {"lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "_last_lr"}  # in PyTorch's states
 
 
-@dataclass(frozen=True)
-class Checksum:
+class Checksum(NamedTuple):
     """Digests that a checkpoint's file may have: of the new content, and of the one before."""
 
-    sha256: list[str] = field(default_factory=list)
+    sha256: Sequence[str] = ()
     step: int = -1
 
     @classmethod
@@ -64,7 +61,7 @@ def write_checksum(checkpoint: Path, checksum: Checksum) -> None:
     """Write a checkpoint's checksum, durably."""
     path = checksum_path(checkpoint)
     temporary = path.with_name(f".{path.name}.tmp")
-    _write_synced(temporary, json.dumps(asdict(checksum)).encode())
+    _write_synced(temporary, json.dumps(checksum._asdict()).encode())
     temporary.replace(path)
 
 
@@ -113,11 +110,12 @@ def load_plain(
         raise BadInput(
             f"checkpoint {path} holds no `state_dict`; expected a checkpoint that Lightning wrote"
         )
-    written, installed = str(loaded.get("pytorch-lightning_version", "0.0")), version(LIGHTNING)
+    name = "pytorch-lightning"
+    written, installed = str(loaded.get(f"{name}_version", "0.0")), version(name)
     if _release(written) > _release(installed):
         raise BadInput(
-            f"checkpoint {path} was written by {LIGHTNING} {written[:20]}, which is later than"
-            f" {installed} here; pip install '{LIGHTNING}>={written[:20]}'"
+            f"checkpoint {path} was written by {name} {written[:20]}, which is later than"
+            f" {installed} here; pip install '{name}>={written[:20]}'"
         )
     return loaded
 
@@ -146,9 +144,8 @@ def _release(written: str) -> tuple[int, ...]:
 class DurableCheckpointIO(CheckpointIO):
     """Writes checkpoints so that power loss leaves the old one or the new one, never half.
 
-    Args:
-        before_commit: Called when the content is on disk and before it takes its name: what the
-            checkpoint builds on (the metrics up to it) must be durable first.
+    `before_commit` is called when the content is on disk and before it takes its name: what the
+    checkpoint builds on (the metrics up to it) must be durable first.
     """
 
     def __init__(self, before_commit: Callable[[], None] = lambda: None):
@@ -196,10 +193,7 @@ class DurableCheckpointIO(CheckpointIO):
 
 
 def newest_resume_checkpoint(folder: Path) -> Path | None:
-    """Return the intact resume checkpoint of the highest step, and warn of damaged ones.
-
-    Returns:
-        None if there never was one.
+    """Return the intact resume checkpoint of the highest step, if any; warn of damaged ones.
 
     Raises:
         RunFailed: There are some, and none is intact.
@@ -240,9 +234,6 @@ class ResumeCheckpoint(Callback):
 
     `on_train_epoch_end` comes before the epoch's train metrics are logged and the schedulers
     stepped, so a run continued from there would lose both.
-
-    Args:
-        io: Removes superseded checkpoints.
     """
 
     def __init__(self, io: DurableCheckpointIO):
@@ -301,9 +292,9 @@ class ResumeCheckpoint(Callback):
         trainer.save_checkpoint(path)
         self.saved_at = time.monotonic()
         if trainer.is_global_zero:
-            saved = sorted(self.folder.glob(PATTERN))  # one of a later step was found damaged
-            kept = [each for each in saved if each.name <= path.name][-NUM_KEPT:]
-            for old in set(saved) - set(kept):
+            saved = {*self.folder.glob(PATTERN)}  # one of a later step was found damaged
+            kept = sorted(each for each in saved if each.name <= path.name)[-NUM_KEPT:]
+            for old in saved - set(kept):
                 self.io.remove_checkpoint(old)
 
 

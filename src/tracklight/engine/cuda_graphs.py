@@ -77,10 +77,7 @@ class DeviceRates:
 class CapturedStep:
     """Replays a captured optimizer step, one graph for each shape of minibatch.
 
-    Args:
-        eager: Takes a step in plain PyTorch: forward, backward and update.
-        optimizer: Whose update `eager` makes.
-        parameters: Of the model, all on one CUDA device.
+    `eager` takes a step in plain PyTorch; the model's parameters are all on one CUDA device.
     """
 
     def __init__(self, eager: Step, optimizer: Optimizer, parameters: Sequence[Parameter]):

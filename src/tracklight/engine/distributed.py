@@ -3,9 +3,8 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tracklight.errors import RunFailed
 
@@ -15,8 +14,7 @@ RANK_ZERO_RUN = "TRACKLIGHT_LEADER"
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
 
 
-@dataclass(frozen=True)
-class RankZeroRun:
+class RankZeroRun(NamedTuple):
     """What rank zero runs, for the processes that it launches.
 
     Args:
@@ -53,7 +51,7 @@ def export_rank_zero_run(strategy: Any, cfg: Mapping[str, Any], checkpoint: Path
         )
     os.environ["OMP_NUM_THREADS"] = str(cfg["num_threads"])  # else Lightning decides
     run = RankZeroRun({**cfg, "resume": None, "init_from": None}, checkpoint and str(checkpoint))
-    os.environ[RANK_ZERO_RUN] = json.dumps(asdict(run))
+    os.environ[RANK_ZERO_RUN] = json.dumps(run._asdict())
 
 
 def read_rank_zero_run() -> RankZeroRun | None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, callbacks
+from pytorch_lightning import Callback, LightningModule, Trainer, callbacks
 from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.utilities.model_helpers import is_overridden
@@ -12,9 +12,7 @@ from tracklight.data.tensor_data import TensorData
 from tracklight.engine.lightning_internals import detects_anomaly
 from tracklight.models.supervised import Supervised
 
-TRANSFER_HOOKS = (
-    *("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"),
-)
+TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 MODULE_HOOKS = (
     *("on_train_batch_start", "on_train_batch_end", *TRANSFER_HOOKS),
     *("on_before_zero_grad", "optimizer_zero_grad"),
@@ -30,9 +28,7 @@ UNSUPPORTED_CALLBACKS = (
 )
 
 
-def why_no_blocks(
-    trainer: Any, module: LightningModule, data: LightningDataModule | None
-) -> str | None:
+def why_no_blocks(trainer: Any, module: LightningModule, data: object) -> str | None:
     """Return the first reason against blocks; None if they can be used."""
     if not isinstance(module, Supervised):
         return f"{type(module).__name__} is not a tracklight model (Supervised)"

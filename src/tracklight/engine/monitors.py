@@ -1,9 +1,11 @@
-"""Callbacks that log the size of the gradients, and the use of the machine."""
+"""Callbacks that report gradients, the use of the machine, and a trial's score to its pruner."""
 
 import contextlib
 import logging
 import math
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,9 +13,11 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from tracklight.engine.progress import AfterEpoch
+from tracklight.tracking.tags import EPOCHS_RUN_TAG, OUTCOME_TAG, PRUNED, SECONDS_TAG
+
 GRADIENT_STEPS = 32  # from one logged gradient to the next
 TINY = 1e-30  # keeps the ratio of a weight that is all zeros finite
-PERIOD_S = 2.0
 _log = logging.getLogger(__name__)
 
 
@@ -70,7 +74,7 @@ class SystemMetricsMonitor(Callback):
 
     supports_blocks = True
 
-    def __init__(self, period_s: float = PERIOD_S):
+    def __init__(self, period_s: float = 2.0):
         self.period_s = period_s
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -88,7 +92,6 @@ class SystemMetricsMonitor(Callback):
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
-            self._thread = None
 
     on_exception = on_fit_end
 
@@ -109,15 +112,95 @@ class SystemMetricsMonitor(Callback):
 
 def _collectors() -> list[Any]:
     """Return MLflow's collectors for what this machine has."""
-    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+    from mlflow.system_metrics.metrics import (
+        cpu_monitor,
+        disk_monitor,
+        gpu_monitor,
+        network_monitor,
+    )
 
-    collectors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    monitors = cpu_monitor.CPUMonitor, disk_monitor.DiskMonitor, network_monitor.NetworkMonitor
+    collectors: list[Any] = [monitor() for monitor in monitors]
     with contextlib.suppress(Exception):  # no NVIDIA GPU, or no driver
-        collectors.append(GPUMonitor())
+        collectors.append(gpu_monitor.GPUMonitor())
     for collector in collectors:  # the first answer is about the time since the last one
         collector.collect_metrics()
         collector.clear_metrics()
     return collectors
+
+
+class PruningCallback(AfterEpoch):
+    """Reports the score after each epoch, stops a pruned trial, and tags its run.
+
+    The report precedes the epoch's checkpoint: the pruner has seen every epoch of a checkpoint.
+
+    Args:
+        metric: `score.metric`.
+        report: Takes the epoch, counted from 1, and the score; returns whether to prune the trial.
+        one_epoch: Whether to stop after the first epoch, as a preflight does.
+    """
+
+    supports_blocks = True
+
+    def __init__(self, metric: str, report: Callable[[int, float], bool], one_epoch: bool = False):
+        super().__init__()
+        self.metric = metric
+        self.report = report
+        self.one_epoch = one_epoch
+        self.pruned = False
+        self.run_id: str | None = None
+        self.metrics: set[str] = set()
+        self.data: str | None = None
+        self.epochs = 0
+        self.earlier_s = 0.0
+        self.started_s = math.nan
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"pruned": self.pruned, "seconds": self.seconds}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.pruned = state_dict["pruned"]
+        self.earlier_s = state_dict["seconds"]
+
+    @property
+    def seconds(self) -> float:
+        """Training time over all starts of the trial."""
+        now_s = 0.0 if math.isnan(self.started_s) else time.monotonic() - self.started_s
+        return self.earlier_s + now_s
+
+    @override
+    def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        self.run_id = getattr(trainer.logger, "run_id", None)
+        if self.one_epoch:
+            self.data = getattr(getattr(trainer, "datamodule", None), "digest", None)
+
+    @override
+    def on_fit_start(self, *_: Any) -> None:
+        self.started_s = time.monotonic()
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.metrics |= set(trainer.callback_metrics)
+        value = trainer.callback_metrics.get(self.metric)
+        if value is not None and trainer.is_global_zero:
+            self.pruned = self.report(trainer.current_epoch + 1, float(value))
+        if self.pruned or self.one_epoch:
+            trainer.should_stop = True
+
+    @override
+    def on_fit_end(self, trainer: Trainer, *_: Any) -> None:
+        self._log_end(trainer, {OUTCOME_TAG: PRUNED if self.pruned else "complete"})
+
+    @override
+    def on_exception(self, trainer: Trainer, *_: Any) -> None:
+        if not math.isnan(self.started_s):
+            with contextlib.suppress(OSError):  # the disk itself may be what failed
+                self._log_end(trainer, {})
+
+    def _log_end(self, trainer: Trainer, outcome: dict[str, str]) -> None:
+        self.epochs = trainer.current_epoch
+        if trainer.logger is not None:
+            spent = {EPOCHS_RUN_TAG: str(self.epochs), SECONDS_TAG: f"{self.seconds:.3f}"}
+            trainer.logger.set_tags(spent | outcome)  # pyright: ignore[reportAttributeAccessIssue]

@@ -69,13 +69,8 @@ def format_summary(
 ) -> str:
     """Format the closing summary, one aligned line for each item that is not empty.
 
-    Args:
-        score: The monitored metric; empty if none is monitored.
-        epoch: Of the score: best or last.
-        test: Metrics on the test part.
-        seconds: Of training, and in all.
-        num_examples: Trained on in that time; 0 if unknown.
-        **lines: Further lines.
+    `score` is empty if none is monitored, else that of the best or last `epoch`; `seconds` are
+    those of training and in all; `num_examples`, 0 if unknown, were trained on in the former.
     """
     training_s, all_s = seconds
     speed = f", {num_examples / training_s:,.0f} examples/s" if num_examples else ""

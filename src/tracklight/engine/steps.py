@@ -14,14 +14,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from tracklight.engine import torch_internals
 from tracklight.engine.cuda_graphs import CapturedStep, Shapes, Step, can_capture
-from tracklight.engine.torch_internals import (
-    count_hooks,
-    fused_sgd,
-    has_step_hooks,
-    is_compiled,
-    skip_capture_check,
-)
 from tracklight.models.supervised import Supervised
 
 EAGER_STEPS = 16  # of a shape of minibatch, before it is worth a trace
@@ -57,24 +51,25 @@ def can_trace(module: Supervised) -> bool:
     """Check that steps depend on parameters and batch alone, so that one trace serves all."""
     return (
         vars(type(module)).get("pure", False)  # promised of this class, not of its parents
-        and not is_compiled(module)
+        and not torch_internals.is_compiled(module)
         and next(module.buffers(), None) is None
         and all(parameter.requires_grad for parameter in module.parameters())
-        and not any(count_hooks(module))
+        and not any(torch_internals.count_hooks(module))
     )
 
 
 def signature(module: Supervised) -> tuple[Any, ...]:
     """Return what a step was made for; once it differs, `make_step` has to be called again."""
     parameters = [(id(each), each.requires_grad) for each in module.parameters()]
-    return parameters, [*map(id, module.buffers())], count_hooks(module), is_compiled(module)
+    buffers, hooks = [*map(id, module.buffers())], torch_internals.count_hooks(module)
+    return parameters, buffers, hooks, torch_internals.is_compiled(module)
 
 
 def _speed_up_adam(optimizer: Optimizer) -> None:
     """Spare Adam and AdamW what costs more than their arithmetic on the CPU; the bits stay."""
     if type(optimizer) not in (Adam, AdamW):
         return
-    skip_capture_check(optimizer)
+    torch_internals.skip_capture_check(optimizer)
     for group in optimizer.param_groups:  # by default, PyTorch loops over the parameters in Python
         has_tensors = any(isinstance(each, Tensor) for each in (group["lr"], *group["betas"]))
         set_by_user = group["foreach"] is not None or group["fused"] or group["differentiable"]
@@ -110,7 +105,8 @@ class TracedStep:
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
                 parameter.grad = gradient
             if _is_plain_sgd(self.optimizer, self.parameters):
-                fused_sgd(self.parameters, gradients, self.optimizer.param_groups[0])
+                group = self.optimizer.param_groups[0]
+                torch_internals.fused_sgd(self.parameters, gradients, group)
             else:
                 self.optimizer.step()
         return loss
@@ -166,7 +162,7 @@ def _is_plain_sgd(optimizer: Optimizer, parameters: list[Tensor]) -> bool:
         group["fused"] is not False
         and not (group["foreach"] or group["differentiable"] or group["momentum"])
         and isinstance(group["lr"], float)
-        and not has_step_hooks(optimizer)
+        and not torch_internals.has_step_hooks(optimizer)
         and {*map(id, group["params"])} == {*map(id, parameters)}
         and all(parameter.device.type == "cpu" for parameter in parameters)
     )

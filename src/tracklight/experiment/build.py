@@ -62,9 +62,8 @@ def build_model(cfg: DictConfig, data: LightningDataModule | None) -> LightningM
     seed_run(cfg.seed)
     model = instantiate(cfg.model, cfg.allowed_targets, LightningModule, **from_data)
     _set_optimizer(cfg, model)
-    owners = [each for each in (model, data) if each is not None]
-    for owner in owners:
-        if not isinstance(owner, TensorData) and is_overridden("train_dataloader", owner):
+    for owner in (model, data):
+        if not isinstance(owner, TensorData | None) and is_overridden("train_dataloader", owner):
             reseed_epochs(owner, cfg.seed)
     if cfg.compile:
         model.compile()
@@ -81,28 +80,22 @@ def _set_optimizer(cfg: DictConfig, model: Any) -> None:
                     stacklevel=2,
                 )
             return
-        # Lightning asks only the module for its optimizer; LightningCLI also sets this method on
-        # the instance.
+        # Lightning asks only the module for its optimizer; LightningCLI sets this method, too.
         model.configure_optimizers = MethodType(Supervised.configure_optimizers, model)
     allowed = cfg.allowed_targets
     model.optimizer_factory = instantiate(cfg.optimizer, allowed, Optimizer, partial=True)
     model.scheduler_factory = _scheduler_factory(cfg, model)
 
 
-def _scheduler_factory(
-    cfg: DictConfig, model: LightningModule
-) -> Callable[[Optimizer], dict[str, Any]] | None:
+def _scheduler_factory(cfg: DictConfig, model: Any) -> Callable[..., dict[str, Any]] | None:
     if cfg.scheduler.get("_target_") is None:
         return None
     node = to_plain(cfg.scheduler)
     settings = {key: node.pop(key) for key in ("interval", "monitor") if key in node}
 
     def factory(optimizer: Optimizer) -> dict[str, Any]:
-        totals = {
-            key: _run_length(model.trainer, settings["interval"])
-            for key in TOTALS
-            if key in node and node[key] is None
-        }
+        missing = [key for key in TOTALS if key in node and node[key] is None]
+        totals = {key: _run_length(model.trainer, settings["interval"]) for key in missing}
         scheduler = instantiate(node | totals, cfg.allowed_targets, LRScheduler, partial=True)
         return {"scheduler": scheduler(optimizer), **settings}
 
@@ -139,14 +132,12 @@ def has_test(model: LightningModule, data: LightningDataModule | None) -> bool:
     """Return whether there is a test part and a model that can be tested on it."""
     if isinstance(data, TensorData):
         return "test" in data.splits
-    return is_overridden("test_step", model, LightningModule) and is_overridden(
-        "test_dataloader", data or model
-    )
+    return is_overridden("test_step", model) and is_overridden("test_dataloader", data or model)
 
 
 def _config_callbacks(cfg: DictConfig) -> list[Callback]:
-    nodes = [node for node in (cfg.callbacks or {}).values() if node]
-    callbacks = [instantiate(node, cfg.allowed_targets, Callback) for node in nodes]
+    nodes = (cfg.callbacks or {}).values()
+    callbacks = [instantiate(node, cfg.allowed_targets, Callback) for node in nodes if node]
     if cfg.tracking.enabled and cfg.tracking.gradients:
         callbacks.append(GradientMonitor())
     if cfg.tracking.enabled and cfg.tracking.system_metrics:

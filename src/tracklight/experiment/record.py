@@ -39,13 +39,12 @@ def open_run(
     Raises:
         BadInput: The resumed run was started with other code, data or settings.
     """
-    digest = data.digest if isinstance(data, TensorData) else "unknown"
     data_name = getattr(data, "name", None) or type(data).__name__
     run_tags = {
         **provenance.tags(),
         tags.IDENTITY_TAG: config_digest(cfg),
         tags.SETTING_TAG: digest_without_seed(cfg),
-        tags.DATA_TAG: digest,
+        tags.DATA_TAG: data.digest if isinstance(data, TensorData) else "unknown",
         tags.DATA_NAME_TAG: data_name,
         tags.EPOCHS_TAG: str(cfg.trainer.max_epochs),
         **further_tags,

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,10 +64,8 @@ def resolve_resume(
 ) -> tuple[DictConfig, ResumedRun | None]:
     """Return the config to run and the run to resume, if any.
 
-    Args:
-        cfg: The config of this command.
-        store: Holds the runs; None if this process tracks nothing.
-        run_id: A run of this very config to resume, whatever `cfg.resume` says.
+    A process that tracks nothing has no store. `run_id` names a run of this very config to resume,
+    whatever `cfg.resume` says.
 
     Raises:
         BadInput: There is no such run, or the command asks for what cannot be resumed.
@@ -194,8 +192,7 @@ def load_best_weights(model: LightningModule, store: Store | None, run_id: str) 
     return run.info.run_id
 
 
-@dataclass
-class RebuiltRun:
+class RebuiltRun(NamedTuple):
     """A run with its config, its data module and its model with the best weights."""
 
     run: Any
@@ -239,8 +236,7 @@ def describe_inputs(data: TensorData) -> dict[str, Any]:
     inputs = {key: getattr(data, key, None) for key in _INPUT_KEYS}
     inputs["shape"] = list(data.splits["train"].features.shape[1:])  # of one raw example
     if data.class_names is None:
-        names = getattr(data, "target", None) or ["target"]
-        inputs["target_names"] = [str(name) for name in names]
+        inputs["target_names"] = list(map(str, getattr(data, "target", None) or ["target"]))
     if isinstance(data, Table) and data.standardise:
         inputs["mean"], inputs["std"] = data.mean.tolist(), data.std.tolist()
     return inputs

@@ -40,12 +40,9 @@ def run(
 ) -> float | None:
     """Train what a config describes, track it, and test its best checkpoint once.
 
-    Args:
-        cfg: The composed and checked config.
-        tags: Further tags of the run.
-        callbacks: Further callbacks.
-        test: Whether to test at the end and log the model; trials of a sweep do neither.
-        run_id: A run of this very config to resume; `cfg.resume` is then ignored.
+    `tags` and `callbacks` are further ones. Without `test`, as in trials of a sweep, the run is not
+    tested and logs no model. `run_id` names a run of this very config to resume; `cfg.resume` is
+    then ignored.
 
     Returns:
         The best value of `score.metric`, or the last one if nothing is tracked; None if the metric
@@ -130,8 +127,7 @@ class Training:
         folder = run.artifacts / CHECKPOINTS
         checkpoints.remove_leftovers(folder)
         run.steps_completed = lambda: self.trainer.global_step
-        self.trainer.logger = run
-        self.blocks.logger = run
+        self.trainer.logger = self.blocks.logger = run
         self.io.before_commit = run.sync
         self.best.dirpath = str(folder)
         self.last.folder = folder
@@ -159,16 +155,15 @@ class Training:
 
     def load_best(self) -> tuple[float | None, int]:
         """Load the best weights, if saved; return their score and their optimizer step."""
+        metric = self.cfg.score.metric
         if not self.cfg.tracking.enabled:
-            score = self.trainer.callback_metrics.get(self.cfg.score.metric)
+            score = self.trainer.callback_metrics.get(metric)
             return None if score is None else float(score), self.trainer.global_step
         path = Path(self.best.dirpath or "") / "best.ckpt"
         if not path.exists():
             if self.trainer.is_global_zero:
-                print(
-                    f"{self.cfg.score.metric} was not measured at the end of an epoch; "
-                    "best.ckpt holds the last weights"
-                )
+                missing = f"{metric} was not measured at the end of an epoch"
+                print(f"{missing}; best.ckpt holds the last weights")
             self.trainer.save_checkpoint(path, weights_only=True)
         best = self.io.load_checkpoint(path)
         self.model.load_state_dict(best["state_dict"])
@@ -182,9 +177,8 @@ class Training:
         rows = len(self.data.splits["train"]) if isinstance(self.data, TensorData) else 0
         where = {}
         if run is not None:
-            where["run"] = f"{run.run_id} ({run.name})"
-            where["best"] = str(run.artifacts / BEST)
-            where["look"] = run.ui_hint
+            best = str(run.artifacts / BEST)
+            where = {"run": f"{run.run_id} ({run.name})", "best": best, "look": run.ui_hint}
         return progress.format_summary(
             score={} if score is None else {self.cfg.score.metric: score},
             epoch="best" if self.cfg.tracking.enabled else "last",

@@ -32,7 +32,6 @@ from tracklight.sweep.trial import (
 PRELOADED = [
     "tracklight.sweep.forkserver",
     "tracklight.experiment.train",
-    "tracklight.sweep.pruning",
     "tracklight.figures.plots",
     "mlflow.store.tracking.sqlalchemy_store",
     "sqlalchemy.dialects.sqlite",
@@ -122,10 +121,11 @@ class ProcessExecutor:
 
     def kill(self) -> None:
         """End all trials at once, with the processes that they started."""
-        for worker in self._workers.values():
+        workers = [*self._workers.values()]  # the preflight's thread may change them
+        for worker in workers:
             worker.process.kill()
             _kill_group(worker.process.pid)
-        for worker in self._workers.values():
+        for worker in workers:
             worker.process.join(JOIN_S)
         self._workers.clear()
 

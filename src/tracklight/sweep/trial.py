@@ -101,9 +101,9 @@ def run_trial(spec: TrialSpec, connection: Connection | None = None) -> TrialRes
     """
     from omegaconf import OmegaConf
 
+    from tracklight.engine.monitors import PruningCallback
     from tracklight.engine.signals import Stopped
     from tracklight.experiment import train
-    from tracklight.sweep.pruning import PruningCallback
 
     cfg = OmegaConf.create(spec.cfg)
     if spec.preflight:

@@ -57,9 +57,7 @@ class RunLock:
 
     The file outlives its holder: recovery takes one that nobody holds for an unclean end.
 
-    Args:
-        folder: Must exist.
-        content: Plain values to write to the file beside the pid; None keeps what is there.
+    `content` is written to the file beside the pid; None keeps what is there.
 
     Raises:
         LockHeld: Another process, or another object of this one, holds the lock.

@@ -30,14 +30,8 @@ def log_model(
     """Log `model` to its run, in evaluation mode and on the CPU; the module itself is unchanged.
 
     Replaces a model logged to the run before. What cannot be exported or stored costs a warning.
-    MLflow's active run and tracking URI stay as they were.
-
-    Args:
-        client: Of the store that holds the run.
-        run_id: The run that trained the model.
-        model: Maps inputs (B, ...) to one tensor (B, ...).
-        example: A few real inputs (B, ...).
-        step: The optimizer step its weights are from.
+    MLflow's active run and tracking URI stay as they were. `model` maps inputs (B, ...), of which
+    `example` holds a few, to one tensor (B, ...); `step` is the optimizer step of its weights.
 
     Returns:
         The model's URI `models:/<id>`, or None if it was not logged.

@@ -87,11 +87,9 @@ def source_tags(name: str) -> dict[str, str]:
 
 
 def code_digest(modules: Iterable[str] = ()) -> str:
-    """Digest the code that a result depends on, wherever it lies.
+    """Digest our code and that of `modules`, dotted names (`_target_` values or modules).
 
-    Args:
-        modules: Dotted names (`_target_` values or modules) whose file counts too, unless it is
-            installed: versions of packages are recorded instead.
+    Installed ones do not count: versions of packages are recorded instead.
     """
     contents = dict(own_code())
     for name in modules:

@@ -29,7 +29,6 @@ class Run(Logger):
     """A run in progress, opened by `Store`.
 
     Attributes:
-        folder: Holds the run's artifacts, write-ahead log and lock.
         steps_completed: Returns the optimizer steps so far; Lightning's own count starts at zero.
         ui_hint: The run's address in MLflow's UI, or the command for the UI.
         timeout_s: How long the end of the run waits for MLflow without any progress.
@@ -80,12 +79,7 @@ class Run(Logger):
                 self.log_series(key, (completed,), (float(value),))
 
     def log_series(self, key: str, steps: Sequence[int], values: Sequence[float]) -> None:
-        """Log values of one metric, each at its number of optimizer steps, by one file write.
-
-        Raises:
-            BadInput: MLflow allows no metric of this name.
-            RunFailed: The disk does not take the points.
-        """
+        """Log values of one metric, each at its number of optimizer steps, by one file write."""
         check_key("metric", key)
         self._wal.add_points(key, steps, values)
 

@@ -73,7 +73,6 @@ class Store:
 
     Attributes:
         uri: The full tracking URI, with secrets; `display_uri` hides them.
-        lock_content: What lock files record of the store that their run is in.
         runs_folder: Holds a folder for each run, named by its id.
         database: The SQLite file, if the store is one.
         timeout_s: How long a call waits for a store that is busy or away.
@@ -84,7 +83,7 @@ class Store:
         self.client = client
         self.uri = uri
         self.display_uri = redact(uri)
-        # Relative to the directory, so that lock files survive its move.
+        # What lock files record; relative to the directory, so that they survive its move.
         self.lock_content = {"store": redact(uri.removeprefix(f"sqlite:///{directory}/"))}
         self.directory = directory
         self.runs_folder = directory / RUNS_FOLDER
@@ -230,8 +229,7 @@ class Store:
         """Return the active runs of all experiments that pass MLflow's filter, newest first."""
 
         def search() -> list[Any]:
-            experiments = _all_pages(self.client.search_experiments)
-            ids = [experiment.experiment_id for experiment in experiments]
+            ids = [each.experiment_id for each in _all_pages(self.client.search_experiments)]
             newest = ["attributes.start_time DESC"]
             return _all_pages(self.client.search_runs, ids, filter_string, order_by=newest)
 

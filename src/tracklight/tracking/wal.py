@@ -85,8 +85,7 @@ class WriteAheadLog:
     def add_points(self, key: str, steps: Sequence[int], values: Sequence[float]) -> None:
         """Append the points of a metric beyond its highest step at opening, bit for bit.
 
-        Raises:
-            RunFailed: The disk does not take the record; the file stays as it was.
+        Where the disk does not take them, raise RunFailed; the file stays as it was.
         """
         highest = self.highest.get(key)
         if highest is not None:
