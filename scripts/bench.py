@@ -56,9 +56,7 @@ def _arguments() -> argparse.Namespace:
     root = Path(os.environ.get("MNIST_ROOT", ROOT / "data"))
     parser.add_argument("--root", type=Path, default=root, help="folder of MNIST/raw (MNIST_ROOT)")
     parser.add_argument("--out", type=Path, default=ROOT / "BENCHMARKS.md")
-    parser.add_argument(
-        "--quick", action="store_true", help="only check that it runs; write nothing"
-    )
+    parser.add_argument("--quick", action="store_true", help="only check that it runs; write nothing")
     return parser.parse_args()
 
 

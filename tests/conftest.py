@@ -13,9 +13,7 @@ MNIST_ROOT = Path(os.environ.get("MNIST_ROOT", ROOT.parent / "shared" / "mnist")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not (MNIST_ROOT / "MNIST" / "raw").is_dir():
-        skip = pytest.mark.skip(
-            reason=f"needs the 70,000 images of MNIST in {MNIST_ROOT}, or MNIST_ROOT set"
-        )
+        skip = pytest.mark.skip(reason=f"needs the 70,000 images of MNIST in {MNIST_ROOT}, or MNIST_ROOT set")
         for item in items:
             if "full_mnist" in item.keywords:
                 item.add_marker(skip)
@@ -83,9 +81,7 @@ def train(tmp_path: Path) -> Callable[..., Finished]:
         score = run(compose([*overrides, *here, "trainer.enable_progress_bar=false"]))
         client = MlflowClient(f"sqlite:///{directory / 'mlflow.db'}")
         experiments = [each.experiment_id for each in client.search_experiments()]
-        newest = client.search_runs(
-            experiments, order_by=["attributes.start_time DESC"], max_results=1
-        )
+        newest = client.search_runs(experiments, order_by=["attributes.start_time DESC"], max_results=1)
         return Finished(directory, newest[0].info.run_id, score)
 
     return train

@@ -6,9 +6,7 @@ from tracklight.tracking.store import Store
 from tracklight.tracking.tags import DATA_NAME_TAG, DATA_TAG, IDENTITY_TAG, SETTING_TAG
 
 
-def add_run(
-    store: Store, score: float | None, setting: str | None = None, seed: int = 0, **more
-) -> str:
+def add_run(store: Store, score: float | None, setting: str | None = None, seed: int = 0, **more) -> str:
     """Add a run and return its id."""
     identity = f"{setting} {seed}" if setting is not None else uuid.uuid4().hex
     tags = {

@@ -39,9 +39,7 @@ def test_the_tree_has_a_line_for_each_file_and_none_for_what_is_gone():
 def test_each_file_named_exists(text):
     named = {name for name in re.findall(rf"`({FILE})`", text) if not name.startswith("tests/")}
     assert named
-    assert {
-        name for name in named if not any((f / name).is_file() for f in (ROOT, PACKAGE))
-    } == set()
+    assert {name for name in named if not any((f / name).is_file() for f in (ROOT, PACKAGE))} == set()
 
 
 def test_each_name_in_the_architecture_is_defined_in_a_file_of_its_sentence():

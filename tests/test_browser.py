@@ -74,9 +74,7 @@ def plotted(page):
     """The lowest and the highest value of each axis of the plot, by what the axis says it is."""
     found = {}
     for axis in page.locator(".js-plotly-plot .y-axis").all():
-        ends = [
-            axis.locator(f".axis-extent-{end}-text").text_content() for end in ("bottom", "top")
-        ]
+        ends = [axis.locator(f".axis-extent-{end}-text").text_content() for end in ("bottom", "top")]
         found[axis.locator(".axis-title").text_content()] = [float(end or "nan") for end in ends]
     return found
 

@@ -78,9 +78,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(words, tmp
     assert sorted((ROOT / "mlruns").iterdir()) == before
 
 
-@pytest.mark.parametrize(
-    "word", ["optimizer.lrr=1", "optimizer.lr=abc", "model._target_=os.system"]
-)
+@pytest.mark.parametrize("word", ["optimizer.lrr=1", "optimizer.lr=abc", "model._target_=os.system"])
 def test_bad_input_is_told_before_anything_heavy_is_imported(word):
     code = f"""
         import runpy, sys
@@ -212,9 +210,7 @@ def test_a_stored_run_is_resumed_with_the_overrides_for_its_own_config(call):
 def test_a_config_folder_of_ones_own_is_searched_too(call, tmp_path):
     (tmp_path / "optimizer").mkdir()
     (tmp_path / "optimizer" / "mine.yaml").write_text("_target_: torch.optim.SGD\nlr: 0.125\n")
-    assert (
-        call(lambda cfg: cfg.optimizer.lr, "--config-dir", str(tmp_path), "optimizer=mine") == 0.125
-    )
+    assert call(lambda cfg: cfg.optimizer.lr, "--config-dir", str(tmp_path), "optimizer=mine") == 0.125
 
 
 def test_bad_input_under_a_flag_is_bad_input_too(call, tmp_path, capsys):
@@ -231,9 +227,7 @@ def test_usage_reporting_and_advertising_are_off(monkeypatch):
     cli.quiet()
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
     log = logging.getLogger("pytorch_lightning.utilities.rank_zero")
-    tip = logging.LogRecord(
-        "x", logging.INFO, "", 0, "💡 Tip: For seamless cloud uploads", None, None
-    )
+    tip = logging.LogRecord("x", logging.INFO, "", 0, "💡 Tip: For seamless cloud uploads", None, None)
     news = logging.LogRecord("x", logging.INFO, "", 0, "GPU available: False", None, None)
     assert not log.filter(tip)
     assert log.filter(news)

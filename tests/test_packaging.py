@@ -16,9 +16,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 LINES = (ROOT / "constraints.txt").read_text().splitlines()
 PINS = {
-    canonicalize_name(line.split("==")[0]): line.split("==")[1]
-    for line in LINES
-    if not line.startswith("#")
+    canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in LINES if not line.startswith("#")
 }
 
 

@@ -50,9 +50,7 @@ def _watch(request: dict[str, Any]) -> NoReturn:
     os._exit(0)
 
 
-def train(
-    folder: str, arguments: list[str], env: dict[str, str], faults: list[list[Any]]
-) -> NoReturn:
+def train(folder: str, arguments: list[str], env: dict[str, str], faults: list[list[Any]]) -> NoReturn:
     """Run the command line; its output goes to files in `folder`."""
     os.setsid()
     for number, name in ((0, os.devnull), (1, f"{folder}/stdout"), (2, f"{folder}/stderr")):

@@ -33,8 +33,7 @@ def crowd(directory: Path, number: int) -> None:
             chosen = ", ".join(values.get(column, f'"{column}"') for column in columns)
             some = f"AND step % {POINT_EVERY} = 0" if table == "metrics" else ""
             connection.execute(
-                f"INSERT INTO {table} SELECT {chosen} FROM {table}, copies "
-                f"WHERE {owner} = :run {some}",
+                f"INSERT INTO {table} SELECT {chosen} FROM {table}, copies WHERE {owner} = :run {some}",
                 {"run": run},
             )
     for name in names:

@@ -60,9 +60,7 @@ class Loader:
         return self.relay.epoch(self.batches)
 
 
-def resident(
-    relay: Relay, images: Tensor, labels: Tensor, epochs: int, logger: MLFlowLogger | None
-) -> None:
+def resident(relay: Relay, images: Tensor, labels: Tensor, epochs: int, logger: MLFlowLogger | None) -> None:
     """Train on tensors, images (N, 28, 28) as float32."""
 
     def batches() -> Iterator[Batch]:

@@ -58,9 +58,7 @@ def on_cpu(root: Path, folder: Path, epochs: int, setting: Setting) -> Section:
         GRADIENTS: lambda relay: own(relay, tracking=folder / "d", gradients=True),
         HAND_LOADER: lambda relay: by_hand.torchvision_loop(relay, root, epochs),
         STOCK: lambda relay: light(relay, logger=logger("resident")),
-        STOCK_LOADER: lambda relay: plain_lightning.torchvision_loader(
-            relay, root, epochs, logger("loader")
-        ),
+        STOCK_LOADER: lambda relay: plain_lightning.torchvision_loader(relay, root, epochs, logger("loader")),
     }
     done = _run(rivals, len(images), epochs)
     _assert_same_bits(done, [HAND_UINT8, HAND_FLOAT, OURS, TRACKED, DURABLE, BEST, GRADIENTS])
@@ -83,8 +81,7 @@ def on_cpu(root: Path, folder: Path, epochs: int, setting: Setting) -> Section:
     title = "Steps on the CPU"
     notes = [
         *_notes(epochs, setting),
-        "Final weights of ours and of the loops by hand on resident tensors are bit-identical"
-        " (asserted).",
+        "Final weights of ours and of the loops by hand on resident tensors are bit-identical (asserted).",
     ]
     return Section(title, notes, claims, _times(done, len(images)))
 

@@ -63,9 +63,7 @@ class Sweeps:
 
     def train(self, store: Path, *words: str) -> float:
         """Run train.py, tracked in `store`; return its seconds."""
-        seconds = self.commands.run(
-            [str(ROOT / "train.py"), *words, f"tracking.dir={store}"]
-        ).seconds
+        seconds = self.commands.run([str(ROOT / "train.py"), *words, f"tracking.dir={store}"]).seconds
         print(f"{store.name}: {seconds:.1f} s", flush=True)
         return seconds
 

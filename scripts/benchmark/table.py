@@ -47,8 +47,7 @@ class Section:
     def markdown(self) -> str:
         """Lay the section out, its title without the mark of a heading."""
         rows = [
-            [claim.what, *_cells(claim.measured), claim.shown_target, claim.verdict]
-            for claim in self.claims
+            [claim.what, *_cells(claim.measured), claim.shown_target, claim.verdict] for claim in self.claims
         ]
         claims = _table(["what", "measured", "95 % interval", "at most", "reached"], rows)
         rows = [[name, *_cells(interval)] for name, interval in self.times]

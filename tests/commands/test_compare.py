@@ -308,9 +308,7 @@ def fill(store, num_runs, num_trials):
 
 
 @pytest.mark.slow
-def test_ten_thousand_runs_are_ranked_by_as_many_queries_as_a_hundred(
-    add, store, answer, monkeypatch
-):
+def test_ten_thousand_runs_are_ranked_by_as_many_queries_as_a_hundred(add, store, answer, monkeypatch):
     params = {f"p{i}": i for i in range(80)}
     add(0.5, "s", params=params, tags={PARENT_TAG: "p"}, losses=range(5, 0, -1))
     queries, query = [], SqliteReader._query

@@ -100,9 +100,7 @@ def test_code_between_two_commits_is_that_of_src_and_conf_alone(add, answer, tmp
         git("commit", "-q", "-m", text)
         commits.append(git("rev-parse", "HEAD"))
     runs = [add(0.5, tags={COMMIT_TAG: commit}) for commit in commits]
-    changed = [
-        line.split("|")[0].strip() for line in section(answer(*runs), "code") if " | " in line
-    ]
+    changed = [line.split("|")[0].strip() for line in section(answer(*runs), "code") if " | " in line]
     assert sorted(changed) == ["conf/b.yaml", "src/a.py"]
 
 

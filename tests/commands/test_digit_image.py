@@ -123,9 +123,7 @@ def test_photograph_is_turned_as_its_camera_says(tmp_path):
 
 def test_of_an_animation_the_first_frame_counts_and_is_said(tmp_path):
     frames = [Image.fromarray(255 - enlarged())]
-    found = read(
-        *(tmp_path, Image.fromarray(enlarged()), "a.gif"), save_all=True, append_images=frames
-    )
+    found = read(*(tmp_path, Image.fromarray(enlarged()), "a.gif"), save_all=True, append_images=frames)
     assert likeness(found.pixels) > 0.97
     assert found.notes[0] == "first of 2 frames"
 
@@ -215,9 +213,7 @@ DISTURBED = {
     "shadow": lambda grey: shaded(grey, 0.3),
     "shadow at the corners": vignetted,
     "ruled line": lambda grey: darkened(grey, slice(20, 190), 0.8, slice(60, 63)),
-    "dust of five pixels": lambda grey: np.where(
-        np.pad(np.ones((5, 5)), ((9, 146), (9, 186))), 0, grey
-    ),
+    "dust of five pixels": lambda grey: np.where(np.pad(np.ones((5, 5)), ((9, 146), (9, 186))), 0, grey),
     "noise": lambda grey: compressed(noisy(grey, 6)),
     "much noise": lambda grey: noisy(grey, 20),
     "all of it": lambda grey: compressed(noisy(shaded(specked(grey), 0.5), 4)),

@@ -117,9 +117,7 @@ def test_any_change_beneath_the_checksums_of_a_png_is_read_or_refused(folder, mo
 
 
 def half(tmp_path, name):
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99), np.uint8)).save(
-        tmp_path / name
-    )
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99), np.uint8)).save(tmp_path / name)
     return (tmp_path / name).read_bytes()[:-2000]
 
 
@@ -166,9 +164,7 @@ def test_named_pipe_is_refused_without_waiting_for_its_writer(tmp_path):
 
 def test_a_very_large_page_is_looked_at_in_a_smaller_copy(tmp_path, monkeypatch):
     seen, background = [], digit_image._background
-    monkeypatch.setattr(
-        digit_image, "_background", lambda grey: seen.append(grey.shape) or background(grey)
-    )
+    monkeypatch.setattr(digit_image, "_background", lambda grey: seen.append(grey.shape) or background(grey))
     monkeypatch.setattr(digit_image, "MAX_SIDE", 150)
     page = np.full((120, 300), 255, np.uint8)
     page[30:90, 140:146] = 0

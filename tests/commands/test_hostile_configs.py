@@ -68,9 +68,7 @@ def files_with(folder: Path, text: str) -> list[Path]:
 
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_text_of_a_stored_config_is_never_resolved(
-    kept, copied, tmp_path, attack, command, monkeypatch
-):
+def test_text_of_a_stored_config_is_never_resolved(kept, copied, tmp_path, attack, command, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     ran = tmp_path / "ran"
     config = copied / "artifacts" / kept.line / "artifacts" / "config.yaml"

@@ -34,9 +34,7 @@ def newest(store):
 
 
 def test_trial_that_was_not_tested_comes_out_identical_and_untested(store, tmp_path, capsys):
-    run_id = train(
-        tmp_path, "data=table", "trainer.max_epochs=2", test=False, tags={POINT_TAG: "p"}
-    )
+    run_id = train(tmp_path, "data=table", "trainer.max_epochs=2", test=False, tags={POINT_TAG: "p"})
     assert main("reproduce", [run_id, QUIET, "--dir", str(tmp_path)]) == 0, capsys.readouterr().out
     again = newest(store)
     assert again.data.tags[REPRODUCES_TAG] == run_id
@@ -71,9 +69,7 @@ def test_a_module_with_names_of_its_own_is_compared_in_all_that_it_logged(store,
     )
     one, other = (store.client.get_run(train(tmp_path, *words)) for _ in range(2))
     _, num_points, differences = compare_runs(store, one, other)
-    points = {
-        key: len(store.client.get_metric_history(one.info.run_id, key)) for key in one.data.metrics
-    }
+    points = {key: len(store.client.get_metric_history(one.info.run_id, key)) for key in one.data.metrics}
     assert {"train_loss", "val_loss", "test_loss"} <= points.keys()
     assert not differences and num_points == sum(points.values())
 

@@ -68,9 +68,7 @@ def lines_of(capsys):
     return capsys.readouterr().out.splitlines()
 
 
-def test_served_run_is_tested_again_to_the_bit_and_its_child_is_on_the_server(
-    served, store, away, capsys
-):
+def test_served_run_is_tested_again_to_the_bit_and_its_child_is_on_the_server(served, store, away, capsys):
     assert main("evaluate", [served.one, *away]) == 0
     told = dict(line.split(maxsplit=1) for line in lines_of(capsys))
     assert told["note"] == "the same to the bit as recorded by the run"

@@ -39,9 +39,7 @@ def test_registered_model_answers_a_request_under_mlflow_models_serve(kept, tmp_
     expected = hidden @ weights["layers.3.weight"].T + weights["layers.3.bias"]
 
     command = ("models", "serve", "-m", "models:/digits@champion", "--env-manager", "local")
-    with mlflow(
-        *command, health="/ping", log=tmp_path / "log", MLFLOW_TRACKING_URI=kept.store.uri
-    ) as uri:
+    with mlflow(*command, health="/ping", log=tmp_path / "log", MLFLOW_TRACKING_URI=kept.store.uri) as uri:
         request = urllib.request.Request(
             f"{uri}/invocations",
             json.dumps({"inputs": images.tolist()}).encode(),

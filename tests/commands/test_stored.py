@@ -119,9 +119,7 @@ def test_weights_that_no_longer_fit_are_told_with_the_commit_that_trained_them(k
 
 
 def test_what_a_model_takes_is_written_down_by_its_run(kept):
-    facts = json.loads(
-        query.read_text(kept.store, query.select_run(kept.store, kept.table), "inputs.json")
-    )
+    facts = json.loads(query.read_text(kept.store, query.select_run(kept.store, kept.table), "inputs.json"))
     assert facts["feature_names"][:3] == ["age", "sex", "bmi"]
     assert facts["target_names"] == ["target"]
     assert len(facts["mean"]) == len(facts["std"]) == 10
@@ -134,6 +132,4 @@ def test_setting_is_the_config_without_its_seed(kept):
     words = ("trainer.max_epochs=5", "num_threads=1")
     assert tags[SETTING_TAG] == digest_without_seed(compose([*words, "seed=7"]))
     assert tags[SETTING_TAG] != digest_without_seed(compose([*words, "seed=2", "optimizer.lr=0.5"]))
-    assert tags[SETTING_TAG] != digest_without_seed(
-        compose(["num_threads=1", "trainer.max_epochs=6"])
-    )
+    assert tags[SETTING_TAG] != digest_without_seed(compose(["num_threads=1", "trainer.max_epochs=6"]))

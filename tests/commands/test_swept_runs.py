@@ -59,9 +59,7 @@ def swept(tmp_path_factory) -> Iterator[Swept]:
     runs = store.search("")
     (parent,) = (run for run in runs if PARENT_TAG not in run.data.tags)
     winner = parent.data.tags[BEST_TAG]
-    (loser,) = (
-        run.info.run_id for run in runs if run.info.run_id not in (winner, parent.info.run_id)
-    )
+    (loser,) = (run.info.run_id for run in runs if run.info.run_id not in (winner, parent.info.run_id))
     yield Swept(store, parent.info.run_id, winner, loser)
 
 
@@ -92,12 +90,8 @@ def test_sweep_answers_files_as_its_winner_does(swept, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("which", "tested"), [("parent", True), ("loser", False)])
-def test_trial_comes_out_identical_and_meets_the_test_set_only_if_it_won(
-    swept, capsys, which, tested
-):
-    assert main("reproduce", [getattr(swept, which), QUIET, *swept.dir]) == 0, (
-        capsys.readouterr().out
-    )
+def test_trial_comes_out_identical_and_meets_the_test_set_only_if_it_won(swept, capsys, which, tested):
+    assert main("reproduce", [getattr(swept, which), QUIET, *swept.dir]) == 0, capsys.readouterr().out
     again = newest(swept)
     assert again.data.tags[REPRODUCES_TAG] == (swept.winner if tested else swept.loser)
     assert any(key.startswith("test/") for key in again.data.metrics) == tested

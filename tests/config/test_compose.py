@@ -149,9 +149,7 @@ def test_a_stored_config_takes_nothing_else(word, says):
 
 
 def test_the_allow_list_of_a_stored_config_is_not_believed():
-    amended = apply_overrides(
-        MLP | {"allowed_targets": ["os"], "model": {"_target_": "os.system"}}, []
-    )
+    amended = apply_overrides(MLP | {"allowed_targets": ["os"], "model": {"_target_": "os.system"}}, [])
     assert amended.allowed_targets == allowed_targets()
     with pytest.raises(BadInput, match="allow-list"):
         check_config(amended)

@@ -11,9 +11,7 @@ from tracklight.config.rules import OWNED
 from tracklight.paths import CONF
 
 GROUPS = ("model", "data", "optimizer", "scheduler", "trainer", "callbacks", "tracking", "sweep")
-CHOICES = [
-    f"{group}={file.stem}" for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))
-]
+CHOICES = [f"{group}={file.stem}" for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
 PRESETS = sorted((CONF / "experiment").glob("*.yaml"))
 
 
@@ -79,37 +77,27 @@ def test_the_defaults_are_the_seed_program():
 def test_the_trainer_group_lists_every_argument_that_is_not_ours():
     from pytorch_lightning import Trainer
 
-    assert set(written("trainer", "default")) == set(inspect.signature(Trainer).parameters) - {
-        *OWNED
-    }
+    assert set(written("trainer", "default")) == set(inspect.signature(Trainer).parameters) - {*OWNED}
     assert set(inspect.signature(Trainer).parameters) >= {*OWNED}
 
 
-@pytest.mark.parametrize(
-    "choice", [choice for choice in CHOICES if choice.startswith("optimizer=")]
-)
+@pytest.mark.parametrize("choice", [choice for choice in CHOICES if choice.startswith("optimizer=")])
 def test_each_optimizer_lists_every_argument(choice):
     tree = written(*choice.split("="))
     signature = inspect.signature(find_class(tree.pop("_target_"), allowed_targets(), choice))
     assert set(tree) == set(signature.parameters) - {"params"}
 
 
-@pytest.mark.parametrize(
-    "choice", [choice for choice in CHOICES if choice.startswith("optimizer=")]
-)
+@pytest.mark.parametrize("choice", [choice for choice in CHOICES if choice.startswith("optimizer=")])
 def test_an_optimizer_differs_from_its_library_in_the_learning_rate_of_sgd_alone(choice):
     tree = written(*choice.split("="))
     signature = inspect.signature(find_class(tree.pop("_target_"), allowed_targets(), choice))
     default = {name: signature.parameters[name].default for name in tree}
-    default = {
-        name: list(value) if isinstance(value, tuple) else value for name, value in default.items()
-    }
+    default = {name: list(value) if isinstance(value, tuple) else value for name, value in default.items()}
     assert tree == (default | {"lr": 0.01} if choice == "optimizer=sgd" else default)
 
 
-@pytest.mark.parametrize(
-    "choice", [c for c in CHOICES if c.startswith("scheduler=") and "none" not in c]
-)
+@pytest.mark.parametrize("choice", [c for c in CHOICES if c.startswith("scheduler=") and "none" not in c])
 def test_each_scheduler_lists_arguments_that_exist_and_its_interval(choice):
     tree = written(*choice.split("="))
     signature = inspect.signature(find_class(tree.pop("_target_"), allowed_targets(), choice))

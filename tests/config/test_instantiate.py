@@ -49,9 +49,7 @@ NESTS = st.recursive(
         inner.map(lambda node: [1, node]),
         inner.map(lambda node: {"_target_": "torch.nn.Sequential", "_args_": [node]}),
         inner.map(lambda node: {"_target_": "torch.nn.ReLU", "_partial_": True, "x": node}),
-        inner.map(
-            lambda node: {"_target_": "torch.nn.ReLU", "_recursive_": False, "x": {"y": node}}
-        ),
+        inner.map(lambda node: {"_target_": "torch.nn.ReLU", "_recursive_": False, "x": {"y": node}}),
     ),
     max_leaves=4,
 )
@@ -68,13 +66,9 @@ def test_however_deep_a_forbidden_target_lies_nothing_is_built(tree):
 def test_the_refusal_names_the_key_the_target_and_the_line_to_add():
     cfg = compose()
     cfg.model._target_ = "my_package.nets.Net"
-    with pytest.raises(
-        BadInput, match=r"model\._target_=my_package.nets.Net .* list my_package.nets under"
-    ):
+    with pytest.raises(BadInput, match=r"model\._target_=my_package.nets.Net .* list my_package.nets under"):
         check_config(cfg)
-    with pytest.raises(
-        BadInput, match=r"model\._target_=my_package.nets.Net .*list my_package.nets under"
-    ):
+    with pytest.raises(BadInput, match=r"model\._target_=my_package.nets.Net .*list my_package.nets under"):
         instantiate(cfg.model, ALLOWED)
 
 
@@ -122,9 +116,7 @@ def test_a_class_of_another_kind_is_refused():
 
 
 def test_an_argument_that_is_not_taken_is_named_with_those_that_are():
-    with pytest.raises(
-        BadInput, match="unexpected keyword argument 'no_such'.*SGD takes params, lr"
-    ):
+    with pytest.raises(BadInput, match="unexpected keyword argument 'no_such'.*SGD takes params, lr"):
         instantiate({"_target_": "torch.optim.SGD", "no_such": 1}, ALLOWED, partial=True)
     with pytest.raises(BadInput, match=r"callbacks\.mine: .*no_such"):
         node = {
@@ -137,9 +129,7 @@ def test_an_argument_that_is_not_taken_is_named_with_those_that_are():
 
 def test_what_a_constructor_objects_to_is_bad_input():
     with pytest.raises(BadInput, match="Nesterov"):
-        instantiate(
-            compose(["optimizer.nesterov=true"]).optimizer, ALLOWED, params=[torch.zeros(1)]
-        )
+        instantiate(compose(["optimizer.nesterov=true"]).optimizer, ALLOWED, params=[torch.zeros(1)])
 
 
 def test_a_group_without_a_target_builds_what_it_holds():

@@ -88,9 +88,7 @@ def test_lists_of_values_are_for_multirun():
     assert check_overrides(words, multirun=True) == words
 
 
-@pytest.mark.parametrize(
-    "run_id", ["1234e567", "12345678", "0e0", "00000000000000000000000000000001"]
-)
+@pytest.mark.parametrize("run_id", ["1234e567", "12345678", "0e0", "00000000000000000000000000000001"])
 def test_a_run_id_of_digits_stays_text(run_id):
     cfg = composed(f"init_from={run_id}")
     assert cfg.init_from == run_id
@@ -105,9 +103,7 @@ def test_a_resumed_run_takes_single_keys_for_its_own_config():
     assert later == ["model.hidden=[9]", "tracking.uri=x", "allow_changes=true"]
 
 
-@pytest.mark.parametrize(
-    "word", ["model=mlp", "optimizer=adam", "experiment=debug", "tracking=none"]
-)
+@pytest.mark.parametrize("word", ["model=mlp", "optimizer=adam", "experiment=debug", "tracking=none"])
 def test_a_resumed_run_takes_no_group(word):
     with pytest.raises(BadInput, match=f"{word} chooses a group, but resume={ID}"):
         split_for_resume([f"resume={ID}", word])

@@ -109,9 +109,7 @@ def test_a_tracking_folder_must_be_one_and_writable(tmp_path, monkeypatch):
 
 
 def relations(accelerator, devices):
-    check_relations(
-        changed("trainer", MLP["trainer"] | {"accelerator": accelerator, "devices": devices})
-    )
+    check_relations(changed("trainer", MLP["trainer"] | {"accelerator": accelerator, "devices": devices}))
 
 
 @pytest.mark.parametrize(
@@ -126,9 +124,7 @@ def relations(accelerator, devices):
         (2, "gpu", "0,2", "asks for 3 GPUs"),
     ],
 )
-def test_what_the_machine_lacks_is_told_before_torch_is_there(
-    monkeypatch, gpus, accelerator, devices, says
-):
+def test_what_the_machine_lacks_is_told_before_torch_is_there(monkeypatch, gpus, accelerator, devices, says):
     monkeypatch.setattr(hardware, "count_gpus", lambda: gpus)
     monkeypatch.setattr(hardware, "count_cores", lambda: 4)
     with pytest.raises(BadInput, match=says):

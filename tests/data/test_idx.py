@@ -45,9 +45,7 @@ def test_reads_what_torchvision_reads(tmp_path, pack):
     images = read_idx(tmp_path / "images", (28, 28))
     assert images.dtype == torch.uint8
     assert torch.equal(images, read_image_file(str(tmp_path / "i")))
-    assert torch.equal(
-        read_idx(tmp_path / "labels", ()).long(), read_label_file(str(tmp_path / "l"))
-    )
+    assert torch.equal(read_idx(tmp_path / "labels", ()).long(), read_label_file(str(tmp_path / "l")))
 
 
 @pytest.mark.parametrize(
@@ -131,9 +129,7 @@ def test_the_first_label_out_of_range_is_named():
 @example(count=2, shape=(28, 28), edits=[], cut=0, tail=b"", zipped=False)
 @example(count=2, shape=(28, 28), edits=[], cut=0, tail=b"", zipped=True)
 @example(count=2, shape=(), edits=[], cut=1, tail=b"x", zipped=False)
-def test_a_damaged_file_is_read_right_or_refused(
-    tmp_path_factory, count, shape, edits, cut, tail, zipped
-):
+def test_a_damaged_file_is_read_right_or_refused(tmp_path_factory, count, shape, edits, cut, tail, zipped):
     content = idx_bytes(np.arange(count * int(np.prod(shape))).reshape(count, *shape) % 256)
     content = bytearray(gzip.compress(content, mtime=0) if zipped else content)
     for position, value in edits:
@@ -143,9 +139,7 @@ def test_a_damaged_file_is_read_right_or_refused(
     assert_right_or_refused(tmp_path_factory.getbasetemp() / "damaged", content, shape)
 
 
-@given(
-    content=st.binary(max_size=60), opening=st.sampled_from([b"", b"\0\0\x08\x01", b"\x1f\x8b\x08"])
-)
+@given(content=st.binary(max_size=60), opening=st.sampled_from([b"", b"\0\0\x08\x01", b"\x1f\x8b\x08"]))
 def test_arbitrary_bytes_are_read_right_or_refused(tmp_path_factory, content, opening):
     assert_right_or_refused(tmp_path_factory.getbasetemp() / "arbitrary", opening + content, ())
 

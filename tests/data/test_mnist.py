@@ -201,8 +201,7 @@ def mirror(write_mnist, tmp_path, monkeypatch):
     write_mnist(zipped=True)
     raw = (tmp_path / "root").rename(tmp_path / "mirror") / "MNIST" / "raw"
     sums = [
-        (f"{name}.gz", hashlib.md5((raw / f"{name}.gz").read_bytes()).hexdigest())
-        for name in NAMES.values()
+        (f"{name}.gz", hashlib.md5((raw / f"{name}.gz").read_bytes()).hexdigest()) for name in NAMES.values()
     ]
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(torchvision.datasets.MNIST, "resources", sums)

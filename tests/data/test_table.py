@@ -161,9 +161,7 @@ def test_a_constant_feature_is_refused_unless_nothing_is_standardised(tmp_path):
     table(path=str(path), target="y", features=["a"]).setup()
 
 
-@pytest.mark.parametrize(
-    ("rows", "changes"), [(1, {}), (3, {}), (9, {"num_val": 5, "num_test": 3})]
-)
+@pytest.mark.parametrize(("rows", "changes"), [(1, {}), (3, {}), (9, {"num_val": 5, "num_test": 3})])
 def test_too_few_rows_to_split_are_refused(tmp_path, rows, changes):
     path = tmp_path / "t.csv"
     path.write_text("a,y\n" + "".join(f"{i},{i}\n" for i in range(rows)))
@@ -205,14 +203,10 @@ def test_a_bad_value_is_refused_with_its_key(key, value):
 
 
 @given(
-    values=st.lists(
-        st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=4, max_size=9
-    ),
+    values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=4, max_size=9),
     seed=st.integers(0, 3),
 )
-def test_whatever_the_numbers_features_are_finite_and_standard_or_refused(
-    tmp_path_factory, values, seed
-):
+def test_whatever_the_numbers_features_are_finite_and_standard_or_refused(tmp_path_factory, values, seed):
     path = tmp_path_factory.getbasetemp() / "floats.csv"
     path.write_text("x,y\n" + "".join(f"{value!r},1\n" for value in values))
     data = table(path=str(path), target="y", seed=seed, num_val=1, num_test=1)

@@ -244,9 +244,7 @@ def test_weights_that_are_no_tensors_are_refused(path):
 WHOLE = in_bytes(content())
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=400))
 def test_any_bytes_are_refused_in_one_line(path, given_bytes):
     path.write_bytes(given_bytes)
@@ -255,9 +253,7 @@ def test_any_bytes_are_refused_in_one_line(path, given_bytes):
     assert "\n" not in str(caught.value)
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 8 * len(WHOLE) - 1), st.integers(0, len(WHOLE)))
 def test_a_flipped_bit_or_a_cut_is_noticed_before_anything_is_read(path, bit, size):
     save(path)
@@ -272,9 +268,7 @@ def test_a_flipped_bit_or_a_cut_is_noticed_before_anything_is_read(path, bit, si
         save(path)
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 8 * len(WHOLE) - 1))
 def test_without_its_checksum_a_flipped_header_is_read_whole_or_refused(path, bit):
     hurt = bytearray(WHOLE)
@@ -288,9 +282,7 @@ def test_without_its_checksum_a_flipped_header_is_read_whole_or_refused(path, bi
         assert set(map(type, weights)) <= {str}
 
 
-@settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(
         st.sampled_from(["state_dict", "global_step", "pytorch-lightning_version", "epoch"]),
@@ -309,9 +301,7 @@ def test_a_header_of_any_plain_values_is_read_or_refused_in_one_line(path, heade
         assert "\n" not in str(error)
 
 
-@settings(
-    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(max_size=60) | st.builds(json.dumps, st.dictionaries(st.text(), st.integers())))
 def test_any_checksum_file_but_the_right_one_means_damaged(path, text):
     save(path)

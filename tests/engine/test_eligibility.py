@@ -46,9 +46,7 @@ class Seen(Callback):
 
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
         self.steps.append(trainer.global_step)
-        self.norms.append(
-            torch.nn.utils.get_total_norm([p.grad for p in module.parameters()]).item()
-        )
+        self.norms.append(torch.nn.utils.get_total_norm([p.grad for p in module.parameters()]).item())
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         self.batches.append(len(batch[1]))
@@ -97,9 +95,7 @@ def test_limit_train_batches_counts_minibatches(limit, steps):
     seen = Seen()
     fit = Fit(seen, max_epochs=1, limit_train_batches=limit)
     assert fit.trainer.global_step == len(seen.batches) == steps
-    assert Fit(max_epochs=1, limit_train_batches=limit).reason == (
-        f"trainer.limit_train_batches={limit}"
-    )
+    assert Fit(max_epochs=1, limit_train_batches=limit).reason == (f"trainer.limit_train_batches={limit}")
 
 
 def test_overfit_batches_and_fast_dev_run_are_plain():

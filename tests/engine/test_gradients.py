@@ -47,8 +47,6 @@ def test_gradients_are_logged_every_so_many_steps_and_change_no_bit(train, tmp_p
     assert all(b - a >= GRADIENT_STEPS - 1 for a, b in zip(steps, steps[1:], strict=False))
     assert len(steps) >= watched.history("train/loss")[-1][0] // GRADIENT_STEPS
     assert {key for key in watched.run.data.metrics if key.startswith("gradient/layers.1")} == {
-        f"gradient/layers.1.{p}_{what}"
-        for p in ("weight", "bias")
-        for what in ("norm", "max", "ratio")
+        f"gradient/layers.1.{p}_{what}" for p in ("weight", "bias") for what in ("norm", "max", "ratio")
     }
     assert plain.history("train/loss") == watched.history("train/loss")

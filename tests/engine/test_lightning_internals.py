@@ -20,20 +20,14 @@ from tracklight.models.mlp import MLP
 LOOP = "fit_loop.epoch_loop"
 STEPS = f"{LOOP}.automatic_optimization.optim_progress.optimizer.step"
 COUNTERS = [
-    *(
-        f"{STEPS}.{which}.{name}"
-        for which in ("total", "current")
-        for name in ("ready", "completed")
-    ),
+    *(f"{STEPS}.{which}.{name}" for which in ("total", "current") for name in ("ready", "completed")),
     *(f"{LOOP}.batch_progress.total.{n}" for n in ("ready", "started", "processed", "completed")),
     f"{LOOP}._batches_that_stepped",
 ]
 
 
 def build_trainer(**arguments: Any) -> Trainer:
-    return Trainer(
-        **QUIET, accelerator="cpu", logger=False, enable_checkpointing=False, **arguments
-    )
+    return Trainer(**QUIET, accelerator="cpu", logger=False, enable_checkpointing=False, **arguments)
 
 
 def find(owner: Any, path: str) -> Any:

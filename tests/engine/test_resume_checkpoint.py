@@ -93,21 +93,15 @@ def test_a_run_stopped_anywhere_and_continued_has_the_bits_of_one_that_was_not(
         supports_blocks = True
 
     whole = Fit(*callbacks, max_epochs=5, scheduler=plateau, plugins=[IO])
-    stopped = Fit(
-        *callbacks, resuming(tmp_path), Stop(), max_epochs=5, scheduler=plateau, plugins=[IO]
-    )
+    stopped = Fit(*callbacks, resuming(tmp_path), Stop(), max_epochs=5, scheduler=plateau, plugins=[IO])
     assert str(stopped.error) == "stopped"
     path = newest_resume_checkpoint(tmp_path)
     assert path is not None and path.name == "step-000000039.ckpt"
 
     original = Trainer.fit
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            Trainer, "fit", lambda self, *a, **k: original(self, *a, ckpt_path=str(path), **k)
-        )
-        continued = Fit(
-            *callbacks, resuming(tmp_path), max_epochs=5, scheduler=plateau, plugins=[IO]
-        )
+        patch.setattr(Trainer, "fit", lambda self, *a, **k: original(self, *a, ckpt_path=str(path), **k))
+        continued = Fit(*callbacks, resuming(tmp_path), max_epochs=5, scheduler=plateau, plugins=[IO])
     assert continued.error is None
     assert continued.same_bits(whole)
     tail = [point for point in whole.logger.points["train/loss"] if point[0] > 39]

@@ -33,8 +33,7 @@ def minibatches() -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     sizes = [16] * 6 + [5]
     return [
-        (torch.randn(n, 20, generator=generator), torch.randint(4, (n,), generator=generator))
-        for n in sizes
+        (torch.randn(n, 20, generator=generator), torch.randint(4, (n,), generator=generator)) for n in sizes
     ]
 
 
@@ -64,9 +63,7 @@ class Penalised(MLP):
     pure = True
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return super().loss(outputs, targets) + 0.1 * sum(
-            p.square().sum() for p in self.parameters()
-        )
+        return super().loss(outputs, targets) + 0.1 * sum(p.square().sum() for p in self.parameters())
 
 
 def test_a_traced_step_has_the_gradient_of_parameters_that_the_loss_itself_uses():
@@ -206,9 +203,7 @@ def test_rates_on_the_device_give_the_bits_of_floats_and_leave_the_optimizer_as_
             eager_step(ours, unfused)(inputs, targets)
         eager_step(plain, fused)(inputs, targets)
         assert torch.equal(device_rates.rates[0], torch.tensor(1 / (64 * rate)))
-    assert all(
-        torch.allclose(a, b) for a, b in zip(ours.parameters(), plain.parameters(), strict=True)
-    )
+    assert all(torch.allclose(a, b) for a, b in zip(ours.parameters(), plain.parameters(), strict=True))
     group = unfused.param_groups[0]
     assert (group["lr"], group["fused"]) == (1 / 448, fused_before)
     assert can_capture(unfused)

@@ -49,9 +49,7 @@ def test_log_that_fails_ends_the_watch_with_one_warning(caplog):
             raise OSError("disk gone")
 
     watch(0.3, Broken()).on_fit_end()
-    assert [record.getMessage() for record in caplog.records] == [
-        "system metrics end here: disk gone"
-    ]
+    assert [record.getMessage() for record in caplog.records] == ["system metrics end here: disk gone"]
 
 
 def test_gpu_is_watched_where_nvml_finds_one(monkeypatch):

@@ -49,9 +49,7 @@ def test_the_diabetes_preset_reaches_the_coefficients_of_least_squares(train):
     data = build_data(compose(words))
     part = data.splits["train"]
     exact = LinearRegression().fit(data.transform(part.features).numpy(), part.targets.numpy())
-    weight, bias = sorted(
-        finished.checkpoint("last")["state_dict"].values(), key=lambda value: -value.ndim
-    )
+    weight, bias = sorted(finished.checkpoint("last")["state_dict"].values(), key=lambda value: -value.ndim)
     largest = np.abs(exact.coef_).max()  # trained in single precision: relative to the largest
     np.testing.assert_allclose(weight.numpy(), exact.coef_, atol=1e-4 * largest)
     np.testing.assert_allclose(bias.numpy(), exact.intercept_, rtol=1e-4)

@@ -114,9 +114,7 @@ def test_a_second_process_on_the_same_run_is_told_so_and_writes_nothing(
     before = content_of(killed)
     second = trainees.train(killed, *command)
     assert second.exit_code == 2
-    assert second.stderr == (
-        f"error: run {TrialResult(killed).run_id} is in progress (pid {first.pid})\n"
-    )
+    assert second.stderr == (f"error: run {TrialResult(killed).run_id} is in progress (pid {first.pid})\n")
     assert content_of(killed) == before
     mark.unlink()
     assert first.wait() == 0
@@ -124,9 +122,7 @@ def test_a_second_process_on_the_same_run_is_told_so_and_writes_nothing(
 
 
 @pytest.mark.parametrize("by", ["auto", "id"])
-def test_a_finished_run_asked_for_more_epochs_ends_as_if_asked_at_once(
-    trainees, undisturbed, tmp_path, by
-):
+def test_a_finished_run_asked_for_more_epochs_ends_as_if_asked_at_once(trainees, undisturbed, tmp_path, by):
     directory = tmp_path / "runs"
     trainees.train(directory, *CONFIGS["plateau"], "trainer.max_epochs=5", faults=SPARE)
     few = TrialResult(directory)
@@ -150,9 +146,7 @@ def test_more_epochs_under_a_schedule_of_the_total_are_another_training(trainees
     refused = trainees.train(directory, run, "trainer.max_epochs=5", ALLOWED)
     assert refused.exit_code == 2
     assert "trainer.max_epochs=5: the schedule of run" in refused.stderr
-    trainees.train(
-        directory, *CONFIGS["blocks"], "trainer.max_epochs=5", "resume=auto", faults=SPARE
-    )
+    trainees.train(directory, *CONFIGS["blocks"], "trainer.max_epochs=5", "resume=auto", faults=SPARE)
     runs = TrialResult(directory).runs
     assert [status for _, status in runs] == ["FINISHED", "FINISHED"]
 

@@ -25,9 +25,7 @@ def test_a_disk_too_full_for_a_checkpoint_leaves_the_one_before(trainees, tmp_pa
     die = ["strike", COMMIT, 2, ["SIGKILL"], True]
     trainees.train(directory, *command, faults=[*SPARE, EACH_EPOCH, die])
     kept = newest_resume_checkpoint(TrialResult(directory).checkpoints)
-    process = trainees.train(
-        directory, *command, faults=[*SPARE, EACH_EPOCH, ["limit_files", 2_000_000]]
-    )
+    process = trainees.train(directory, *command, faults=[*SPARE, EACH_EPOCH, ["limit_files", 2_000_000]])
     assert process.exit_code == 1
     folder = re.escape(str(TrialResult(directory).checkpoints))
     assert re.search(
@@ -42,9 +40,7 @@ def test_a_disk_too_full_for_a_checkpoint_leaves_the_one_before(trainees, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_disk_too_full_for_the_database_breaks_neither_it_nor_the_run(
-    trainees, undisturbed, tmp_path
-):
+def test_a_disk_too_full_for_the_database_breaks_neither_it_nor_the_run(trainees, undisturbed, tmp_path):
     directory = tmp_path / "runs"
     trainees.furnish(directory)
     with closing(sqlite3.connect(directory / "mlflow.db")) as connection:
@@ -113,9 +109,7 @@ def full_folder(tmp_path) -> Iterator[Path]:
 
 def test_a_full_temporary_folder_has_no_effect(trainees, undisturbed, tmp_path, full_folder):
     directory = tmp_path / "runs"
-    process = trainees.train(
-        *(directory, *CONFIGS["blocks"], EPOCHS), env={"TMPDIR": str(full_folder)}
-    )
+    process = trainees.train(*(directory, *CONFIGS["blocks"], EPOCHS), env={"TMPDIR": str(full_folder)})
     assert process.exit_code == 0
     assert "not logged" not in process.stderr
     assert [path.name for path in full_folder.iterdir()] == ["ballast"]

@@ -50,9 +50,7 @@ def test_memory_that_runs_out_is_one_line_with_the_batch_size(trainees, tmp_path
         assert [status for _, status in TrialResult(directory).runs] == ["FAILED"]
 
 
-def test_a_damaged_checkpoint_costs_a_warning_and_the_one_before_is_used(
-    trainees, undisturbed, tmp_path
-):
+def test_a_damaged_checkpoint_costs_a_warning_and_the_one_before_is_used(trainees, undisturbed, tmp_path):
     directory = tmp_path / "runs"
     command = (*CONFIGS["blocks"], EPOCHS, "resume=auto")
     die = ["strike", COMMIT, 4, ["SIGKILL"], True]

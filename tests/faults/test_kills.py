@@ -60,9 +60,7 @@ def kill_at(trainees, directory, name, points, faults=()) -> None:
         target, call, after = POINTS[point]
         strike = ["strike", target, call, ["SIGKILL"], after]
         fault = ["halve", target, call] if after == "half" else strike
-        process = trainees.train(
-            directory, *command, faults=[["spare_model"], EACH_EPOCH, *faults, fault]
-        )
+        process = trainees.train(directory, *command, faults=[["spare_model"], EACH_EPOCH, *faults, fault])
         assert process.exit_code == -9, f"{point}: {process.stdout}{process.stderr}"
     process = trainees.train(directory, *command, faults=[["spare_model"], EACH_EPOCH, *faults])
     assert process.exit_code == 0, process.stderr

@@ -45,17 +45,14 @@ def test_both_readers_give_the_same_answers(add, store, tmp_path):
     ids = [run.run_id for run in tables.search_scores(RunFilter(), "score")]
     assert len(ids) == 9 and again not in ids
     assert [
-        run.run_id
-        for run in client.search_scores(RunFilter(tags={REPRODUCES_TAG: parent}), "score")
+        run.run_id for run in client.search_scores(RunFilter(tags={REPRODUCES_TAG: parent}), "score")
     ] == [again]
 
     def as_text(runs):  # NaN is not equal to itself
         return [repr(each) for each in runs]
 
     assert sorted(map(str, tables.get_runs(ids))) == sorted(as_text(client.get_runs(ids)))
-    assert tables.get_histories(ids, "train/loss_epoch") == client.get_histories(
-        ids, "train/loss_epoch"
-    )
+    assert tables.get_histories(ids, "train/loss_epoch") == client.get_histories(ids, "train/loss_epoch")
     assert tables.find_ids(ids[0][:8]) == client.find_ids(ids[0][:8]) == [ids[0]]
 
 

@@ -51,9 +51,7 @@ def test_prefix_of_two_runs_is_refused(add, open_one, tmp_path):
         for table in ("runs", "tags", "params", "latest_metrics", "metrics"):
             for (old,) in rows:
                 new = "abcd" + old[4:]
-                connection.execute(
-                    f"UPDATE {table} SET run_uuid = ? WHERE run_uuid = ?", (new, old)
-                )
+                connection.execute(f"UPDATE {table} SET run_uuid = ? WHERE run_uuid = ?", (new, old))
     with pytest.raises(BadInput, match="several runs begin with abcd"):
         select_id(open_one(), "abcd")
 

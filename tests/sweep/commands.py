@@ -10,8 +10,7 @@ from typing import Any
 
 QUICK = (
     *("num_threads=1", "trainer.accelerator=cpu", "trainer.max_epochs=5"),
-    "allowed_targets=[tracklight.models,tracklight.data,torch.optim,pytorch_lightning.callbacks,"
-    "foreign,odd]",
+    "allowed_targets=[tracklight.models,tracklight.data,torch.optim,pytorch_lightning.callbacks,foreign,odd]",
     "tracking.figures=false",
 )
 GRID = ("optimizer.lr=0.01,0.05,0.1", *QUICK)

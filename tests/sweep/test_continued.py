@@ -78,9 +78,7 @@ def test_changed_data_are_refused_unless_that_is_allowed(commander, tmp_path):
     assert len(Swept(directory).children) == 3
 
 
-@pytest.mark.parametrize(
-    "signum", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
-)
+@pytest.mark.parametrize("signum", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_stops_trials_so_that_the_same_command_continues_them(commander, tmp_path, signum):
     directory = tmp_path / "runs"
     command = ("seed=1,2,3", "+model.seconds=0.15", "sweep.workers=2", *ODD)
@@ -206,9 +204,7 @@ def test_a_sweep_whose_parent_was_deleted_says_so_and_runs_nothing(commander, tm
     assert commander.sweep(directory, *GRID).exit_code == 0
     parent = Swept(directory).parent.run_id
     with closing(sqlite3.connect(directory / "mlflow.db")) as connection, connection:
-        connection.execute(
-            "UPDATE runs SET lifecycle_stage = 'deleted' WHERE run_uuid = ?", [parent]
-        )
+        connection.execute("UPDATE runs SET lifecycle_stage = 'deleted' WHERE run_uuid = ?", [parent])
     process = commander.sweep(directory, *GRID)
     assert process.exit_code == 2 and process.stderr.count("\n") == 1
     assert f"the parent run of this sweep, {parent}, was deleted" in process.stderr

@@ -189,9 +189,7 @@ def test_without_a_pruner_the_other_seeds_of_a_failed_run_are_run(tmp_path):
     script["1/0"] = [TrialResult("failed", reason="odd", run_id="run")]
     run(grid(seeds=2), trials, FakeExecutor(script), FakeParent())
     done = ended("FINISHED", "complete", score=0.1)
-    parent = FakeParent(
-        **{"1_0": ended("FAILED"), "2_0": done, "2_1": done, "3_0": done, "3_1": done}
-    )
+    parent = FakeParent(**{"1_0": ended("FAILED"), "2_0": done, "2_1": done, "3_0": done, "3_1": done})
     trials, executor = trials_at(tmp_path / "a"), FakeExecutor(script | {"1/1": [complete(0.1)]})
     run(grid(seeds=2), trials, executor, parent)
     assert executor.began == ["1/1"]
@@ -199,9 +197,7 @@ def test_without_a_pruner_the_other_seeds_of_a_failed_run_are_run(tmp_path):
 
 def test_an_epoch_reported_while_trials_are_stopped_is_decided_as_any_other(tmp_path):
     trials = trials_at(tmp_path / "a", 3, "median")
-    executor = FakeExecutor(
-        {"1/0": [EpochReport(1, 0.5), EpochReport(2, 0.4), TrialResult("stopped")]}
-    )
+    executor = FakeExecutor({"1/0": [EpochReport(1, 0.5), EpochReport(2, 0.4), TrialResult("stopped")]})
     executor.script |= {"2/0": executor.script["1/0"], "3/0": executor.script["1/0"]}
     loop = make_loop(search(), trials, executor, prunes=True)
     executor.on_message = lambda: setattr(loop, "signum", signal.SIGTERM)

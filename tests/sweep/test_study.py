@@ -151,9 +151,7 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
 def test_each_sampler_draws_within_the_space(tmp_path, name):
     study = trials(tmp_path / "a", total=4, methods=OptunaSettings(name, {}, "none", {}, 0, 1))
     while asked := study.ask():
-        assert (
-            1e-3 <= float(asked.params["lr"]) <= 1 and asked.params["width"] in SPACE.axes[1].texts
-        )
+        assert 1e-3 <= float(asked.params["lr"]) <= 1 and asked.params["width"] in SPACE.axes[1].texts
         study.tell(asked.number, "complete", score(asked.params))
     assert len(study.counted_trials()) == 4
 

@@ -21,9 +21,7 @@ def test_params_are_short_and_never_ambiguous():
 
 def test_the_closing_table_has_one_line_per_config(capsys):
     runs = [
-        TrialRun(
-            trial, {"model.hidden": "[256]", "optimizer.weight_decay": str(decay)}, seed, *ended
-        )
+        TrialRun(trial, {"model.hidden": "[256]", "optimizer.weight_decay": str(decay)}, seed, *ended)
         for trial, decay in enumerate((0.05, 0.1))
         for seed, ended in enumerate(
             [("complete", 0.9772, 4, 6.0), ("complete", 0.9802 + decay / 100, 4, 7.6)]

@@ -132,9 +132,7 @@ def test_only_the_winner_meets_the_test_set_and_only_once(commander, tmp_path):
     assert [run.run_id for run in tested] == [swept.parent.tags["best.run"]]
     assert len(tested[0].metrics["test/accuracy"]) == 1
     assert {run.status for run in swept.children} == {"FINISHED"}
-    assert (
-        float(swept.parent.tags["best.test/accuracy"]) == tested[0].metrics["test/accuracy"][0][1]
-    )
+    assert float(swept.parent.tags["best.test/accuracy"]) == tested[0].metrics["test/accuracy"][0][1]
 
 
 @pytest.mark.slow

@@ -68,9 +68,7 @@ class Server:
         self.uri = f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        self._process = self._context.Process(
-            target=serve, args=(str(self._folder), self.port), daemon=True
-        )
+        self._process = self._context.Process(target=serve, args=(str(self._folder), self.port), daemon=True)
         self._process.start()
         wait_for(self._answers, 60)
 
@@ -105,9 +103,7 @@ class Proxy:
                 length = int(self.headers.get("Content-Length") or 0)
                 body = self.rfile.read(length) if length else None
                 headers = {k: v for k, v in self.headers.items() if k.lower() != "host"}
-                request = urllib.request.Request(
-                    target + self.path, body, headers, method=self.command
-                )
+                request = urllib.request.Request(target + self.path, body, headers, method=self.command)
                 proxy.requests.append(self.path)
                 try:
                     with urllib.request.urlopen(request, timeout=30) as answer:

@@ -28,8 +28,7 @@ def test_many_processes_may_open_a_fresh_store_at_once(tmp_path, processes):
     count = 4
     barrier = processes.Barrier(count)
     children = [
-        processes.Process(target=open_and_create, args=(tmp_path / "new", barrier))
-        for _ in range(count)
+        processes.Process(target=open_and_create, args=(tmp_path / "new", barrier)) for _ in range(count)
     ]
     for child in children:
         child.start()
@@ -93,9 +92,7 @@ def test_odd_characters_in_the_directory_work(tmp_path, template, name):
     run.log_text("hello", "deep/er/file.txt")
     run.log_series("loss", [1], [1.0])
     run.finish("FINISHED")
-    assert [file.path for file in store.client.list_artifacts(run.run_id, "deep/er")] == [
-        "deep/er/file.txt"
-    ]
+    assert [file.path for file in store.client.list_artifacts(run.run_id, "deep/er")] == ["deep/er/file.txt"]
     fetched = store.client.download_artifacts(run.run_id, "deep/er/file.txt")
     assert Path(fetched).read_text() == "hello"
     assert {path.name for path in tmp_path.iterdir()} == {name}

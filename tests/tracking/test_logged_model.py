@@ -59,9 +59,7 @@ def load(store: tuple[mlflow.MlflowClient, str], monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("example_rows", [1, 2, 5])
-def test_logged_model_predicts_batches_of_any_size_as_the_trained_one(
-    store, run_id, load, example_rows
-):
+def test_logged_model_predicts_batches_of_any_size_as_the_trained_one(store, run_id, load, example_rows):
     client, _ = store
     net = Net()
     net(torch.randn(50, 3, 4))  # moves the batch norm's statistics

@@ -58,9 +58,7 @@ def log_batch(store, run_id, records):
 
 
 @given(batches=st.lists(st.lists(POINTS, min_size=1, max_size=4), min_size=1, max_size=3))
-@settings(
-    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_rows_are_those_that_log_batch_writes(store, batches):
     theirs, ours = (store.client.create_run("0").info.run_id for _ in range(2))
     table = MetricTables(store.database, ours)
@@ -86,9 +84,7 @@ def test_a_batch_is_written_whole_or_not_at_all(store):
     table = MetricTables(store.database, run_id)
     too_large = 2**63
     with pytest.raises(OverflowError):
-        table.write(
-            [Points(1, "a", tuple(range(200)), (1.0,) * 200), Points(1, "b", (too_large,), (1.0,))]
-        )
+        table.write([Points(1, "a", tuple(range(200)), (1.0,) * 200), Points(1, "b", (too_large,), (1.0,))])
     assert rows(store.database, "metrics", run_id) == []
     table.write([Points(1, "a", (1,), (1.0,))])
     assert len(rows(store.database, "metrics", run_id)) == 1

@@ -69,18 +69,14 @@ def test_a_process_killed_while_it_creates_its_run_leaves_no_orphan(directory, p
     store = connect(None, directory)
     store.recover()
     runs = store.find("it")
-    assert [run.info.status for run in runs] == (
-        [] if moment == "before the request" else ["KILLED"]
-    )
+    assert [run.info.status for run in runs] == ([] if moment == "before the request" else ["KILLED"])
     for run in runs:
         store.reopen(run.info.run_id).finish("FINISHED")
     left = [path.name for path in (directory / "artifacts").iterdir()]
     assert left == [run.info.run_id for run in runs]
 
 
-def test_a_server_has_an_hour_to_create_the_run_that_a_killed_process_asked_for(
-    directory, processes
-):
+def test_a_server_has_an_hour_to_create_the_run_that_a_killed_process_asked_for(directory, processes):
     child = processes.Process(target=die_creating, args=(directory, "before the request"))
     child.start()
     child.join(60)

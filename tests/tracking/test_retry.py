@@ -54,9 +54,7 @@ def test_patience_ends():
 
 
 def test_a_reason_is_one_short_line_without_passwords():
-    said = mlflow_client.short_reason(
-        ValueError("at http://me:s3cret@host:1 " + "x" * 1000 + "\nTraceback")
-    )
+    said = mlflow_client.short_reason(ValueError("at http://me:s3cret@host:1 " + "x" * 1000 + "\nTraceback"))
     assert "s3cret" not in said and "\n" not in said and len(said) <= 300
     assert mlflow_client.short_reason(KeyError()) == "KeyError"
 

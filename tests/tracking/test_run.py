@@ -64,9 +64,7 @@ def test_everything_logged_is_in_mlflow_when_the_run_ends(store, status):
     dataset = found.inputs.dataset_inputs[0]
     assert (dataset.dataset.name, dataset.dataset.digest) == ("MNIST", "d" * 36)
     assert [(tag.key, tag.value) for tag in dataset.tags] == [("mlflow.data.context", "train")]
-    assert points_of(store, run.run_id, "train/loss") == list(
-        zip(range(1, 2501), values, strict=True)
-    )
+    assert points_of(store, run.run_id, "train/loss") == list(zip(range(1, 2501), values, strict=True))
     assert points_of(store, run.run_id, "val/loss") == [(2500, 0.25)]
     assert set(found.data.metrics) == {"train/loss", "val/loss", "val/nan"}
     assert [f.path for f in store.client.list_artifacts(run.run_id)] == ["config"]

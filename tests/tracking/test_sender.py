@@ -88,9 +88,7 @@ def test_lost_answers_to_create_run_make_no_orphan(proxy, local, short_requests,
 
 
 @pytest.mark.parametrize("spoilt", ["500", pytest.param("hang", marks=pytest.mark.slow)])
-def test_a_lost_answer_to_log_batch_doubles_no_point(
-    proxy, local, swift, short_requests, caplog, spoilt
-):
+def test_a_lost_answer_to_log_batch_doubles_no_point(proxy, local, swift, short_requests, caplog, spoilt):
     lost = []
 
     def lose_some(method, path):

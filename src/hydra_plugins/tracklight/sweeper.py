@@ -10,9 +10,7 @@ from omegaconf import DictConfig
 class TracklightSweeper(Sweeper):
     """Runs grids and searches whose trials can be pruned and continued."""
 
-    def setup(
-        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
-    ) -> None:
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Store the context and the config; our own trials replace the task function."""
         self.hydra_context = hydra_context
         self.config = config

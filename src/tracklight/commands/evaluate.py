@@ -149,9 +149,7 @@ def measure(rebuilt: stored.RebuiltRun, split: str) -> dict[str, float]:
         stage, evaluate = "val", trainer.validate
     results = evaluate(rebuilt.model, datamodule=rebuilt.data, verbose=False)
     return {
-        name.removeprefix(f"{stage}/"): float(value)
-        for result in results
-        for name, value in result.items()
+        name.removeprefix(f"{stage}/"): float(value) for result in results for name, value in result.items()
     }
 
 

@@ -37,9 +37,7 @@ def run(args: Namespace) -> int:
     shape = inputs.get("shape") or []
     takes_images = inputs.get("class_names") and len(shape) == 2
     if not takes_images and not (inputs.get("feature_names") and len(shape) == 1):
-        raise BadInput(
-            f"the model of this run takes {shape or 'what'} of {inputs['name']}, not files"
-        )
+        raise BadInput(f"the model of this run takes {shape or 'what'} of {inputs['name']}, not files")
     cfg = stored.load_config(store, trained, stored.ANY_HARDWARE)
     rebuilt = stored.rebuild(store, trained, cfg, read=False)
     predictions, num_bad = [], 0

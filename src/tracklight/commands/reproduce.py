@@ -75,8 +75,7 @@ def _rebuild_config(store: Store, run: Any, overrides: list[str]) -> tuple[DictC
     """Return the config of the reproduction and how it differs from the stored one."""
     stored, cfg = load_config(store, run), load_config(store, run, overrides)
     before, after = (
-        compose.result_keys(each) | {"trainer.max_epochs": each.trainer.max_epochs}
-        for each in (stored, cfg)
+        compose.result_keys(each) | {"trainer.max_epochs": each.trainer.max_epochs} for each in (stored, cfg)
     )
     changes = compose.diff_configs(before, after)
     for line in changes:
@@ -148,9 +147,7 @@ def _known_differences(store: Store, run: Any, cfg: DictConfig) -> list[str]:
     ]
     epochs = str(cfg.trainer.max_epochs)
     if (asked := run_tags.get(tags.EPOCHS_TAG, epochs)) != epochs:
-        lines.append(
-            f"config: the run was asked for {asked} epochs, its stored config for {epochs}"
-        )
+        lines.append(f"config: the run was asked for {asked} epochs, its stored config for {epochs}")
     if not lines and run_tags.get(tags.IDENTITY_TAG) not in (None, compose.config_digest(cfg)):
         lines.append("config: the stored one is not that of the run's identity")
     code = provenance.code_digest(compose.list_targets(cfg))

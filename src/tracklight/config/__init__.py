@@ -1,5 +1,1 @@
-"""The config of a run, composed, checked and resolved.
-
-Belongs here: composing, overrides, value rules, the gate from config to objects, digests.
-Does not: anything that imports torch or MLflow.
-"""
+"""What a run is asked to do: composed, checked, made into objects. Not here: torch, MLflow."""

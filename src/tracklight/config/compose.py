@@ -164,8 +164,7 @@ def flatten(cfg: Any) -> dict[str, str | int | float]:
 def diff_configs(old: Any, new: Any) -> list[str]:
     """Describe each key that differs in one line, `optimizer.lr: 0.1 -> 0.01`, secrets redacted."""
     before, after = (
-        {key: json.dumps(value) for key, value in _leaves(to_plain(cfg)).items()}
-        for cfg in (old, new)
+        {key: json.dumps(value) for key, value in _leaves(to_plain(cfg)).items()} for cfg in (old, new)
     )
     old_text, new_text = flatten(old), flatten(new)
     return [
@@ -184,9 +183,7 @@ def _is_below(key: str, tops: Sequence[str]) -> bool:
     return any(key == top or key.startswith(f"{top}.") for top in tops)
 
 
-def _check_preset(
-    preset: str, cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str]
-) -> None:
+def _check_preset(preset: str, cfg: DictConfig, choices: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """Refuse keys that the preset sets where the chosen groups have none."""
     bare = hydra.compose("config", [f"{group}={name}" for group, name in choices.items() if name])
     added = [word.lstrip("+").partition("=")[0] for word in overrides if word.startswith("+")]

@@ -16,8 +16,7 @@ def check_machine(accelerator: str, devices: Any) -> None:
     no_gpu = accelerator in ("gpu", "cuda") and gpus == 0
     if no_gpu or (accelerator == "mps" and platform.system() != "Darwin"):
         raise BadInput(
-            f"trainer.accelerator={accelerator}: no GPU found on this machine; "
-            "use trainer.accelerator=auto"
+            f"trainer.accelerator={accelerator}: no GPU found on this machine; use trainer.accelerator=auto"
         )
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and gpus == 0)
     if not on_cpu and accelerator not in ("auto", "gpu", "cuda"):

@@ -191,9 +191,7 @@ def check_values(tree: Mapping[str, Any]) -> None:
 
 def check_relations(tree: Mapping[str, Any], on_this_machine: bool = True) -> None:
     """Refuse values that contradict each other, or ask for what this machine lacks."""
-    data, trainer, score, tracking = (
-        tree.get(name, {}) for name in ("data", "trainer", "score", "tracking")
-    )
+    data, trainer, score, tracking = (tree.get(name, {}) for name in ("data", "trainer", "score", "tracking"))
     if tree.get("resume") and not tracking.get("enabled", True):
         raise BadInput(f"resume={tree['resume']} needs the record of a run; use tracking=mlflow")
     if data.get("num_val", 1) == 0 and str(score.get("metric")).startswith("val/"):
@@ -217,9 +215,7 @@ def _check_writable(key: str, folder: Path) -> None:
     path = folder.absolute()
     existing = next(each for each in (path, *path.parents) if each.exists())
     if not existing.is_dir():
-        raise BadInput(
-            f"{key}={folder}: {existing} is a file where a folder should be; try another {key}"
-        )
+        raise BadInput(f"{key}={folder}: {existing} is a file where a folder should be; try another {key}")
     if not os.access(existing, os.W_OK):
         raise BadInput(f"{key}={folder}: {existing} is not writable; try another {key}")
 

@@ -1,5 +1,1 @@
-"""Data sets as tensors on the training device: one file and one YAML each.
-
-Belongs here: reading, splitting and encoding examples.
-Does not: Hydra, MLflow, models.
-"""
+"""Data sets as tensors, one file and one YAML each. Not here: Hydra, MLflow, models."""

@@ -74,9 +74,7 @@ def read_columns(
         BadInput: The file is not such a table; the message names line and column.
     """
     where = f"data.path={path}"
-    return _read(
-        where, path, lambda h: choose_columns(where, h, targets, features), delimiter, False
-    )
+    return _read(where, path, lambda h: choose_columns(where, h, targets, features), delimiter, False)
 
 
 def read_features(path: Path, names: list[str], delimiter: str) -> np.ndarray:
@@ -90,8 +88,7 @@ def read_features(path: Path, names: list[str], delimiter: str) -> np.ndarray:
             if header.count(name) != 1:
                 count = "no column is" if name not in header else "several columns are"
                 raise BadInput(
-                    f"{path}: {count} named {name!r} in its first line; the model takes "
-                    f"{_format(names)}"
+                    f"{path}: {count} named {name!r} in its first line; the model takes {_format(names)}"
                 )
         return names, []
 

@@ -49,9 +49,7 @@ class Table(TensorData):
     ):
         super().__init__(batch_size, seed)
         if path == "":
-            raise BadInput(
-                "data.path= is empty; give a CSV file, or data.path=null for the diabetes table"
-            )
+            raise BadInput("data.path= is empty; give a CSV file, or data.path=null for the diabetes table")
         if delimiter == "\\t":  # as one can type it
             delimiter = "\t"
         is_one = isinstance(delimiter, str) and len(delimiter) == 1 and delimiter not in '"\r\n '

@@ -1,5 +1,1 @@
-"""How steps are taken, stopped and saved: what Lightning calls while it trains.
-
-Belongs here: blocks of steps, CUDA graphs, seeding, signals, checkpoints, progress.
-Does not: what is trained (`models`, `data`), where it is recorded (`tracking`).
-"""
+"""What Lightning calls as it trains: steps, seeds, stops, checkpoints. Not here: the models."""

@@ -93,9 +93,7 @@ def load_plain(
             anything that would run code.
     """
     if checksum_path(path).exists() and path.exists() and not is_intact(path):
-        raise damaged(
-            f"checkpoint {path} is damaged: its content does not match its checksum; take another"
-        )
+        raise damaged(f"checkpoint {path} is damaged: its content does not match its checksum; take another")
     try:
         loaded = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
@@ -107,9 +105,7 @@ def load_plain(
             reason = " cannot be read: empty, cut off, or no checkpoint at all"
         raise BadInput(f"checkpoint {path}{reason}") from None
     if not isinstance(loaded, dict) or not isinstance(loaded.get("state_dict"), dict):
-        raise BadInput(
-            f"checkpoint {path} holds no `state_dict`; expected a checkpoint that Lightning wrote"
-        )
+        raise BadInput(f"checkpoint {path} holds no `state_dict`; expected a checkpoint that Lightning wrote")
     name = "pytorch-lightning"
     written, installed = str(loaded.get(f"{name}_version", "0.0")), version(name)
     if _release(written) > _release(installed):
@@ -181,9 +177,7 @@ class DurableCheckpointIO(CheckpointIO):
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         if str(path).startswith(("http://", "https://")):
-            raise BadInput(
-                f"checkpoint {path} is remote; only local files are loaded: download it first"
-            )
+            raise BadInput(f"checkpoint {path} is remote; only local files are loaded: download it first")
         return load_plain(Path(path), map_location or "cpu", damaged=RunFailed)
 
     @override

@@ -46,9 +46,7 @@ def batch_value(metric: Metric) -> Tensor | None:
     return metric._forward_cache
 
 
-def call_before_iteration(
-    owner: LightningModule | LightningDataModule, function: Callable[[], None]
-) -> None:
+def call_before_iteration(owner: LightningModule | LightningDataModule, function: Callable[[], None]) -> None:
     """Call a function whenever a training data loader of `owner` is iterated.
 
     Lightning has no hook there: it iterates a fit's first loader before `on_train_start`, and on

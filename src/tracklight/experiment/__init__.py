@@ -1,5 +1,1 @@
-"""One run, from its config to its score. Read `train` first.
-
-Belongs here: building, starting, finishing, resuming and rebuilding a run.
-Does not: how a step is taken (`engine`), how a point is stored (`tracking`).
-"""
+"""One run, from config to score: build, record, resume. Not here: how to step (`engine`)."""

@@ -122,9 +122,7 @@ def _run_length(trainer: Any, interval: str) -> int:
     else:
         total = trainer.estimated_stepping_batches
     if total is None or not 0 < total < math.inf:
-        raise BadInput(
-            "this scheduler needs the run's length; set trainer.max_epochs or trainer.max_steps"
-        )
+        raise BadInput("this scheduler needs the run's length; set trainer.max_epochs or trainer.max_steps")
     return int(total)
 
 

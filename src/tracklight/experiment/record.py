@@ -71,9 +71,7 @@ def open_run(
     return run
 
 
-def describe(
-    run: Run, cfg: DictConfig, data: LightningDataModule | None, provenance: Provenance
-) -> None:
+def describe(run: Run, cfg: DictConfig, data: LightningDataModule | None, provenance: Provenance) -> None:
     """Log the run's params, data set, config and provenance."""
     tree = redact(to_plain(cfg))
     if not run.has_params:  # as are all resumed runs but those killed right after their creation

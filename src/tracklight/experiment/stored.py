@@ -72,9 +72,7 @@ def resolve_resume(
     """
     if store is None:
         if cfg.resume is not None and not cfg.tracking.enabled:
-            raise BadInput(
-                f"resume={cfg.resume} needs tracking=mlflow: untracked runs leave nothing behind"
-            )
+            raise BadInput(f"resume={cfg.resume} needs tracking=mlflow: untracked runs leave nothing behind")
         return cfg, None
     if run_id is not None:
         return cfg, _resumed_run(store, find_run(store, run_id), required=False)
@@ -114,9 +112,7 @@ def _resume_by_id(cfg: DictConfig, store: Store) -> tuple[DictConfig, ResumedRun
     run = find_run(store, str(cfg.resume))
     run_id = run.info.run_id
     if tags.is_sweep(run.data.tags):
-        raise BadInput(
-            f"run {run_id} is a sweep: its own command continues it; or name a trial of it"
-        )
+        raise BadInput(f"run {run_id} is a sweep: its own command continues it; or name a trial of it")
     stored = _read_config(store, run)
     amended = _amend_config(stored, cfg.overrides, cfg)
     before, now = stored["trainer"]["max_epochs"], amended.trainer.max_epochs
@@ -251,9 +247,7 @@ def load_inputs(store: Store, run: Any) -> dict[str, Any]:
     try:
         return json.loads(read_text(store, run, tags.INPUTS))
     except BadInput as error:
-        raise BadInput(
-            f"{error}; a run on a data set of one's own (no TensorData) has none"
-        ) from None
+        raise BadInput(f"{error}; a run on a data set of one's own (no TensorData) has none") from None
 
 
 def _restore_inputs(data: Any, inputs: dict[str, Any]) -> None:

@@ -1,5 +1,1 @@
-"""Pictures of a run.
-
-Belongs here: drawing, and the choice of figures that suit a model.
-Does not: storing them (`tracking`).
-"""
+"""Pictures of a run: which ones suit it, and drawing them. Not here: storing them (`tracking`)."""

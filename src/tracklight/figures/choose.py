@@ -52,9 +52,7 @@ def predict_rows(model: nn.Module, data: TensorData, features: Tensor) -> Tensor
     training = model.training
     model.eval()
     with torch.no_grad():
-        outputs = [
-            model(data.transform(rows.to(device))).cpu() for rows in features.split(EVALUATION_ROWS)
-        ]
+        outputs = [model(data.transform(rows.to(device))).cpu() for rows in features.split(EVALUATION_ROWS)]
     model.train(training)
     return torch.cat(outputs)
 

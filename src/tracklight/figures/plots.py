@@ -68,9 +68,7 @@ def learning_curves(series: Series, best_step: int | None = None) -> Figure:
     return figure
 
 
-def fitted_line(
-    points: Pairs, line: tuple[np.ndarray, np.ndarray], x_name: str, title: str
-) -> Figure:
+def fitted_line(points: Pairs, line: tuple[np.ndarray, np.ndarray], x_name: str, title: str) -> Figure:
     """Draw targets (N,) over the one feature (N,) of a regression, and the fitted line."""
     figure, axes = _subplots(6.0, 4.0)
     _scatter(axes, points)
@@ -140,9 +138,7 @@ def confusion(counts: np.ndarray, class_names: Sequence[str], split: str) -> Fig
     return figure
 
 
-def worst_mistakes(
-    probabilities: np.ndarray, targets: np.ndarray, count: int = MISTAKES
-) -> np.ndarray:
+def worst_mistakes(probabilities: np.ndarray, targets: np.ndarray, count: int = MISTAKES) -> np.ndarray:
     """Return up to `count` wrong rows of probabilities (N, K), the most confident first."""
     predicted = probabilities.argmax(axis=1)
     wrong = np.flatnonzero(predicted != targets)

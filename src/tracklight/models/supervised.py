@@ -51,9 +51,7 @@ class Supervised(LightningModule):
         logger = None if self.block_runner is None else False  # the runner logs each of its steps
         size, sync = len(targets), self.trainer.world_size > 1
         self.log("train/loss", loss, prog_bar=True, logger=logger, on_step=True, sync_dist=sync)
-        self.log(
-            "train/loss_epoch", mean, on_step=False, on_epoch=True, batch_size=size, sync_dist=sync
-        )
+        self.log("train/loss_epoch", mean, on_step=False, on_epoch=True, batch_size=size, sync_dist=sync)
         return loss
 
     @override

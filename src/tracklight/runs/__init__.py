@@ -1,5 +1,1 @@
-"""The reading side of tracking: finished and running runs, read and compared.
-
-Belongs here: reading stores, selecting runs, ranking them, telling two apart.
-Does not: anything that writes to a store (`tracking`).
-"""
+"""The reading side of tracking: read, select, rank, diff. Not here: what writes (`tracking`)."""

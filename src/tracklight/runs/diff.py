@@ -149,8 +149,7 @@ def _diff_numbers(a: RunRecord, b: RunRecord, scores: list[Scores]) -> dict[str,
     found = difference(*scores) if _share_metric(a, b) else None
     return {
         "metrics": {
-            key: [finite(run.metrics.get(key)) for run in (a, b)]
-            for key in sorted({*a.metrics, *b.metrics})
+            key: [finite(run.metrics.get(key)) for run in (a, b)] for key in sorted({*a.metrics, *b.metrics})
         },
         "scores": [[*each.values()] for each in scores],
         "paired": found and found.is_paired,

@@ -195,9 +195,7 @@ class SqliteReader(RunReader):
         found = []
         for run_id, setting, identity, data, outcome, value, is_nan, start_ms in rows:
             last, pruned = None if is_nan else finite(value), outcome == tags.PRUNED
-            score = RunScore(
-                run_id, setting or run_id, identity, data or "", last, start_ms, pruned
-            )
+            score = RunScore(run_id, setting or run_id, identity, data or "", last, start_ms, pruned)
             found.append(score)
         return found
 
@@ -238,9 +236,7 @@ class ClientReader(RunReader):
         self._client = store.client
         self._experiments = {e.experiment_id: e.name for e in self._client.search_experiments()}
 
-    def _search(
-        self, query: str, experiment: str | None = None, deleted: bool = False
-    ) -> list[RunRecord]:
+    def _search(self, query: str, experiment: str | None = None, deleted: bool = False) -> list[RunRecord]:
         from tracklight.tracking.mlflow_client import mlflow
 
         view = mlflow.entities.ViewType

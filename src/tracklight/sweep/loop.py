@@ -84,8 +84,7 @@ class SweepLoop:
     def run(self) -> None:
         """Run all trials; the first signal stops them so that the sweep can be continued."""
         handlers = {
-            signum: signal.signal(signum, self._handle_signal)
-            for signum in (signal.SIGINT, signal.SIGTERM)
+            signum: signal.signal(signum, self._handle_signal) for signum in (signal.SIGINT, signal.SIGTERM)
         }
         try:
             if self.parent:
@@ -230,9 +229,7 @@ class SweepLoop:
         self.progress.invalid(number, reason)
         self.trial_runs.append(TrialRun(number, params, 0, "failed", None, reason=reason))
 
-    def _count_finished(
-        self, number: int, params: Mapping[str, str], results: list[TrialResult]
-    ) -> None:
+    def _count_finished(self, number: int, params: Mapping[str, str], results: list[TrialResult]) -> None:
         for result in results:
             self.progress.finished_earlier(result)
             if result.kind == "failed":

@@ -91,8 +91,7 @@ def _reopen(store: Store, run_id: str) -> Run:
     is_here = (store.runs_folder / run_id).is_dir()
     if not is_here and store.client.get_run(run_id).info.status == "RUNNING":
         raise BadInput(
-            f"this very sweep is RUNNING elsewhere, as run {run_id}; wait for it, or "
-            "sweep.fresh=true"
+            f"this very sweep is RUNNING elsewhere, as run {run_id}; wait for it, or sweep.fresh=true"
         )
     try:
         return store.reopen(run_id)
@@ -178,9 +177,7 @@ class ParentRun:
         self.run.set_tags({f"best.{key}": repr(value) for key, value in means.items()})
         return means
 
-    def record_failure(
-        self, run_id: str | None, name: str, run_tags: Mapping[str, str], reason: str
-    ) -> None:
+    def record_failure(self, run_id: str | None, name: str, run_tags: Mapping[str, str], reason: str) -> None:
         """Mark a trial's run as failed; create it first if the trial has none.
 
         Args:
@@ -278,10 +275,7 @@ class ParentRun:
     def _log_best(self, rows: Sequence[LeaderboardRow]) -> None:
         """Log how many trials ended how, and the best trial, as metrics and tags."""
         states = [row.state for row in rows]
-        metrics = {
-            f"sweep/{state}": float(states.count(state))
-            for state in ("complete", "pruned", "failed")
-        }
+        metrics = {f"sweep/{state}": float(states.count(state)) for state in ("complete", "pruned", "failed")}
         best = rows[0] if rows and rows[0].rank == 1 else None
         if best is not None and best.score is not None:
             best_id, key = best.run_ids[0], f"best/{self._plan.metric}"

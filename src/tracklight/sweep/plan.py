@@ -282,9 +282,7 @@ class Plan:
         if importlib.util.find_spec("optuna") is None:
             raise BadInput("sweeps need Optuna and Plotly: pip install 'tracklight[sweep]'")
         if seeds != 1 and any(axis.name == "seed" for axis in axes):
-            raise BadInput(
-                f"seed varies already; drop it, or sweep.seeds={seeds}, the seeds of each trial"
-            )
+            raise BadInput(f"seed varies already; drop it, or sweep.seeds={seeds}, the seeds of each trial")
 
     def _compose_corner(self, number: int, params: Mapping[str, str]) -> Job:
         try:
@@ -307,13 +305,9 @@ class Plan:
                 "set score.metric and score.mode for all of them"
             )
         if self.settings["storage"] and not cfg.tracking.enabled:
-            raise BadInput(
-                "sweep.storage remembers trials whose runs MLflow has; drop it, or tracking=none"
-            )
+            raise BadInput("sweep.storage remembers trials whose runs MLflow has; drop it, or tracking=none")
         if cfg.resume not in (None, "auto"):
-            raise BadInput(
-                f"resume={cfg.resume} is one run; drop -m, or resume: a sweep continues by itself"
-            )
+            raise BadInput(f"resume={cfg.resume} is one run; drop -m, or resume: a sweep continues by itself")
         if self.prunes and num_devices(cfg.trainer.devices) != 1:
             raise BadInput(
                 f"sweep.pruner={self.settings['pruner']} needs trials on one device, not "

@@ -83,9 +83,7 @@ class Progress:
         self._counts["failed"] += 1
         self._print_trial(str(number), "failed", reason)
 
-    def combined(
-        self, number: int, params: Mapping[str, str], kind: str, score: float | None
-    ) -> None:
+    def combined(self, number: int, params: Mapping[str, str], kind: str, score: float | None) -> None:
         """Compare the mean score of a complete trial with the best so far."""
         if kind != "complete" or score is None:
             return
@@ -213,9 +211,7 @@ def _to_study(rows: Sequence[LeaderboardRow], mode: str) -> optuna.Study:
         if row.state not in states or row.score is None or row.params.keys() != space.keys():
             continue
         params = {
-            name: float(row.params[name])
-            if isinstance(each, FloatDistribution)
-            else row.params[name]
+            name: float(row.params[name]) if isinstance(each, FloatDistribution) else row.params[name]
             for name, each in space.items()
         }
         trial = optuna.create_trial(

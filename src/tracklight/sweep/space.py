@@ -140,9 +140,7 @@ class Space:
         return {axis.name: axis.expression for axis in self.axes}
 
 
-def read_space(
-    overrides: Sequence[str], preset: Mapping[str, str], loader: ConfigLoader | None
-) -> Space:
+def read_space(overrides: Sequence[str], preset: Mapping[str, str], loader: ConfigLoader | None) -> Space:
     """Parse overrides with Hydra's grammar; those of the command line win over `sweep.space`.
 
     Raises:

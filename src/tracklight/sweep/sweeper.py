@@ -117,8 +117,7 @@ def _run(
         raise
     except mlflow.exceptions.MlflowException as error:
         raise RunFailed(
-            f"the tracking store fails ({short_reason(error)}); the same command continues the "
-            "sweep"
+            f"the tracking store fails ({short_reason(error)}); the same command continues the sweep"
         ) from None
     except StorageInternalError as error:
         cause = error.__cause__ or error
@@ -175,8 +174,7 @@ def _conclude(loop: "SweepLoop") -> float | None:
     progress.table(rows, f"{plan.metric} ({plan.mode}), {trials}")
     if loop.halted and loop.num_remaining:
         progress.note(
-            f"sweep.on_failure=stop: runs not begun: {loop.num_remaining}; the same command goes "
-            "on with them"
+            f"sweep.on_failure=stop: runs not begun: {loop.num_remaining}; the same command goes on with them"
         )
     winner = rows[0] if rows and rows[0].rank == 1 else None
     if parent and winner and loop.signum is None and not loop.halted:

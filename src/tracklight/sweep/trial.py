@@ -120,9 +120,7 @@ def run_trial(spec: TrialSpec, connection: Connection | None = None) -> TrialRes
     callback = PruningCallback(metric, report, one_epoch=spec.preflight)
     with warnings.catch_warnings(record=spec.preflight) as caught:
         try:
-            score = train.run(
-                cfg, tags=spec.tags, callbacks=[callback], test=spec.test, run_id=spec.run_id
-            )
+            score = train.run(cfg, tags=spec.tags, callbacks=[callback], test=spec.test, run_id=spec.run_id)
             result = TrialResult("pruned" if callback.pruned else "complete", score)
             if score is None and not spec.preflight:
                 result = TrialResult("failed", reason=f"{metric} was never logged")

@@ -73,9 +73,7 @@ def _export(model: nn.Module, example: Tensor, folder: Path) -> Model:
     return mlmodel
 
 
-def _store(
-    client: mlflow.MlflowClient, run_id: str, mlmodel: Model, folder: Path, step: int
-) -> str:
+def _store(client: mlflow.MlflowClient, run_id: str, mlmodel: Model, folder: Path, step: int) -> str:
     """Upload the folder as a logged model of the run, then delete the one it replaces."""
     experiment = client.get_run(run_id).info.experiment_id
     query = f"name = '{_NAME}' AND source_run_id = '{run_id}'"

@@ -58,9 +58,7 @@ def is_locked(error: Exception) -> bool:
     return "is locked" in str(error)
 
 
-def retry(
-    call: Callable[[], T], timeout_s: float, when: Callable[[Exception], bool] = is_transient
-) -> T:
+def retry(call: Callable[[], T], timeout_s: float, when: Callable[[Exception], bool] = is_transient) -> T:
     """Return the result of `call`, repeated for `timeout_s` while `when` holds for its error."""
     start_s = time.monotonic()
     warned = False

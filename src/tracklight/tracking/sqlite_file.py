@@ -113,9 +113,7 @@ class MetricTables:
                 rowid = _BEFORE_ALL if row[0] == SCORE else "NULL"
                 self._insert("INSERT INTO latest_metrics", [row], _UPSERT, rowid)
 
-    def _insert(
-        self, insert: str, rows: list[Row], conflict: str = "", rowid: str = "NULL"
-    ) -> None:
+    def _insert(self, insert: str, rows: list[Row], conflict: str = "", rowid: str = "NULL") -> None:
         # One statement for many rows: SQLite then works without holding Python's lock.
         values = ",".join([f"({rowid},?1,?,?,?,?,?)"] * len(rows))
         columns = "rowid, run_uuid, key, value, timestamp, step, is_nan"

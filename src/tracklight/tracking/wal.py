@@ -140,9 +140,7 @@ class WriteAheadLog:
             self._fd = -1  # another file may get its number
 
 
-def read_records(
-    path: Path, start: int = 0, stop: int | None = None
-) -> Iterator[tuple[Points | Call, int]]:
+def read_records(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[Points | Call, int]]:
     """Yield the whole records between two offsets, each with the offset of its end."""
     with path.open("rb") as file:
         file.seek(start)
