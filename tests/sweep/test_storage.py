@@ -7,7 +7,8 @@ import pytest
 from sqlalchemy import Engine, event
 
 from tracklight.errors import BadInput
-from tracklight.sweep.study import _call_with_timeout, open_storage
+from tracklight.sweep.study import open_storage
+from tracklight.sweep.trial import call_in_thread
 
 
 @pytest.mark.parametrize(
@@ -43,10 +44,10 @@ def test_a_database_locked_between_two_queries_says_so_once(tmp_path, caplog):
 
 def test_a_function_that_takes_too_long_is_abandoned():
     with pytest.raises(TimeoutError):
-        _call_with_timeout(lambda: time.sleep(5), 0.05)
+        call_in_thread(lambda: time.sleep(5)).result(0.05)
 
 
 def test_results_and_errors_come_through():
-    assert _call_with_timeout(lambda: 3, 5) == 3
+    assert call_in_thread(lambda: 3).result(5) == 3
     with pytest.raises(ZeroDivisionError):
-        _call_with_timeout(lambda: 1 / 0, 5)
+        call_in_thread(lambda: 1 / 0).result(5)

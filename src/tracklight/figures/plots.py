@@ -244,7 +244,9 @@ def _curve(key: str, series: Series) -> _Curve | None:
                 return None
             kind = "step"
     panel = name.removesuffix(f"_{kind}") if kind else name
-    return _Curve(stage, panel, kind, *_finite(*series[key]))
+    points = np.asarray(series[key], dtype=float)
+    points = points[:, np.argsort(points[0], kind="stable")]
+    return _Curve(stage, panel, kind, *points[:, np.isfinite(points[1])])
 
 
 def _draw_curve(axes: Axes, curve: _Curve, best_step: int | None) -> None:
@@ -276,13 +278,6 @@ def _scale_y(axes: Axes, curves: Sequence[_Curve]) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=subs))
         axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.7g}"))
-
-
-def _finite(steps: Sequence[int], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    x, y = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
-    order = np.argsort(x, kind="stable")
-    x, y = x[order], y[order]
-    return x[np.isfinite(y)], y[np.isfinite(y)]
 
 
 def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

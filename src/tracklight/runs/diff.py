@@ -121,10 +121,9 @@ def _git_diff(a: RunRecord, b: RunRecord, *options: str) -> str:
     commits = [run.tags.get(tags.COMMIT_TAG, "") for run in (a, b)]
     if commits[0] == commits[1] or not all(len(c) >= 40 and c.isalnum() for c in commits):
         return ""
-    command = ["git", "-C", str(ROOT), "diff", "--no-color", *options, *commits]
-    command += ["--", "src", "conf"]
+    command = ["git", "diff", "--no-color", *options, *commits, "--", "src", "conf"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
 

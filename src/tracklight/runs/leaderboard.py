@@ -210,11 +210,10 @@ def _group_by_setting(scores: Sequence[RunScore], each: bool) -> list[Leaderboar
     groups: dict[tuple[str, str], list[RunScore]] = {}
     for run in scores:
         groups.setdefault((run.run_id if each else run.setting, run.data), []).append(run)
-    rows = []
-    for runs in map(latest_seeds, groups.values()):
-        values = [run.value for run in runs if run.value is not None]
-        rows.append(LeaderboardRow([run.run_id for run in runs], values))
-    return rows
+    return [
+        LeaderboardRow([r.run_id for r in runs], [r.value for r in runs if r.value is not None])
+        for runs in map(latest_seeds, groups.values())
+    ]
 
 
 def _fill_in(
@@ -246,14 +245,12 @@ def _read_losses(reader: RunReader, ids: list[str], ranked_by: str) -> dict[str,
 
 def _differing_params(groups: list[list[RunRecord]]) -> list[str]:
     """Return the parameters that differ between rows, those that most rows have first."""
-    values: dict[str, list[Any]] = {}
-    for at, runs in enumerate(groups):
-        for key in result_params(runs[0]):
-            values.setdefault(key, [None] * len(groups))[at] = _joined_value(runs, key)
+    keys = dict.fromkeys(key for runs in groups for key in result_params(runs[0]))
+    values = {key: [_joined_value(runs, key) for runs in groups] for key in keys}
     several = any(len(runs) > 1 for runs in groups)
     seeds = {key for key in values if key.endswith(".seed") or (several and key == "seed")}
     differing = [key for key, column in values.items() if len({*column}) > 1 and key not in seeds]
-    return sorted(differing, key=lambda key: values[key].count(None))
+    return sorted(differing, key=lambda key: values[key].count(""))
 
 
 def _joined_value(runs: list[RunRecord], key: str) -> str:
@@ -283,8 +280,7 @@ def _flag_states(runs: Sequence[RunRecord], folders: Path | None) -> list[str]:
     """Flag runs that ended early; the store takes a run whose process died for running."""
     flags = []
     for run in runs:
-        is_running = run.status == "RUNNING"
-        died = is_running and folders is not None and was_abandoned(folders / run.run_id)
+        died = run.status == "RUNNING" and folders and was_abandoned(folders / run.run_id)
         flags += [] if run.status == "FINISHED" else ["died" if died else run.status.lower()]
         flags += [tags.PRUNED] if tags.is_pruned(run.tags) else []
     return [*dict.fromkeys(flags)]

@@ -186,18 +186,17 @@ class SqliteReader(RunReader):
             values.append(run_filter.experiment)
         columns = (tags.SETTING_TAG, tags.IDENTITY_TAG, tags.DATA_NAME_TAG, tags.OUTCOME_TAG)
         rows = self._query(
-            f"SELECT r.run_uuid, {tag}, {tag}, {tag}, {tag}, m.value, m.is_nan, r.start_time"
-            " FROM runs AS r LEFT JOIN latest_metrics AS m ON m.run_uuid = r.run_uuid"
-            f" AND m.key = ? WHERE r.lifecycle_stage = 'active' AND {' AND '.join(where)}"
+            f"SELECT r.run_uuid, coalesce({tag}, r.run_uuid), {tag}, coalesce({tag}, ''),"
+            f" CASE m.is_nan WHEN 0 THEN m.value END, r.start_time, {tag} FROM runs AS r"
+            " LEFT JOIN latest_metrics AS m ON m.run_uuid = r.run_uuid AND m.key = ?"
+            f" WHERE r.lifecycle_stage = 'active' AND {' AND '.join(where)}"
             " ORDER BY r.start_time DESC, r.run_uuid",
             (*columns, metric, *values),
         )
-        found = []
-        for run_id, setting, identity, data, outcome, value, is_nan, start_ms in rows:
-            last, pruned = None if is_nan else finite(value), outcome == tags.PRUNED
-            score = RunScore(run_id, setting or run_id, identity, data or "", last, start_ms, pruned)
-            found.append(score)
-        return found
+        return [
+            RunScore(run_id, setting, identity, data, finite(value), start, outcome == tags.PRUNED)
+            for run_id, setting, identity, data, value, start, outcome in rows
+        ]
 
     @override
     def get_runs(self, ids: Sequence[str]) -> list[RunRecord]:

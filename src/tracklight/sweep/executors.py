@@ -1,13 +1,12 @@
 """Executors of trials: processes forked with all imports done, or one of Hydra's launchers."""
 
-import contextlib
 import functools
 import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -215,11 +214,7 @@ def _run_launched(specs: Mapping[int, TrialSpec], cfg: DictConfig) -> TrialResul
     """Run the trial whose number is that of the launcher's job."""
     spec = specs[int(HydraConfig.get().job.num)]
     log = spec.log or Path(os.devnull)
-    with (
-        log.open("a") as file,
-        contextlib.redirect_stdout(file),
-        contextlib.redirect_stderr(file),
-    ):
+    with log.open("a") as file, redirect_stdout(file), redirect_stderr(file):
         return run_trial(spec)
 
 

@@ -96,7 +96,6 @@ class Plan:
     """A sweep that is read and checked, and has not started.
 
     Attributes:
-        settings: The config group `sweep`, as plain values.
         is_search: Whether Optuna samples the trials; otherwise they are a grid.
         launcher: Hydra launcher, by its `_target_`, that replaces our own processes.
         num_gpus: GPUs that the trials share, one each; 0 on the CPU.
@@ -112,7 +111,7 @@ class Plan:
         check_values({"sweep": settings})
         self.master = master
         self.context = context
-        self.settings: dict[str, Any] = settings
+        self.settings: dict[str, Any] = settings  # the config group `sweep`
         self._loader = context.config_loader
         self.space = read_space(overrides, settings["space"] or {}, self._loader)
         axes = self.space.axes
@@ -139,9 +138,9 @@ class Plan:
         self.metric, self.mode = self.first_cfg.score.metric, self.first_cfg.score.mode
         self._check_configs()
         trainer = self.first_cfg.trainer
-        may_use_gpu = trainer.accelerator in ("auto", "gpu", "cuda")
         is_single = num_devices(trainer.devices) == 1
-        self.num_gpus = (count_gpus() or 0) if may_use_gpu and is_single else 0
+        may_use_gpu = is_single and trainer.accelerator in ("auto", "gpu", "cuda")
+        self.num_gpus = (count_gpus() or 0) if may_use_gpu else 0
         if self.is_search or self.prunes or settings["pruner_options"]:
             self.optuna_settings.check(self.space.distributions() if self.is_search else {})
 
@@ -209,11 +208,8 @@ class Plan:
             if "." in name and OmegaConf.select(cfg, name, throw_on_missing=False) is None:
                 OmegaConf.update(cfg, name, 0, force_add=True)
         values = result_keys(cfg) | {"trainer.max_epochs": cfg.trainer.max_epochs}
-        shared = {
-            key: value
-            for key, value in values.items()
-            if not any(key == name or key.startswith(f"{name}.") for name in names)
-        }
+        varying = tuple(f"{name}." for name in names)
+        shared = {key: value for key, value in values.items() if not f"{key}.".startswith(varying)}
         keys = ["pruner", "pruner_options"]
         keys += ["sampler", "sampler_options", "seeds"] if self.is_search else []
         settings = {key: self.settings[key] for key in keys}

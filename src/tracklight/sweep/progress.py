@@ -19,7 +19,7 @@ from rich.text import Text
 
 from tracklight.runs.leaderboard import LeaderboardRow, short_names
 from tracklight.sweep.plan import Job, format_number, format_params
-from tracklight.sweep.study import direction, optuna
+from tracklight.sweep.study import DIRECTIONS, optuna
 from tracklight.sweep.trial import TrialResult
 
 MAX_ROWS = 20
@@ -201,23 +201,19 @@ def plot_page(rows: Sequence[LeaderboardRow], metric: str, mode: str) -> str | N
 
 def _to_study(rows: Sequence[LeaderboardRow], mode: str) -> optuna.Study:
     """Return a study in memory that holds the complete and the pruned trials."""
-    study = optuna.create_study(direction=direction(mode))
+    study = optuna.create_study(direction=DIRECTIONS[mode])
     space = {
         name: _distribution([row.params[name] for row in rows if name in row.params])
         for name in (rows[0].params if rows else ())
     }
+    numeric = {name for name, each in space.items() if isinstance(each, FloatDistribution)}
     states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
     for row in sorted(rows, key=lambda row: row.trial):
         if row.state not in states or row.score is None or row.params.keys() != space.keys():
             continue
-        params = {
-            name: float(row.params[name]) if isinstance(each, FloatDistribution) else row.params[name]
-            for name, each in space.items()
-        }
-        trial = optuna.create_trial(
-            state=states[row.state], value=row.score, params=params, distributions=space
-        )
-        study.add_trial(trial)
+        params = {key: float(text) if key in numeric else text for key, text in row.params.items()}
+        state, value = states[row.state], row.score
+        study.add_trial(optuna.create_trial(state=state, value=value, params=params, distributions=space))
     return study
 
 

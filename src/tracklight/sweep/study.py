@@ -5,10 +5,8 @@ import importlib.util
 import inspect
 import logging
 import os
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +23,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from tracklight.errors import BadInput
 from tracklight.redact import redact
 from tracklight.sweep.space import Space
+from tracklight.sweep.trial import call_in_thread
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 # Its one warning is a page of SQL about a query that is retried; if that fails too, it raises.
@@ -46,7 +45,8 @@ PRUNERS = {
     "hyperband": "HyperbandPruner",
     "asha": "SuccessiveHalvingPruner",
 }
-STORAGE_TIMEOUT_S = 15.0
+DIRECTIONS: dict[str, Literal["minimize", "maximize"]] = {"min": "minimize", "max": "maximize"}
+STORAGE_TIMEOUT_S = 15.0  # not every driver has its own
 
 # User attributes of a trial.
 PARAMS_ATTR = "point"  # of a grid's trial: its params as text
@@ -164,7 +164,7 @@ def open_storage(url: str | None, journal: Path | None) -> BaseStorage:
     if url is None:
         return _open_journal(journal) if journal else optuna.storages.InMemoryStorage()
     try:
-        return _call_with_timeout(lambda: optuna.storages.RDBStorage(url), STORAGE_TIMEOUT_S)
+        return call_in_thread(partial(optuna.storages.RDBStorage, url)).result(STORAGE_TIMEOUT_S)
     except Exception as error:
         reason = redact(" ".join(str(error).split("\n")[0].split()))[:200]
         if isinstance(error, TimeoutError):
@@ -185,25 +185,6 @@ def _open_journal(path: Path) -> JournalStorage:
         release=partial(fcntl.flock, descriptor, fcntl.LOCK_UN),
     )
     return JournalStorage(JournalFileBackend(str(path), lock))
-
-
-def _call_with_timeout(function: Callable[[], Any], timeout_s: float) -> Any:
-    """Call a function in a thread, abandoned at the timeout; not every driver has its own."""
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future.result(timeout_s)
-
-
-def direction(mode: str) -> Literal["minimize", "maximize"]:
-    """Return Optuna's name for `score.mode`."""
-    return "minimize" if mode == "min" else "maximize"
 
 
 @dataclass(frozen=True)
@@ -232,16 +213,15 @@ class OptunaStudy:
         settings: OptunaSettings,
         num_trials: int | None,
     ):
-        self.is_search = num_trials is not None
         self._storage = storage
         self._space = space
         self._settings = settings
         self._num_trials = num_trials or 0
-        self._distributions = space.distributions() if self.is_search else {}
+        self._distributions = space.distributions() if num_trials is not None else {}
         self._study = optuna.create_study(
             storage=storage,
             study_name=name,
-            direction=direction(mode),
+            direction=DIRECTIONS[mode],
             pruner=settings.build_pruner(),
             sampler=optuna.samplers.RandomSampler(),  # `ask` sets the one to sample with
             load_if_exists=True,

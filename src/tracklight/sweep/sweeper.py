@@ -8,9 +8,7 @@ import difflib
 import signal
 import sys
 import textwrap
-import threading
 from collections.abc import Mapping
-from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +21,7 @@ from tracklight.runs.leaderboard import LeaderboardRow, rank_trials
 from tracklight.runs.select import find_run
 from tracklight.sweep.executors import Executor, LauncherExecutor, ProcessExecutor
 from tracklight.sweep.plan import Job, Plan, format_params, make_trial_spec
-from tracklight.sweep.trial import TrialResult
+from tracklight.sweep.trial import TrialResult, call_in_thread
 from tracklight.tracking.tags import PARENT_TAG, POINT_TAG, TESTED_TAG
 
 if TYPE_CHECKING:
@@ -50,18 +48,14 @@ def sweep(overrides: list[str], master: DictConfig, context: HydraContext) -> fl
         print(plan.describe())
         return None
     executor = ProcessExecutor(plan.settings["workers"], plan.num_gpus)
-    data: Future[str | None] = Future()
-
-    def check() -> None:
-        try:
-            data.set_result(preflight(plan, executor))
-        except Exception as error:
-            data.set_exception(error)
-
     try:
-        threading.Thread(target=check, daemon=True).start()
+        preflighted = call_in_thread(lambda: preflight(plan, executor))
         store, storage = _open_stores(plan)
-        return _run(plan, executor, store, storage, data.result())
+        from tracklight.sweep.parent_run import open_parent  # slow, so while the preflight runs
+
+        data = preflighted.result()
+        parent = open_parent(store, plan, data) if store else None
+        return _run(plan, executor, parent, storage)
     finally:
         executor.kill()
 
@@ -87,20 +81,14 @@ def _open_stores(plan: Plan) -> "tuple[Store | None, BaseStorage | None]":
 
 
 def _run(
-    plan: Plan,
-    executor: ProcessExecutor,
-    store: "Store | None",
-    storage: "BaseStorage | None",
-    data: str | None,
+    plan: Plan, executor: ProcessExecutor, parent: "ParentRun | None", storage: "BaseStorage | None"
 ) -> float | None:
     """Run the remaining trials, test the winner, and end the parent run with its status."""
     from optuna.exceptions import StorageInternalError
 
-    from tracklight.sweep.parent_run import open_parent
     from tracklight.sweep.progress import Progress
     from tracklight.tracking.mlflow_client import mlflow, short_reason
 
-    parent = open_parent(store, plan, data) if store else None
     progress = Progress(plan.metric, plan.mode, plan.settings["workers"])
     status = "FAILED"
     try:
@@ -115,15 +103,12 @@ def _run(
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
         raise
-    except mlflow.exceptions.MlflowException as error:
-        raise RunFailed(
-            f"the tracking store fails ({short_reason(error)}); the same command continues the sweep"
-        ) from None
-    except StorageInternalError as error:
-        cause = error.__cause__ or error
-        raise RunFailed(
-            f"sweep.storage fails ({short_reason(cause)}); the same command continues the sweep"
-        ) from None
+    except (mlflow.exceptions.MlflowException, StorageInternalError) as error:
+        what, cause = "the tracking store", error
+        if isinstance(error, StorageInternalError):
+            what, cause = "sweep.storage", error.__cause__ or error
+        reason = f"{what} fails ({short_reason(cause)})"
+        raise RunFailed(f"{reason}; the same command continues the sweep") from None
     finally:
         progress.close()
         if parent:
@@ -170,15 +155,14 @@ def _conclude(loop: "SweepLoop") -> float | None:
         rows = parent.refresh(final=True) or []
     num = max(len(rows), len(loop.study.finished_trials()))
     different = f", {len(rows)} of them different" if num > len(rows) else ""
-    trials = f"{num} trial{'s' * (num != 1)}{different}"
-    progress.table(rows, f"{plan.metric} ({plan.mode}), {trials}")
+    progress.table(rows, f"{plan.metric} ({plan.mode}), {num} trial{'s' * (num != 1)}{different}")
     if loop.halted and loop.num_remaining:
         progress.note(
             f"sweep.on_failure=stop: runs not begun: {loop.num_remaining}; the same command goes on with them"
         )
     winner = rows[0] if rows and rows[0].rank == 1 else None
     if parent and winner and loop.signum is None and not loop.halted:
-        progress.note(test_winner(plan, loop.executor, parent, winner))
+        progress.note(test_winner(loop, parent, winner))
     return winner.score if winner else None
 
 
@@ -198,7 +182,7 @@ def _raise_outcome(loop: "SweepLoop") -> None:
         raise RunFailed(f"{num} trial{'s' * (num > 1)} failed: {', '.join(failed)}{more}")
 
 
-def test_winner(plan: Plan, executor: Executor, parent: "ParentRun", winner: LeaderboardRow) -> str:
+def test_winner(loop: "SweepLoop", parent: "ParentRun", winner: LeaderboardRow) -> str:
     """Test those runs of the best trial that are not tested yet; return a line with the results.
 
     Raises:
@@ -209,27 +193,24 @@ def test_winner(plan: Plan, executor: Executor, parent: "ParentRun", winner: Lea
     untested = {run.data.tags[POINT_TAG]: run for run in runs if TESTED_TAG not in run.data.tags}
     try:
         if untested:
-            _run_tests(plan, executor, parent, winner, untested)
+            _run_tests(loop, parent, winner, untested)
     except (KeyboardInterrupt, SystemExit):
-        for _ in executor.stop():  # each run is closed, and the same command continues it
+        for _ in loop.executor.stop():  # each run is closed, and the same command continues it
             pass
         raise
     metrics = parent.log_test(winner.run_ids)
     results = "  ".join(f"{key} {value:.5g}" for key, value in sorted(metrics.items()))
-    score = f"{plan.metric} {winner.score:.5g}"
+    score = f"{loop.plan.metric} {winner.score:.5g}"
     return f"best  trial {winner.trial} {format_params(winner.params)}  {score}  {results}".rstrip()
 
 
 def _run_tests(
-    plan: Plan,
-    executor: Executor,
-    parent: "ParentRun",
-    winner: LeaderboardRow,
-    untested: Mapping[str, Any],
+    loop: "SweepLoop", parent: "ParentRun", winner: LeaderboardRow, untested: Mapping[str, Any]
 ) -> None:
     """Test runs of the winner, given by job key."""
     from tracklight.sweep.loop import compose_jobs
 
+    plan, executor = loop.plan, loop.executor
     num_seeds = max(plan.settings["seeds"], len(winner.run_ids))
     jobs = compose_jobs(plan, winner.trial, winner.params, num_seeds)
     waiting = [job for job in jobs if job.key in untested]

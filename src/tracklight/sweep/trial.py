@@ -6,7 +6,8 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
@@ -93,12 +94,7 @@ def run_in_worker(spec: TrialSpec, connection: Connection) -> None:
 
 
 def run_trial(spec: TrialSpec, connection: Connection | None = None) -> TrialResult:
-    """Run a trial in this process.
-
-    Args:
-        spec: The trial.
-        connection: To the sweep's process; None where a launcher runs the trial.
-    """
+    """Run a trial in this process; `connection` is to the sweep's, None where a launcher runs it."""
     from omegaconf import OmegaConf
 
     from tracklight.engine.monitors import PruningCallback
@@ -151,6 +147,20 @@ def describe_error(error: BaseException) -> str:
     """Return an error's message in one line without passwords, after its type if not our own."""
     text = redact(" ".join(str(error).split()))[:MAX_REASON_CHARS]
     return text if isinstance(error, BadInput | RunFailed) else f"{type(error).__name__}: {text}"
+
+
+def call_in_thread(function: Callable[[], Any]) -> Future[Any]:
+    """Call a function in a daemon thread, which can be abandoned."""
+    future: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
 
 
 def _die_with_parent() -> None:
