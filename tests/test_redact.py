@@ -1,8 +1,13 @@
-"""No password leaves."""
+"""No secret leaves: not from structure, not from text, not from the environment."""
+
+import subprocess
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tracklight.redact import redact
+from tracklight.redact import is_secret, redact, redact_command
+from tracklight.tracking.provenance import git_state
 
 
 @pytest.mark.parametrize(
@@ -21,6 +26,81 @@ from tracklight.redact import redact
 )
 def test_no_secret_of_a_uri_is_shown(text, safe):
     assert redact(text) == safe
+
+
+SECRETS = st.from_regex(r"[A-Za-z][A-Za-z0-9]{3}Zq[A-Za-z0-9]{6,20}", fullmatch=True)
+KEYS = (
+    *("password", "sslpassword", "db_password", "PGPASSWORD", "passphrase", "pwd", "pw", "secret"),
+    *("api_key", "apiKey", "API-KEY", "access_token", "client_secret", "AWS_SECRET_ACCESS_KEY"),
+    *("auth", "authorization", "cookie", "sas", "access_key", "account_key", "private_key"),
+    *("aws_access_key_id", "token", "hf_token", "credentials", "storage.password"),
+)
+FORMS = (
+    *("{key}={value}", "{key}: {value}", '"{key}": "{value}"', "'{key}': '{value}, and more'"),
+    *("--{key} {value}", "--{key}={value}", "x --{key} '{value} b' y", '{key} = "{value} \\" b"'),
+    *("+data.db={{{key}: {value}}}", "{{a: 1, {key}: '{value}', b: 2}}", "{key}=[{value},b]"),
+    *("https://host/p?a=1&{key}={value}&b=2", "+    {key} = '{value}'", "{key}={{a: {value}, b: 1}}"),
+)
+SHAPES = (
+    *("Authorization: Bearer {value}", "authorization: Basic {value}==", "user:{value}@host:5432/db"),
+    *("postgresql://me:{value}@host/db", "https://{value}@host", "https://x.net/?sig={value}&se=1"),
+    *("https://x?X-Amz-Signature={value}", "https://x?X-Amz-Credential={value}", "https://x?key={value}"),
+)
+
+
+@given(SECRETS, st.sampled_from(KEYS), st.sampled_from(FORMS), st.text(max_size=10))
+def test_a_secret_under_a_telling_name_is_starred_out_however_it_is_written(value, key, form, text):
+    assert value not in redact(f"{text} {form.format(key=key, value=value)}")
+
+
+@given(SECRETS, st.sampled_from(SHAPES))
+def test_a_secret_of_a_telling_shape_is_starred_out(value, shape):
+    assert value not in redact(f"failed: {shape.format(value=value)}")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("AKIA" + "Z" * 16, "ghp_" + "a" * 36, "glpat-" + "a" * 20, "hf_" + "a" * 34),
+        *("sk-" + "a" * 24, "xoxb-" + "1" * 12, "AIza" + "b" * 35),
+        "eyJhbGciOiJI." + "eyJzdWIiOiIx" + ".c2ln",
+        "-----BEGIN RSA PRIVATE KEY-----\nabc\n-----END RSA PRIVATE KEY-----",
+    ],
+)
+def test_a_key_of_a_well_known_service_is_starred_out_wherever_it_stands(value):
+    assert redact(f"in {value} out") == "in *** out"
+
+
+@given(SECRETS, st.sampled_from(KEYS))
+def test_what_lies_below_a_telling_key_is_starred_out_whole(value, key):
+    tree = {"a": [{key: value}, {key: {"b": [value]}}], key: value}
+    assert redact(tree) == {"a": [{key: "***"}, {key: "***"}], key: "***"}
+
+
+@given(SECRETS, st.sampled_from(KEYS))
+def test_no_word_of_a_command_shows_a_secret(value, key):
+    words = ["train.py", f"+{key}={value} with, comma", f"--{key}", f"{value} x", "-m", "seed=1,2"]
+    command = redact_command([*words, f"+data.db={{{key}: {value}}}"])
+    assert value not in command
+    assert command.startswith("train.py ") and "-m seed=1,2" in command
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("max_tokens=5", "keyboard=de", "monkey=1", "key=value", "tokenizer=bert", "author=me"),
+        *("optimizer.lr=0.1", "token=5", "num_tokens: 7", "bypass=3", "compass: 1", "secretary=1"),
+        *("trial 1: lr=0.1", "2026-11-25 20:10:00", "C:/x", "error: data.root=x: cannot"),
+        "experiment=seed_mlp sets trainer.max_epochs, which this config does not have",
+    ],
+)
+def test_what_is_no_secret_stays(text):
+    assert redact(text) == text
+
+
+@pytest.mark.parametrize("key", ["max_tokens", "keyboard", "monkey", "author", "tokenizer", "key"])
+def test_a_key_that_only_looks_telling_names_no_secret(key):
+    assert not is_secret(key, "value")
 
 
 def test_keys_that_name_secrets_are_starred_out_at_any_depth():
@@ -46,3 +126,37 @@ def test_what_a_variable_of_a_telling_name_holds_is_starred_out_wherever_it_stan
     tree = {"data": {"path": "s3://pl4nt3d/x", "root": "/data/mnist"}, "a": ["shorter", "pl4nt3d"]}
     safe = {"data": {"path": "s3://***/x", "root": "/data/mnist"}, "a": ["shorter", "***"]}
     assert redact(tree) == safe
+
+
+def test_the_patch_of_a_work_tree_shows_no_secret(tmp_path):
+    def git(*words):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    (tmp_path / "a.py").write_text("x = 1\n")
+    git("init"), git("add", "."), git("commit", "-m", "first")
+    (tmp_path / "a.py").write_text("API_KEY = 'pl4nt3d s'\nurl = 'http://me:pl4nt3d@host'\n")
+    diff = git_state(tmp_path).diff
+    assert "+API_KEY = '***'" in diff
+    assert "pl4nt3d" not in diff
+
+
+def test_a_secret_planted_anywhere_appears_neither_in_the_store_nor_in_the_folder(
+    train, tmp_path, monkeypatch, capsys
+):
+    secret = "".join(["pl4nt", "3dZq", "s3cr3t"])
+    words = [
+        f"+score.db_password={secret}",
+        f"+score.api_key={secret}",
+        f"+score.auth={{user: me, deep: [{secret}]}}",
+        f"+score.url='https://me:{secret}@host/x?sig={secret}'",
+        f"tracking.run_name='run token={secret}'",
+        "trainer.max_epochs=1",
+    ]
+    monkeypatch.setattr("sys.argv", ["train.py", *words, "--password", secret])
+    train(*words)
+    shown = capsys.readouterr()
+    assert secret not in shown.out + shown.err
+    leaking = [p for p in tmp_path.rglob("*") if p.is_file() and secret.encode() in p.read_bytes()]
+    assert leaking == []
+    assert (tmp_path / "runs" / "mlflow.db").is_file()

@@ -10,9 +10,9 @@ import traceback
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import OmegaConf
@@ -58,12 +58,7 @@ def enter(command: str) -> NoReturn:
     from tracklight.commands import parser
 
     with _exit_codes():
-        try:
-            code = parser.main(command, sys.argv[1:])
-            sys.stdout.flush()
-        except BrokenPipeError:  # the reader closed the pipe, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = 0
+        code = parser.main(command, sys.argv[1:])
     sys.exit(code)
 
 
@@ -87,12 +82,63 @@ def _format_warning(
     return f"warning: {message}{place}\n"
 
 
+class _SafeStream:
+    """A standard stream that cannot fail: once its reader or its disk is gone, it discards."""
+
+    def __init__(self, stream: TextIO | None, descriptor: int):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed by the shell; a file opened later would be printed into
+            os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
+        self._stream = stream or os.fdopen(descriptor, "w", closefd=False)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or discard."""
+        self._attempt(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, or discard."""
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except (OSError, ValueError):  # broken pipe, full disk, terminal gone; or closed
+            with suppress(OSError, ValueError):  # what is buffered goes there, too
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+@contextmanager
+def _safe_streams() -> Iterator[None]:
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = streams = _SafeStream(sys.stdout, 1), _SafeStream(sys.stderr, 2)
+    try:
+        yield
+    finally:
+        for stream in streams:
+            stream.flush()
+        if None not in before:
+            sys.stdout, sys.stderr = before
+
+
 @contextmanager
 def _exit_codes() -> Iterator[None]:
     """Exit with the code of an error, its message on stderr."""
     quiet()
     # Until the engine's handlers take over: exit as usual, so that what needs clearing up is.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    with _safe_streams(), _exit_on_error():
+        yield
+
+
+@contextmanager
+def _exit_on_error() -> Iterator[None]:
     try:
         yield
     except SystemExit:

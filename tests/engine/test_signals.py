@@ -42,7 +42,7 @@ def fit(stop: SafeStop, *callbacks: Callback) -> Trainer:
     return trainer
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize(
     ("hook", "call"),
     [

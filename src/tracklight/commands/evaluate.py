@@ -1,7 +1,6 @@
 """Tests a trained model again: on a split of its data, or on other data."""
 
 import logging
-import shlex
 import sys
 import time
 from argparse import Namespace
@@ -20,7 +19,7 @@ from tracklight.errors import BadInput, RunFailed
 from tracklight.experiment import stored
 from tracklight.experiment.build import has_test
 from tracklight.experiment.record import finish_run
-from tracklight.redact import redact
+from tracklight.redact import redact_command
 from tracklight.runs.select import resolve_sweep, select_run
 from tracklight.tracking import tags
 from tracklight.tracking.mlflow_client import mlflow, retry, short_reason
@@ -213,7 +212,7 @@ def _log(
         tags.EVALUATES_TAG: run_id,
         tags.DATA_TAG: _data_digest(rebuilt),
         tags.CODE_TAG: code_digest(list_targets(rebuilt.cfg)),
-        tags.COMMAND_TAG: redact(shlex.join(sys.argv)),
+        tags.COMMAND_TAG: redact_command(sys.argv),
     }
     for name in metrics:
         check_key("metric", f"{split}/{name}")

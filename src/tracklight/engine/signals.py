@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first stops at the next safe point, a second one exits at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: the first stops at the next safe point, a second one exits at once."""
 
 import os
 import signal
@@ -10,6 +10,12 @@ from typing import Any
 from pytorch_lightning import Callback
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from typing_extensions import override
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Return the signals that stop a run; SIGHUP only if it is not ignored, as under nohup."""
+    hang_up = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
+    return [signal.SIGINT, signal.SIGTERM, *hang_up]
 
 
 class Stopped(BaseException):
@@ -34,9 +40,8 @@ class SafeStop(Callback):
 
     @contextmanager
     def listening(self) -> Iterator["SafeStop"]:
-        """Handle SIGINT and SIGTERM within the context; only a main thread can."""
-        signals = (signal.SIGINT, signal.SIGTERM)
-        previous = {number: signal.signal(number, self._handle) for number in signals}
+        """Handle the signals that stop a run within the context; only a main thread can."""
+        previous = {number: signal.signal(number, self._handle) for number in stop_signals()}
         try:
             yield self
         finally:

@@ -52,7 +52,7 @@ def open_run(
     if resumed is None:
         # MLflow's own random names repeat with the seed.
         names = [type(model).__name__, *([] if data is None else [data_name])]
-        name = redact(cfg.tracking.run_name) or "-".join([*names, time.strftime("%m%d-%H%M%S")])
+        name = cfg.tracking.run_name or "-".join([*names, time.strftime("%m%d-%H%M%S")])
         return store.create(cfg.tracking.experiment, name, run_tags)
     run_id, changes = resumed.run.info.run_id, list(resumed.changes)
     for tag in (tags.CODE_TAG, tags.DATA_TAG):

@@ -1,6 +1,5 @@
 """One run, from its config to its score: the file to read first."""
 
-import shlex
 import sys
 import time
 import warnings
@@ -25,7 +24,7 @@ from tracklight.experiment.build import build_data, build_model, build_trainer, 
 from tracklight.experiment.record import describe, finish_run, log_final, log_reference, open_run
 from tracklight.experiment.stored import ResumedRun, load_best_weights, open_store, resolve_resume
 from tracklight.paths import ROOT
-from tracklight.redact import redact
+from tracklight.redact import redact_command
 from tracklight.tracking import provenance
 from tracklight.tracking.run import Run
 from tracklight.tracking.tags import BEST, CHECKPOINTS
@@ -61,7 +60,7 @@ def run(
         cfg, resumed = resolve_resume(cfg, store, run_id)
         _set_num_threads(cfg)  # a stored config has its own number
         code = provenance.code_digest(list_targets(cfg))
-        source = provenance.collect(ROOT, redact(shlex.join(sys.argv)), code)
+        source = provenance.collect(ROOT, redact_command(sys.argv), code)
 
         data = build_data(cfg)
         model = build_model(cfg, data)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from tracklight.engine.signals import stop_signals
 from tracklight.errors import BadInput, RunFailed
 from tracklight.experiment.stored import is_unfinished
 from tracklight.runs.leaderboard import TrialRun
@@ -44,14 +45,6 @@ def compose_jobs(plan: Plan, number: int, params: Mapping[str, str], num_seeds: 
 
 
 @dataclass
-class _Trial:
-    """A trial in progress and the results of its runs so far."""
-
-    jobs: list[Job]
-    results: dict[str, TrialResult] = field(default_factory=dict)
-
-
-@dataclass
 class SweepLoop:
     """Keeps the executor busy until there is nothing left to run.
 
@@ -71,7 +64,8 @@ class SweepLoop:
     _children: dict[str, Any] = field(default_factory=dict)  # earlier runs by job key
     _results: dict[str, TrialResult] = field(default_factory=dict)  # of this command, by job key
     _queue: deque[Job] = field(default_factory=deque)
-    _trials: dict[int, _Trial] = field(default_factory=dict)  # by number
+    _trials: dict[int, list[Job]] = field(default_factory=dict)  # by number
+    _ended: dict[int, dict[str, TrialResult]] = field(default_factory=dict)  # by number and job key
     _in_progress: dict[str, list[Job]] = field(default_factory=dict)  # jobs that share a run
     _started: dict[str, int] = field(default_factory=dict)  # trial number by job key
 
@@ -83,9 +77,7 @@ class SweepLoop:
 
     def run(self) -> None:
         """Run all trials; the first signal stops them so that the sweep can be continued."""
-        handlers = {
-            signum: signal.signal(signum, self._handle_signal) for signum in (signal.SIGINT, signal.SIGTERM)
-        }
+        handlers = {signum: signal.signal(signum, self._handle_signal) for signum in stop_signals()}
         try:
             if self.parent:
                 self._children = self.parent.children_by_key()
@@ -169,11 +161,9 @@ class SweepLoop:
     def _start_runs(self) -> bool:
         """Start runs while the executor has room; return whether none are left to start."""
         is_exhausted = False
-        while (
-            self.executor.has_room
-            and not (is_exhausted or self._is_over)
-            and not (self.parent and self.parent.outage_s)  # without a store, a new run fails
-        ):
+        while self.executor.has_room and not (is_exhausted or self._is_over):
+            if self.parent and self.parent.outage_s:  # a new run would fail
+                break
             job = self._next_job()
             is_exhausted = job is None
             if job is not None:
@@ -197,7 +187,7 @@ class SweepLoop:
                     continue
                 request = self.study.ask_retry(request.number)
             self.study.set_run_keys(request.number, keys)
-            self._trials[request.number] = _Trial(jobs)
+            self._trials[request.number], self._ended[request.number] = jobs, {}
             self._queue.extend(jobs[:1] if self._prunes else jobs)
         return self._queue.popleft()
 
@@ -269,7 +259,7 @@ class SweepLoop:
 
     def _decides(self, job: Job) -> bool:
         """Return whether this run decides if its trial is pruned."""
-        return self._prunes and job.key == self._trials[job.number].jobs[0].key
+        return self._prunes and job.key == self._trials[job.number][0].key
 
     def _log(self, job: Job) -> Path | None:
         return self.parent.run.folder / "logs" / f"{job.number:04d}.log" if self.parent else None
@@ -277,12 +267,8 @@ class SweepLoop:
     def _tags(self, number: int, params: Mapping[str, str], key: str) -> dict[str, str]:
         if self.parent is None:
             return {}
-        own = {
-            tags.POINT_TAG: key,
-            tags.TRIAL_TAG: str(number),
-            tags.PARENT_TAG: self.parent.run.run_id,
-        }
-        return {**params, **own}
+        own = {tags.POINT_TAG: key, tags.TRIAL_TAG: str(number)}
+        return {**params, **own, tags.PARENT_TAG: self.parent.run.run_id}
 
     def _handle(self, job: Job, message: EpochReport | TrialResult) -> None:
         if isinstance(message, EpochReport):
@@ -308,17 +294,17 @@ class SweepLoop:
 
     def _end(self, job: Job, result: TrialResult) -> None:
         """Add a result to its trial; end the trial once all of its runs have ended."""
-        trial = self._trials[job.number]
-        trial.results[job.key] = result
+        results = self._ended[job.number]
+        results[job.key] = result
         if result.kind == "failed":
             self.failures[job.number] = result.reason
             self.halted |= self._stops_on_failure
-        others = [each for each in trial.jobs if each.key not in trial.results]
+        others = [each for each in self._trials[job.number] if each.key not in results]
         decides = self._decides(job)  # then the others have not started
         if others and decides and result.kind == "complete":
             self._queue.extendleft(reversed(others))
         elif decides or not others:
-            kind, score = combine(list(trial.results.values()))
+            kind, score = combine(list(results.values()))
             self.study.tell(job.number, kind, score)
             self.progress.combined(job.number, job.params, kind, score)
 

@@ -5,7 +5,6 @@ import functools
 import io
 import json
 import math
-import shlex
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 from tracklight.config.compose import flatten, list_targets
 from tracklight.errors import BadInput, RunFailed
 from tracklight.paths import ROOT
-from tracklight.redact import redact
+from tracklight.redact import redact_command
 from tracklight.runs.leaderboard import LeaderboardRow, rank_trials, read_trial_run
 from tracklight.runs.select import restore_command
 from tracklight.sweep.plan import Plan
@@ -36,12 +35,9 @@ UNREACHABLE = (mlflow.exceptions.MlflowException, BadInput, RunFailed)  # errors
 
 
 def open_parent(store: Store, plan: Plan, data: str | None) -> "ParentRun":
-    """Continue the sweep's parent run, or create it.
+    """Continue the sweep's parent run, with the number of threads that it began with, or create it.
 
-    Args:
-        store: Holds the run.
-        plan: The sweep; a continued one gets the number of threads with which it began.
-        data: Digest of the first config's data; None if unknown.
+    `data` is the digest of the first config's data, None if unknown.
 
     Raises:
         BadInput: The sweep is in progress, its parent is deleted, or its code or data have changed.
@@ -72,12 +68,11 @@ def _children_query(run_id: str) -> str:
 
 def _check_not_deleted(store: Store, query: str) -> None:
     """Refuse to repeat a sweep whose parent was deleted, as its trials may still exist."""
-    client = store.client
 
     def search() -> list[Any]:
-        experiments = [each.experiment_id for each in client.search_experiments()]
+        experiments = [each.experiment_id for each in store.client.search_experiments()]
         deleted_only = mlflow.entities.ViewType.DELETED_ONLY
-        return client.search_runs(experiments, query, deleted_only, max_results=1)
+        return store.client.search_runs(experiments, query, deleted_only, max_results=1)
 
     for run in retry(search, store.timeout_s):
         raise BadInput(
@@ -104,7 +99,7 @@ def _tags(plan: Plan) -> dict[str, str]:
     keys = ("sampler", "pruner", "trials", "seeds", "workers")
     settings = {f"sweep.{key}": str(plan.settings[key]) for key in keys}
     space = {f"space.{name}": values for name, values in plan.space.expressions().items()}
-    command = redact(shlex.join(sys.argv))
+    command = redact_command(sys.argv)
     facts = provenance.collect(ROOT, command, provenance.code_digest())
     own = {"tracklight.kind": "sweep", tags.THREADS_TAG: str(plan.num_threads)}
     return facts.tags() | settings | space | own
@@ -136,11 +131,8 @@ def _check_digest(what: str, before: str | None, now: set[str]) -> None:
 
 def _data_params(params: Mapping[str, Any]) -> dict[str, str]:
     """Return the params that the data digest depends on."""
-    return {
-        key: str(value)
-        for key, value in params.items()
-        if key.startswith("data.") and key not in ("data.root", "data.batch_size")
-    }
+    data = {key: str(value) for key, value in params.items() if key.startswith("data.")}
+    return {key: text for key, text in data.items() if key not in ("data.root", "data.batch_size")}
 
 
 class ParentRun:
@@ -180,11 +172,7 @@ class ParentRun:
     def record_failure(self, run_id: str | None, name: str, run_tags: Mapping[str, str], reason: str) -> None:
         """Mark a trial's run as failed; create it first if the trial has none.
 
-        Args:
-            run_id: The run; None if the trial reported none.
-            name: Name of the run.
-            run_tags: Tags of the run, the job's key among them.
-            reason: Why the trial failed, in one line.
+        Without a `run_id`, the job's key, one of `run_tags`, finds the run.
         """
         client = self.store.client
         outcome = {tags.OUTCOME_TAG: "failed", tags.REASON_TAG: reason}
@@ -193,8 +181,7 @@ class ParentRun:
                 is_job = f"tags.`{tags.POINT_TAG}` = '{run_tags[tags.POINT_TAG]}'"
                 runs = self.store.search(f"{_children_query(self.run.run_id)} and {is_job}")
             else:
-                get_run = functools.partial(client.get_run, run_id)
-                runs = [retry(get_run, self.store.timeout_s)]
+                runs = [retry(lambda: client.get_run(run_id), self.store.timeout_s)]
             if not runs:
                 run_tags = {**run_tags, **outcome, tags.NEVER_BEGAN_TAG: "true"}
                 self.store.create(self._experiment, name, run_tags).finish("FAILED")
@@ -285,11 +272,9 @@ class ParentRun:
                 values |= dict.fromkeys(self._test_tags, "")  # of the previous best trial
             self._best_id = best_id
             self.run.set_tags(values)
-            spread = best.to_dict()
-            metrics[key] = best.score
-            for name in ("std", "ci95_low", "ci95_high"):
-                if spread.get(name) is not None:
-                    metrics[f"{key}_{name}"] = spread[name]
+            metrics[key], cells = best.score, best.to_dict()
+            spread = [name for name in ("std", "ci95_low", "ci95_high") if cells.get(name) is not None]
+            metrics |= {f"{key}_{name}": cells[name] for name in spread}
         if metrics == self._metrics:
             return
         # Steps are the seconds since the sweep began, through restarts. Two refreshes within one
@@ -301,8 +286,7 @@ class ParentRun:
 
     def _plot(self, rows: Sequence[LeaderboardRow]) -> None:
         start_s = time.monotonic()
-        html = plot_page(rows, self._plan.metric, self._plan.mode)
-        if html is not None:
+        if html := plot_page(rows, self._plan.metric, self._plan.mode):
             self.run.log_text(html, "plots.html")
         end_s = time.monotonic()
         self._plot_due_s = end_s + max(PLOTS_S, (end_s - start_s) / MAX_SHARE)

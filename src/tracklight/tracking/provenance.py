@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tracklight.redact import redact
 from tracklight.tracking.tags import CODE_TAG, COMMAND_TAG, COMMIT_TAG, DIRTY_TAG
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -151,7 +152,7 @@ def git_state(root: Path) -> Git:
     command = ("diff", "HEAD", "--no-ext-diff", "--no-color", "--", ".")
     diff = _git(root, *command) if dirty and commit else None
     untracked = tuple(line[2:] for line in lines if line.startswith("? "))
-    return Git(commit, branch, dirty, diff or "", untracked[:_MAX_UNTRACKED])
+    return Git(commit, branch, dirty, redact(diff or ""), untracked[:_MAX_UNTRACKED])
 
 
 def _git(root: Path, *arguments: str) -> str | None:

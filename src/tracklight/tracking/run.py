@@ -11,6 +11,7 @@ from typing import Any
 from pytorch_lightning.loggers.logger import Logger
 
 from tracklight.errors import BadInput, RunFailed
+from tracklight.redact import redact
 from tracklight.tracking.lock import RunLock
 from tracklight.tracking.sender import Sender, temporary_path
 from tracklight.tracking.wal import Points, read_records
@@ -125,6 +126,7 @@ class Run(Logger):
     def log_input(self, name: str, digest: str, source: str, context: str) -> None:
         """Log a data set and its use (`context`, such as `train`); the digest is cut."""
         digest = digest[:_MAX_DIGEST_CHARS]
+        name, source = redact(name), redact(source)
         self._wal.add_call("input", name=name, digest=digest, source=source, context=context)
 
     def log_text(self, text: str, path: str) -> None:
@@ -200,8 +202,8 @@ def check_key(kind: str, key: str) -> None:
 
 
 def _to_text(kind: str, values: Mapping[str, Any], limit: int) -> dict[str, str]:
-    """Return params or tags as MLflow takes them: their names checked, long values cut."""
+    """Return params or tags as MLflow takes them: names checked, secrets redacted, long values cut."""
     for key in values:
         check_key(kind, key)
-    texts = {key: str(value) for key, value in values.items()}
+    texts = {key: redact(str(value)) for key, value in redact(values).items()}
     return {k: v if len(v) <= limit else v[: limit - 3] + "..." for k, v in texts.items()}

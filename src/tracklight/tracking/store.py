@@ -118,8 +118,8 @@ class Store:
         except OSError as error:
             raise BadInput(f"cannot write {folder.parent}: {error.strerror}") from None
         try:
-            tags = source_tags(sys.argv[0]) | tags | {KEY_TAG: key}
-            run = self._create_once(self._experiment_id(experiment), name, tags)
+            tags = source_tags(sys.argv[0]) | redact(tags) | {KEY_TAG: key}
+            run = self._create_once(self._experiment_id(experiment), redact(name), tags)
         except mlflow.exceptions.MlflowException as error:
             lock.close()
             reason = short_reason(error)
