@@ -83,7 +83,7 @@ def _secrets_of_environment() -> list[str]:
 
 def _redact(tree: Any, values: Sequence[str]) -> Any:
     if isinstance(tree, str):
-        return _redact_text(tree, values)
+        return redact_text(tree, values)
     if isinstance(tree, Mapping):
         return {
             key: STARS if is_secret(str(key), value) else _redact(value, values)
@@ -92,7 +92,8 @@ def _redact(tree: Any, values: Sequence[str]) -> Any:
     return [_redact(value, values) for value in tree] if isinstance(tree, list | tuple) else tree
 
 
-def _redact_text(text: str, values: Sequence[str]) -> str:
+def redact_text(text: str, values: Sequence[str] = ()) -> str:
+    """Redact a text alike in every environment; `values` are redacted, too."""
     for value in values:
         text = text.replace(value, STARS)
     text = _SHAPES.sub(STARS, _USER_IN_URL.sub(f"{STARS}@", text))

@@ -53,6 +53,13 @@ def test_a_point_that_lacks_seeds_or_has_a_failed_one_is_not_ranked():
     )
 
 
+def test_a_config_of_which_a_seed_diverged_is_not_ranked_by_the_others():
+    good = [replace(ROW, params={"lr": "1"}, seed=seed, score=0.5) for seed in range(2)]
+    diverged = [replace(ROW, params={"lr": "2"}, trial=1, seed=s, score=v) for s, v in ((0, 0.1), (1, None))]
+    ranked = rank_trials([*good, *diverged], "min", 2)
+    assert [(row.params["lr"], row.rank) for row in ranked] == [("1", 1), ("2", None)]
+
+
 def test_the_mean_of_seeds_decides_and_not_their_best():
     steady = [replace(ROW, params={"lr": "1"}, seed=s, score=0.8) for s in range(2)]
     lucky = [replace(ROW, params={"lr": "2"}, seed=s, score=v) for s, v in enumerate((0.99, 0.1))]

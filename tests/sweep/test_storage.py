@@ -38,6 +38,8 @@ def test_a_database_locked_between_two_queries_says_so_once(tmp_path, caplog):
                 study.get_trials()
         finally:
             event.remove(Engine, "before_cursor_execute", lock)
+            storage.remove_session()
+            storage.engine.dispose()
     assert "database is locked" in str(failed.value.__cause__)
     assert not caplog.records
 

@@ -63,8 +63,8 @@ class Blocks(Callback):
         self.uses_blocks = reason is None
         if isinstance(module, Supervised):
             module.block_runner = self._run_block if self.uses_blocks else None
-            # Supervised overrides the hooks that this warning is about, but only for blocks.
-            warnings.filterwarnings("ignore", "When using `Trainer.accumulate_grad", UserWarning)
+            if type(module).optimizer_step is Supervised.optimizer_step:  # overridden for blocks only
+                warnings.filterwarnings("ignore", "When using `Trainer.accumulate_grad", UserWarning)
         if isinstance(data, TensorData):
             self.data = data
             data.steps_per_block = STEPS_PER_BLOCK if self.uses_blocks else 1

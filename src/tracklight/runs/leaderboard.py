@@ -340,11 +340,15 @@ def _trial_row(runs: list[TrialRun], num_seeds: int) -> LeaderboardRow:
         runs = [run for run in runs if run.setting in ("", newest.setting)]
     states = {run.state for run in runs} | ({"stopped"} if len(runs) < num_seeds else set())
     order = ("failed", "pruned", "running", "stopped")
+    state = next((state for state in order if state in states), "complete")
+    scores = [run.score for run in runs if run.score is not None]
+    if state == "complete" and len(scores) < len(runs):  # a seed diverged: no mean of the others
+        scores = []
     return LeaderboardRow(
         run_ids=[run.run_id for run in runs],
-        scores=[run.score for run in runs if run.score is not None],
+        scores=scores,
         params=runs[0].params,
-        state=next((state for state in order if state in states), "complete"),
+        state=state,
         trial=runs[0].trial,
         epochs=sum(run.epochs for run in runs),
         seconds=sum(run.seconds for run in runs),

@@ -267,8 +267,8 @@ class SweepLoop:
     def _tags(self, number: int, params: Mapping[str, str], key: str) -> dict[str, str]:
         if self.parent is None:
             return {}
-        own = {tags.POINT_TAG: key, tags.TRIAL_TAG: str(number)}
-        return {**params, **own, tags.PARENT_TAG: self.parent.run.run_id}
+        parent_id = self.parent.run.run_id
+        return {**params, tags.POINT_TAG: key, tags.TRIAL_TAG: str(number), tags.PARENT_TAG: parent_id}
 
     def _handle(self, job: Job, message: EpochReport | TrialResult) -> None:
         if isinstance(message, EpochReport):

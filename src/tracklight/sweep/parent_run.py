@@ -272,9 +272,9 @@ class ParentRun:
                 values |= dict.fromkeys(self._test_tags, "")  # of the previous best trial
             self._best_id = best_id
             self.run.set_tags(values)
-            metrics[key], cells = best.score, best.to_dict()
-            spread = [name for name in ("std", "ci95_low", "ci95_high") if cells.get(name) is not None]
-            metrics |= {f"{key}_{name}": cells[name] for name in spread}
+            metrics[key] = best.score
+            spread = {name: best.to_dict().get(name) for name in ("std", "ci95_low", "ci95_high")}
+            metrics |= {f"{key}_{name}": value for name, value in spread.items() if value is not None}
         if metrics == self._metrics:
             return
         # Steps are the seconds since the sweep began, through restarts. Two refreshes within one

@@ -245,8 +245,7 @@ class Plan:
 
     def apply_num_threads(self) -> None:
         """Write the number of threads into the configs, since it changes results."""
-        num = self.num_threads
-        self.configs = [[with_num_threads(job, num) for job in jobs] for jobs in self.configs]
+        self.configs = [[with_num_threads(job, self.num_threads) for job in c] for c in self.configs]
 
     def describe(self) -> str:
         """List what would run."""

@@ -93,8 +93,9 @@ class RunLock:
 
     def close(self) -> None:
         """Release the lock and keep the file: the run has something left to recover."""
-        _held.discard(self._fd)
-        os.close(self._fd)
+        if self._fd in _held:
+            _held.discard(self._fd)
+            os.close(self._fd)
 
     def remove(self) -> None:
         """Remove the file, then release the lock: the run ended cleanly."""

@@ -69,8 +69,11 @@ class MlflowWriter:
         self.wal.confirm(confirmed)
 
     def _log_points(self, points: list[Points]) -> None:
-        if self._database and not self._tables and has_known_columns(self._database):
-            self._tables = MetricTables(self._database, self.run_id)
+        if self._database and not self._tables:
+            if has_known_columns(self._database):
+                self._tables = MetricTables(self._database, self.run_id)
+            else:
+                self._database = None
         if self._tables:
             self._tables.write(points)
             return

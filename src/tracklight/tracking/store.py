@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tracklight.errors import BadInput, RunFailed
 from tracklight.paths import HOME
-from tracklight.redact import redact
+from tracklight.redact import redact, redact_text
 from tracklight.tracking.address import DATABASE, contact, is_server, resolve_uri, sqlite_path
 from tracklight.tracking.lock import LockHeld, RunLock, read_lock
 from tracklight.tracking.mlflow_client import is_locked, is_transient, mlflow, retry, short_reason
@@ -84,7 +84,7 @@ class Store:
         self.uri = uri
         self.display_uri = redact(uri)
         # What lock files record; relative to the directory, so that they survive its move.
-        self.lock_content = {"store": redact(uri.removeprefix(f"sqlite:///{directory}/"))}
+        self.lock_content = {"store": redact_text(uri.removeprefix(f"sqlite:///{directory}/"))}
         self.directory = directory
         self.runs_folder = directory / RUNS_FOLDER
         self.database = sqlite_path(uri)
