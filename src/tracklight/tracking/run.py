@@ -205,5 +205,5 @@ def _to_text(kind: str, values: Mapping[str, Any], limit: int) -> dict[str, str]
     """Return params or tags as MLflow takes them: names checked, secrets redacted, long values cut."""
     for key in values:
         check_key(kind, key)
-    texts = {key: redact(str(value)) for key, value in redact(values).items()}
+    texts = {key: str(value) for key, value in redact(values).items()}
     return {k: v if len(v) <= limit else v[: limit - 3] + "..." for k, v in texts.items()}
