@@ -18,9 +18,9 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import OmegaConf
 
 from tracklight.config.compose import allowed_targets, compose, resolve_composed, resolve_config
-from tracklight.config.hydra_internals import parse_flags, run_hydra
+from tracklight.config.hydra_internals import run_hydra
 from tracklight.config.instantiate import check_hydra_nodes
-from tracklight.config.overrides import check_overrides, explain, split_for_resume
+from tracklight.config.overrides import check_overrides, explain, flags_parser, parse_flags, split_for_resume
 from tracklight.engine.distributed import read_rank_zero_run
 from tracklight.errors import BadInput, RunFailed
 from tracklight.paths import PACKAGE
@@ -159,7 +159,7 @@ def _run(task: Task) -> Any:
     rank_zero = read_rank_zero_run()
     if rank_zero is not None:
         return task(resolve_config(OmegaConf.create(dict(rank_zero.cfg))))
-    args = parse_flags(sys.argv[1:])
+    args = parse_flags(flags_parser(), sys.argv[1:])
     multirun = args.multirun or "hydra.mode=multirun" in map(str.lower, args.overrides)
     flags = {name: value for name, value in vars(args).items() if name != "overrides"}
     args.overrides = check_overrides(args.overrides, multirun=multirun)
@@ -188,7 +188,9 @@ def _run_through_hydra(task: Task, args: Namespace) -> Any:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come out as they are
     try:
         with redirect_stdout(printed) if prints else nullcontext():
-            run_hydra(args, run_job, lambda hydra: check_hydra_nodes(hydra, allowed_targets()))
+            run_hydra(
+                flags_parser(), args, run_job, lambda hydra: check_hydra_nodes(hydra, allowed_targets())
+            )
     except InstantiationException:
         raise
     except HydraException as error:

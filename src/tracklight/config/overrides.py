@@ -1,9 +1,12 @@
-"""Command-line overrides, checked before Hydra composes; and Hydra's errors in one line."""
+"""Hydra's flags and overrides, parsed and checked before Hydra composes; and its errors in one line."""
 
 import difflib
 import re
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Sequence
+from typing import NoReturn
 
+import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Sweep
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -16,6 +19,45 @@ from tracklight.paths import CONF
 
 FUNCTIONS = ("interval", "range", "choice", "tag", "glob", "shuffle", "sort")  # of Hydra's grammar
 RUN_KEYS = ("resume", "init_from")  # 1234e567 is a run id, not a number
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+
+
+class _FlagsParser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"{message}; `python train.py --help` shows what can be given")
+
+
+def flags_parser() -> ArgumentParser:
+    """Return a parser like Hydra's own, whose lazy help text Python 3.14 refuses."""
+    parser = _FlagsParser(add_help=False, allow_abbrev=False)
+    add = parser.add_argument
+    add("overrides", nargs="*", help="KEY=VALUE, GROUP=CHOICE")
+    add("--help", "-h", action="store_true", help="the keys and groups of this program")
+    add("--hydra-help", action="store_true", help="Hydra's help")
+    add("--version", action="version", version=f"Hydra {hydra.__version__}")
+    add("--cfg", "-c", choices=("job", "hydra", "all"), help="print the config, run nothing")
+    add("--resolve", action="store_true", help="with --cfg: interpolations resolved")
+    add("--package", "-p", help="with --cfg: only this part")
+    add("--run", "-r", action="store_true", help="a single run")
+    add("--multirun", "-m", action="store_true", help="a run for each value of a list")
+    add("--shell-completion", "-sc", action="store_true", help="install=SHELL or uninstall=SHELL")
+    add("--config-path", "-cp", help="a folder in place of conf/")
+    add("--config-name", "-cn", help="a file in place of config.yaml")
+    add("--config-dir", "-cd", help="a further folder of config files, before conf/")
+    add("--experimental-rerun", help="refused: it would run a pickle")
+    add("--info", "-i", const="all", nargs="?", choices=INFO, help="what Hydra found")
+    return parser
+
+
+def parse_flags(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
+    """Parse Hydra's flags and the overrides between them."""
+    for word in argv:
+        if word.startswith("--") and "." in word.partition("=")[0]:
+            raise BadInput(f"{word}: keys take no dashes; write {word.lstrip('-')}")
+    args = parser.parse_intermixed_args(list(argv))
+    if args.experimental_rerun is not None:
+        raise BadInput("--experimental-rerun would run a pickle; use scripts/reproduce.py RUN_ID")
+    return args
 
 
 def check_overrides(words: Sequence[str], *, multirun: bool) -> list[str]:
