@@ -74,6 +74,7 @@ class TensorData(LightningDataModule):
         self.batch_size = batch_size
         self.seed = seed
         self.steps_per_block = 1
+        self.use_distributed_sampler = True  # the Trainer's argument: each process takes a part
 
     def load(self) -> dict[str, Split]:
         """Read the splits: "train", and where there are such "val" and "test"."""
@@ -104,7 +105,7 @@ class TensorData(LightningDataModule):
 
     def train_dataloader(self) -> "Loader":
         """Return minibatches, or blocks of them, in the epoch's order."""
-        return Loader(self, "train", self.batch_size, shuffle=True)
+        return Loader(self, "train", self.batch_size, training=True)
 
     def val_dataloader(self) -> "Loader | list":
         """Return the validation part in its natural order; nothing where there is none."""
@@ -119,21 +120,23 @@ class Loader:
     """Iterates over a split in minibatches, or in blocks of several, as (inputs, targets).
 
     In training a block is `data.steps_per_block` minibatches gathered and transformed at once: rows
-    (k * B, ...). With several processes each takes every `world_size`-th row; in training the order
-    is padded from its front so that all take equally many steps.
+    (k * B, ...). What Lightning does to a sampler this does itself. With several processes each takes
+    every `world_size`-th row; in training the order is padded from its front so that all take equally
+    many steps. Under `overfit_batches` the natural order makes every epoch's batches the same.
     """
 
-    def __init__(self, data: TensorData, split: str, batch_size: int | None, shuffle: bool = False):
-        trainer = data.trainer
-        self.rank = trainer.global_rank if trainer else 0
-        self.world_size = trainer.world_size if trainer else 1
+    def __init__(self, data: TensorData, split: str, batch_size: int | None, training: bool = False):
+        trainer: Any = data.trainer
+        sharded = trainer and data.use_distributed_sampler
+        self.rank, self.world_size = (trainer.global_rank, trainer.world_size) if sharded else (0, 1)
         self.data = data
         self.split = split
-        self.shuffle = shuffle
-        num_examples = len(data.splits[split]) - (0 if shuffle else self.rank)
+        self.training = training
+        self.shuffle = training and not (trainer and trainer.overfit_batches)
+        num_examples = len(data.splits[split]) - (0 if training else self.rank)
         self.num_rows = math.ceil(num_examples / self.world_size)
         self.batch_size = min(batch_size or self.num_rows, self.num_rows)
-        self.rows_per_item = self.batch_size * (data.steps_per_block if shuffle else 1)
+        self.rows_per_item = self.batch_size * (data.steps_per_block if training else 1)
 
     def __len__(self) -> int:
         return math.ceil(self.num_rows / self.rows_per_item)
@@ -155,9 +158,11 @@ class Loader:
     def _rows(self, num_examples: int) -> Tensor | None:
         if self.world_size == 1 and (self.batch_size >= num_examples or not self.shuffle):
             return None
-        if not self.shuffle:
+        if not self.training:
             return torch.arange(self.rank, num_examples, self.world_size)
         epoch = self.data.trainer.current_epoch if self.data.trainer else 0
-        order = epoch_order(num_examples, self.data.seed, epoch)
+        order = (
+            epoch_order(num_examples, self.data.seed, epoch) if self.shuffle else torch.arange(num_examples)
+        )
         padding = self.num_rows * self.world_size - num_examples
         return torch.cat([order, order[:padding]])[self.rank :: self.world_size]

@@ -43,8 +43,9 @@ class NonFiniteLoss(RunFailed):
 class Blocks(Callback):
     """Takes the optimizer steps of a block in place of Lightning's automatic optimization.
 
-    Where blocks cannot be used, it calls `report` with a line that says why, and only reseeds
-    before each batch and checks each loss.
+    Where blocks cannot be used, it calls `report` with a line that says why, and only reseeds before
+    each batch, checks each loss and completes what Lightning leaves of accumulated batches: it divides
+    an epoch's last, smaller group by the full number, and logs a step's last batch as the step.
     """
 
     supports_blocks = True
@@ -54,6 +55,13 @@ class Blocks(Callback):
         self.report = report
         self.logger: Any = None  # its `log_series` logs the values of each step
         self.uses_blocks = False
+        self.accumulated = 0  # batches whose optimizer step is still to come
+        self.step_values: dict[str, list[Tensor]] = {}  # what those batches logged
+
+    @property
+    def mid_step(self) -> bool:
+        """Whether gradients are being accumulated."""
+        return self.accumulated > 0 and self.trainer.training
 
     @override
     def on_fit_start(self, trainer: Any, module: LightningModule) -> None:
@@ -87,9 +95,27 @@ class Blocks(Callback):
         if not self.uses_blocks:
             step = trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1
             seed_step(self.seed, step, trainer.global_rank)
+            if trainer.accumulate_grad_batches > 1:
+                lightning_internals.clear_step_values(trainer)
         elif batch_idx == 0 and (found := signature(module)) != self.signature:
             self.signature = found
             self.step = make_step(module, trainer.optimizers[0])
+
+    @override
+    def on_after_backward(self, trainer: Any, module: Any) -> None:
+        wanted = trainer.accumulate_grad_batches
+        if wanted == 1 or not module.automatic_optimization:
+            return
+        self.accumulated += 1
+        num_ready = trainer.fit_loop.batch_idx + 1
+        is_last = trainer.is_last_batch or num_ready == trainer.num_training_batches
+        if self.accumulated < wanted and (is_last or num_ready % wanted == 0):
+            for gradient in (each.grad for each in module.parameters() if each.grad is not None):
+                gradient *= wanted / self.accumulated  # each loss was divided by `wanted`
+
+    @override
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        self.accumulated = 0
 
     def _run_block(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Take a block's steps; return the last loss and the mean over all S * B examples."""
@@ -132,7 +158,9 @@ class Blocks(Callback):
         if not self.uses_blocks:
             loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
             if isinstance(loss, Tensor) and not math.isfinite(value := loss.item()):
-                raise NonFiniteLoss(trainer.global_step, value)
+                raise NonFiniteLoss(trainer.global_step + self.mid_step, value)
+            if trainer.accumulate_grad_batches > 1:
+                lightning_internals.collect_step_values(trainer, self.step_values, not self.mid_step)
             return
         values = self.losses.tolist()  # the block's one synchronisation
         steps = range(trainer.global_step - len(values) + 1, trainer.global_step + 1)

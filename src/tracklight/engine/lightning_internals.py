@@ -6,6 +6,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning import LightningDataModule, LightningModule
 from torch import Tensor
@@ -44,6 +45,26 @@ def detects_anomaly(trainer: Any) -> bool:
 def batch_value(metric: Metric) -> Tensor | None:
     """Return the last batch's value, as `LightningModule.log` does; None if only updated."""
     return metric._forward_cache
+
+
+def clear_step_values(trainer: Any) -> None:
+    """Forget what earlier batches logged by step, so that a value is known to be this batch's."""
+    for result in trainer._results.values():
+        result._forward_cache = None
+
+
+def collect_step_values(trainer: Any, collected: dict[str, list[Tensor]], is_step: bool) -> None:
+    """Collect what a batch logged by step; at the optimizer step put one value in place of them all.
+
+    It is reduced as `log` was asked to by `reduce_fx`, to the mean by default. Lightning logs it next.
+    """
+    for key, result in trainer._results.items():
+        if result.meta.on_step and result._forward_cache is not None:
+            collected.setdefault(key, []).append(result._forward_cache)
+    if is_step:
+        for key, values in collected.items():
+            trainer._results[key]._forward_cache = trainer._results[key].meta.reduce_fx(torch.stack(values))
+        collected.clear()
 
 
 def call_before_iteration(owner: LightningModule | LightningDataModule, function: Callable[[], None]) -> None:

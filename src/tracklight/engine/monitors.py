@@ -40,8 +40,8 @@ class GradientMonitor(Callback):
     @override
     def on_train_batch_end(self, trainer: Any, module: LightningModule, *_: Any) -> None:
         step = trainer.global_step
-        if step // GRADIENT_STEPS == self.before // GRADIENT_STEPS and self.before:
-            return
+        if step == self.before or (step // GRADIENT_STEPS == self.before // GRADIENT_STEPS and self.before):
+            return  # a batch without a step leaves a part of a gradient
         if hasattr(trainer.logger, "log_series"):
             for key, value in gradient_statistics(module).items():
                 trainer.logger.log_series(f"gradient/{key}", (step,), (value,))

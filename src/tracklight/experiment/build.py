@@ -1,5 +1,6 @@
 """From a config to the objects of a run: data, model, optimizer, callbacks, trainer."""
 
+import itertools
 import logging
 import math
 import sys
@@ -21,7 +22,6 @@ from tracklight.config.compose import to_plain
 from tracklight.config.instantiate import instantiate
 from tracklight.data.tensor_data import TensorData
 from tracklight.engine.checkpoints import DurableCheckpointIO
-from tracklight.engine.eligibility import unsupported_argument
 from tracklight.engine.monitors import GradientMonitor, SystemMetricsMonitor
 from tracklight.engine.progress import EpochLines, progress_callback
 from tracklight.engine.seeding import reseed_epochs, seed_run
@@ -108,20 +108,26 @@ def depends_on_total(scheduler: Any) -> bool:
 
 
 def _run_length(trainer: Any, interval: str) -> int:
-    """Return the run's number of epochs or optimizer steps, as a scheduler's interval counts."""
-    data = trainer.datamodule
-    if interval == "epoch":
-        total = trainer.max_epochs
-    elif (
-        isinstance(data, TensorData)
-        and unsupported_argument(trainer) is None
-        and not any(isinstance(each, GradientAccumulationScheduler) for each in trainer.callbacks)
-    ):
-        num_rows = len(data.splits["train"])  # Lightning would count blocks
-        total = (trainer.max_epochs or 0) * math.ceil(num_rows / (data.batch_size or num_rows))
-    else:
-        total = trainer.estimated_stepping_batches
-    if total is None or not 0 < total < math.inf:
+    """Return the run's number of epochs or optimizer steps, as a scheduler's interval counts.
+
+    `max_epochs` or `max_steps` ends the run, whichever comes first. What may end it earlier, as
+    `max_time` and early stopping, is not known.
+    """
+    _ = trainer.estimated_stepping_batches  # loads the training data
+    max_epochs, num_batches = trainer.max_epochs or 0, trainer.num_training_batches
+    max_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
+    epochs, steps = max_epochs, max_steps
+    if num_batches < math.inf:
+        schedules = [each for each in trainer.callbacks if isinstance(each, GradientAccumulationScheduler)]
+        groups = [
+            schedules[0].get_accumulate_grad_batches(epoch) if schedules else trainer.accumulate_grad_batches
+            for epoch in range(max_epochs)
+        ]
+        taken = [*itertools.accumulate(math.ceil(num_batches / group) for group in groups)]
+        epochs = next((epoch for epoch, total in enumerate(taken, 1) if total >= max_steps), max_epochs)
+        steps = min(max_steps, taken[-1] if taken else math.inf)
+    total = epochs if interval == "epoch" else steps
+    if not 0 < total < math.inf:
         raise BadInput("this scheduler needs the run's length; set trainer.max_epochs or trainer.max_steps")
     return int(total)
 
@@ -167,8 +173,10 @@ def build_trainer(
     if (progress := progress_callback(cfg.trainer.enable_progress_bar)) is not None:
         callbacks.append(progress)
         arguments["enable_progress_bar"] = not isinstance(progress, EpochLines)
-    if isinstance(data, TensorData) and "val" not in data.splits:
-        arguments["limit_val_batches"] = 0
+    if isinstance(data, TensorData):
+        data.use_distributed_sampler = cfg.trainer.use_distributed_sampler
+        if "val" not in data.splits:
+            arguments["limit_val_batches"] = 0
     plugins = arguments.pop("plugins", None) or []
     if not isinstance(plugins, list):
         plugins = [plugins]

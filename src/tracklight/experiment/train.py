@@ -126,6 +126,7 @@ class Training:
         folder = run.artifacts / CHECKPOINTS
         checkpoints.remove_leftovers(folder)
         run.steps_completed = lambda: self.trainer.global_step
+        run.mid_step = lambda: self.blocks.mid_step
         self.trainer.logger = self.blocks.logger = run
         self.io.before_commit = run.sync
         self.best.dirpath = str(folder)

@@ -31,6 +31,7 @@ class Run(Logger):
 
     Attributes:
         steps_completed: Returns the optimizer steps so far; Lightning's own count starts at zero.
+        mid_step: Returns whether gradients are being accumulated for the next step.
         ui_hint: The run's address in MLflow's UI, or the command for the UI.
         timeout_s: How long the end of the run waits for MLflow without any progress.
     """
@@ -41,6 +42,7 @@ class Run(Logger):
         self.folder = sender.writer.wal.path.parent
         self.artifacts = sender.writer.artifacts
         self.steps_completed: Callable[[], int] = lambda: 0
+        self.mid_step: Callable[[], bool] = lambda: False
         self.ui_hint = ui_hint
         self.timeout_s = timeout_s
         self._name: str = run.info.run_name
@@ -73,7 +75,12 @@ class Run(Logger):
         return bool(self._params)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log values at the number of optimizer steps completed."""
+        """Log values at the number of optimizer steps completed.
+
+        Callbacks log at each batch; of those that make one step, only the first is heard.
+        """
+        if self.mid_step():
+            return
         completed = self.steps_completed()
         for key, value in metrics.items():
             if key != "epoch":  # Lightning adds it to each call; the axis is steps

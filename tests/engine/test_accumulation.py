@@ -1,0 +1,142 @@
+"""Several batches make one optimizer step: against loops in plain PyTorch."""
+
+import math
+
+import pytest
+import torch
+from fitting import Fit
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
+from torch.nn import functional
+
+from foreign import Blobs, Net, NoisyData
+from tracklight.data.tensor_data import epoch_order
+from tracklight.engine.seeding import seed_run
+from tracklight.models.mlp import MLP
+
+BATCHES = 13  # of an epoch: 200 examples in minibatches of 16, the last of 8
+
+
+class Plain(MLP):
+    """Without dropout, under gradient descent, so that the order of draws does not matter."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+def in_groups(values, size: int) -> list:
+    return [values[start : start + size] for start in range(0, len(values), size)]
+
+
+def loop_by_hand(groups: list[int]) -> tuple[list[torch.Tensor], list[float]]:
+    """Train one epoch for each group size; return the weights and the loss of each step."""
+    seed_run(3)
+    net = MLP(8, 4, hidden=[6])
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    train = Blobs(batch_size=16, seed=3).splits["train"]
+    losses = []
+    for epoch, size in enumerate(groups):
+        order = epoch_order(200, 3, epoch)
+        for group in in_groups(order.split(16), size):
+            optimizer.zero_grad()
+            found = [functional.cross_entropy(net(train.features[i]), train.targets[i]) for i in group]
+            loss = torch.stack(found).mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return [each.detach() for each in net.parameters()], losses
+
+
+def fit(*callbacks, **arguments) -> Fit:
+    seed_run(3)
+    return Fit(*callbacks, module=Plain(8, 4, hidden=[6]), **arguments)
+
+
+# float32: sums in another order
+CLOSE = {"rtol": 1e-4, "atol": 1e-6}
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 7, 13, 20])
+def test_each_step_is_the_mean_of_the_batches_that_it_has(size):
+    found = fit(accumulate_grad_batches=size)
+    weights, losses = loop_by_hand([size, size])
+    for ours, expected in zip(found.weights, weights, strict=True):
+        torch.testing.assert_close(ours, expected, **CLOSE)
+    points = found.logger.points["train/loss"]
+    assert [step for step, _ in points] == [*range(1, 2 * math.ceil(BATCHES / size) + 1)]
+    assert [value for _, value in points] == pytest.approx(losses, rel=1e-4)
+
+
+def test_the_same_holds_where_the_number_of_batches_changes_by_epoch():
+    found = fit(GradientAccumulationScheduler({0: 3, 1: 1, 2: 8}), max_epochs=3)
+    weights, losses = loop_by_hand([3, 1, 8])
+    for ours, expected in zip(found.weights, weights, strict=True):
+        torch.testing.assert_close(ours, expected, **CLOSE)
+    assert [value for _, value in found.logger.points["train/loss"]] == pytest.approx(losses, rel=1e-4)
+
+
+def test_the_loss_of_an_epoch_stays_the_mean_over_its_examples():
+    seen: list[tuple[int, float]] = []
+
+    class Seen(Plain):
+        def loss(self, outputs, targets):
+            loss = super().loss(outputs, targets)
+            if self.training:
+                seen.append((len(targets), loss.item()))
+            return loss
+
+    found = Fit(module=Seen(8, 4, hidden=[6]), accumulate_grad_batches=4, max_epochs=1)
+    expected = sum(num * loss for num, loss in seen) / sum(num for num, _ in seen)
+    assert found.logger.points["train/loss_epoch"] == [(4, pytest.approx(expected, rel=1e-5))]
+
+
+def test_a_foreign_module_divides_alike_and_logs_the_mean_of_its_step():
+    class Logging(Net):
+        seen: list = []
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("most", loss, on_step=True, on_epoch=False, reduce_fx="max")
+            if batch_idx % 4 == 1:
+                self.log("once", float(batch_idx))
+            self.seen.append(loss.item())
+            return loss
+
+    module = Logging(8, 4)
+    found = Fit(module=module, data=NoisyData(num_workers=0), accumulate_grad_batches=4, max_epochs=1)
+    groups = in_groups(module.seen, 4)
+    assert [len(each) for each in groups] == [4, 4, 2]
+    points = found.logger.points
+    assert [v for _, v in points["train_loss"]] == pytest.approx([sum(g) / len(g) for g in groups], rel=1e-5)
+    assert [v for _, v in points["most"]] == pytest.approx([max(g) for g in groups], rel=1e-5)
+    assert points["once"] == [(1, 1.0), (2, 5.0), (3, 9.0)]
+
+
+def test_a_loss_that_is_no_number_is_of_the_step_that_its_batch_belongs_to():
+    class Diverging(Plain):
+        calls = 0
+
+        def loss(self, outputs, targets):
+            self.calls += self.training
+            return super().loss(outputs, targets) * (math.nan if self.calls == 6 else 1.0)
+
+    found = Fit(module=Diverging(8, 4, hidden=[6]), accumulate_grad_batches=4)
+    assert getattr(found.error, "step", None) == 2  # batches 5 to 8
+
+
+def test_all_that_is_logged_by_step_has_one_point_a_step(train, monkeypatch):
+    monkeypatch.setattr("tracklight.experiment.record.log_model", lambda *_, **__: None)  # takes longest
+    run = train(
+        "data=table",
+        "trainer.accumulate_grad_batches=3",
+        "trainer.max_epochs=40",
+        "data.batch_size=64",
+        "tracking.gradients=true",
+        "tracking.figures=false",
+        "+callbacks.rate._target_=pytorch_lightning.callbacks.LearningRateMonitor",
+        "scheduler=cosine",
+    )
+    num_batches = math.ceil(310 / 64)
+    steps = 40 * math.ceil(num_batches / 3)
+    assert [step for step, _ in run.history("train/loss")] == [*range(1, steps + 1)]
+    assert [step for step, _ in run.history("lr-SGD")] == [*range(steps)]
+    assert [step for step, _ in run.history("gradient/norm")] == [1, 32, 64]

@@ -1,0 +1,73 @@
+"""Schedules without a length of their own span the run as it will be."""
+
+import math
+from pathlib import Path
+
+import pytest
+from pytorch_lightning import Callback
+
+from tracklight.config.compose import compose
+from tracklight.experiment.train import run
+
+GROUPS = "+callbacks.groups._target_=pytorch_lightning.callbacks.GradientAccumulationScheduler"
+
+
+class Rates(Callback):
+    """Remembers the learning rate of each step."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+@pytest.fixture
+def rates(tmp_path: Path):
+    """Train on 28 rows in batches of 8, 8, 8 and 4; return the learning rates."""
+    path = tmp_path / "table.csv"
+    rows = [f"{i % 7},{i % 5},{i % 7 + 2 * (i % 5)}" for i in range(40)]
+    path.write_text("\n".join(["a,b,y", *rows]) + "\n")
+
+    def rates(*overrides: str) -> list[float]:
+        base = ["data=table", f"data.path={path}", "data.target=y", "data.batch_size=8", "tracking=none"]
+        seen = Rates()
+        quiet = "trainer.enable_progress_bar=false"
+        run(compose([*base, "scheduler=cosine", "optimizer.lr=0.1", quiet, *overrides]), callbacks=[seen])
+        return seen.rates
+
+    return rates
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps"),
+    [
+        (["trainer.max_epochs=2"], 8),
+        (["trainer.max_epochs=100", "trainer.max_steps=6"], 6),
+        (["trainer.max_epochs=3", "trainer.accumulate_grad_batches=3"], 6),
+        (["trainer.max_epochs=4", GROUPS, "+callbacks.groups.scheduling={0:1,2:4}"], 10),
+        (["trainer.max_epochs=4", GROUPS, "+callbacks.groups.scheduling={2:3}", "trainer.max_steps=9"], 9),
+        (["trainer.max_epochs=3", "trainer.limit_train_batches=3"], 9),
+        (["trainer.max_epochs=3", "trainer.overfit_batches=2"], 6),
+        (["trainer.fast_dev_run=3"], 3),
+    ],
+)
+def test_a_schedule_by_steps_spans_the_steps_that_are_taken(rates, overrides, steps):
+    expected = [0.05 * (1 + math.cos(math.pi * step / steps)) for step in range(steps)]
+    assert rates(*overrides) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "epochs"),
+    [
+        (["trainer.max_epochs=3"], [4, 4, 4]),
+        (["trainer.max_epochs=100", "trainer.max_steps=6"], [4, 2]),
+        (["trainer.max_epochs=9", "trainer.max_steps=8"], [4, 4]),
+        (["trainer.max_epochs=9", "trainer.max_steps=3", "trainer.accumulate_grad_batches=3"], [2, 1]),
+    ],
+)
+def test_a_schedule_by_epochs_spans_the_epochs_that_begin(rates, overrides, epochs):
+    total = len(epochs)
+    by_epoch = [0.05 * (1 + math.cos(math.pi * epoch / total)) for epoch in range(total)]
+    expected = [rate for rate, steps in zip(by_epoch, epochs, strict=True) for _ in range(steps)]
+    assert rates("scheduler.interval=epoch", *overrides) == pytest.approx(expected)
