@@ -171,6 +171,45 @@ def test_code_digest_covers_the_file_of_a_foreign_target(tmp_path, monkeypatch):
     assert code_digest(["foreign_net.net.Net"]) != before
 
 
+IMPORTS = {
+    "absolute": ("import foreign_net.layers", "foreign_net/layers.py"),
+    "from": ("from foreign_net import layers as under", "foreign_net/layers.py"),
+    "of a name": ("from foreign_net.layers import Layer", "foreign_net/layers.py"),
+    "relative": ("from .layers import Layer", "foreign_net/layers.py"),
+    "relative module": ("from . import layers", "foreign_net/layers.py"),
+    "in a function": ("def build():\n    from .sub.deep import Deep", "foreign_net/sub/deep.py"),
+    "from above": ("from .sub import deep", "beside.py"),
+    "of the package": ("", "foreign_net/__init__.py"),
+    "without __init__": ("import spaces.bare", "spaces/bare.py"),
+    "in a circle": ("from .sub import circle", "foreign_net/sub/circle.py"),
+}
+
+
+@pytest.mark.parametrize("name", IMPORTS)
+def test_code_digest_covers_what_a_foreign_target_imports_and_imports_nothing(tmp_path, monkeypatch, name):
+    line, changed = IMPORTS[name]
+    files = {
+        "foreign_net/__init__.py": "raise SystemExit('imported')\n",
+        "foreign_net/net.py": f"import torch\n{line}\nclass Net: pass\n",
+        "foreign_net/layers.py": "class Layer: pass\n",
+        "foreign_net/sub/__init__.py": "",
+        "foreign_net/sub/deep.py": "from ...beyond import nothing\nimport beside\n",
+        "foreign_net/sub/circle.py": "from ..net import Net\n",
+        "beside.py": "def broken(:\n",
+        "spaces/bare.py": "x = 1\n",
+        "unused.py": "x = 1\n",
+    }
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = code_digest(["foreign_net.net.Net"])
+    (tmp_path / "unused.py").write_text("x = 2\n")
+    assert code_digest(["foreign_net.net.Net"]) == before
+    (tmp_path / changed).write_text(files[changed] + "# changed\n")
+    assert code_digest(["foreign_net.net.Net"]) != before
+
+
 @pytest.mark.parametrize(
     "name", ["torch.optim.SGD", "json.JSONDecoder", "tracklight.errors.BadInput", "nowhere.Net"]
 )

@@ -1,5 +1,6 @@
 """The provenance of a run: code, environment, machine and command, with or without git."""
 
+import ast
 import contextlib
 import functools
 import getpass
@@ -12,7 +13,7 @@ import re
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,15 +89,16 @@ def source_tags(name: str) -> dict[str, str]:
 
 
 def code_digest(modules: Iterable[str] = ()) -> str:
-    """Digest our code and that of `modules`, dotted names (`_target_` values or modules).
+    """Digest our code, that of `modules` (dotted names, such as `_target_` values), and all that they import.
 
-    Installed ones do not count: versions of packages are recorded instead.
+    Installed modules do not count: versions of packages are recorded instead.
     """
-    contents = dict(own_code())
-    for name in modules:
-        module, path = _module_file(name)
-        if path is not None and not any(path.is_relative_to(folder) for folder in OWN_CODE):
-            contents[module] = _sha256(path)
+    contents, pending = dict(own_code()), list(modules)
+    while pending:
+        for module, path in _source_files(pending.pop()):
+            if module not in contents:
+                contents[module] = _sha256(path)
+                pending += _imports(module, path)
     lines = [f"{name}\0{contents[name]}\n" for name in sorted(contents)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -115,27 +117,53 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _module_file(name: str) -> tuple[str, Path | None]:
-    """Return the module that a dotted name lies in and its file, None for installed ones."""
-    parts = name.split(".")
-    top = _source(parts[0])
-    installed = (sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib"))
-    if top is not None and any(top.is_relative_to(Path(each).resolve()) for each in installed):
-        return parts[0], None  # asked first: finding a submodule imports its package
-    for end in range(len(parts), 0, -1):
-        module = ".".join(parts[:end])
-        if (path := _source(module)) is not None:
-            return module, path
-    return name, None
+def _source_files(name: str) -> Iterator[tuple[str, Path]]:
+    """Yield what importing a dotted name runs, packages first: modules and files; none of ours or installed.
 
-
-def _source(module: str) -> Path | None:
+    Only the file system is asked, since asking Python for a submodule imports its package.
+    """
+    module, *parts = name.split(".")
     try:
         spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError, AttributeError):
-        return None
-    origin = (spec and spec.origin) or ""
-    return Path(origin).resolve() if origin.endswith(".py") else None
+    except (ImportError, ValueError, AttributeError):  # ValueError: `__main__`, an empty name
+        return
+    folders = [Path(each).resolve() for each in (spec and spec.submodule_search_locations) or ()]
+    origin = Path((spec and spec.origin) or "")
+    if any(_is_installed_or_ours(each) for each in (*folders, origin.resolve())):
+        return
+    if origin.suffix == ".py":
+        yield module, origin
+    for part in parts:
+        module = f"{module}.{part}"
+        packages = [folder / part for folder in folders if (folder / part).is_dir()]
+        paths = [package / "__init__.py" for package in packages]
+        paths += [folder / f"{part}.py" for folder in folders]
+        if (path := next((each for each in paths if each.is_file()), None)) is not None:
+            yield module, path
+        folders = packages
+
+
+def _is_installed_or_ours(path: Path) -> bool:
+    keys = ("stdlib", "platstdlib", "purelib", "platlib")
+    folders = [*(Path(sysconfig.get_path(key)).resolve() for key in keys), *OWN_CODE]
+    return any(map(path.is_relative_to, folders)) or not {"site-packages", "dist-packages"}.isdisjoint(
+        path.parts
+    )
+
+
+def _imports(module: str, path: Path) -> Iterator[str]:
+    """Yield the dotted names that a file imports, wherever in it."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # whoever imports it is told
+        return
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else []
+            yield from (".".join([*above, *filter(None, [node.module]), alias.name]) for alias in node.names)
 
 
 def git_state(root: Path) -> Git:
