@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -5,9 +7,9 @@ from torch import Tensor, nn
 from tracklight.engine import steps
 from tracklight.engine.cuda_graphs import CapturedStep, DeviceRates, can_capture
 from tracklight.engine.seeding import seed_step
-from tracklight.engine.steps import TracedStep, can_trace, eager_step, make_step
+from tracklight.engine.steps import TracedStep, can_trace, eager_step, make_step, signature
 from tracklight.models.linear_regression import LinearRegression
-from tracklight.models.mlp import MLP
+from tracklight.models.mlp import ACTIVATIONS, MLP
 from tracklight.models.supervised import Supervised
 
 OPTIMIZERS = {
@@ -55,6 +57,101 @@ def test_a_traced_step_has_the_bits_of_the_step_by_hand(optimizer, dropout):
         assert torch.equal(loss, expected.detach())
     assert len(step.traces) == 1  # of the frequent shape; the odd one is not worth a trace
     assert all(map(torch.equal, ours.parameters(), by_hand.parameters()))
+
+
+class Convolutional(Supervised):
+    pure = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Unflatten(1, (1, 4, 5)),
+            nn.Conv2d(1, 3, 2),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.LayerNorm(36),
+            nn.Linear(36, 4),
+        )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layers(inputs)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, targets, label_smoothing=0.1)
+
+
+class Scattering(MLP):
+    """Writes in place into tensors of zeros and ones that it makes at each step."""
+
+    pure = True
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        wanted = torch.zeros_like(outputs).scatter_(1, targets[:, None], 1.0)
+        weights = torch.ones_like(outputs).add_(wanted.view_as(outputs))
+        return (weights * (outputs.softmax(1) - wanted) ** 2).sum(1).mean()
+
+
+MODELS = {
+    "regression": lambda: LinearRegression(20, 4),
+    "convolutional": Convolutional,
+    "scattering": lambda: Scattering(in_features=20, out_features=4, hidden=[8]),
+    **{name: partial(MLP, 20, 4, hidden=[8], dropout=0.2, activation=name) for name in ACTIVATIONS},
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_operations_replayed_on_memory_allocated_once_have_the_bits_of_the_step_by_hand(model):
+    pair = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        pair.append(MODELS[model]())
+    ours, by_hand = pair
+    step = make_step(ours, torch.optim.SGD(ours.parameters(), lr=0.1))
+    take = eager_step(by_hand, torch.optim.SGD(by_hand.parameters(), lr=0.1))
+    losses = []
+    for index, (inputs, targets) in enumerate(minibatches()):
+        targets = targets if model != "regression" else inputs[:, :4]
+        seed_step(3, index)
+        losses.append(step(inputs, targets))
+        seed_step(3, index)
+        expected = take(inputs, targets)
+        assert torch.equal(losses[-1], expected)
+        gradients = [(a.grad, b.grad) for a, b in zip(ours.parameters(), by_hand.parameters(), strict=True)]
+        assert all(torch.equal(a, b) for a, b in gradients)
+    assert len({loss.item() for loss in losses}) == len(losses)  # no loss is another's memory
+    (replayed,) = step.traces.values()
+    assert replayed.__name__ == "step"  # of straight Python, not the trace's own
+
+
+class KeepsGradients(torch.optim.Optimizer):
+    """Descends by the mean of this gradient and the last, which it keeps as the tensor it is."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            last = self.state[parameter].get("last", parameter.grad)
+            parameter -= 0.05 * (parameter.grad + last)
+            self.state[parameter]["last"] = parameter.grad
+
+
+def test_an_optimizer_of_someone_else_may_keep_a_gradient():
+    ours, by_hand = build(), build()
+    step = make_step(ours, KeepsGradients(ours.parameters()))
+    take = eager_step(by_hand, KeepsGradients(by_hand.parameters()))
+    for batch in minibatches():
+        assert torch.equal(step(*batch), take(*batch))
+    assert all(map(torch.equal, ours.parameters(), by_hand.parameters()))
+
+
+def test_a_parameter_with_new_memory_needs_a_new_step():
+    model = build()
+    before = signature(model)
+    parameter = next(model.parameters())
+    parameter.data = parameter.data.clone()
+    assert signature(model) != before
 
 
 class Penalised(MLP):

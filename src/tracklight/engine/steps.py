@@ -2,16 +2,18 @@
 
 The loop by hand spends about half of a small model's step outside its kernels: dispatching modules,
 recording the backward graph and traversing it. A pure model (`Supervised.pure`) is traced once into
-a flat list of its forward and backward operations, the same kernels in the same order.
+a flat list of its forward and backward operations, the same kernels in the same order, and replayed
+on memory that is allocated once.
 """
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from operator import getitem
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from tracklight.engine import torch_internals
@@ -19,6 +21,9 @@ from tracklight.engine.cuda_graphs import CapturedStep, Shapes, Step, can_captur
 from tracklight.models.supervised import Supervised
 
 EAGER_STEPS = 16  # of a shape of minibatch, before it is worth a trace
+# Operations whose result depends on shapes alone.
+EMPTY = ("empty", "empty_like", "new_empty")
+FILLED = ("zeros_like", "ones_like", "full_like", "zeros", "ones", "full", "scalar_tensor", "arange")
 
 
 def make_step(module: Supervised, optimizer: Optimizer) -> Step:
@@ -60,7 +65,7 @@ def can_trace(module: Supervised) -> bool:
 
 def signature(module: Supervised) -> tuple[Any, ...]:
     """Return what a step was made for; once it differs, `make_step` has to be called again."""
-    parameters = [(id(each), each.requires_grad) for each in module.parameters()]
+    parameters = [(id(each), each.data_ptr(), each.requires_grad) for each in module.parameters()]
     buffers, hooks = [*map(id, module.buffers())], torch_internals.count_hooks(module)
     return parameters, buffers, hooks, torch_internals.is_compiled(module)
 
@@ -78,7 +83,7 @@ def _speed_up_adam(optimizer: Optimizer) -> None:
 
 
 class TracedStep:
-    """Runs the traced operations of a pure model, one trace for each frequent shape of minibatch.
+    """Replays the traced operations of a pure model, one trace for each frequent shape of minibatch.
 
     `eager` takes the first steps of each shape: a trace takes as long as a hundred of them.
     """
@@ -101,7 +106,7 @@ class TracedStep:
                 self.traces[shapes] = self._trace(inputs, targets)
             return self.eager(inputs, targets)
         with torch.no_grad():
-            loss, *gradients = trace(*self.parameters, inputs, targets)
+            loss, *gradients = trace(inputs, targets)
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
                 parameter.grad = gradient
             if _is_plain_sgd(self.optimizer, self.parameters):
@@ -109,10 +114,10 @@ class TracedStep:
                 torch_internals.fused_sgd(self.parameters, gradients, group)
             else:
                 self.optimizer.step()
-        return loss
+        return loss.clone()  # the next step writes to the same memory
 
     def _trace(self, inputs: Tensor, targets: Tensor) -> Callable[..., Any] | None:
-        """Return what computes loss and gradients; None if a trace cannot hold it."""
+        """Return what computes loss and gradients of a batch; None if a trace cannot hold it."""
         names = [name for name, _ in self.loss_of_batch.named_parameters()]
 
         def loss_and_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -122,13 +127,98 @@ class TracedStep:
             return loss.detach(), *torch.autograd.grad(loss, parameters)
 
         leaves = [parameter.detach().requires_grad_() for parameter in self.parameters]
-        try:
-            with torch.random.fork_rng(devices=()):  # tracing draws dropout's numbers too
-                traced = make_fx(loss_and_gradients)(*leaves, inputs, targets)
-        except RuntimeError:  # such as a parameter that has no part in the loss
-            return None
-        _drop_aliases(traced)
-        return traced.forward
+        with torch.random.fork_rng(devices=()):  # tracing draws dropout's numbers too
+            try:
+                traced = torch_internals.make_fx(loss_and_gradients)(*leaves, inputs, targets)
+            except RuntimeError:  # such as a parameter that has no part in the loss
+                return None
+            _drop_aliases(traced)
+            parameters = [leaf.detach() for leaf in leaves]
+            if not type(self.optimizer).__module__.startswith("torch."):  # may keep a gradient
+                return partial(traced.forward, *parameters)
+            with torch.no_grad():
+                return _Replay(traced, parameters, (inputs, targets)).compiled()
+
+
+class _Replay:
+    """Writes the operations of a trace as straight Python on memory that is allocated once.
+
+    A kernel that can write into given tensors gets the same ones at each step, and what is the same
+    tensor at each step, such as a view of a parameter, is made once. Kernels, order and bits stay.
+    """
+
+    def __init__(self, traced: torch.fx.GraphModule, parameters: list[Tensor], batch: tuple[Tensor, ...]):
+        self.traced, self.parameters, self.batch = traced, parameters, batch
+        names = [node.name for node in traced.graph.nodes if node.op == "placeholder"]
+        self.inputs = names[len(parameters) :]
+        self.values: dict[str, Any] = dict(zip(names, (*parameters, *batch), strict=True))
+        self.fixed = set(names[: len(parameters)])  # names of tensors that are the same at each step
+        self.lines: list[str] = []
+
+    def compiled(self) -> Callable[..., tuple[Tensor, ...]]:
+        """Return the function of (inputs, targets): the trace's own where the bits would differ."""
+        by_trace = partial(self.traced.forward, *self.parameters)
+        *nodes, output = (node for node in self.traced.graph.nodes if node.op != "placeholder")
+        written = {
+            _owner(node.args[index])
+            for node in nodes
+            for index in torch_internals.written_arguments(node.target)
+        }
+        if any(node.op != "call_function" for node in (*nodes, *written)):
+            return by_trace
+        state = torch.get_rng_state()
+        expected = by_trace(*self.batch)
+        for node in nodes:
+            self._add(node, node in written)
+        head = f"def step({', '.join(self.inputs)}):"
+        exec("\n    ".join([head, *self.lines, f"return {self._word(output.args[0])}"]), self.values)
+        step = self.values["step"]
+        torch.set_rng_state(state)
+        return step if all(map(torch.equal, step(*self.batch), expected)) else by_trace
+
+    def _add(self, node: Any, is_written: bool) -> None:
+        """Run an operation, and write the line that runs it at each step where one has to."""
+        operation, name = node.target, node.name
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda each: self.values[each.name])
+        value = self.values[name] = operation(*args, **kwargs)
+        is_fixed = all(each.name in self.fixed for each in node.all_input_nodes)
+        base = torch_internals.base_name(operation)
+        out: dict[str, Any] = {}
+        is_constant = base in EMPTY or (base in FILLED and not is_written)
+        if operation is getitem or torch_internals.returns_alias(operation):
+            if is_fixed:
+                self.fixed.add(name)
+            if is_fixed and not torch_internals.written_arguments(operation):
+                return
+        elif is_constant:
+            self.fixed.add(name)
+            return
+        elif (variant := torch_internals.out_variant(operation)) is not None:
+            self.fixed.add(name)
+            memory = [torch.empty_like(each) for each in (value if isinstance(value, tuple) else (value,))]
+            operation, out = variant[0], dict(zip(variant[1], memory, strict=True))
+            self.values[name] = operation(*args, **kwargs, **out)
+        call, out = torch_internals.fastest_call(operation, args, kwargs, out, value)
+        words = [self._word(each) for each in node.args]
+        words += [f"{key}={self._word(each)}" for key, each in (node.kwargs | out).items()]
+        self.lines.append(f"{name} = {self._word(call)}({', '.join(words)})")
+
+    def _word(self, value: Any) -> str:
+        """Return how the lines write an argument: a tensor's name, or that of a constant."""
+        if isinstance(value, torch.fx.Node):
+            return value.name
+        if isinstance(value, list | tuple) and any(isinstance(each, torch.fx.Node) for each in value):
+            return f"({', '.join(map(self._word, value))},)"
+        name = f"constant_{len(self.values)}"
+        self.values[name] = value
+        return name
+
+
+def _owner(node: Any) -> Any:
+    """Return the node whose memory a node's result shares: itself, where it is no view."""
+    while node.op == "call_function" and torch_internals.returns_alias(node.target):
+        node = node.args[0]
+    return node
 
 
 class _LossOfBatch(nn.Module):  # one module: a trace has to see the parameters of both

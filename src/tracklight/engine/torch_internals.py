@@ -1,10 +1,16 @@
 """PyTorch's private state and kernels that the engine uses, as of torch 2.14."""
 
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import Optimizer
+
+__all__ = ["make_fx"]
 
 MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
@@ -45,3 +51,59 @@ def fused_sgd(parameters: list[Tensor], gradients: list[Tensor], group: dict[str
     torch._fused_sgd_(  # pyright: ignore[reportPrivateImportUsage]
         parameters, gradients, [], lr=lr, weight_decay=decay, maximize=maximize, **NO_MOMENTUM
     )
+
+
+def base_name(operation: Any) -> str:
+    """Return the name of an operation of a trace, whatever its overload."""
+    return operation.overloadpacket.__name__ if isinstance(operation, OpOverload) else ""
+
+
+def written_arguments(operation: Any) -> list[int]:
+    """Return the positions of the arguments that an operation writes in place."""
+    arguments = operation._schema.arguments if isinstance(operation, OpOverload) else []
+    return [i for i, each in enumerate(arguments) if each.alias_info is not None and each.alias_info.is_write]
+
+
+def returns_alias(operation: Any) -> bool:
+    """Check whether an operation returns an argument's memory: a view of it, or the argument."""
+    returns = operation._schema.returns if isinstance(operation, OpOverload) else []
+    return any(each.alias_info is not None for each in returns)
+
+
+def out_variant(operation: Any) -> tuple[OpOverload, list[str]] | None:
+    """Return the variant that writes into given tensors, and the names of those; None without one.
+
+    Only one with a kernel of its own on the CPU: the others compute into a new tensor and copy.
+    """
+    if not isinstance(operation, OpOverload):
+        return None
+    names = [(argument.name, str(argument.type)) for argument in operation._schema.arguments]
+    for overload in operation.overloadpacket.overloads():
+        variant = getattr(operation.overloadpacket, overload)
+        arguments = variant._schema.arguments
+        into = [argument.name for argument in arguments if argument.is_out]
+        same = names == [(each.name, str(each.type)) for each in arguments if not each.is_out]
+        if into and same and torch._C._dispatch_has_kernel_for_dispatch_key(variant.name(), "CPU"):
+            return variant, into
+    return None
+
+
+def fastest_call(
+    operation: Any, args: Sequence[Any], kwargs: dict[str, Any], out: dict[str, Tensor], result: Any
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return how to call an operation with the least Python, and the keywords for its outputs.
+
+    That is the binding of its name if it returns `result`, too; else the bare operation.
+    """
+    if not isinstance(operation, OpOverload):
+        return operation, out
+    binding = getattr(torch, base_name(operation), None) or getattr(Tensor, base_name(operation), None)
+    draws = torch.Tag.nondeterministic_seeded in operation.tags
+    if binding is not None and not draws and (out or not written_arguments(operation)):
+        into = {"out": next(iter(out.values())) if len(out) == 1 else (*out.values(),)} if out else {}
+        with contextlib.suppress(TypeError, RuntimeError):
+            found = binding(*args, **kwargs, **into)
+            pairs = zip(found, result, strict=True) if isinstance(result, tuple) else [(found, result)]
+            if all(torch.equal(a, b) for a, b in pairs):
+                return binding, into
+    return operation._op, out
