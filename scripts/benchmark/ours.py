@@ -10,15 +10,16 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from typing_extensions import override
 
+from benchmark.by_hand import BATCH_SIZE
 from benchmark.race import SLICE, Relay
 from tracklight.config.compose import compose
-from tracklight.engine.blocks import STEPS_PER_BLOCK
+from tracklight.engine.blocks import steps_per_block
 from tracklight.engine.checkpoints import ResumeCheckpoint
 from tracklight.experiment.train import run
 from tracklight.tracking import sender
 from tracklight.tracking.run import Run
 
-BLOCKS_PER_SLICE = SLICE // STEPS_PER_BLOCK
+BLOCKS_PER_SLICE = SLICE // steps_per_block(BATCH_SIZE)
 FLUSH_S = 60.0
 SEND_PERIOD_S = sender._PERIOD_S
 LAST, BEST = ResumeCheckpoint, ModelCheckpoint

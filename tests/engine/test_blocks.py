@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint, ModelPruning
 from torchmetrics.classification import MulticlassAccuracy
 
 from foreign import Blobs, Diverging
-from tracklight.engine.blocks import STEPS_PER_BLOCK, NonFiniteLoss
+from tracklight.engine.blocks import NonFiniteLoss, steps_per_block
 from tracklight.models.mlp import MLP
 
 STEPS = 13
@@ -44,10 +44,15 @@ def test_blocks_give_the_bits_and_points_of_single_steps(scheduler, batch_size):
 
 
 def test_several_blocks_an_epoch_give_the_bits_of_single_steps():
-    data = {"batch_size": 2, "seed": 3, "num_train": 4 * STEPS_PER_BLOCK + 9}
+    steps = steps_per_block(2)
+    data = {"batch_size": 2, "seed": 3, "num_train": 4 * steps + 9}
     blocks, single = Fit(data=Blobs(**data)), Fit(OneByOne(), data=Blobs(**data))
     assert blocks.same_bits(single)
-    assert blocks.trainer.global_step == 2 * (2 * STEPS_PER_BLOCK + 5)
+    assert blocks.trainer.global_step == 2 * (2 * steps + 5)
+
+
+def test_a_block_holds_what_fits_the_caches_but_enough_steps_for_a_turn_of_lightning():
+    assert [steps_per_block(size) for size in (1, 16, 64, 256, 512, 4096)] == [128, 128, 64, 16, 8, 8]
 
 
 def test_blocks_of_doubles_give_the_bits_of_single_steps():

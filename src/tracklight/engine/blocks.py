@@ -26,7 +26,15 @@ from tracklight.engine.steps import make_step, signature
 from tracklight.errors import RunFailed
 from tracklight.models.supervised import Supervised
 
-STEPS_PER_BLOCK = 32
+# A turn of Lightning costs as much as some steps, rows that leave the caches cost time at each step.
+ROWS_PER_BLOCK = 4096
+STEPS_PER_BLOCK = range(8, 129)
+
+
+def steps_per_block(batch_size: int | None) -> int:
+    """Return the number of optimizer steps for one batch of Lightning's loop."""
+    fitting = ROWS_PER_BLOCK // (batch_size or ROWS_PER_BLOCK)
+    return min(max(fitting, STEPS_PER_BLOCK[0]), STEPS_PER_BLOCK[-1])
 
 
 class NonFiniteLoss(RunFailed):
@@ -75,7 +83,10 @@ class Blocks(Callback):
                 warnings.filterwarnings("ignore", "When using `Trainer.accumulate_grad", UserWarning)
         if isinstance(data, TensorData):
             self.data = data
-            data.steps_per_block = STEPS_PER_BLOCK if self.uses_blocks else 1
+            limits = [
+                each.max_steps_per_block for each in trainer.callbacks if hasattr(each, "max_steps_per_block")
+            ]
+            data.steps_per_block = min([steps_per_block(data.batch_size), *limits]) if self.uses_blocks else 1
         if self.uses_blocks:
             lightning_internals.reload_train_dataloader(trainer)
             self.signature: Any = None

@@ -32,6 +32,7 @@ class GradientMonitor(Callback):
     """
 
     supports_blocks = True
+    max_steps_per_block = GRADIENT_STEPS
 
     @override
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:

@@ -9,7 +9,7 @@ on memory that is allocated once.
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from operator import getitem
+from operator import getitem, is_
 from typing import Any
 
 import torch
@@ -253,6 +253,7 @@ def _is_plain_sgd(optimizer: Optimizer, parameters: list[Tensor]) -> bool:
         and not (group["foreach"] or group["differentiable"] or group["momentum"])
         and isinstance(group["lr"], float)
         and not torch_internals.has_step_hooks(optimizer)
-        and {*map(id, group["params"])} == {*map(id, parameters)}
+        and len(group["params"]) == len(parameters)
+        and all(map(is_, group["params"], parameters))
         and all(parameter.device.type == "cpu" for parameter in parameters)
     )
