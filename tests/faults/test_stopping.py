@@ -27,7 +27,11 @@ def test_a_run_stopped_by_sigterm_wherever_ends_in_the_same_bits(trainees, undis
         if place == "before the run exists":
             assert TrialResult(directory).runs == []
         else:
-            assert [status for _, status in TrialResult(directory).runs] == ["KILLED"], place
+            stopped = TrialResult(directory)
+            assert [status for _, status in stopped.runs] == ["KILLED"], place
+            assert f"; resume={stopped.run_id} continues it" in process.stdout, place
+        started = "a new one starts" if place == "before training" else "continues"
+        assert place == "before the run exists" or f"{started}\n" in process.stdout, place
     trainees.train(directory, *command, faults=[["spare_model"]])
     assert TrialResult(directory).differences(undisturbed("blocks")) == []
 

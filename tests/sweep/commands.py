@@ -68,7 +68,8 @@ class Swept:
 
     def leaderboard(self) -> list[dict[str, Any]]:
         table = json.loads((self.artifacts / "leaderboard.json").read_text())
-        return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+        columns = (self.artifacts / "leaderboard.csv").read_text().splitlines()[0].split(",")  # in full
+        return [dict(zip(columns, row, strict=True)) for row in table["data"]]
 
     def csv(self) -> list[dict[str, str]]:
         with (self.artifacts / "leaderboard.csv").open(newline="") as file:

@@ -1,5 +1,6 @@
 """The parent run of a sweep whose store does not answer."""
 
+import json
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -95,3 +96,21 @@ def test_the_last_score_is_logged_though_the_sweep_ends_within_the_second(monkey
         ("best/loss", (12,), (0.5,)),
         ("best/loss", (13,), (0.25,)),
     ]
+
+
+def test_the_leaderboard_is_a_table_that_mlflow_shows_in_full_and_the_description_of_the_parent():
+    _, parent = make_parent()
+    texts, tags = {}, {}
+    parent.run.log_text = lambda text, path: texts.update({path: text})
+    parent.run.set_tags = tags.update
+    runs = [
+        TrialRun(i, {"optimizer.lr": f"0.{i + 1}", "note": "a|b"}, 0, "complete", i / 3) for i in range(25)
+    ]
+    parent._log_table(rank_trials(runs, "min", 1))
+    columns = json.loads(texts["leaderboard.json"])["columns"]
+    assert "lr" in columns and not any("." in column for column in columns)  # a dot would blank the cells
+    assert "optimizer.lr" in texts["leaderboard.csv"].splitlines()[0].split(",")
+    head, _, first, *rest = tags["mlflow.note.content"].splitlines()
+    assert head.startswith("| rank | trial | lr | note | score |")
+    assert first.startswith("| 1 | 0 | 0.1 | a\\|b | 0 |")
+    assert rest[-1] == "5 more in leaderboard.json"

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 
 import yaml
 from omegaconf import DictConfig
-from pytorch_lightning import LightningDataModule, LightningModule
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 
 from tracklight.config.compose import config_digest, digest_without_seed, flatten, to_plain
 from tracklight.data.tensor_data import TensorData
@@ -89,7 +89,7 @@ def describe(run: Run, cfg: DictConfig, data: LightningDataModule | None, proven
 
 
 @contextmanager
-def finish_run(run: Run | None, model: LightningModule, figures: bool) -> Iterator[None]:
+def finish_run(run: Run | None, model: LightningModule, trainer: Trainer, figures: bool) -> Iterator[None]:
     """Finish the run, if there is one, with the status in which the block really ends."""
     if run is None:
         yield
@@ -111,6 +111,9 @@ def finish_run(run: Run | None, model: LightningModule, figures: bool) -> Iterat
                 if any(len(steps) > 1 for steps, _ in series.values()):
                     draw_figures(model, None, series, run.artifacts / FOLDER)
         run.finish(status)
+        if status == "KILLED":
+            epoch = f"{trainer.current_epoch} of {trainer.max_epochs} epochs done"
+            print(f"stopped, {epoch}: run {run.run_id} ({run.name}); resume={run.run_id} continues it")
 
 
 def log_reference(run: Run, model: LightningModule, data: LightningDataModule | None) -> None:

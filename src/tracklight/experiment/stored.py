@@ -79,8 +79,11 @@ def resolve_resume(
     if cfg.resume is None:
         return cfg, None
     if cfg.resume == "auto":
-        run = _find_unfinished(cfg, store)
-        return cfg, None if run is None else _resumed_run(store, run)
+        if (run := _find_unfinished(cfg, store)) is None:
+            print("resume=auto: no unfinished run of this config, a new one starts")
+            return cfg, None
+        print(f"resume=auto: run {run.info.run_id} ({run.info.run_name}) continues")
+        return cfg, _resumed_run(store, run)
     return _resume_by_id(cfg, store)
 
 

@@ -72,7 +72,7 @@ def run(
         # The run is opened last: what fails earlier leaves no empty run behind.
         start_s = time.perf_counter()
         tracked = store and open_run(store, cfg, model, data, resumed, source, tags)
-        with finish_run(tracked, model, cfg.tracking.figures), stop.converting_errors():
+        with finish_run(tracked, model, training.trainer, cfg.tracking.figures), stop.converting_errors():
             if tracked:
                 describe(tracked, cfg, data, source)
             training.fit(checkpoint=training.track(tracked, resumed))

@@ -15,7 +15,7 @@ from tracklight.config.compose import flatten, list_targets
 from tracklight.errors import BadInput, RunFailed
 from tracklight.paths import ROOT
 from tracklight.redact import redact_command
-from tracklight.runs.leaderboard import LeaderboardRow, rank_trials, read_trial_run
+from tracklight.runs.leaderboard import LeaderboardRow, rank_trials, read_trial_run, short_names
 from tracklight.runs.select import restore_command
 from tracklight.sweep.plan import Plan
 from tracklight.sweep.progress import plot_page
@@ -28,6 +28,8 @@ from tracklight.tracking.store import Store
 LOCK = ".sweeps.lock"  # in the tracking directory
 TABLE = "leaderboard.json"
 SHOWN_TABLES_TAG = "mlflow.loggedArtifacts"  # makes MLflow's UI show an artifact as a table
+NOTE_TAG = "mlflow.note.content"  # the description that MLflow's UI shows as Markdown
+NOTE_ROWS = 20
 REFRESH_S = 2.0
 PLOTS_S = 30.0
 MAX_SHARE = 0.05  # of the sweep's time that refreshing may take
@@ -133,6 +135,22 @@ def _data_params(params: Mapping[str, Any]) -> dict[str, str]:
     """Return the params that the data digest depends on."""
     data = {key: str(value) for key, value in params.items() if key.startswith("data.")}
     return {key: text for key, text in data.items() if key not in ("data.root", "data.batch_size")}
+
+
+def _to_markdown(columns: Sequence[str], data: Sequence[Sequence[Any]]) -> str:
+    """Write the first rows of a table as Markdown."""
+
+    def line(cells: Iterable[Any]) -> str:
+        texts = (
+            "" if cell is None else f"{cell:.5g}" if isinstance(cell, float) else str(cell) for cell in cells
+        )
+        return (
+            f"| {' | '.join(text.replace('|', chr(92) + '|').replace(chr(10), ' ')[:40] for text in texts)} |"
+        )
+
+    lines = [line(columns), line(["---"] * len(columns)), *map(line, data[:NOTE_ROWS])]
+    more = [f"\n{len(data) - NOTE_ROWS} more in {TABLE}"] if len(data) > NOTE_ROWS else []
+    return "\n".join(lines + more)
 
 
 class ParentRun:
@@ -253,11 +271,14 @@ class ParentRun:
         table = [row.to_dict() for row in rows]
         columns = list(dict.fromkeys(key for row in table for key in row))
         data = [[row.get(column) for column in columns] for row in table]
-        self.run.log_text(json.dumps({"columns": columns, "data": data}, indent=1), TABLE)
+        # MLflow's UI takes a dot in a column's name for a path into the cell.
+        names = [name.replace(".", " ") for name in short_names(columns)]
+        self.run.log_text(json.dumps({"columns": names, "data": data}, indent=1), TABLE)
         text = io.StringIO()
         csv.writer(text).writerows([columns, *data])
         self.run.log_text(text.getvalue(), "leaderboard.csv")
-        self.run.set_tags({SHOWN_TABLES_TAG: json.dumps([{"path": TABLE, "type": "table"}])})
+        shown = json.dumps([{"path": TABLE, "type": "table"}])
+        self.run.set_tags({SHOWN_TABLES_TAG: shown, NOTE_TAG: _to_markdown(names, data)})
 
     def _log_best(self, rows: Sequence[LeaderboardRow]) -> None:
         """Log how many trials ended how, and the best trial, as metrics and tags."""
