@@ -1,5 +1,6 @@
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,3 +86,17 @@ def train(tmp_path: Path) -> Callable[..., Finished]:
         return Finished(directory, newest[0].info.run_id, score)
 
     return train
+
+
+@pytest.fixture
+def git() -> Callable[..., str]:
+    """Run git in a folder, as somebody; without git the test is skipped."""
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    identity = ("-c", "user.name=A", "-c", "user.email=a@b", "-c", "init.defaultBranch=trunk")
+
+    def run(folder: Path, *arguments: str) -> str:
+        command = ["git", *identity, *arguments]
+        return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+    return run

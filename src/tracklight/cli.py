@@ -18,6 +18,7 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import OmegaConf
 
 from tracklight.config.compose import allowed_targets, compose, resolve_composed, resolve_config
+from tracklight.config.hardware import choose_temporary_folder
 from tracklight.config.hydra_internals import run_hydra
 from tracklight.config.instantiate import check_hydra_nodes
 from tracklight.config.overrides import check_overrides, explain, flags_parser, parse_flags, split_for_resume
@@ -66,10 +67,17 @@ def quiet() -> None:
     """Switch off usage reporting and advertising of every library, in child processes too."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    # Libraries warn while they are imported, so that under PYTHONWARNINGS=error none could be.
+    if strict := [option for option in sys.warnoptions if option.startswith("error")]:
+        sys.warnoptions[:] = [option for option in sys.warnoptions if option not in strict]
+        os.environ["PYTHONWARNINGS"] = ",".join(sys.warnoptions)
+        filters: Any = warnings.filters
+        filters[:] = [each for each in filters if each[0] != "error"]
     # Lightning asks PyTorch about pytrees in a way that PyTorch has since renamed.
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)
     lightning = logging.getLogger("pytorch_lightning.utilities.rank_zero")
     lightning.addFilter(lambda record: not record.getMessage().startswith("💡 Tip:"))
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home that cannot be written
     warnings.formatwarning = _format_warning
 
 
@@ -151,7 +159,10 @@ def _exit_on_error() -> Iterator[None]:
     except BaseException as error:
         if isinstance(number := getattr(error, "signum", None), int):  # of engine.signals.Stopped
             sys.exit(128 + number)
-        print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")
+        text = redact("".join(traceback.format_exception(error)))
+        if isinstance(error, BlockingIOError) or "start new thread" in str(error):
+            text = "error: no further process or thread can be started; is `ulimit -u` too low?\n"
+        print(text, file=sys.stderr, end="")
         sys.exit(1)
 
 
@@ -168,7 +179,7 @@ def _run(task: Task) -> Any:
     now, later = split_for_resume(args.overrides)
     cfg = compose(now)
     cfg.overrides = later
-    return task(cfg)
+    return _begin(task, cfg)
 
 
 def _run_through_hydra(task: Task, args: Namespace) -> Any:
@@ -199,4 +210,9 @@ def _run_through_hydra(task: Task, args: Namespace) -> Any:
         print(redact(printed.getvalue()), end="")
     if composed and isinstance(composed[0], BadInput):
         raise composed[0]
-    return task(composed[0]) if composed else None
+    return _begin(task, composed[0]) if composed else None
+
+
+def _begin(task: Task, cfg: Any) -> Any:
+    choose_temporary_folder(Path(cfg.tracking.dir))  # before anything is imported that asks for one
+    return task(cfg)

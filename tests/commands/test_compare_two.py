@@ -1,6 +1,5 @@
 import json
 import math
-import subprocess
 
 import pytest
 
@@ -80,14 +79,9 @@ def test_what_the_report_cuts_short_is_whole_in_json(add, answer, tmp_path):
     assert found["machine"] == [f"part-{i}: 0 -> 1" for i in range(50)]
 
 
-def test_code_between_two_commits_is_that_of_src_and_conf_alone(add, answer, tmp_path, monkeypatch):
+def test_code_between_two_commits_is_that_of_src_and_conf_alone(add, answer, git, tmp_path, monkeypatch):
     root = tmp_path / "root"
     monkeypatch.setattr(diff, "ROOT", root)
-
-    def git(*words):
-        name = ("-c", "user.name=n", "-c", "user.email=e")
-        command = ["git", "-C", str(root), *name, *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     commits = []
     for text in ("one", "two"):
@@ -95,10 +89,10 @@ def test_code_between_two_commits_is_that_of_src_and_conf_alone(add, answer, tmp
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             (root / path).write_text(text)
         if not commits:
-            git("init", "-q")
-        git("add", "--all")
-        git("commit", "-q", "-m", text)
-        commits.append(git("rev-parse", "HEAD"))
+            git(root, "init", "-q")
+        git(root, "add", "--all")
+        git(root, "commit", "-q", "-m", text)
+        commits.append(git(root, "rev-parse", "HEAD"))
     runs = [add(0.5, tags={COMMIT_TAG: commit}) for commit in commits]
     changed = [line.split("|")[0].strip() for line in section(answer(*runs), "code") if " | " in line]
     assert sorted(changed) == ["conf/b.yaml", "src/a.py"]

@@ -58,8 +58,13 @@ def test_a_port_that_is_taken_is_bad_input(store, served):
 
 @pytest.mark.server
 @pytest.mark.slow
-def test_it_serves_until_it_is_told_to_stop(store, add):
+def test_it_serves_until_it_is_told_to_stop(store, add, tmp_path, monkeypatch):
     add(0.5)
+    here = tmp_path / "here"  # whose files are nobody's to import
+    here.mkdir()
+    for name in ("random", "uvicorn", "mlflow"):
+        (here / f"{name}.py").write_text("raise SystemExit('a file of the current folder was imported')")
+    monkeypatch.chdir(here)
     with ui_server.ui(store.directory) as (address, process):
         uri = address.partition("/#")[0]
         assert uri.startswith("http://127.0.0.1:") and RUNS in address

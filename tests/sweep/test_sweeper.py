@@ -1,5 +1,8 @@
 """Whole sweeps, as typed: real processes, a real database."""
 
+import sqlite3
+from contextlib import closing
+
 import numpy as np
 import pytest
 
@@ -185,3 +188,13 @@ def test_the_dry_run_lists_the_points_and_leaves_nothing(commander, tmp_path):
     process = commander.sweep(directory, *GRID, "sweep.dry_run=true")
     assert process.exit_code == 0 and Swept(directory).runs == []
     assert [f"optimizer.lr={lr}" in process.stdout for lr in ("0.01", "0.05", "0.1")] == [True] * 3
+
+
+def test_trials_take_the_threads_that_omp_says(commander, tmp_path):
+    words = [word for word in QUICK if not word.startswith("num_threads")]
+    directory = tmp_path / "runs"
+    process = commander.sweep(directory, "seed=1,2", *words, env={"OMP_NUM_THREADS": "3"})
+    assert process.exit_code == 0, process.stderr
+    with closing(sqlite3.connect(directory / "mlflow.db")) as connection:
+        recorded = connection.execute("SELECT value FROM params WHERE key = 'num_threads'").fetchall()
+    assert recorded == [("3",)] * 2

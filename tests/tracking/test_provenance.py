@@ -1,7 +1,8 @@
 """What a run says of its origin is true, and is said with and without git."""
 
+import os
+import shutil
 import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,19 +17,12 @@ from tracklight.tracking.provenance import (
     collect,
     git_state,
     installed_packages,
-    machine,
     own_code,
 )
 
 
-def git(folder: Path, *arguments: str) -> str:
-    identity = ["-c", "user.name=A", "-c", "user.email=a@b", "-c", "init.defaultBranch=trunk"]
-    command = ["git", *identity, *arguments]
-    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
-
-
 @pytest.fixture
-def repository(tmp_path: Path) -> Path:
+def repository(tmp_path: Path, git) -> Path:
     git(tmp_path, "init", "-q")
     (tmp_path / "a.py").write_text("x = 1\n")
     git(tmp_path, "add", "a.py")
@@ -36,12 +30,12 @@ def repository(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_clean_work_tree_is_named_by_its_commit_and_branch(repository):
-    commit = git(repository, "rev-parse", "HEAD").strip()
+def test_clean_work_tree_is_named_by_its_commit_and_branch(repository, git):
+    commit = git(repository, "rev-parse", "HEAD")
     assert git_state(repository) == Git(commit, "trunk", dirty=False)
 
 
-def test_change_is_kept_as_a_patch_that_git_applies(repository):
+def test_change_is_kept_as_a_patch_that_git_applies(repository, git):
     (repository / "a.py").write_text("x = 2\n")
     state = git_state(repository)
     assert state.dirty
@@ -65,21 +59,72 @@ def test_diff_is_bounded(repository):
     assert "bytes in all" in diff
 
 
+def test_repository_of_another_user_is_read_where_his_code_runs_too(repository, git, monkeypatch):
+    commit = git(repository, "rev-parse", "HEAD")
+    if os.geteuid() != 0:
+        pytest.skip("needs the right to give files away (root)")
+    monkeypatch.delenv("SUDO_UID", raising=False)  # whom git believes, too
+    for path in (repository, *repository.rglob("*")):
+        os.chown(path, 4242, 4242)
+    with pytest.raises(subprocess.CalledProcessError, match="128"):
+        git(repository, "status")
+    assert git_state(repository) == Git(commit, "trunk", dirty=False)
+    (repository / "a.py").write_text("x = 2\n")
+    assert "+x = 2" in git_state(repository).diff
+    project = repository / "project"  # ours, in the repository of another user
+    project.mkdir()
+    lost = r"^the code's commit is not recorded \(git: detected dubious ownership in"
+    with pytest.warns(UserWarning, match=lost):
+        assert git_state(project) == Git()
+
+
+@pytest.fixture
+def slow_git(repository, monkeypatch, tmp_path_factory):
+    """Let one of git's commands take longer than it is waited for."""
+    real, folder = shutil.which("git"), tmp_path_factory.mktemp("bin")
+    monkeypatch.setattr(provenance, "_GIT_TIMEOUT_S", 0.5)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def slow(command: str) -> None:
+        script = f'case " $* " in *" {command} "*) exec sleep 20;; esac; exec {real} "$@"'
+        (folder / "git").write_text(f"#!/bin/sh\n{script}\n")
+        (folder / "git").chmod(0o755)
+
+    return slow
+
+
+def test_git_that_is_slow_costs_no_more_than_what_is_said(repository, git, slow_git):
+    (repository / "a.py").write_text("x = 2\n")
+    commit = git(repository, "rev-parse", "HEAD")
+    for command in ("status", "diff"):
+        slow_git(command)
+        lost = r"^how the code differs from its commit is not recorded \(git: no answer in \d+ s\)$"
+        with pytest.warns(UserWarning, match=lost):
+            assert git_state(repository) == Git(commit)
+
+
+def test_repository_without_git_is_said(tmp_path, monkeypatch):
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setenv("PATH", "")
+    with pytest.warns(UserWarning, match=r"^the code's commit is not recorded \(git: not installed\)$"):
+        assert git_state(tmp_path / "project") == Git()
+
+
 def test_git_is_asked_of_the_project_not_of_the_tree_a_hook_runs_in(repository, monkeypatch):
     monkeypatch.setenv("GIT_DIR", str(repository / "elsewhere"))
     assert git_state(repository).commit
 
 
 @pytest.mark.parametrize("state", ["no commit", "no repository", "no git", "no folder"])
-def test_provenance_is_told_without_a_commit(tmp_path, monkeypatch, state):
+def test_provenance_is_told_without_a_commit(tmp_path, monkeypatch, request, state):
     folder = tmp_path
     if state == "no commit":
-        git(tmp_path, "init", "-q")
+        request.getfixturevalue("git")(tmp_path, "init", "-q")
     elif state == "no git":
         monkeypatch.setenv("PATH", "")
     elif state == "no folder":
         folder = tmp_path / "missing"
-    found = collect(folder, "train.py", "0")
+    found = collect(folder, "train.py", "0", {"python": "3"})
     assert found.git.commit is None
     assert not any(key.startswith("mlflow.source.git.commit") for key in found.tags())
     assert found.texts()["provenance/packages.txt"]
@@ -115,14 +160,6 @@ def test_packages_are_those_installed():
     packages = installed_packages()
     for name in ("torch", "pytorch-lightning", "mlflow", "hydra-core"):
         assert packages[name] == version(name)
-
-
-def test_machine_is_described_by_plain_values():
-    facts = machine()
-    assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert facts["cpu"]
-    assert isinstance(facts["usable_cores"], int)
-    assert facts["usable_cores"] >= 1
 
 
 @pytest.fixture
@@ -227,7 +264,7 @@ def test_provenance_asks_git_twice_and_opens_no_metadata_of_packages(repository,
     asked, run = [], subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: asked.append(a) or run(*a, **k))
     monkeypatch.setattr("importlib.metadata.distributions", lambda **_: pytest.fail("reads all"))
-    collect(repository, "train.py", code_digest())
+    collect(repository, "train.py", code_digest(), {})
     assert len(asked) == 2
 
 

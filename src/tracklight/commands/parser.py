@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from tracklight.config.hardware import choose_temporary_folder
 from tracklight.errors import BadInput
 from tracklight.paths import HOME
 
@@ -90,6 +91,7 @@ def main(command: str, argv: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     if command == "compare":
         _check_compare(args)
+    choose_temporary_folder(args.dir)
     try:
         module = importlib.import_module(f"tracklight.commands.{command}")
     except ModuleNotFoundError as error:

@@ -94,6 +94,7 @@ def _serve(store: Store, port: int, page: str) -> None:
     with path.open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "mlflow", "ui", *options],
+            cwd=folder,  # not the user's: it is the first from which the server imports
             env=env,
             stdout=log,
             stderr=subprocess.STDOUT,

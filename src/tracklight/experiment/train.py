@@ -15,6 +15,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers.logger import DummyLogger
 
 from tracklight.config.compose import list_targets, to_plain
+from tracklight.config.hardware import default_threads, describe_machine
 from tracklight.data.tensor_data import TensorData
 from tracklight.engine import checkpoints, distributed, progress
 from tracklight.engine.blocks import Blocks
@@ -60,7 +61,7 @@ def run(
         cfg, resumed = resolve_resume(cfg, store, run_id)
         _set_num_threads(cfg)  # a stored config has its own number
         code = provenance.code_digest(list_targets(cfg))
-        source = provenance.collect(ROOT, redact_command(sys.argv), code)
+        source = provenance.collect(ROOT, redact_command(sys.argv), code, describe_machine())
 
         data = build_data(cfg)
         model = build_model(cfg, data)
@@ -191,12 +192,11 @@ class Training:
 
 def _set_num_threads(cfg: DictConfig) -> None:
     """Use the configured number of threads; record the number used, since it changes bits."""
-    devices = cfg.trainer.devices
-    if cfg.num_threads is not None:
-        torch.set_num_threads(cfg.num_threads)
-    elif isinstance(devices, int) and devices > 1:  # each device has its own process
-        torch.set_num_threads(max(1, torch.get_num_threads() // devices))
-    cfg.num_threads = torch.get_num_threads()
+    if cfg.num_threads is None:
+        devices = cfg.trainer.devices  # each has its own process
+        processes = devices if isinstance(devices, int) and devices > 1 else 1
+        cfg.num_threads = default_threads(processes, torch.get_num_threads())
+    torch.set_num_threads(cfg.num_threads)
 
 
 def _explain(error: Exception, cfg: DictConfig, num_processes: int) -> str | None:

@@ -3,7 +3,6 @@
 import difflib
 import json
 import statistics
-import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from tracklight.runs.leaderboard import difference, guess_mode, half_width, resu
 from tracklight.runs.reader import RunFilter, RunReader, RunRecord, finite, latest_seeds
 from tracklight.runs.select import fetch, find_run, select_id, trained_id
 from tracklight.tracking import tags
+from tracklight.tracking.provenance import GIT_ERRORS, ask_git
 
 ENVIRONMENT = {"packages": "provenance/packages.txt", "machine": "provenance/machine.json"}
 PATCH = "provenance/diff.patch"
@@ -121,10 +121,9 @@ def _git_diff(a: RunRecord, b: RunRecord, *options: str) -> str:
     commits = [run.tags.get(tags.COMMIT_TAG, "") for run in (a, b)]
     if commits[0] == commits[1] or not all(len(c) >= 40 and c.isalnum() for c in commits):
         return ""
-    command = ["git", "diff", "--no-color", *options, *commits, "--", "src", "conf"]
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10).stdout
-    except (OSError, subprocess.SubprocessError):
+        return ask_git(ROOT, "diff", "--no-color", *options, *commits, "--", "src", "conf")
+    except GIT_ERRORS:
         return ""
 
 

@@ -28,17 +28,7 @@ from tracklight.sweep.trial import (
     run_trial,
 )
 
-PRELOADED = [
-    "tracklight.sweep.forkserver",
-    "tracklight.experiment.train",
-    "tracklight.figures.plots",
-    "mlflow.store.tracking.sqlalchemy_store",
-    "sqlalchemy.dialects.sqlite",
-    "alembic.command",
-    "fsspec.implementations.local",
-    "hydra.utils",
-    "PIL.PngImagePlugin",
-]
+PRELOADED = ["tracklight.sweep.forkserver"]
 STOP_S = 60.0  # for a trial to reach a safe point and close its run
 JOIN_S = 5.0
 
@@ -80,7 +70,12 @@ class ProcessExecutor:
         ours, theirs = self._context.Pipe()
         spec = replace(spec, worker=number, num_gpus=self._num_gpus)
         process = self._context.Process(target=run_in_worker, args=(spec, theirs))
-        process.start()
+        try:
+            process.start()
+        except (EOFError, OSError):  # the process that forks them has died, or cannot be started
+            raise RunFailed(
+                "no process could be started for a trial; is memory short, or `ulimit -u` too low?"
+            ) from None
         theirs.close()
         self._workers[ours] = _Worker(process, job, number)
 

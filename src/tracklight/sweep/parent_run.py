@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from tracklight.config.compose import flatten, list_targets
+from tracklight.config.hardware import describe_machine
 from tracklight.errors import BadInput, RunFailed
 from tracklight.paths import ROOT
 from tracklight.redact import redact_command
@@ -102,7 +103,7 @@ def _tags(plan: Plan) -> dict[str, str]:
     settings = {f"sweep.{key}": str(plan.settings[key]) for key in keys}
     space = {f"space.{name}": values for name, values in plan.space.expressions().items()}
     command = redact_command(sys.argv)
-    facts = provenance.collect(ROOT, command, provenance.code_digest())
+    facts = provenance.collect(ROOT, command, provenance.code_digest(), describe_machine())
     own = {"tracklight.kind": "sweep", tags.THREADS_TAG: str(plan.num_threads)}
     return facts.tags() | settings | space | own
 

@@ -15,7 +15,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
 from tracklight.config.compose import config_digest, resolve_composed, resolve_config, result_keys
-from tracklight.config.hardware import count_cores, count_gpus, num_devices
+from tracklight.config.hardware import count_gpus, default_threads, num_devices
 from tracklight.config.hydra_internals import apply_parsed_overrides
 from tracklight.config.rules import check_values
 from tracklight.errors import BadInput
@@ -120,7 +120,7 @@ class Plan:
         target = master.hydra.launcher._target_
         self.launcher: str | None = None if target == BASIC_LAUNCHER else target
         self.prunes: bool = settings["pruner"] != "none"
-        self.num_threads = max(1, count_cores() // settings["workers"])  # of each trial
+        self.num_threads = default_threads(settings["workers"])  # of each trial
         self._parser = OverridesParser.create(config_loader=self._loader)
         keys = [axis.override.key_or_group for axis in axes]
         self._is_group = ["." not in k and bool(self._loader.get_group_options(k)) for k in keys]

@@ -5,6 +5,7 @@ the preflight runs meanwhile.
 """
 
 import difflib
+import os
 import signal
 import sys
 import textwrap
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
-from tracklight.config.hardware import num_devices
+from tracklight.config.hardware import choose_temporary_folder, num_devices
 from tracklight.errors import BadInput, RunFailed
 from tracklight.runs.leaderboard import LeaderboardRow, rank_trials
 from tracklight.runs.select import find_run
@@ -47,6 +48,8 @@ def sweep(overrides: list[str], master: DictConfig, context: HydraContext) -> fl
     if plan.settings["dry_run"]:
         print(plan.describe())
         return None
+    choose_temporary_folder(Path(plan.first_cfg.tracking.dir))
+    os.environ["PYTHONSAFEPATH"] = "1"  # no process started from here imports the current folder's logging.py
     executor = ProcessExecutor(plan.settings["workers"], plan.num_gpus)
     try:
         preflighted = call_in_thread(lambda: preflight(plan, executor))

@@ -79,12 +79,17 @@ class TrialResult:
 def run_in_worker(spec: TrialSpec, connection: Connection) -> None:
     """Run a trial in a process of its own and send its reports and its result to the sweep."""
     os.setsid()  # the sweep's process handles Ctrl-C in the terminal
-    threading.Thread(target=_die_with_parent, daemon=True).start()
     _redirect_output(spec.log)
     if spec.num_gpus:
         _select_gpu(spec.worker, spec.num_gpus)
     sys.argv[1:] = spec.overrides
-    connection.send(run_trial(spec, connection))
+    try:
+        threading.Thread(target=_die_with_parent, daemon=True).start()
+        result = run_trial(spec, connection)
+    except Exception as error:  # a broken installation, or no thread to be had
+        traceback.print_exc()
+        result = TrialResult("failed", reason=describe_error(error))
+    connection.send(result)
     sys.stdout.flush()
     sys.stderr.flush()
     from tracklight.runs import select
@@ -95,6 +100,7 @@ def run_in_worker(spec: TrialSpec, connection: Connection) -> None:
 
 def run_trial(spec: TrialSpec, connection: Connection | None = None) -> TrialResult:
     """Run a trial in this process; `connection` is to the sweep's, None where a launcher runs it."""
+    os.environ.pop("PYTHONSAFEPATH", None)  # further ranks find again what lies beside train.py
     from omegaconf import OmegaConf
 
     from tracklight.engine.monitors import PruningCallback

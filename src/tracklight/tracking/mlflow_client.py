@@ -6,6 +6,7 @@ import os
 import re
 import sqlite3
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +25,7 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
 os.environ |= _ENVIRONMENT | os.environ
+warnings.filterwarnings("ignore", "Failed to register a dataset source")  # python -OO: it has no docstrings
 
 import mlflow  # noqa: E402
 import mlflow.entities  # noqa: E402

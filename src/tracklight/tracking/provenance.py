@@ -8,14 +8,15 @@ import hashlib
 import importlib.util
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tracklight.redact import redact
 from tracklight.tracking.tags import CODE_TAG, COMMAND_TAG, COMMIT_TAG, DIRTY_TAG
@@ -27,6 +28,7 @@ _MAX_DIFF_BYTES = 1_000_000
 _MAX_UNTRACKED = 200
 _MAX_TAG_CHARS = 5000  # MLflow takes 8000; nobody reads a longer command line
 _GIT_TIMEOUT_S = 5.0
+GIT_ERRORS = (OSError, subprocess.SubprocessError)  # not installed, no repository, no answer
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Provenance:
 
     git: Git
     packages: dict[str, str]
-    machine: dict[str, str | int | list[str]]
+    machine: Mapping[str, Any]
     command: str
     code: str
 
@@ -74,9 +76,9 @@ class Provenance:
         return {path: text for path, text in texts.items() if text}
 
 
-def collect(root: Path, command: str, code: str) -> Provenance:
+def collect(root: Path, command: str, code: str, machine: Mapping[str, Any]) -> Provenance:
     """Gather the provenance of a run in project `root`; `command` holds no secrets."""
-    return Provenance(git_state(root), installed_packages(), machine(), command, code)
+    return Provenance(git_state(root), installed_packages(), machine, command, code)
 
 
 def source_tags(name: str) -> dict[str, str]:
@@ -167,37 +169,45 @@ def _imports(module: str, path: Path) -> Iterator[str]:
 
 
 def git_state(root: Path) -> Git:
-    """Return git's state of `root` alone, whatever else its repository holds."""
-    status = _git(root, "status", "--porcelain=v2", "--branch", "-z", "--", ".")
-    if status is None:
-        return Git()
-    lines = status.split("\0")
-    headers = dict(line[2:].split(" ", 1) for line in lines if line.startswith("# "))
-    commit, branch = (headers.get(key) for key in ("branch.oid", "branch.head"))
-    commit = None if commit == "(initial)" else commit
-    branch = None if branch == "(detached)" else branch
-    dirty = any(line[:2] in ("1 ", "2 ", "u ") for line in lines)
-    command = ("diff", "HEAD", "--no-ext-diff", "--no-color", "--", ".")
-    diff = _git(root, *command) if dirty and commit else None
-    untracked = tuple(line[2:] for line in lines if line.startswith("? "))
-    return Git(commit, branch, dirty, redact(diff or ""), untracked[:_MAX_UNTRACKED])
+    """Return git's state of `root` alone, whatever else its repository holds; warn of what is not known."""
+    try:
+        lines = ask_git(root, "status", "--porcelain=v2", "--branch", "-z", "--", ".").split("\0")
+        headers = dict(line[2:].split(" ", 1) for line in lines if line.startswith("# "))
+        commit, branch = (headers.get(key) for key in ("branch.oid", "branch.head"))
+        commit = None if commit == "(initial)" else commit
+        branch = None if branch == "(detached)" else branch
+        dirty = any(line[:2] in ("1 ", "2 ", "u ") for line in lines)
+        command = ("diff", "HEAD", "--no-ext-diff", "--no-color", "--", ".")
+        diff = ask_git(root, *command) if dirty and commit else ""
+        untracked = tuple(line[2:] for line in lines if line.startswith("? "))
+        return Git(commit, branch, dirty, redact(diff), untracked[:_MAX_UNTRACKED])
+    except GIT_ERRORS as error:
+        if not any((folder / ".git").exists() for folder in (root, *root.parents)):
+            return Git()
+        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").partition("\n")[0]
+        why = "not installed" if isinstance(error, OSError) else f"no answer in {_GIT_TIMEOUT_S:.0f} s"
+    commit = None
+    with contextlib.suppress(*GIT_ERRORS):  # without a look at the files, which may be what takes so long
+        commit = ask_git(root, "rev-parse", "HEAD").strip()
+    lost = "how the code differs from its commit" if commit else "the code's commit"
+    warnings.warn(f"{lost} is not recorded (git: {said.removeprefix('fatal: ') or why})", stacklevel=2)
+    return Git(commit)
 
 
-def _git(root: Path, *arguments: str) -> str | None:
-    """Return git's output, cut at a bound, or None if it fails."""
+def ask_git(root: Path, *arguments: str) -> str:
+    """Return git's output, cut at a bound, or raise one of `GIT_ERRORS`."""
     hidden = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # set inside hooks, for another tree
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
-    try:
-        output = subprocess.run(
-            ["git", "-C", str(root), *arguments],
-            env=environment | {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=_GIT_TIMEOUT_S,
-            check=True,
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
+    # A repository of another user may name programs for git to run; his code in it runs here already.
+    command = ["git", "-c", f"safe.directory={root}", "-C", str(root), *arguments]
+    output = subprocess.run(
+        command,
+        env=environment | {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=_GIT_TIMEOUT_S,
+        check=True,
+    ).stdout
     cut = "" if len(output) <= _MAX_DIFF_BYTES else f"\n[cut: {len(output)} bytes in all]\n"
     return output[:_MAX_DIFF_BYTES].decode(errors="replace") + cut
 
@@ -214,39 +224,3 @@ def installed_packages() -> dict[str, str]:
                     package = re.sub(r"[-_.]+", "-", found[1]).lower()
                     packages.setdefault(package, found[2])
     return packages
-
-
-def machine() -> dict[str, str | int | list[str]]:
-    """Describe the machine; GPUs are named without waking the CUDA driver."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    facts: dict[str, str | int | list[str]] = {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count() or 1,
-        "usable_cores": len(affinity(0)) if affinity else os.cpu_count() or 1,
-        "gpus": _gpu_names(),
-    }
-    with contextlib.suppress(ValueError, OSError):
-        facts["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        facts |= {"torch": str(torch.__version__), "cuda": str(torch.version.cuda)}
-    return facts
-
-
-def _cpu_model() -> str:
-    names: list[str] = []
-    with contextlib.suppress(OSError):
-        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    return names[0].strip() if names else platform.processor() or platform.machine()
-
-
-def _gpu_names() -> list[str]:
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    names = []
-    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        names += re.findall(r"^Model:\s*(.+?)\s*$", path.read_text(), re.M) or ["NVIDIA GPU"]
-    return names
