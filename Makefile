@@ -12,19 +12,22 @@ CANDIDATES := $(PYTHON) python3.14 python3.13 python3.12 python3.11 python3 pyth
 IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))
 # Workers share the cores out: with threads of their own they would wait for one another. Each takes
 # its half in order, as fixtures that start processes like it, and at the end some of the other's.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 PORT ?= 5001
 ARGS ?=
 
-.PHONY: help install train test slow ui check lint format bench torture clean
+.PHONY: help install train test slow floors newest ui check lint audit format bench torture clean
 
 help:
 	@echo 'make train    set up, then train the MNIST MLP, tracked'
 	@echo 'make test     set up, then run all tests but the slow ones'
 	@echo 'make slow     the slow tests: a browser, several processes a run, half a minute of waiting'
+	@echo 'make floors   the tests with the oldest packages that pyproject.toml allows'
+	@echo 'make newest   the tests with the newest packages, pre-releases of Hydra included'
 	@echo 'make ui       MLflow UI on 127.0.0.1:$(PORT) over mlruns/ (make ui PORT=8080)'
 	@echo 'make check    format, lint, types, tests'
 	@echo 'make format   format, and fix what lint can fix'
+	@echo 'make audit    known vulnerabilities of the pinned packages (a part of lint)'
 	@echo 'make bench    the speed tables'
 	@echo 'make torture  kill runs at random instants and compare what comes out'
 	@echo 'make clean    remove the environment and caches; data and runs stay'
@@ -65,6 +68,17 @@ test: $(INSTALLED)
 slow: $(INSTALLED)
 	@$(PYTEST) -m slow $(ARGS)
 
+# Both before a release; each makes an environment of its own, 6 GB, which stays until `make clean`.
+floors newest: BIN = $(VENV)-$@/bin
+floors: PYTHON ?= 3.11
+floors: RESOLVE := --resolution lowest-direct
+newest: RESOLVE := --upgrade 'hydra-core>=1.4.0.dev0' 'omegaconf>=2.4.0.dev0'
+floors newest:
+	@[ -n "$(UV)" ] || { echo 'make $@ resolves with uv: https://docs.astral.sh/uv' >&2; exit 1; }
+	@"$(UV)" venv --quiet --clear --python '$(or $(PYTHON),>=3.11$(comma)<3.15)' $(VENV)-$@
+	@"$(UV)" pip install --quiet --python $(BIN)/python $(RESOLVE) --editable '.[table,sweep,dev]'
+	@$(PYTEST) $(ARGS)
+
 ui: $(INSTALLED)
 	@$(BIN)/python scripts/ui.py --port '$(PORT)' $(ARGS)
 
@@ -74,10 +88,24 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+	@$(MAKE) --no-print-directory audit
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Only where the database answers: pip-audit takes a package that it cannot look up for a sound one.
+KNOWS_HOLES := import json, urllib.request as r; \
+  json.load(r.urlopen("https://pypi.org/pypi/Jinja2/2.11.2/json", timeout=20))["vulnerabilities"][0]
+audit: $(INSTALLED)
+	@if ! $(BIN)/python -c '$(KNOWS_HOLES)' 2>/dev/null; then \
+	  echo 'audit skipped: the known vulnerabilities on https://pypi.org cannot be read from here'; exit 0; \
+	fi; \
+	if [ -n "$(UV)" ]; then set -- "$(UV)" tool run pip-audit; else \
+	  $(BIN)/python -m venv $(VENV)-audit && $(VENV)-audit/bin/python -m pip install --quiet pip-audit || exit; \
+	  set -- $(VENV)-audit/bin/pip-audit; \
+	fi; \
+	"$$@" --strict --no-deps --disable-pip --progress-spinner off --requirement constraints.txt
 
 bench: $(INSTALLED)
 	@$(BIN)/python scripts/bench.py $(ARGS)
@@ -86,6 +114,6 @@ torture: $(INSTALLED)
 	@$(BIN)/python -m pytest -s tests/faults/torture.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis test-artifacts
+	rm -rf $(VENV) $(VENV)-audit $(VENV)-floors $(VENV)-newest .pytest_cache .ruff_cache .hypothesis test-artifacts
 	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -rf src/*.egg-info

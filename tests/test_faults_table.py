@@ -31,3 +31,9 @@ def test_each_test_named_anywhere_exists():
 def test_every_fault_of_the_matrix_has_a_row():
     numbers = {int(row.split("|")[1]) for row in ROWS if row.split("|")[1].strip().isdigit()}
     assert numbers == set(range(1, 28))
+
+
+def test_each_test_named_in_what_is_said_of_security_exists():
+    named = re.findall(r"`(tests/[\w/]+\.py)`", (ROOT / "docs" / "security.md").read_text())
+    assert named
+    assert [path for path in named if not (ROOT / path).is_file()] == []

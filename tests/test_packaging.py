@@ -4,7 +4,7 @@ import ast
 import re
 import sys
 import tomllib
-from importlib.metadata import packages_distributions, requires
+from importlib.metadata import packages_distributions, requires, version
 from pathlib import Path
 
 import pytest
@@ -40,6 +40,9 @@ def test_constraints_are_names_and_versions_alone():
 
 
 def test_everything_that_is_pulled_in_is_pinned():
+    others = [r.name for r in EVERYTHING if version(r.name) != PINS[canonicalize_name(r.name)]]
+    if others:  # of `make floors`, say
+        pytest.skip(f"needs the pinned versions; others are installed of {', '.join(others)}")
     seen: set[tuple[str, str]] = set()
     todo = list(EVERYTHING)
     unpinned = set()

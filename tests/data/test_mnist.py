@@ -226,7 +226,8 @@ def test_a_download_fills_the_root_and_leaves_nothing_else(mirror, tmp_path):
 
 def test_a_failed_download_leaves_no_trace_and_says_why(mirror, tmp_path):
     (mirror / "t10k-labels-idx1-ubyte.gz").write_bytes(b"<html>Please log in</html>")
-    with pytest.raises(BadInput, match="download failed: Error downloading t10k-labels") as error:
+    said = "Error downloading t10k-labels|File not found or corrupted"  # up to torchvision 0.25: the second
+    with pytest.raises(BadInput, match=f"download failed: ({said})") as error:
         mnist(tmp_path / "new", download=True).setup()
     assert "\n" not in str(error.value)
     assert not (tmp_path / "new").exists()

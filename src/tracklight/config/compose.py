@@ -12,6 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+from tracklight.config.hydra_internals import VERSION_BASE, register_resolver
 from tracklight.config.instantiate import (
     check_hydra_nodes,
     check_plain,
@@ -30,7 +31,7 @@ from tracklight.errors import BadInput
 from tracklight.paths import CONF, ROOT
 from tracklight.redact import redact
 
-OmegaConf.register_new_resolver("root", lambda path: str(ROOT / path), replace=True)
+register_resolver("root", lambda path: str(ROOT / path), replace=True)
 
 # Keys on which the result of a run does not depend.
 NOT_IN_DIGEST = (
@@ -44,7 +45,7 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
     """Compose one run's config from conf/; return it checked, resolved and closed to new keys."""
     before = HydraConfig.instance().cfg
     try:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        with hydra.initialize_config_dir(str(CONF), **VERSION_BASE):
             cfg = hydra.compose("config", list(overrides), return_hydra_config=True)
             check_hydra_nodes(cfg.hydra, allowed_targets())
             HydraConfig.instance().set_config(cfg)

@@ -1,7 +1,7 @@
 """Hydra's command line with our gate before it: all that uses private names of Hydra or OmegaConf.
 
-Checked with Hydra 1.3.8 and OmegaConf 2.3.1. `hydra.main` instantiates callbacks and configures
-logging from whatever was composed, before any code of ours runs; here the nodes are checked first.
+Checked with Hydra 1.3.8 and 1.4.0rc3. `hydra.main` instantiates callbacks and configures logging
+from whatever was composed, before any code of ours runs; here the nodes are checked first.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hydra
+import omegaconf
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
@@ -20,6 +22,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from tracklight.errors import BadInput
 from tracklight.paths import CONF
+
+# What Hydra 1.3 has to be told, 1.4 warns of; the same of the name that OmegaConf has for a function.
+VERSION_BASE: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
+_NAME = "register_new_resolver" if omegaconf.__version__ < "2.4" else "register_resolver"
+register_resolver: Callable[..., None] = getattr(OmegaConf, _NAME)
 
 
 def run_hydra(
@@ -40,7 +47,10 @@ def run_hydra(
         path.prepend("command-line", f"file://{further}", SearchPathQuery(provider="schema"))
     app = Hydra.create_main_hydra2("train", path)
     try:
-        mode = RunMode.MULTIRUN if args.multirun else app.get_mode(name, overrides) or RunMode.RUN
+        mode, load = RunMode.MULTIRUN, app.config_loader.load_configuration
+        if not args.multirun:  # one of the overrides may say it; composed as several runs, lists pass
+            asked = load(name, overrides, mode, validate_sweep_overrides=False).hydra.mode
+            mode = asked or RunMode.RUN
         check_nodes(app.compose_config(name, overrides, mode, with_log_configuration=False).hydra)
         if args.help:
             app.app_help(name, parser, args)
