@@ -1,5 +1,7 @@
 """Whole runs in this process, of the less common kinds."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -41,6 +43,17 @@ def test_an_untracked_run_tells_its_scores_and_leaves_nothing(tmp_path, capsys):
     told = capsys.readouterr().out
     assert f"val/accuracy {score:.5g} (last epoch)" in told and "test/accuracy" in told
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("profiler", ["simple", "advanced"])
+def test_a_profiler_leaves_its_table_among_the_artifacts_and_says_where(train, capsys, profiler):
+    finished = train("trainer.max_epochs=2", "tracking.figures=false", f"trainer.profiler={profiler}")
+    told = capsys.readouterr().out
+    (line,) = [line for line in told.splitlines() if line.startswith("profile")]
+    path = Path(line.split(maxsplit=1)[1])
+    assert path.parent.parent.name == finished.run.info.run_id
+    assert "run_training_batch" in path.read_text()
+    assert f"trainer.profiler={profiler.title()}Profiler" in told and " object at " not in told
 
 
 def test_the_diabetes_preset_reaches_the_coefficients_of_least_squares(train):

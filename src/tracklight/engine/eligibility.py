@@ -63,7 +63,9 @@ def unsupported_argument(trainer: Any) -> str | None:
     for key, (value, allowed) in required.items():
         # The int 1 of val_check_interval or limit_train_batches means one batch, 1.0 all of them.
         if value not in allowed or (isinstance(allowed[0], float) and not isinstance(value, float)):
-            return f"trainer.{key}={getattr(trainer, key, value)}"
+            given = getattr(trainer, key, value)
+            is_plain = isinstance(given, str | float | int | None)
+            return f"trainer.{key}={given if is_plain else type(given).__name__}"
     return None
 
 

@@ -28,7 +28,7 @@ from tracklight.paths import ROOT
 from tracklight.redact import redact_command
 from tracklight.tracking import provenance
 from tracklight.tracking.run import Run
-from tracklight.tracking.tags import BEST, CHECKPOINTS
+from tracklight.tracking.tags import BEST, CHECKPOINTS, PROFILE
 
 
 def run(
@@ -130,6 +130,8 @@ class Training:
         run.mid_step = lambda: self.blocks.mid_step
         self.trainer.logger = self.blocks.logger = run
         self.io.before_commit = run.sync
+        if (profiler := self.trainer.profiler).filename is None:  # its tables are too wide for a screen
+            profiler.dirpath, profiler.filename = str(run.artifacts), PROFILE
         self.best.dirpath = str(folder)
         self.last.folder = folder
         if resumed is None:
@@ -179,7 +181,13 @@ class Training:
         where = {}
         if run is not None:
             best = str(run.artifacts / BEST)
-            where = {"run": f"{run.run_id} ({run.name})", "best": best, "look": run.ui_hint}
+            profiles = ", ".join(map(str, sorted(run.artifacts.glob(f"*-{PROFILE}*"))))
+            where = {
+                "run": f"{run.run_id} ({run.name})",
+                "best": best,
+                "profile": profiles,
+                "look": run.ui_hint,
+            }
         return progress.format_summary(
             score={} if score is None else {self.cfg.score.metric: score},
             epoch="best" if self.cfg.tracking.enabled else "last",

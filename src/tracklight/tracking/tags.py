@@ -47,6 +47,7 @@ INPUTS = "inputs.json"  # what its model takes
 CHECKPOINTS = "checkpoints"
 BEST = f"{CHECKPOINTS}/best.ckpt"
 LAST = f"{CHECKPOINTS}/last.ckpt"
+PROFILE = "profile"  # end of the names of files that trainer.profiler leaves
 
 
 def is_sweep(tags: Mapping[str, str]) -> bool:
