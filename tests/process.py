@@ -34,11 +34,15 @@ class Process:
 
     @property
     def stdout(self) -> str:
-        return (self.folder / "stdout").read_text()
+        return self._output("stdout")
 
     @property
     def stderr(self) -> str:
-        return (self.folder / "stderr").read_text()
+        return self._output("stderr")
+
+    def _output(self, name: str) -> str:
+        path = self.folder / name  # which the process itself creates
+        return path.read_text() if path.exists() else ""
 
     def send(self, signum: signal.Signals, group: bool = False) -> None:
         """Send a signal, to all processes of its terminal as Ctrl-C does if `group`."""
@@ -96,6 +100,7 @@ class Trainees:
         faults: Sequence[Sequence[Any]] = (),
         env: dict[str, str] | None = None,
         bare: bool = False,
+        log: Path | None = None,
     ) -> Process:
         """Start `train.py ARGUMENTS` tracked in `directory`.
 
@@ -105,9 +110,10 @@ class Trainees:
             faults: What goes wrong: names and arguments of functions in `trainee.py`.
             env: Further environment variables.
             bare: Whether the arguments say themselves where to track.
+            log: The folder for the output, beside `directory` by default.
         """
         self._number += 1
-        folder = directory.parent / f"{directory.name}.process-{self._number}"
+        folder = log or directory.parent / f"{directory.name}.process-{self._number}"
         folder.mkdir(parents=True)
         self.furnish(directory)
         words = [*arguments, *([] if bare else [f"tracking.dir={directory}"])]

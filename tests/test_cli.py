@@ -1,5 +1,6 @@
 """The process: exit codes, one line, nothing heavy, nothing written."""
 
+import errno
 import os
 import resource
 import signal
@@ -251,3 +252,10 @@ def test_a_warning_is_a_line_and_ours_names_no_place_in_the_code(monkeypatch):
     place = (FutureWarning, "/somewhere/lib.py", 7)
     said = warnings.formatwarning("is deprecated", *place, "call()")
     assert said == "warning: is deprecated (FutureWarning at /somewhere/lib.py:7)\n"
+
+
+def test_an_error_of_the_disk_is_one_line(call, capsys):
+    with pytest.raises(SystemExit) as end:
+        call(raising(OSError(errno.ENOSPC, "No space left on device", "/data/figure.png")))
+    assert end.value.code == 1
+    assert capsys.readouterr().err == "error: No space left on device: /data/figure.png\n"

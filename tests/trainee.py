@@ -191,6 +191,23 @@ def limit_files(num_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
 
 
+def fill(target: str, call: int, folder: str) -> None:
+    """Leave not a byte on the file system of `folder` from the n-th call of `target` on."""
+    calls = iter(range(1, 1 << 62))
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def filled(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == call:
+                with contextlib.suppress(OSError), (Path(folder) / "ballast").open("wb", buffering=0) as file:
+                    while True:
+                        file.write(bytes(4096))
+            return original(*args, **kwargs)
+
+        return filled
+
+    _patch(target, wrap)
+
+
 def change_code() -> None:
     """Pretend that the code is another."""
     put("tracklight.tracking.provenance:code_digest", lambda targets: "f" * 64)
@@ -240,7 +257,7 @@ def forget_replay_filter() -> None:
 FAULTS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
-        *(strike, halve, meet, slow, put, spare_model, limit_files, respect_modes, change_code),
+        *(strike, halve, meet, slow, put, spare_model, limit_files, fill, respect_modes, change_code),
         *(forget_epoch_order, forget_step_seeding, forget_replay_filter),
     )
 }

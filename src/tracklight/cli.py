@@ -1,5 +1,6 @@
 """The command line: its exit codes, and its errors in one line."""
 
+import errno
 import gc
 import io
 import logging
@@ -37,6 +38,8 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "GIT_PYTHON_REFRESH": "quiet",
 }
+# Of a disk or its quota: the line says what and where, a traceback no more.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENAMETOOLONG}
 # Imports make a million objects, all to stay; collecting garbage at every turn would take seconds.
 GC_THRESHOLDS = (50_000, 10, 10)
 
@@ -162,6 +165,8 @@ def _exit_on_error() -> Iterator[None]:
         text = redact("".join(traceback.format_exception(error)))
         if isinstance(error, BlockingIOError) or "start new thread" in str(error):
             text = "error: no further process or thread can be started; is `ulimit -u` too low?\n"
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            text = redact(f"error: {error.strerror}{f': {error.filename}' if error.filename else ''}\n")
         print(text, file=sys.stderr, end="")
         sys.exit(1)
 

@@ -4,6 +4,7 @@ import re
 import shutil
 import sqlite3
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,6 +18,34 @@ from tracklight.engine.checkpoints import newest_resume_checkpoint
 COMMIT = "tracklight.engine.checkpoints:ResumeCheckpoint._commit"
 SPARE = [["spare_model"]]
 WIDE = [word.replace("hidden=[16]", "hidden=[20000]") for word in MLP]
+INSTANTS = {
+    "before the run is made": ("tracklight.tracking.store:Store.create", 1),
+    "before it is described": ("tracklight.experiment.train:describe", 1),
+    "in training": ("tracklight.engine.blocks:Blocks.on_train_batch_end", 20),
+    "before its results are logged": ("tracklight.experiment.train:log_final", 1),
+    "at its end": ("tracklight.tracking.run:Run.finish", 1),
+}
+
+
+@pytest.mark.parametrize("instant", INSTANTS)
+def test_a_disk_that_fills_up_at_whatever_instant_is_one_line_and_the_run_goes_on_later(
+    trainees, undisturbed, small_disk, instant
+):
+    directory = small_disk / "runs"
+    trainees.furnish(directory)
+    command = (*CONFIGS["blocks"], EPOCHS, "resume=auto")
+    fill = ["fill", *INSTANTS[instant], str(small_disk)]
+    process = trainees.start(directory, command, [*SPARE, fill], log=small_disk.parent / "first")
+    began_s = time.monotonic()
+    assert process.wait() == 1 + (instant == "before the run is made"), process.stderr
+    assert time.monotonic() - began_s < 30  # nothing waits for what cannot pass
+    assert process.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in process.stderr
+    left = [path.name for path in directory.rglob("*") if path.name.startswith(".") or path.suffix == ".tmp"]
+    assert left == []
+    (small_disk / "ballast").unlink()
+    process = trainees.start(directory, command, SPARE, log=small_disk.parent / "second")
+    assert process.wait() == 0, process.stderr
+    assert TrialResult(directory).differences(undisturbed("blocks")) == []
 
 
 def test_a_disk_too_full_for_a_checkpoint_leaves_the_one_before(trainees, tmp_path):
@@ -90,21 +119,25 @@ def test_a_read_only_run_folder_is_refused_before_training(trainees, tmp_path):
 
 
 @pytest.fixture
-def full_folder(tmp_path) -> Iterator[Path]:
-    """A file system of its own with not a byte left."""
-    folder = tmp_path / "full"
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of its own, of eight megabytes."""
+    folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a file system (root)")
-    try:
-        with pytest.raises(OSError, match="No space"), (folder / "ballast").open("wb") as file:
-            while True:
-                file.write(bytes(4096))
-                file.flush()
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture
+def full_folder(small_disk) -> Path:
+    """A file system of its own with not a byte left."""
+    with pytest.raises(OSError, match="No space"), (small_disk / "ballast").open("wb") as file:
+        while True:
+            file.write(bytes(4096))
+            file.flush()
+    return small_disk
 
 
 def test_a_full_temporary_folder_has_no_effect(trainees, undisturbed, tmp_path, full_folder):

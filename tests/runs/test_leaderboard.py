@@ -77,9 +77,9 @@ def test_the_interval_of_a_mean_is_students():
 
 
 def test_a_value_that_stands_for_another_config_now_is_ranked_by_the_newest(tmp_path):
-    old = replace(ROW, score=0.9, setting="old", start_ms=1)
-    new = replace(ROW, score=0.4, setting="new", start_ms=2, run_id="new")
-    (found,) = rank_trials([old, new], "max", 1)
+    old = replace(ROW, score=0.9, setting="old")
+    new = replace(ROW, score=0.4, setting="new", run_id="new")
+    (found,) = rank_trials([new, old], "max", 1)
     assert (found.score, found.run_ids) == (0.4, ["new"])
 
 

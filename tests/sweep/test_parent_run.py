@@ -1,7 +1,6 @@
 """The parent run of a sweep whose store does not answer."""
 
 import json
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -50,6 +49,7 @@ def make_parent():
     store = FakeStore()
     run = SimpleNamespace(run_id="parent", upload_artifacts=lambda: None, log_text=lambda *_: None)
     run.set_tags = run.log_series = lambda *_: None
+    run.now_ms = lambda: 12_250
     return store, ParentRun(store, run, PLAN)  # pyright: ignore
 
 
@@ -89,7 +89,6 @@ def test_the_last_score_is_logged_though_the_sweep_ends_within_the_second(monkey
     row = TrialRun(0, {"lr": "0.1"}, 0, "complete", None)
     parent._rank = lambda _: rank_trials([replace(row, score=next(scores))], "min", 1)
     monkeypatch.setattr(parent, "_plot", lambda *_: None)
-    monkeypatch.setattr(time, "time", lambda: 12.25)
     parent.refresh(final=True)
     parent.refresh(final=True)
     assert [point for point in logged if point[0] == "best/loss"] == [

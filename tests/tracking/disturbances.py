@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
 from serving import serve
 
 from tracklight.tracking.store import Store
@@ -137,3 +138,13 @@ class Proxy:
         self.release.set()
         self._server.shutdown()
         self._server.server_close()
+
+
+@contextlib.contextmanager
+def clock_set_back(seconds: float) -> Iterator[None]:
+    """The wall clock shows an earlier time; what has passed is measured as before."""
+    now, now_ns = time.time, time.time_ns
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "time", lambda: now() - seconds)
+        patch.setattr(time, "time_ns", lambda: now_ns() - int(seconds * 1e9))
+        yield

@@ -1,13 +1,15 @@
 import shutil
 import sqlite3
+import subprocess
 import time
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from disturbances import wait_for
+from disturbances import full_disk, wait_for
 
-from tracklight.errors import BadInput
+from tracklight.errors import BadInput, RunFailed
 from tracklight.tracking.store import connect
 
 
@@ -96,3 +98,82 @@ def test_odd_characters_in_the_directory_work(tmp_path, template, name):
     fetched = store.client.download_artifacts(run.run_id, "deep/er/file.txt")
     assert Path(fetched).read_text() == "hello"
     assert {path.name for path in tmp_path.iterdir()} == {name}
+
+
+@pytest.mark.parametrize("size", [0, 4096, 100_000, 400_000])
+def test_a_disk_too_full_for_a_new_store_is_one_line_at_once_and_leaves_nothing(tmp_path, size, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits for what cannot pass"))
+    with full_disk(size), pytest.raises(BadInput) as caught:
+        connect(None, tmp_path)
+    assert str(caught.value).startswith(f"cannot make {tmp_path}/mlflow.db: ") and "\n" not in str(
+        caught.value
+    )
+    assert {path.name for path in tmp_path.iterdir()} <= {".mlflow.db.lock", "artifacts"}
+
+
+@pytest.fixture
+def mounted(tmp_path) -> Iterator[Callable[[str], Path]]:
+    """Mounts file systems of their own with the given options."""
+    folders = []
+
+    def mount(options: str) -> Path:
+        folder = tmp_path / f"disk-{len(folders)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("needs the right to mount a file system (root)")
+        folders.append(folder)
+        return folder
+
+    yield mount
+    for folder in folders:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_file_system_without_inodes_is_one_line_at_once_and_leaves_nothing(mounted, template):
+    outcomes = []
+    for free in range(10):
+        directory = mounted(f"nr_inodes={2 + free}")
+        shutil.copy(template, directory / "mlflow.db")
+        began_s = time.monotonic()
+        try:
+            connect(None, directory).create("mine", None, {}).finish("FINISHED")
+            outcomes.append("made")
+        except (BadInput, RunFailed) as error:
+            assert "\n" not in str(error)
+            outcomes.append("refused")
+        assert time.monotonic() - began_s < 10
+        assert list(directory.rglob("*new-*")) == []
+    assert outcomes[0] == "refused" and outcomes[-1] == "made"
+    assert outcomes == sorted(outcomes, reverse=True)
+
+
+def test_a_new_store_without_inodes_is_one_line_at_once(mounted):
+    for free in range(4):
+        directory = mounted(f"nr_inodes={1 + free}")
+        began_s = time.monotonic()
+        with pytest.raises(BadInput) as caught:
+            connect(None, directory)
+        assert "\n" not in str(caught.value) and time.monotonic() - began_s < 10
+        assert list(directory.rglob("*new-*")) == []
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "/".join(["x" * 100] * 6)])
+def test_a_path_that_no_database_can_have_is_refused_at_once(tmp_path, name):
+    began_s = time.monotonic()
+    with pytest.raises(BadInput, match="try a shorter one"):
+        connect(None, tmp_path / name)
+    assert time.monotonic() - began_s < 1 and list(tmp_path.iterdir()) == []
+
+
+def test_the_longest_path_that_is_not_refused_works(tmp_path, template):
+    """By SQLite's own limit: one byte more, and it does not open the file."""
+    rest = 504 - len(bytes(tmp_path)) - len("/mlflow.db")
+    directory = tmp_path.joinpath("x" * 200, "y" * (rest - 202))
+    directory.mkdir(parents=True)
+    shutil.copy(template, directory / "mlflow.db")
+    assert len(bytes(directory / "mlflow.db")) == 504
+    connect(None, directory).create("mine", None, {}).finish("FINISHED")
+    shutil.copy(template, directory / "mlflow2.db")
+    with pytest.raises(sqlite3.OperationalError, match="unable to open"):
+        sqlite3.connect(directory / "mlflow2.db").execute("SELECT * FROM runs")

@@ -1,11 +1,12 @@
 import logging
 import math
+import os
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from disturbances import full_disk, locked, points_of, wait_for
+from disturbances import clock_set_back, full_disk, locked, points_of, wait_for
 from pytorch_lightning import Trainer
 from pytorch_lightning.demos.boring_classes import BoringModel
 
@@ -213,3 +214,59 @@ def test_lightning_is_told_where_the_run_lies(store):
     run = store.create("mine", "its name", {})
     assert (run.name, run.version, Path(run.save_dir)) == ("its name", run.run_id, run.folder)
     run.finish("FINISHED")
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_a_clock_set_back_in_a_run_leaves_its_duration_and_the_order_of_its_points(store, is_killed):
+    began_s = time.monotonic()
+    run = store.create("mine", None, {})
+    run.log_series("loss", [1], [1.0])
+    with clock_set_back(3600):
+        run.log_series("loss", [2], [0.5])
+        if is_killed:
+            run.abandon()
+            os.utime(run.folder / "points.wal", (time.time(), time.time()))
+            store.recover()
+        else:
+            run.finish("FINISHED")
+    found = store.client.get_run(run.run_id)
+    assert 0 <= found.info.end_time - found.info.start_time <= 1000 * (time.monotonic() - began_s) + 2
+    first, second = store.client.get_metric_history(run.run_id, "loss")
+    assert found.info.start_time <= first.timestamp <= second.timestamp <= found.info.end_time
+
+
+@pytest.mark.parametrize("status", ["FINISHED", "FAILED"])
+def test_an_end_that_no_database_takes_is_an_error_and_waits_for_the_next_start(store, status, caplog):
+    run = store.create("mine", None, {})
+    run.log_series("loss", [1], [1.0])
+    assert run.flush(20)
+    began_s = time.monotonic()
+    with full_disk(4096):  # room for the log alone
+        if status == "FINISHED":
+            with pytest.raises(RunFailed, match=f"does not take the end of run {run.run_id}; it waits in "):
+                run.finish(status)
+        else:  # which has its own exit code
+            run.finish(status)
+            assert "does not take the end" in caplog.text
+    assert time.monotonic() - began_s < 10
+    assert store.client.get_run(run.run_id).info.status == "RUNNING"
+    store.recover()
+    assert store.client.get_run(run.run_id).info.status == status
+
+
+def test_an_end_that_fits_nowhere_is_an_error_and_the_run_counts_as_killed(store):
+    run = store.create("mine", None, {})
+    with full_disk(0), pytest.raises(RunFailed, match="it is lost, as of a killed run"):
+        run.finish("FINISHED")
+    store.recover()
+    assert store.client.get_run(run.run_id).info.status == "KILLED"
+
+
+def test_a_text_that_does_not_fit_leaves_nothing_behind(store):
+    run = store.create("mine", None, {})
+    run.log_text("old", "notes.txt")
+    with full_disk(100), pytest.raises(OSError, match="File too large"):
+        run.log_text("new" * 100, "notes.txt")
+    assert [path.name for path in run.artifacts.iterdir()] == ["notes.txt"]
+    assert (run.artifacts / "notes.txt").read_text() == "old"
+    run.finish("FAILED")

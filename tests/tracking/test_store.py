@@ -9,9 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from disturbances import full_disk, locked, points_of
+from disturbances import clock_set_back, full_disk, locked, points_of
 
+from made_runs import add_run
 from tracklight.errors import BadInput, RunFailed
+from tracklight.runs.reader import RunFilter, latest_seeds, reader_of
+from tracklight.runs.select import select_id
 from tracklight.tracking.lock import RunLock
 from tracklight.tracking.store import Store, connect
 
@@ -244,3 +247,14 @@ def test_a_store_that_fails_makes_one_line_and_no_run(store, monkeypatch):
     assert "\n" not in str(caught.value)
     store.recover()
     assert store.search("") == []
+
+
+def test_the_newest_run_is_the_one_made_last_whatever_the_clock_says(store):
+    first = add_run(store, 0.5, "setting")
+    with clock_set_back(3600):
+        last = add_run(store, 0.4, "setting")
+    found = reader_of(store)
+    assert [run.info.run_id for run in store.find("setting 0")] == [last, first]
+    assert select_id(found, "last") == last
+    assert [run.run_id for run in found.get_runs([first, last])] == [last, first]
+    assert latest_seeds(found.search_scores(RunFilter(), "score"))[0].run_id == last

@@ -92,15 +92,18 @@ def test_the_filter_stands_as_of_opening(tmp_path):
 
 def test_a_clock_that_jumps_backwards_leaves_timestamps_in_order(tmp_path, monkeypatch):
     path = tmp_path / "points.wal"
-    clock = iter([2_000_000_000_000, 1_000_000_000_000, 1_500_000_000_000])
+    clock = iter([2_000_000_000_000, 1_500_000_000_000])  # one reading an opening
     monkeypatch.setattr(time, "time_ns", lambda: next(clock) * 1_000_000)
+    ticks = iter([10, 15, 20, 1010, 1012])  # since the machine was started, which it is again in between
+    monkeypatch.setattr(time, "monotonic_ns", lambda: next(ticks) * 1_000_000)
     wal = WriteAheadLog(path)
     wal.add_points("a", [1], [1.0])
     wal.add_points("a", [2], [2.0])
     wal.close()
     wal = WriteAheadLog(path)
     wal.add_points("a", [3], [3.0])
-    assert [record.timestamp_ms for record, _ in read_records(path)] == [2_000_000_000_000] * 3
+    stamps = [record.timestamp_ms - 2_000_000_000_000 for record, _ in read_records(path)]
+    assert stamps == [5, 10, 12]
 
 
 def test_calls_keep_their_place_among_points(tmp_path):

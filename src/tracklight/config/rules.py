@@ -213,7 +213,7 @@ def check_relations(tree: Mapping[str, Any], on_this_machine: bool = True) -> No
 def _check_writable(key: str, folder: Path) -> None:
     """Refuse a folder that cannot be written or created."""
     path = folder.absolute()
-    existing = next(each for each in (path, *path.parents) if each.exists())
+    existing = next(each for each in (path, *path.parents) if os.path.lexists(each))
     if not existing.is_dir():
         raise BadInput(f"{key}={folder}: {existing} is a file where a folder should be; try another {key}")
     if not os.access(existing, os.W_OK):

@@ -61,8 +61,11 @@ def write_checksum(checkpoint: Path, checksum: Checksum) -> None:
     """Write a checkpoint's checksum, durably."""
     path = checksum_path(checkpoint)
     temporary = path.with_name(f".{path.name}.tmp")
-    _write_synced(temporary, json.dumps(checksum._asdict()).encode())
-    temporary.replace(path)
+    try:
+        _write_synced(temporary, json.dumps(checksum._asdict()).encode())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _write_synced(path: Path, content: bytes | memoryview) -> None:

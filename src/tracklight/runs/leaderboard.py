@@ -300,7 +300,6 @@ class TrialRun:
     run_id: str = ""
     reason: str = ""
     setting: str = ""  # digest of the config without its seeds; empty where it is not known
-    start_ms: int = 0
 
 
 def read_trial_run(run: Any, names: Sequence[str]) -> TrialRun:
@@ -320,14 +319,16 @@ def read_trial_run(run: Any, names: Sequence[str]) -> TrialRun:
         run_id=info.run_id,
         reason=values.get(tags.REASON_TAG, "") if state == "failed" else "",
         setting=values.get(tags.SETTING_TAG, ""),
-        start_ms=info.start_time,
     )
 
 
 def rank_trials(runs: Sequence[TrialRun], mode: str, num_seeds: int) -> list[LeaderboardRow]:
-    """Rank a sweep's configs; unless all `num_seeds` runs are complete, a config has no rank."""
+    """Rank a sweep's configs; unless all `num_seeds` runs are complete, a config has no rank.
+
+    The runs are given newest first.
+    """
     groups: dict[tuple[tuple[str, str], ...], list[TrialRun]] = {}
-    for run in sorted(runs, key=lambda run: (run.trial, run.seed)):
+    for run in runs:
         groups.setdefault(tuple(sorted(run.params.items())), []).append(run)
     rows = [_trial_row(group, num_seeds) for group in groups.values()]
     return rank_rows(sorted(rows, key=lambda row: row.trial), mode)
@@ -335,9 +336,8 @@ def rank_trials(runs: Sequence[TrialRun], mode: str, num_seeds: int) -> list[Lea
 
 def _trial_row(runs: list[TrialRun], num_seeds: int) -> LeaderboardRow:
     # A value such as `adam` may come to stand for another config: the newest counts.
-    newest = max((run for run in runs if run.setting), key=lambda run: run.start_ms, default=None)
-    if newest is not None:
-        runs = [run for run in runs if run.setting in ("", newest.setting)]
+    newest = next((run.setting for run in runs if run.setting), "")
+    runs = sorted((run for run in runs if run.setting in ("", newest)), key=lambda run: (run.trial, run.seed))
     states = {run.state for run in runs} | ({"stopped"} if len(runs) < num_seeds else set())
     order = ("failed", "pruned", "running", "stopped")
     state = next((state for state in order if state in states), "complete")

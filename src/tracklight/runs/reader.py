@@ -1,6 +1,7 @@
 """Readers of many runs at once: MLflow's SQLite file directly, any other store by its client."""
 
 import math
+import operator
 import sqlite3
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -190,7 +191,7 @@ class SqliteReader(RunReader):
             f" CASE m.is_nan WHEN 0 THEN m.value END, r.start_time, {tag} FROM runs AS r"
             " LEFT JOIN latest_metrics AS m ON m.run_uuid = r.run_uuid AND m.key = ?"
             f" WHERE r.lifecycle_stage = 'active' AND {' AND '.join(where)}"
-            " ORDER BY r.start_time DESC, r.run_uuid",
+            " ORDER BY r.rowid DESC",
             (*columns, metric, *values),
         )
         return [
@@ -201,12 +202,13 @@ class SqliteReader(RunReader):
     @override
     def get_runs(self, ids: Sequence[str]) -> list[RunRecord]:
         rows = self._query_batches(
-            "SELECT r.run_uuid, r.name, e.name, r.status, r.start_time, r.end_time FROM runs AS r"
+            "SELECT r.run_uuid, r.name, e.name, r.status, r.start_time, r.end_time, r.rowid FROM runs AS r"
             " JOIN experiments AS e ON e.experiment_id = r.experiment_id"
             " WHERE r.lifecycle_stage = 'active' AND r.run_uuid IN ({ids})",
             ids,
         )
-        runs = {row[0]: RunRecord(*row) for row in rows}
+        newest_first = sorted(rows, key=operator.itemgetter(-1), reverse=True)
+        runs = {row[0]: RunRecord(*row[:-1]) for row in newest_first}
         active = [*runs]
         for table in ("params", "tags"):
             sql = f"SELECT run_uuid, key, value FROM {table} WHERE run_uuid IN ({{ids}})"
@@ -215,7 +217,7 @@ class SqliteReader(RunReader):
         sql = "SELECT run_uuid, key, value, is_nan FROM latest_metrics WHERE run_uuid IN ({ids})"
         for run_id, key, value, is_nan in self._query_batches(sql, active):
             runs[run_id].metrics[key] = math.nan if is_nan else _as_logged(value)
-        return _newest_first(runs.values())
+        return [*runs.values()]
 
     @override
     def get_histories(self, ids: Sequence[str], metric: str) -> dict[str, list[tuple[int, float]]]:

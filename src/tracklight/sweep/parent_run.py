@@ -165,7 +165,7 @@ class ParentRun:
         self._plots = ThreadPoolExecutor(1)
         self._outage_since_s: float | None = None
         stored = store.client.get_run(run.run_id)
-        self._began_s = stored.info.start_time / 1000
+        self._start_ms: int = stored.info.start_time
         self._experiment = store.client.get_experiment(stored.info.experiment_id).name
         self._best_id = stored.data.tags.get(tags.BEST_TAG)
         self._test_tags = [key for key in stored.data.tags if key.startswith("best.test/")]
@@ -301,7 +301,7 @@ class ParentRun:
             return
         # Steps are the seconds since the sweep began, through restarts. Two refreshes within one
         # second get two steps, so that the last values are kept.
-        self._step = max(int(time.time() - self._began_s), self._step + 1)
+        self._step = max((self.run.now_ms() - self._start_ms) // 1000, self._step + 1)
         self._metrics = metrics
         for key, value in metrics.items():
             self.run.log_series(key, (self._step,), (value,))

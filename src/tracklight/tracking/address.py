@@ -1,5 +1,6 @@
 """The address of the tracking store: resolved, checked and contacted."""
 
+import os
 import socket
 import ssl
 from pathlib import Path
@@ -14,6 +15,7 @@ DATABASE = "mlflow.db"
 _SERVERS = ("http", "https")
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _ALLOWED = "sqlite:///FILE, http(s)://HOST:PORT, or a postgresql, mysql or mssql database"
+_MAX_BYTES, _MAX_NAME_BYTES = 504, 255  # of a database: SQLite takes a path of 512 with "-journal"
 _TIMEOUT_S = 4.0
 
 
@@ -40,6 +42,10 @@ def resolve_uri(uri: str | None, directory: Path) -> str:
         # SQLAlchemy decodes the path and takes what follows "?" as options, MLflow does neither.
         if unquote(path) != path or "?" in path:
             raise BadInput(f"{shown}: no path with '?' or a '%' escape can be a URI; try another")
+        sizes = [len(os.fsencode(each)) for each in (path, *Path(path).parts)]
+        if sizes[0] > _MAX_BYTES or max(sizes[1:]) > _MAX_NAME_BYTES:
+            limits = f"a path may have {_MAX_BYTES} bytes, a name in it {_MAX_NAME_BYTES}"
+            raise BadInput(f"{shown} has {sizes[0]} bytes; {limits}: try a shorter one")
         return f"sqlite:///{path}"
     if dialect in _SERVERS or dialect in _PORTS:
         try:

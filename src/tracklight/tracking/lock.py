@@ -82,8 +82,13 @@ class RunLock:
                 os.close(self._fd)
         _held.add(self._fd)
         if content is not None:
-            os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, json.dumps({"pid": os.getpid()} | content).encode(), 0)
+            text = json.dumps({"pid": os.getpid()} | content).encode()
+            try:
+                os.pwrite(self._fd, text, 0)  # before it is cut: a full disk leaves what was there
+                os.ftruncate(self._fd, len(text))
+            except OSError:
+                self.close()
+                raise
 
     def rename_folder(self, target: Path) -> None:
         """Rename the run's folder, durably."""

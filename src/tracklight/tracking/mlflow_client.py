@@ -40,16 +40,21 @@ logging.getLogger("tracklight").setLevel(logging.WARNING)
 _log = logging.getLogger(__name__)
 
 _TRANSIENT = ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED", "ABORTED")
+# Of a disk that is full, has no inode left or is read-only: waiting is no cure.
+_LASTING = re.compile("(disk is|File too) (full|large)|disk I/O error|unable to open|readonly|No space left")
 _WARN_AFTER_S = 5.0
 _PAUSE_S = 0.5
 _MAX_CHARS = 300
 _AWAY = re.compile(r"API request to (\w+://[^/\s]+)\S* failed with exception .*retries exceeded")
 
 T = TypeVar("T")
+When = Callable[[Exception], bool]
 
 
 def is_transient(error: Exception) -> bool:
-    """Return whether the same request may succeed later."""
+    """Return whether the same request may succeed soon."""
+    if _LASTING.search(str(error)):
+        return False
     if isinstance(error, mlflow.exceptions.MlflowException):
         return error.error_code in _TRANSIENT
     return isinstance(error, OSError | sqlite3.OperationalError) or is_locked(error)
@@ -60,7 +65,7 @@ def is_locked(error: Exception) -> bool:
     return "is locked" in str(error)
 
 
-def retry(call: Callable[[], T], timeout_s: float, when: Callable[[Exception], bool] = is_transient) -> T:
+def retry(call: Callable[[], T], timeout_s: float, when: When = is_transient, what: str = "MLflow") -> T:
     """Return the result of `call`, repeated for `timeout_s` while `when` holds for its error."""
     start_s = time.monotonic()
     warned = False
@@ -73,7 +78,7 @@ def retry(call: Callable[[], T], timeout_s: float, when: Callable[[Exception], b
                 raise
             if waited_s > _WARN_AFTER_S and not warned:
                 warned = True
-                _log.warning("MLflow is busy (%s); waiting for it", short_reason(error))
+                _log.warning("waiting for %s: %s", what, short_reason(error.__cause__ or error))
         time.sleep(_PAUSE_S)
 
 

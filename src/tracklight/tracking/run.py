@@ -3,7 +3,6 @@
 import functools
 import logging
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -32,6 +31,7 @@ class Run(Logger):
     Attributes:
         steps_completed: Returns the optimizer steps so far; Lightning's own count starts at zero.
         mid_step: Returns whether gradients are being accumulated for the next step.
+        now_ms: Returns the time, in ms since 1970, by a clock that is never set back.
         ui_hint: The run's address in MLflow's UI, or the command for the UI.
         timeout_s: How long the end of the run waits for MLflow without any progress.
     """
@@ -49,6 +49,7 @@ class Run(Logger):
         self._params: dict[str, str] = dict(run.data.params)
         self._writer = sender.writer
         self._wal = sender.writer.wal
+        self.now_ms = self._wal.now_ms
         self._lock = lock
         self._finished = False
         self._sender = sender
@@ -143,8 +144,11 @@ class Run(Logger):
         target = self.artifacts / path
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = temporary_path(target)
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(target)
+        try:
+            unfinished.write_text(text, encoding="utf-8")
+            unfinished.replace(target)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     def upload_artifacts(self) -> None:
         """Upload the artifacts if the store keeps them elsewhere; an outage puts it off."""
@@ -161,25 +165,32 @@ class Run(Logger):
         """End the run: FINISHED, FAILED or KILLED. A second call does nothing.
 
         What MLflow does not take in time stays in the run's folder for `Store.recover`.
+
+        Raises:
+            RunFailed: The run is FINISHED, and that is not on record: neither in a database nor, while a
+                server is away, in the run's log.
         """
         if self._finished:
             return
         self._finished = True
-        self.upload_artifacts()
         if self._send_status(status):
             self._sender.stop()
             self._wal.close()
             self._lock.remove()
-        else:
-            self.abandon()
-            _log.warning(
-                f"MLflow does not take the end of run {self.run_id}; it waits in "
-                f"{self._wal.path} for the next start"
-            )
+            return
+        waits = self._wal.last_status == status
+        self.abandon()
+        fate = f"waits in {self._wal.path} for the next start" if waits else "is lost, as of a killed run"
+        message = f"MLflow does not take the end of run {self.run_id}; it {fate}"
+        # A server comes back; what ails a database beside the log may take the log, too.
+        if status == "FINISHED" and not (waits and self._writer.is_remote):
+            raise RunFailed(message)
+        _log.warning(message)
 
     def _send_status(self, status: str) -> bool:
-        end_ms = time.time_ns() // 1_000_000
+        end_ms = self.now_ms()
         try:
+            self.upload_artifacts()
             self._wal.add_call("status", status=status, end_ms=end_ms)
         except RunFailed:  # a full disk here need not be one where the store is
             if not self.flush(self.timeout_s):

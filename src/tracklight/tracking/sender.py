@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from tracklight.tracking.mlflow_client import mlflow, short_reason
+from tracklight.tracking.mlflow_client import is_transient, mlflow, short_reason
 from tracklight.tracking.sqlite_file import MetricTables, has_known_columns
 from tracklight.tracking.tags import ARTIFACTS_FOLDER
 from tracklight.tracking.wal import Call, Points, WriteAheadLog, read_records
@@ -39,6 +39,7 @@ class MlflowWriter:
         is_local = uri.scheme in ("", "file") and Path(url2pathname(uri.path)) == self.artifacts
         self._needs_upload = not is_local
         self._uploaded: dict[Path, tuple[int, int]] = {}
+        self.is_remote = database is None
         self._database = database
         self._tables: MetricTables | None = None
 
@@ -138,6 +139,7 @@ class Sender(threading.Thread):
         self._stopped = False
         self._draining = False
         self._failing = False
+        self._is_lasting = False  # whether waiting is no cure for the last failure
         self._progress_s = time.monotonic()
 
     def run(self) -> None:
@@ -155,6 +157,7 @@ class Sender(threading.Thread):
                         _log.warning("MLflow at %s answers again", self._display_uri)
                 pause_s = _PERIOD_S
             except Exception as error:  # whatever it is, the points stay and training goes on
+                self._is_lasting = not is_transient(error)
                 if not self._failing:
                     self._failing = True
                     _log.warning(
@@ -164,11 +167,13 @@ class Sender(threading.Thread):
                 pause_s = _DRAIN_PERIOD_S if self._draining else min(2 * pause_s, _MAX_BACK_OFF_S)
 
     def drain(self, timeout_s: float) -> bool:
-        """Return whether everything was sent; give up after `timeout_s` without any progress."""
-        self._draining = True
+        """Return whether everything was sent; give up at a lasting error, or without progress for long."""
+        self._draining, self._is_lasting = True, False
         self._wake.set()
         self._progress_s = time.monotonic()
-        while self.writer.pending and time.monotonic() < self._progress_s + timeout_s:
+        while self.writer.pending and time.monotonic() < self._progress_s + timeout_s * (
+            not self._is_lasting
+        ):
             time.sleep(_POLL_S)
         self._draining = False
         return not self.writer.pending

@@ -1,5 +1,6 @@
 """MLflow's SQLite file: created whole or not at all, and its metric tables written directly."""
 
+import json
 import operator
 import os
 import sqlite3
@@ -11,7 +12,7 @@ from pathlib import Path
 from tracklight.errors import BadInput
 from tracklight.paths import sync_folder
 from tracklight.tracking.lock import exclusive_lock
-from tracklight.tracking.mlflow_client import create_database
+from tracklight.tracking.mlflow_client import create_database, short_reason
 from tracklight.tracking.tags import SCORE
 from tracklight.tracking.wal import Points
 
@@ -48,16 +49,23 @@ def ensure_database(path: Path, artifact_root: str) -> None:
             if _exists(path):
                 return
             prefix = f".{path.name}.new-"
-            for stale in path.parent.glob(f"{prefix}*"):  # of a killed process: we hold the lock
-                stale.unlink()
             temporary = path.with_name(f"{prefix}{os.getpid()}")
-            create_database(temporary, artifact_root)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            try:
+                with closing(sqlite3.connect(temporary)) as connection:
+                    connection.execute("PRAGMA user_version = 1")  # fails now, and MLflow after a minute
+                create_database(temporary, artifact_root)
+                with temporary.open("rb+") as file:
+                    os.fsync(file.fileno())
+                temporary.replace(path)
+            finally:
+                for left in path.parent.glob(f"{prefix}*"):  # of a killed process, too: we hold the lock
+                    left.unlink()
             sync_folder(path.parent)
-    except OSError as error:
-        raise BadInput(f"cannot make {path}: {error.strerror}; try another tracking.dir") from None
+    except BadInput:
+        raise
+    except Exception as error:  # SQLAlchemy's and MLflow's own for a full disk, after a page of SQL
+        reason = getattr(error, "strerror", None) or short_reason(getattr(error, "orig", error))
+        raise BadInput(f"cannot make {path}: {reason}; try another tracking.dir") from None
 
 
 def _exists(path: Path) -> bool:
@@ -145,3 +153,10 @@ def has_known_columns(path: Path) -> bool:
             {row[1] for row in connection.execute(f"PRAGMA table_info({table})")} == _COLUMNS
             for table in ("metrics", "latest_metrics")
         )
+
+
+def creation_order(path: Path, run_ids: Sequence[str]) -> dict[str, int]:
+    """Return a number for each of the runs at `path`; that of a run is higher than those of earlier ones."""
+    query = "SELECT run_uuid, rowid FROM runs WHERE run_uuid IN (SELECT value FROM json_each(?))"
+    with closing(_connect(path)) as connection:
+        return dict(connection.execute(query, (json.dumps(run_ids),)).fetchall())

@@ -20,7 +20,7 @@ from tracklight.tracking.lock import LockHeld, RunLock, read_lock
 from tracklight.tracking.mlflow_client import is_locked, is_transient, mlflow, retry, short_reason
 from tracklight.tracking.provenance import source_tags
 from tracklight.tracking.sender import MlflowWriter, Sender
-from tracklight.tracking.sqlite_file import ensure_database
+from tracklight.tracking.sqlite_file import creation_order, ensure_database
 from tracklight.tracking.tags import IDENTITY_TAG, KEY_TAG, NEW_PREFIX, RUNS_FOLDER, WAL_FILE
 from tracklight.tracking.wal import WriteAheadLog
 
@@ -115,17 +115,27 @@ class Store:
         try:
             folder.mkdir(parents=True)
             lock = RunLock(folder, self.lock_content)
+            (folder / WAL_FILE).touch()  # all that a file system may refuse comes before the run
         except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
             raise BadInput(f"cannot write {folder.parent}: {error.strerror}") from None
         try:
             tags = source_tags(sys.argv[0]) | redact(tags) | {KEY_TAG: key}
             run = self._create_once(self._experiment_id(experiment), redact(name), tags)
-        except mlflow.exceptions.MlflowException as error:
+        except Exception as error:
             lock.close()
+            if self.database is not None:  # a server may yet create the run
+                shutil.rmtree(folder, ignore_errors=True)
+            if not isinstance(error, mlflow.exceptions.MlflowException):
+                raise
             reason = short_reason(error)
             raise RunFailed(f"cannot make a run at {self.display_uri}: {reason}") from None
-        lock.rename_folder(self.runs_folder / run.info.run_id)
-        return self._open(run, lock)
+        try:
+            lock.rename_folder(self.runs_folder / run.info.run_id)
+            return self._open(run, lock)
+        except BaseException:
+            lock.close()
+            raise
 
     def _experiment_id(self, name: str) -> str:
         """Return the id of the experiment of this name, created if there is none."""
@@ -204,7 +214,7 @@ class Store:
 
         folder = self.runs_folder / run.info.run_id
         try:
-            wal = WriteAheadLog(folder / WAL_FILE)
+            wal = WriteAheadLog(folder / WAL_FILE, run.info.start_time)
         except OSError as error:
             raise BadInput(f"cannot write run folder {folder}: {error.strerror}") from None
         if wal.damaged or wal.end == 0:  # then MLflow knows more than the file
@@ -233,7 +243,11 @@ class Store:
             newest = ["attributes.start_time DESC"]
             return _all_pages(self.client.search_runs, ids, filter_string, order_by=newest)
 
-        return retry(search, self.timeout_s if timeout_s is None else timeout_s)
+        runs = retry(search, self.timeout_s if timeout_s is None else timeout_s)
+        if self.database is not None and len(runs) > 1:  # between two, the clock may have been set back
+            order = creation_order(self.database, [run.info.run_id for run in runs])
+            runs.sort(key=lambda run: order.get(run.info.run_id, 0), reverse=True)
+        return runs
 
     def recover(self) -> None:
         """Send what dead processes left unsent, and set the status of their runs to KILLED."""
@@ -284,9 +298,10 @@ class Store:
         """Send the rest of a run's log, and the status KILLED if the log holds no final one."""
         path = folder / WAL_FILE
         last_s = (path if path.exists() else folder).stat().st_mtime
-        wal = WriteAheadLog(path)
+        wal = WriteAheadLog(path, run.info.start_time)
         if wal.last_status in (None, "RUNNING"):
-            wal.add_call("status", status="KILLED", end_ms=int(last_s * 1000))
+            end_ms = max(int(last_s * 1000), wal.last_ms)
+            wal.add_call("status", status="KILLED", end_ms=end_ms)
         writer = MlflowWriter(self.client, run, wal, self.database)
         try:
             while writer.pending:

@@ -52,15 +52,16 @@ class WriteAheadLog:
         damaged: Whether MLflow had confirmed more than the file still holds.
         highest: Highest step of each metric at opening; points up to it are skipped.
         last_status: Argument of the last `status` call, or None.
+        last_ms: Timestamp of the last record at opening; when the run started if there is none.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, start_ms: int = 0):
         self.path = path
         self.end = 0
         self.sent = 0
         self.highest: dict[str, int] = {}
         self.last_status: str | None = None
-        self._last_ms = 0
+        self.last_ms = start_ms
         self._lock = threading.Lock()
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self._sent_path = path.with_suffix(".sent")
@@ -72,13 +73,14 @@ class WriteAheadLog:
             self.end = end
             if end == confirmed:
                 self.sent = end
-            self._last_ms = record.timestamp_ms
+            self.last_ms = max(self.last_ms, record.timestamp_ms)
             if isinstance(record, Points):
                 step = max(record.steps)
                 self.highest[record.key] = max(step, self.highest.get(record.key, step))
             elif record.name == "status":
                 self.last_status = record.arguments["status"]
         self.damaged = confirmed > self.end
+        self._zero_ms = max(self.last_ms, time.time_ns() // 1_000_000) - time.monotonic_ns() // 1_000_000
         if os.fstat(self._fd).st_size > self.end:
             os.ftruncate(self._fd, self.end)
 
@@ -96,20 +98,19 @@ class WriteAheadLog:
         name = key.encode()
         body = name + struct.pack(f"<{n}q{n}d", *steps, *values)
         with self._lock:
-            self._append(_POINTS.pack(b"P", self._now_ms(), len(name), n) + body)
+            self._append(_POINTS.pack(b"P", self.now_ms(), len(name), n) + body)
 
     def add_call(self, name: str, /, **arguments: Any) -> None:
         """Append a call, whose arguments are JSON values; raise as `add_points` does."""
         body = json.dumps({"call": name} | arguments).encode()
         with self._lock:
-            self._append(_CALL.pack(b"C", self._now_ms()) + body)
+            self._append(_CALL.pack(b"C", self.now_ms()) + body)
             if name == "status":
                 self.last_status = arguments["status"]
 
-    def _now_ms(self) -> int:
-        # A clock that jumps backwards must not put a later point before an earlier one.
-        self._last_ms = max(self._last_ms, time.time_ns() // 1_000_000)
-        return self._last_ms
+    def now_ms(self) -> int:
+        """Return the time, in ms since 1970, by a clock that is never set back."""
+        return self._zero_ms + time.monotonic_ns() // 1_000_000
 
     def _append(self, payload: bytes) -> None:
         record = _HEAD.pack(len(payload), zlib.crc32(payload)) + payload
