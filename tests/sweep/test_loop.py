@@ -297,6 +297,16 @@ def test_a_signal_ends_a_launch_whose_messages_come_only_at_its_end(tmp_path):
     assert executor.began == ["1/0"]
 
 
+def test_a_signal_while_the_storage_is_waited_for_ends_the_wait(tmp_path, monkeypatch):
+    trials = trials_at(tmp_path / "a")
+    monkeypatch.setattr(OptunaStudy, "is_waiting", True)
+    executor = FakeExecutor({"1/0": [complete(0.3)]})
+    executor.on_message = lambda: signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        run(grid(), trials, executor, FakeParent())
+    assert executor.running == []
+
+
 def test_without_a_signal_no_second_one_is_offered(tmp_path, capsys):
     trials = trials_at(tmp_path / "a")
     script = {"1/0": [TrialResult("failed", reason="odd")], "2/0": [complete(0.1)]}

@@ -1,13 +1,26 @@
+import importlib.util
+import os
+import shutil
 import sqlite3
+import subprocess
+import tempfile
+import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
+import sqlalchemy.exc
 from sqlalchemy import Engine, event
 
+from commands import BLOBS, Swept, wait_until
+from process import free_port
 from tracklight.errors import BadInput
-from tracklight.sweep.study import open_storage
+from tracklight.sweep.space import read_space
+from tracklight.sweep.study import OptunaSettings, OptunaStudy, open_storage
 from tracklight.sweep.trial import call_in_thread
 
 
@@ -53,3 +66,119 @@ def test_results_and_errors_come_through():
     assert call_in_thread(lambda: 3).result(5) == 3
     with pytest.raises(ZeroDivisionError):
         call_in_thread(lambda: 1 / 0).result(5)
+
+
+SPACE = read_space(["lr=1,2,3"], {}, None)
+
+
+def open_study(storage, total=3):
+    settings = OptunaSettings("random", {}, "none", {}, 0, 4)
+    return OptunaStudy(storage, "study", "min", SPACE, settings, total)
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A study in a database, and what holds the database for a while from then on."""
+    path = tmp_path / "study.db"
+    storage = open_storage(f"sqlite:///{path}?timeout=0.05", None)
+    study = open_study(storage)
+
+    def hold(seconds):
+        other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        other.execute("BEGIN EXCLUSIVE")
+        threading.Timer(seconds, other.close).start()
+
+    yield study, hold
+    storage.remove_session()
+    storage.engine.dispose()
+
+
+def test_a_database_that_is_away_for_a_while_is_waited_for(held, caplog, monkeypatch):
+    study, hold = held
+    monkeypatch.setattr("tracklight.tracking.mlflow_client._WARN_AFTER_S", 0.0)
+    for number in range(3):
+        hold(0.3)
+        request = study.ask()
+        assert request.number == number
+        hold(0.3)
+        study.tell(number, "complete", float(number))
+    assert study.ask() is None
+    assert [trial.value for trial in study.finished_trials()] == [0.0, 1.0, 2.0]
+    assert "waiting for sweep.storage: (sqlite3.OperationalError) database is locked" in caplog.text
+
+
+def test_a_database_that_stays_away_is_given_up_and_a_signal_meanwhile_is_heard(held, monkeypatch):
+    study, hold = held
+    monkeypatch.setattr("tracklight.sweep.study.OUTAGE_S", 0.3)
+    assert not study.is_waiting
+    hold(3)
+    heard = []
+    threading.Timer(0.2, lambda: heard.append(study.is_waiting)).start()
+    with pytest.raises(optuna.exceptions.StorageInternalError):
+        study.ask()
+    assert heard == [True] and not study.is_waiting
+
+
+def test_a_state_that_was_stored_though_its_answer_was_lost_is_not_stored_twice(held, monkeypatch):
+    study, _ = held
+    storage = study._storage._storage
+    original, calls = storage.set_trial_state_values, []
+
+    def lose_the_first_answer(*args, **kwargs):
+        calls.append(original(*args, **kwargs))
+        if len(calls) == 1:
+            raise sqlalchemy.exc.OperationalError("COMMIT", None, Exception("gone"))
+        return calls[-1]
+
+    assert study.ask().number == 0
+    monkeypatch.setattr(storage, "set_trial_state_values", lose_the_first_answer)
+    study.tell(0, "complete", 0.5)
+    assert [trial.value for trial in study.finished_trials()] == [0.5] and len(calls) == 1
+
+
+@pytest.fixture
+def postgres():
+    """Starts and stops a PostgreSQL server of its own."""
+    programs = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
+    if programs is None or importlib.util.find_spec("psycopg") is None:
+        pytest.skip("needs PostgreSQL in /usr/lib/postgresql, and psycopg to speak with it")
+    folder, port = Path(tempfile.mkdtemp()), free_port()
+    as_user = []
+    if os.getuid() == 0:  # as which it does not run
+        as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+        shutil.chown(folder, "postgres")
+
+    def call(program, *words):
+        command = [*as_user, programs / program, "-D", folder / "data", *words]
+        subprocess.run(command, cwd="/", check=True, stdout=subprocess.DEVNULL)
+
+    def start():
+        options = f"-F -p {port} -k {folder} -c listen_addresses=127.0.0.1"
+        call("pg_ctl", "-w", "-l", folder / "log", "-o", options, "start")
+
+    call("initdb", "-A", "trust", "-U", "me", "--no-sync")
+    start()
+    stop = partial(call, "pg_ctl", "-m", "immediate", "stop")
+    yield SimpleNamespace(url=f"postgresql+psycopg://me@127.0.0.1:{port}/postgres", start=start, stop=stop)
+    with suppress(subprocess.CalledProcessError):
+        stop()
+    shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_a_sweep_outlives_seconds_without_its_postgresql(commander, tmp_path, postgres):
+    directory = tmp_path / "runs"
+    command = ("optimizer.lr=0.01,0.02,0.05,0.1,0.2,0.3", *BLOBS, "trainer.max_epochs=20")
+    process = commander.start(
+        directory, ("-m", *command, f"sweep.storage={postgres.url}", "sweep.pruner=median")
+    )
+    wait_until(lambda: "trial 0" in process.stdout, 60)
+    postgres.stop()
+    time.sleep(7)
+    began = len(list(directory.glob("artifacts/*/artifacts")))
+    postgres.start()
+    assert process.wait() == 0, process.stderr
+    assert "waiting for sweep.storage: " in process.stderr and "Traceback" not in process.stderr
+    swept = Swept(directory)
+    assert len(swept.children) == 6 and {run.status for run in swept.runs} == {"FINISHED"}
+    assert began < 7  # what had not begun did not begin meanwhile

@@ -26,12 +26,11 @@ from tracklight.sweep.plan import (
     with_num_threads,
 )
 from tracklight.sweep.progress import Progress
-from tracklight.sweep.study import INVALID_ATTR, RUN_KEYS_ATTR, OptunaStudy, TrialRequest
+from tracklight.sweep.study import INVALID_ATTR, OUTAGE_S, RUN_KEYS_ATTR, OptunaStudy, TrialRequest
 from tracklight.sweep.trial import EpochReport, TrialResult
 from tracklight.tracking import tags
 
 WAIT_S = 0.25  # the delay until a signal is noticed
-OUTAGE_S = 300.0  # a store that does not answer for longer ends the sweep
 
 
 def compose_jobs(plan: Plan, number: int, params: Mapping[str, str], num_seeds: int) -> list[Job]:
@@ -116,7 +115,7 @@ class SweepLoop:
             self.executor.kill()
             os._exit(128 + signum)  # the next start marks the parent run as killed
         self.signum = signum
-        if self.executor.blocks:  # nothing would notice `signum` before all trials have ended
+        if self.executor.blocks or self.study.is_waiting:  # nothing would notice `signum` for long
             raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
 
     def _wait_for_store(self) -> None:

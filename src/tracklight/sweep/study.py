@@ -6,7 +6,7 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,9 @@ from typing import Any, Literal
 
 import numpy as np
 import optuna
-from optuna.storages import BaseStorage, JournalStorage
+import sqlalchemy.exc
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -24,6 +26,7 @@ from tracklight.errors import BadInput
 from tracklight.redact import redact
 from tracklight.sweep.space import Space
 from tracklight.sweep.trial import call_in_thread
+from tracklight.tracking.mlflow_client import retry
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 # Its one warning is a page of SQL about a query that is retried; if that fails too, it raises.
@@ -47,6 +50,7 @@ PRUNERS = {
 }
 DIRECTIONS: dict[str, Literal["minimize", "maximize"]] = {"min": "minimize", "max": "maximize"}
 STORAGE_TIMEOUT_S = 15.0  # not every driver has its own
+OUTAGE_S = 300.0  # a store that does not answer for longer ends the sweep
 
 # User attributes of a trial.
 PARAMS_ATTR = "point"  # of a grid's trial: its params as text
@@ -187,6 +191,33 @@ def _open_journal(path: Path) -> JournalStorage:
     return JournalStorage(JournalFileBackend(str(path), lock))
 
 
+class PatientStorage:
+    """A database that may be away: a call is repeated until it answers, and `is_waiting` meanwhile."""
+
+    def __init__(self, storage: BaseStorage):
+        self._storage, self.is_waiting = storage, False
+
+    def __getattr__(self, name: str) -> Any:
+        member = getattr(self._storage, name)
+        return partial(self._repeat, member) if callable(member) else member
+
+    def _repeat(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def is_outage(error: Exception) -> bool:  # and not at odds with the request
+            cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+            is_away = isinstance(cause, sqlalchemy.exc.OperationalError | sqlalchemy.exc.InterfaceError)
+            self.is_waiting |= is_away
+            return is_away
+
+        try:
+            return retry(partial(call, *args, **kwargs), OUTAGE_S, is_outage, "sweep.storage")
+        except UpdateFinishedTrialError:
+            if not self.is_waiting:
+                raise
+            return True  # only the answer was lost
+        finally:
+            self.is_waiting = False
+
+
 @dataclass(frozen=True)
 class TrialRequest:
     """A trial to run."""
@@ -213,13 +244,14 @@ class OptunaStudy:
         settings: OptunaSettings,
         num_trials: int | None,
     ):
-        self._storage = storage
+        is_database = isinstance(storage, RDBStorage)
+        self._storage: Any = PatientStorage(get_storage(storage)) if is_database else storage
         self._space = space
         self._settings = settings
         self._num_trials = num_trials or 0
         self._distributions = space.distributions() if num_trials is not None else {}
         self._study = optuna.create_study(
-            storage=storage,
+            storage=self._storage,
             study_name=name,
             direction=DIRECTIONS[mode],
             pruner=settings.build_pruner(),
@@ -316,6 +348,11 @@ class OptunaStudy:
         number = self.trial_number(frozen)
         self._running[number] = trial
         return TrialRequest(number, self.trial_params(frozen))
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the storage is away and a call waits for it."""
+        return getattr(self._storage, "is_waiting", False)
 
     @property
     def num_remaining(self) -> int:
