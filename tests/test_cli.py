@@ -254,6 +254,12 @@ def test_a_warning_is_a_line_and_ours_names_no_place_in_the_code(monkeypatch):
     assert said == "warning: is deprecated (FutureWarning at /somewhere/lib.py:7)\n"
 
 
+def test_a_rank_that_is_no_number_is_one_line_before_lightning_reads_it():
+    process = train("tracking=none", RANK="abc")
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr == "error: RANK=abc in the environment is no rank; try `unset RANK`\n"
+
+
 def test_an_error_of_the_disk_is_one_line(call, capsys):
     with pytest.raises(SystemExit) as end:
         call(raising(OSError(errno.ENOSPC, "No space left on device", "/data/figure.png")))

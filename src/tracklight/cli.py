@@ -23,7 +23,7 @@ from tracklight.config.hardware import choose_temporary_folder
 from tracklight.config.hydra_internals import run_hydra
 from tracklight.config.instantiate import check_hydra_nodes
 from tracklight.config.overrides import check_overrides, explain, flags_parser, parse_flags, split_for_resume
-from tracklight.engine.distributed import read_rank_zero_run
+from tracklight.engine.distributed import check_ranks, read_rank_zero_run
 from tracklight.errors import BadInput, RunFailed
 from tracklight.paths import PACKAGE
 from tracklight.redact import redact
@@ -78,6 +78,8 @@ def quiet() -> None:
         filters[:] = [each for each in filters if each[0] != "error"]
     # Lightning asks PyTorch about pytrees in a way that PyTorch has since renamed.
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)
+    # On a cluster's login node, too, where one process is what is wanted.
+    warnings.filterwarnings("ignore", "The `srun` command is available on your system but is not used")
     lightning = logging.getLogger("pytorch_lightning.utilities.rank_zero")
     lightning.addFilter(lambda record: not record.getMessage().startswith("💡 Tip:"))
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home that cannot be written
@@ -141,10 +143,11 @@ def _exit_codes() -> Iterator[None]:
     """Exit with the code of an error, its message on stderr."""
     quiet()
     # Until the engine's handlers take over: exit as usual, so that what needs clearing up is.
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
     with _safe_streams(), _exit_on_error():
+        check_ranks()
         yield
 
 

@@ -2,7 +2,12 @@
 
 import os
 import signal
+import subprocess
+import sys
+import textwrap
+import time
 
+import psutil
 import pytest
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.utilities.exceptions import SIGTERMException
@@ -42,7 +47,7 @@ def fit(stop: SafeStop, *callbacks: Callback) -> Trainer:
     return trainer
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 @pytest.mark.parametrize(
     ("hook", "call"),
     [
@@ -102,3 +107,48 @@ def test_an_error_without_a_signal_stays_itself():
 def test_sigterm_that_another_process_got_ends_this_one_too():
     with pytest.raises(Stopped), SafeStop().converting_errors():
         raise SIGTERMException
+
+
+WAITING = """
+    import os, signal, subprocess, sys, time
+    import pytorch_lightning, torch  # before the clock runs
+    from torch.distributed import TCPStore
+    from tracklight.engine import signals
+
+    signals.STUCK_S = 1.0
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    child = subprocess.Popen(["sleep", "60"])
+    child.send_signal(signal.SIGSTOP)
+    with signals.SafeStop().listening() as stop:
+        stop.has_company = {company}
+        print(child.pid, flush=True)
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store.wait(["never set"])  # in C++, where no handler runs
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("company", "signals"),
+    [(True, [signal.SIGTERM]), (True, [signal.SIGINT]), (False, [signal.SIGINT, signal.SIGINT])],
+)
+def test_a_signal_ends_a_wait_inside_of_pytorch_and_the_processes_below(company, signals):
+    """One is enough where others are waited for; elsewhere the second, as ever, leaves at once."""
+    program = textwrap.dedent(WAITING.format(company=company))
+    with subprocess.Popen([sys.executable, "-c", program], stdout=-1, stderr=-1, text=True) as process:
+        child = int(process.stdout.readline())
+        for number in signals:
+            time.sleep(0.2)
+            process.send_signal(number)
+        assert process.wait(30) == 128 + signals[-1]
+        assert process.stderr.read().count("\n") == 1
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_signal_of_a_forked_process_is_not_taken_for_one_of_this():
+    """Python writes the number of a signal to the pipe for which this asks; a fork shares it."""
+    with SafeStop().listening():
+        pid = os.fork()
+        if pid == 0:
+            os._exit(signal.set_wakeup_fd(-1) + 1)
+        assert os.waitpid(pid, 0)[1] == 0

@@ -1,13 +1,17 @@
 """Two processes of one run: whichever goes, both end, and continuing gives the same bits."""
 
+import re
 import signal
+import sqlite3
+import time
+from contextlib import closing
 from pathlib import Path
 
 import psutil
 import pytest
 from configs import CONFIGS, EPOCHS
 
-from process import TESTS, TrialResult
+from process import TESTS, TrialResult, free_port
 
 pytestmark = pytest.mark.slow
 
@@ -61,3 +65,84 @@ def test_a_strategy_that_copies_the_process_is_refused(trainees, tmp_path):
 
 def _trains(process: psutil.Process) -> bool:
     return any(Path(word).name == "train.py" for word in process.cmdline())
+
+
+def test_a_process_that_is_stopped_is_not_waited_for_for_ever(trainees, whole, tmp_path):
+    directory, mark = tmp_path / "runs", tmp_path / "mark"
+    meet = ["meet", "tracklight.engine.blocks:Blocks.on_train_batch_end", 50, str(mark)]
+    impatient = ["put", "tracklight.engine.distributed:WAIT_S", 30.0]  # the other one's imports take ten
+    process = trainees.start(directory, COMMAND, [["spare_model"], meet, impatient], env=HERE)
+    process.wait_for(mark)
+    (follower,) = [each for each in psutil.Process(process.pid).children() if _trains(each)]
+    follower.suspend()
+    mark.unlink()
+    assert process.wait() == 1
+    line = process.stderr.splitlines()[-1]
+    assert line.startswith(
+        "error: another of the 2 processes of this run is gone, or has not answered for 30 s;"
+    )
+    assert psutil.wait_procs([follower], ENDED_S)[1] == []
+    assert TrialResult(directory).status == "FAILED"
+    process = trainees.train(directory, *COMMAND, faults=[["spare_model"]], env=HERE)
+    assert process.exit_code == 0, process.stderr
+    assert TrialResult(directory).differences(whole) == []
+
+
+NODES = (*CONFIGS["blocks"], "trainer.num_nodes=2", EPOCHS, "resume=auto")
+
+
+def test_a_node_that_does_not_come_is_named_and_waited_for_for_a_while(trainees, tmp_path):
+    impatient = ["put", "tracklight.engine.distributed:WAIT_S", 3.0]
+    env = {**HERE, "MASTER_PORT": str(free_port())}
+    process = trainees.train(tmp_path / "runs", *NODES, faults=[["spare_model"], impatient], env=env)
+    said = f"waiting up to 3 s for all 2 nodes; this is NODE_RANK=0, .* MASTER_PORT={env['MASTER_PORT']}\n"
+    assert process.exit_code == 1 and re.match(said, process.stdout)
+    assert process.stderr.splitlines()[-1].startswith("error: another of the 2 processes of this run is gone")
+    assert "Traceback" not in process.stderr and TrialResult(tmp_path / "runs").status == "FAILED"
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]])
+def test_a_signal_ends_the_wait_for_another_node(trainees, tmp_path, signals):
+    directory = tmp_path / "runs"
+    soon = ["put", "tracklight.engine.signals:STUCK_S", 2.0]
+    process = trainees.start(directory, NODES, [["spare_model"], soon], env=HERE)
+    while "waiting" not in process.stdout:
+        time.sleep(0.05)
+    time.sleep(1)  # it is inside of PyTorch now
+    for number in signals:
+        process.send(number)
+        time.sleep(0.2)
+    assert process.wait(ENDED_S) == 128 + signals[-1]
+    trainees.train(directory, *CONFIGS["blocks"], EPOCHS, faults=[["spare_model"]])
+    assert [status for _, status in TrialResult(directory).runs] == ["KILLED", "FINISHED"]
+
+
+def torchrun(rank: int, port: int) -> dict[str, str]:
+    ranks = {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {**HERE, **ranks, **address, "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "a"}
+
+
+def test_processes_that_torchrun_launched_are_one_run_too_and_resume_none(trainees, whole, tmp_path):
+    directory, port = tmp_path / "runs", free_port()
+    command = (*CONFIGS["blocks"], *TWO, EPOCHS)
+    both = [
+        trainees.start(directory, command, [["spare_model"]], env=torchrun(rank, port)) for rank in (0, 1)
+    ]
+    assert [process.wait() for process in both] == [0, 0], both[0].stderr
+    assert TrialResult(directory).differences(whole) == []
+    with closing(sqlite3.connect(directory / "mlflow.db")) as connection, connection:
+        connection.execute("UPDATE runs SET status = 'KILLED'")
+    before = TrialResult(directory)
+    process = trainees.train(directory, *command, "resume=auto", env=torchrun(0, port))
+    assert process.exit_code == 2, process.stderr
+    assert process.stderr.startswith("error: processes launched from outside cannot be told which run")
+    after = TrialResult(directory)
+    assert (after.runs, after.points, after.tags) == (before.runs, before.points, before.tags)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_that_torchrun_launched_for_a_run_of_one_are_refused(trainees, tmp_path, rank):
+    process = trainees.train(tmp_path / "runs", *CONFIGS["blocks"], EPOCHS, env=torchrun(rank, 1))
+    assert process.exit_code == 2 and process.stderr.count("\n") == 1
+    assert "torchrun launched 2 processes" in process.stderr and TrialResult(tmp_path / "runs").runs == []

@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C: stop at a safe point, say so in exit code and status, go on from there."""
 
+import os
 import signal
 
 import pytest
@@ -14,6 +15,10 @@ PLACES = {
     "in an epoch": (BATCH_END, 5),
     "in validation": ("tracklight.models.supervised:Supervised.validation_step", 2),
     "in the test": ("tracklight.models.supervised:Supervised.test_step", 1),
+}
+JOB = {  # of one task
+    **{"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"},
+    **{"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"},
 }
 
 
@@ -58,3 +63,41 @@ def test_a_second_ctrl_c_leaves_at_once_and_the_next_start_marks_the_run(trainee
     assert TrialResult(directory).status == "RUNNING"
     trainees.train(directory, *command, "seed=1", faults=[["spare_model"]])
     assert [status for _, status in TrialResult(directory).runs] == ["KILLED", "FINISHED"]
+
+
+def test_sigusr1_in_a_slurm_job_stops_safely_and_leaves_nothing_for_other_runs(
+    trainees, undisturbed, tmp_path
+):
+    """As `sbatch --signal=USR1@60` sends it; Lightning would requeue the job from a file of its own."""
+    directory = tmp_path / "runs"
+    trainees.furnish(directory)
+    (directory / "hpc_ckpt_1.ckpt").write_bytes(b"another run's")
+    before = {path.name for path in directory.iterdir()}
+    command = (*CONFIGS["blocks"], EPOCHS, "resume=auto")
+    strike = ["strike", BATCH_END, 5, ["SIGUSR1"]]
+    process = trainees.train(directory, *command, faults=[["spare_model"], EACH_EPOCH, strike], env=JOB)
+    assert (process.exit_code, process.stderr) == (128 + signal.SIGUSR1, "")
+    assert [status for _, status in TrialResult(directory).runs] == ["KILLED"]
+    process = trainees.train(directory, *command, faults=[["spare_model"]], env=JOB)
+    assert process.exit_code == 0, process.stderr
+    assert TrialResult(directory).differences(undisturbed("blocks")) == []
+    assert {path.name for path in directory.iterdir()} == before | {"artifacts"}
+
+
+@pytest.mark.parametrize("rank", [{"RANK": "1"}, {"NODE_RANK": "1"}, {"SLURM_PROCID": "3"}])
+def test_a_rank_left_over_in_the_environment_changes_nothing(trainees, undisturbed, tmp_path, rank):
+    directory = tmp_path / "runs"
+    process = trainees.train(directory, *CONFIGS["blocks"], EPOCHS, faults=[["spare_model"]], env=rank)
+    assert (process.exit_code, process.stderr) == (0, "")
+    assert TrialResult(directory).differences(undisturbed("blocks")) == []
+    assert {path.name for path in directory.iterdir()} == {"mlflow.db", "artifacts"}
+
+
+def test_on_a_login_node_of_a_cluster_nothing_is_said_of_srun(trainees, tmp_path):
+    (tmp_path / "bin").mkdir()
+    srun = tmp_path / "bin" / "srun"
+    srun.write_text("#!/bin/sh\n")
+    srun.chmod(0o755)
+    env = {"PATH": f"{srun.parent}:{os.environ['PATH']}"}
+    process = trainees.train(tmp_path / "runs", *CONFIGS["blocks"], "trainer.max_epochs=2", env=env)
+    assert (process.exit_code, process.stderr) == (0, "")

@@ -14,6 +14,7 @@ from tracklight.config.compose import list_targets
 from tracklight.data.csv_columns import read_features
 from tracklight.data.table import Table
 from tracklight.data.tensor_data import Split, TensorData
+from tracklight.engine.distributed import cluster_environment
 from tracklight.engine.progress import format_metrics
 from tracklight.errors import BadInput, RunFailed
 from tracklight.experiment import stored
@@ -135,6 +136,7 @@ def measure(rebuilt: stored.RebuiltRun, split: str) -> dict[str, float]:
         accelerator=rebuilt.cfg.trainer.accelerator,
         devices=1,
         precision=rebuilt.cfg.trainer.precision,
+        plugins=cluster_environment(),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

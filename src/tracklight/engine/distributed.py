@@ -1,17 +1,25 @@
 """The processes of a distributed run: rank zero tracks it, the others only train."""
 
+import importlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tracklight.errors import RunFailed
+from tracklight.config.hardware import num_devices
+from tracklight.errors import BadInput
 
 # Environment variable for the processes that Lightning launches.
 RANK_ZERO_RUN = "TRACKLIGHT_LEADER"
 # Above 0 in all processes but the first; by torchrun, Lightning, a cluster of nodes, SLURM.
-RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "SLURM_PROCID")
+# By launcher: a variable of its own, and the number of its processes (SLURM_NTASKS is that of the job).
+LAUNCHERS = {
+    "torchrun": ("TORCHELASTIC_RUN_ID", "WORLD_SIZE"),
+    "srun": ("SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"),
+}
+WAIT_S = 300.0  # for the other processes to start, and at each exchange with them
 
 
 class RankZeroRun(NamedTuple):
@@ -26,9 +34,71 @@ class RankZeroRun(NamedTuple):
     checkpoint: str | None = None
 
 
+def check_ranks() -> None:
+    """Refuse a rank in the environment that is no number, before Lightning is imported, which reads it."""
+    for name in RANKS:
+        if not (value := os.environ.get(name) or "0").isdecimal():
+            raise BadInput(f"{name}={value} in the environment is no rank; try `unset {name}`")
+
+
+def _launch() -> tuple[str, int]:
+    """Return what launched this process as one of several, and how many they are; 1 for a single one."""
+    for launcher, (mark, size) in LAUNCHERS.items():
+        if mark in os.environ:
+            return launcher, int(os.environ.get(size) or 1)
+    return "", 1
+
+
+def settle_ranks(devices: Any, num_nodes: int) -> None:
+    """Compare the processes that a config asks for with those launched; alone, this one is rank zero.
+
+    Raises:
+        BadInput: They differ: each process would train for itself, or wait for one that is not there.
+    """
+    per_node, (launcher, size) = num_devices(devices), _launch()
+    wanted = None if per_node is None else per_node * num_nodes  # None: as many as there are
+    if wanted not in (None, size) and (size > 1 or launcher == "torchrun"):
+        raise BadInput(
+            f"{launcher} launched {size} process{'es' * (size > 1)}, and trainer.devices={devices} times "
+            f"trainer.num_nodes={num_nodes} is {wanted}; try trainer.devices={max(1, size // num_nodes)}, or "
+            f"leave {launcher} out"
+        )
+    if size == 1:  # ranks may be left of an outer job; Lightning launches the others, or a user on each node
+        kept = {"LOCAL_RANK": wanted != 1, "NODE_RANK": num_nodes > 1, "GROUP_RANK": num_nodes > 1}
+        for name in RANKS:
+            if not kept.get(name):
+                os.environ.pop(name, None)
+    if wanted == 1:
+        fabric: Any = importlib.import_module("lightning_fabric.utilities.rank_zero")
+        fabric.rank_zero_only.rank = 0  # it was read from the environment
+
+
+def cluster_environment() -> Any:
+    """Return what tells Lightning the ranks; in SLURM, it is not to requeue the job by itself."""
+    kinds: Any = importlib.import_module("lightning_fabric.plugins.environments")
+    launcher, size = _launch()
+    if size > 1:
+        is_slurm = launcher == "srun"
+        return kinds.SLURMEnvironment(auto_requeue=False) if is_slurm else kinds.TorchElasticEnvironment()
+    others = (kinds.LSFEnvironment, kinds.MPIEnvironment)
+    return next((kind for kind in others if kind.detect()), kinds.LightningEnvironment)()
+
+
 def is_nonzero_rank() -> bool:
     """Check whether another process is rank zero."""
     return any(int(os.environ.get(name) or 0) > 0 for name in RANKS)
+
+
+def check_resumable(trainer: Any) -> None:
+    """Raise BadInput if others than Lightning launch processes: they would begin a new run, not resume."""
+    outside = trainer.num_nodes > 1
+    if trainer.world_size > 1:
+        outside |= trainer.strategy.cluster_environment.creates_processes_externally
+    if outside:
+        raise BadInput(
+            "processes launched from outside cannot be told which run to continue; drop resume,"
+            " or let trainer.devices launch them"
+        )
 
 
 def export_rank_zero_run(strategy: Any, cfg: Mapping[str, Any], checkpoint: Path | None) -> None:
@@ -38,17 +108,15 @@ def export_rank_zero_run(strategy: Any, cfg: Mapping[str, Any], checkpoint: Path
         strategy: Of the trainer.
         cfg: As plain values.
         checkpoint: That this process continues from; None for a new run.
-
-    Raises:
-        RunFailed: They are launched from outside, so the checkpoint cannot be passed on.
     """
+    nodes = cfg["trainer"]["num_nodes"]
+    if nodes > 1 and (environment := strategy.cluster_environment).local_rank() == 0:
+        rank, place = environment.node_rank(), f"MASTER_ADDR={environment.main_address}"
+        place += f" MASTER_PORT={environment.main_port}"
+        said = f"waiting up to {WAIT_S:.0f} s for all {nodes} nodes; this is NODE_RANK={rank}"
+        print(f"{said}, each runs the same command, with {place}", flush=True)
     if getattr(strategy, "num_processes", 1) == 1 or is_nonzero_rank():
         return
-    if checkpoint and strategy.cluster_environment.creates_processes_externally:
-        raise RunFailed(
-            "processes launched from outside cannot be told which run to continue; drop resume,"
-            " or let trainer.devices launch them"
-        )
     os.environ["OMP_NUM_THREADS"] = str(cfg["num_threads"])  # else Lightning decides
     run = RankZeroRun({**cfg, "resume": None, "init_from": None}, checkpoint and str(checkpoint))
     os.environ[RANK_ZERO_RUN] = json.dumps(run._asdict())

@@ -4,6 +4,8 @@
 """
 
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +37,17 @@ def reload_train_dataloader(trainer: Any) -> None:
     The public `reload_dataloaders_every_n_epochs` reloads between epochs only.
     """
     trainer.fit_loop._combined_loader = None
+
+
+def limit_waiting(trainer: Any, seconds: float) -> None:
+    """Set how long distributed processes wait for each other, for which a strategy's name has no room."""
+    if hasattr(trainer.strategy, "_timeout"):
+        trainer.strategy._timeout = timedelta(seconds=seconds)
+
+
+def set_root_dir(trainer: Any, folder: Path) -> None:
+    """Set `default_root_dir`, for which there is no folder yet when it is asked for."""
+    trainer._default_root_dir = str(folder)
 
 
 def detects_anomaly(trainer: Any) -> bool:

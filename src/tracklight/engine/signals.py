@@ -1,21 +1,32 @@
-"""Ctrl-C, SIGTERM and SIGHUP: the first stops at the next safe point, a second one exits at once."""
+"""Signals that stop a run: the first at the next safe point, a second one at once."""
 
 import os
+import select
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import psutil
 from pytorch_lightning import Callback
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
+STUCK_S = 20.0  # that a run with other processes may take from a signal to a safe point
+AGAIN_S = 1.0  # that a second signal may take
+
+# A forked process shares the pipe, but its signals are not for this one.
+os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+
 
 def stop_signals() -> list[signal.Signals]:
-    """Return the signals that stop a run; SIGHUP only if it is not ignored, as under nohup."""
-    hang_up = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
-    return [signal.SIGINT, signal.SIGTERM, *hang_up]
+    """Return the signals that stop a run; SIGHUP and SIGUSR1 only if not ignored, as under nohup."""
+    others = (signal.SIGHUP, signal.SIGUSR1)
+    others = [each for each in others if signal.getsignal(each) is not signal.SIG_IGN]
+    return [signal.SIGINT, signal.SIGTERM, *others]
 
 
 class Stopped(BaseException):
@@ -30,6 +41,10 @@ class SafeStop(Callback):
     """Raises `Stopped` before the next batch, where no file is half written and no hook half done.
 
     Outside the training loop there is nothing to wait for: there the signal raises at once.
+
+    Attributes:
+        has_company: Whether the run has other processes, for which this one waits inside of PyTorch,
+            where no handler runs.
     """
 
     supports_blocks = True
@@ -37,16 +52,42 @@ class SafeStop(Callback):
     def __init__(self) -> None:
         self.received: int | None = None
         self.in_loop = False
+        self.has_company = False
 
     @contextmanager
     def listening(self) -> Iterator["SafeStop"]:
         """Handle the signals that stop a run within the context; only a main thread can."""
         previous = {number: signal.signal(number, self._handle) for number in stop_signals()}
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader, {*previous}), daemon=True).start()
         try:
             yield self
         finally:
+            signal.set_wakeup_fd(wakeup)
+            os.close(writer)
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def _watch(self, reader: int, numbers: set[int]) -> None:
+        """Leave for a signal whose handler does not come to run, and for a second one in any case."""
+        signum, patience_s = 0, None
+        while True:
+            if select.select([reader], [], [], patience_s)[0]:
+                if not (byte := os.read(reader, 1)):  # the run is over
+                    return os.close(reader)
+                if byte[0] in numbers:
+                    signum, patience_s = byte[0], AGAIN_S if signum else STUCK_S
+            elif patience_s == AGAIN_S or (self.has_company and (self.received is None or self.in_loop)):
+                print(
+                    "error: no safe point was reached; the next start marks the run KILLED", file=sys.stderr
+                )
+                for child in psutil.Process().children(recursive=True):
+                    child.kill()
+                os._exit(128 + signum)
+            else:
+                patience_s = None
 
     @contextmanager
     def converting_errors(self) -> Iterator[None]:

@@ -21,7 +21,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from tracklight.config.compose import to_plain
 from tracklight.config.instantiate import instantiate
 from tracklight.data.tensor_data import TensorData
+from tracklight.engine import distributed
 from tracklight.engine.checkpoints import DurableCheckpointIO
+from tracklight.engine.lightning_internals import limit_waiting
 from tracklight.engine.monitors import GradientMonitor, SystemMetricsMonitor
 from tracklight.engine.progress import EpochLines, progress_callback
 from tracklight.engine.seeding import reseed_epochs, seed_run
@@ -183,10 +185,10 @@ def build_trainer(
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        return Trainer(
+        trainer = Trainer(
             **arguments,
             callbacks=[*callbacks, *saving] if tracked else callbacks,
-            plugins=[io, *plugins] if tracked else plugins,
+            plugins=[*([io] if tracked else []), distributed.cluster_environment(), *plugins],
             default_root_dir=cfg.tracking.dir,
             enable_checkpointing=tracked,
             logger=False,
@@ -194,3 +196,5 @@ def build_trainer(
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         reason = str(error).strip().splitlines()[0].strip()
         raise BadInput(f"trainer: {reason}") from error
+    limit_waiting(trainer, distributed.WAIT_S)
+    return trainer

@@ -1,5 +1,6 @@
 """One run, from its config to its score: the file to read first."""
 
+import signal
 import sys
 import time
 import warnings
@@ -13,12 +14,14 @@ from omegaconf import DictConfig
 from pytorch_lightning import Callback, LightningDataModule, LightningModule
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers.logger import DummyLogger
+from torch.distributed import DistError
 
 from tracklight.config.compose import list_targets, to_plain
 from tracklight.config.hardware import default_threads, describe_machine
 from tracklight.data.tensor_data import TensorData
 from tracklight.engine import checkpoints, distributed, progress
 from tracklight.engine.blocks import Blocks
+from tracklight.engine.lightning_internals import set_root_dir
 from tracklight.engine.signals import SafeStop
 from tracklight.errors import RunFailed
 from tracklight.experiment.build import build_data, build_model, build_trainer, has_test
@@ -54,6 +57,7 @@ def run(
         Stopped: A signal ended the run.
     """
     with SafeStop().listening() as stop:
+        distributed.settle_ranks(cfg.trainer.devices, cfg.trainer.num_nodes)
         store = None
         if cfg.tracking.enabled and not distributed.is_nonzero_rank():
             store = open_store(cfg.tracking.uri, Path(cfg.tracking.dir), create=True)
@@ -69,6 +73,9 @@ def run(
         if cfg.init_from is not None and not (resumed and resumed.find_checkpoint()):
             tags["tracklight.init_from"] = load_best_weights(model, store, cfg.init_from)
         training = Training(cfg, data, model, [*callbacks, stop])
+        stop.has_company = training.trainer.world_size > 1
+        if resumed:
+            distributed.check_resumable(training.trainer)
 
         # The run is opened last: what fails earlier leaves no empty run behind.
         start_s = time.perf_counter()
@@ -129,6 +136,7 @@ class Training:
         run.steps_completed = lambda: self.trainer.global_step
         run.mid_step = lambda: self.blocks.mid_step
         self.trainer.logger = self.blocks.logger = run
+        set_root_dir(self.trainer, run.folder)
         self.io.before_commit = run.sync
         if (profiler := self.trainer.profiler).filename is None:  # its tables are too wide for a screen
             profiler.dirpath, profiler.filename = str(run.artifacts), PROFILE
@@ -152,6 +160,8 @@ class Training:
                 self.trainer.fit(self.model, datamodule=self.data, ckpt_path=checkpoint)
         except Exception as error:
             if reason := _explain(error, self.cfg, self.trainer.world_size):
+                if (launcher := self.trainer.strategy.launcher) is not None:
+                    launcher.kill(signal.SIGKILL)  # a process that hangs, or is stopped, would stay
                 raise RunFailed(reason) from error
             raise
         self.fit_s = time.perf_counter() - start_s
@@ -215,6 +225,7 @@ def _explain(error: Exception, cfg: DictConfig, num_processes: int) -> str | Non
         return f"out of memory; make data.batch_size={cfg.data.get('batch_size')} smaller first"
     if isinstance(error, MisconfigurationException):
         return " ".join(str(error).split())
-    if num_processes > 1 and any(name in str(error) for name in ("gloo", "NCCL")):
-        return "another process of this run is gone; resume=auto continues it"
+    if num_processes > 1 and (isinstance(error, DistError) or "gloo" in str(error) or "NCCL" in str(error)):
+        silence = f"is gone, or has not answered for {distributed.WAIT_S:.0f} s"
+        return f"another of the {num_processes} processes of this run {silence}; resume=auto continues it"
     return None
