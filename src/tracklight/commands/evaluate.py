@@ -220,7 +220,7 @@ def _log(
         check_key("metric", f"{split}/{name}")
     experiment = store.client.get_experiment(run.info.experiment_id).name
     child = store.create(experiment, f"evaluate-{split}", child_tags)
-    with finish_run(child, rebuilt.model, figures=False):
+    with finish_run(child, rebuilt.model, None, figures=False):
         for name, value in metrics.items():
             child.log_series(f"{split}/{name}", (step,), (value,))
         if isinstance(data := rebuilt.data, TensorData):

@@ -89,7 +89,9 @@ def describe(run: Run, cfg: DictConfig, data: LightningDataModule | None, proven
 
 
 @contextmanager
-def finish_run(run: Run | None, model: LightningModule, trainer: Trainer, figures: bool) -> Iterator[None]:
+def finish_run(
+    run: Run | None, model: LightningModule, trainer: Trainer | None, figures: bool
+) -> Iterator[None]:
     """Finish the run, if there is one, with the status in which the block really ends."""
     if run is None:
         yield
@@ -111,7 +113,7 @@ def finish_run(run: Run | None, model: LightningModule, trainer: Trainer, figure
                 if any(len(steps) > 1 for steps, _ in series.values()):
                     draw_figures(model, None, series, run.artifacts / FOLDER)
         run.finish(status)
-        if status == "KILLED":
+        if status == "KILLED" and trainer is not None:
             epoch = f"{trainer.current_epoch} of {trainer.max_epochs} epochs done"
             print(f"stopped, {epoch}: run {run.run_id} ({run.name}); resume={run.run_id} continues it")
 
