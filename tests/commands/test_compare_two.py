@@ -182,3 +182,17 @@ def test_scores_of_two_metrics_are_not_compared(add, answer):
     assert not any(line.startswith("score:") for line in section(text, "metrics"))
     found = json.loads(answer(one, other, "--json"))
     assert (found["difference"], found["more_than_noise"]) == (None, None)
+
+
+def test_values_too_long_for_mlflow_are_compared_by_the_stored_configs(add, answer, tmp_path):
+    runs = []
+    for tail in (1, 2, 2):
+        cut = "x" * 6000  # as an earlier version left it
+        runs.append(add(0.5, params={"model.hidden": cut}))
+        folder = tmp_path / "artifacts" / runs[-1] / "artifacts"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(f"model:\n  hidden: {[8] * 4000 + [tail]}\n")
+    (line,) = section(answer(*runs[:2]), "config")
+    before, _, after = line.partition(" -> ")
+    assert line.startswith("model.hidden: [8,8,") and before.rpartition(" ")[2] != after.rpartition(" ")[2]
+    assert section(answer(*runs[1:]), "config") == ["the same"]

@@ -1,3 +1,4 @@
+import hashlib
 import logging
 import math
 import os
@@ -99,12 +100,15 @@ def test_a_param_cannot_change_its_value(store):
 
 def test_values_beyond_mlflows_limits_are_cut_and_not_lost(store):
     run = store.create("mine", None, {})
-    run.log_params({"long": "x" * 7000} | {f"p{i}": i for i in range(150)})
+    run.log_params({"long": "x" * 7000, "other": "x" * 7000 + "y"} | {f"p{i}": i for i in range(150)})
     run.set_tags({"long": "y" * 9000})
     run.finish("FINISHED")
     found = store.client.get_run(run.run_id).data
-    assert found.params["long"] == "x" * 5997 + "..." and len(found.params) == 151
-    assert found.tags["long"] == "y" * 7997 + "..."
+    assert found.params["long"].startswith("x" * 5900) and len(found.params) == 152
+    ending = hashlib.sha256(b"x" * 7000).hexdigest()[:16]
+    assert found.params["long"].endswith(f"xx... sha256:{ending}")
+    assert found.params["other"] != found.params["long"]  # of which the first 7,000 letters are the same
+    assert [len(each) for each in (found.params["long"], found.tags["long"])] == [6000, 8000]
 
 
 @pytest.mark.parametrize("name", ["", "a@b", "/a", "a//b", "../a", "a/", "x" * 251, "."])

@@ -8,6 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from tracklight.config.compose import flatten
 from tracklight.errors import BadInput
 from tracklight.paths import ROOT
 from tracklight.runs.leaderboard import difference, guess_mode, half_width, result_params
@@ -19,6 +22,7 @@ from tracklight.tracking.provenance import GIT_ERRORS, ask_git
 ENVIRONMENT = {"packages": "provenance/packages.txt", "machine": "provenance/machine.json"}
 PATCH = "provenance/diff.patch"
 CODE_TAGS = {"digest": tags.CODE_TAG, "commit": tags.COMMIT_TAG, "uncommitted": tags.DIRTY_TAG}
+MAX_CHARS = 400  # of one value
 MAX_LINES = 40  # of one section; a patch that --diff prints is whole
 Scores = dict[str, float]  # by seed
 Texts = Mapping[str, str]  # a run's environment: its provenance artifacts, by path
@@ -27,7 +31,8 @@ Texts = Mapping[str, str]  # a run's environment: its provenance artifacts, by p
 def diff_values(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Return a line for each key whose values differ: `key: before -> after`."""
     return [
-        f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+        f"{key}: "
+        + " -> ".join(tags.shorten(str(each.get(key, "absent")), MAX_CHARS) for each in (before, after))
         for key in dict.fromkeys((*before, *after))
         if before.get(key) != after.get(key)
     ]
@@ -45,16 +50,32 @@ def diff_environments(before: Texts, after: Texts) -> dict[str, list[str] | None
 
 def read_environment(uri: str | None, directory: Path, run_id: str) -> Texts:
     """Read a run's environment from its folder or, if it lies elsewhere, by MLflow."""
-    folder = directory.absolute() / tags.RUNS_FOLDER / run_id / "artifacts" / "provenance"
-    if not folder.is_dir():
-        from tracklight.tracking.store import connect  # imports MLflow, which takes seconds
+    folder = _find_artifact(uri, directory, run_id, "provenance")
+    paths = [] if folder is None else folder.iterdir()
+    return {f"provenance/{path.name}": path.read_text("utf-8") for path in paths}
 
-        store = connect(uri, directory)
-        try:
-            folder = fetch(store, find_run(store, run_id), "provenance")
-        except BadInput:  # it was deleted
-            return {}
-    return {f"provenance/{path.name}": path.read_text("utf-8") for path in folder.iterdir()}
+
+def _find_artifact(uri: str | None, directory: Path, run_id: str, name: str) -> Path | None:
+    path = directory.absolute() / tags.RUNS_FOLDER / run_id / "artifacts" / name
+    if path.exists():
+        return path
+    from tracklight.tracking.store import connect  # imports MLflow, which takes seconds
+
+    store = connect(uri, directory)
+    try:
+        return fetch(store, find_run(store, run_id), name)
+    except BadInput:  # it was deleted
+        return None
+
+
+def _whole_params(uri: str | None, directory: Path, run: RunRecord) -> dict[str, Any]:
+    """Return a run's parameters; those too long for MLflow are taken from its stored config."""
+    params: dict[str, Any] = result_params(run)
+    cut = [key for key, text in params.items() if len(text) >= tags.MAX_PARAM_CHARS]
+    if cut and (path := _find_artifact(uri, directory, run.run_id, tags.CONFIG)):
+        whole = flatten(yaml.safe_load(path.read_text("utf-8")))
+        params |= {key: whole[key] for key in cut if key in whole}
+    return params
 
 
 def diff_runs(reader: RunReader, args: Any) -> str:
@@ -67,7 +88,7 @@ def diff_runs(reader: RunReader, args: Any) -> str:
     texts = [read_environment(args.uri, args.dir, run.run_id) for run in (a, b)]
     scores = [_scores_by_seed(reader, run) for run in (a, b)]
     sections: dict[str, Any] = {
-        "config": diff_values(result_params(a), result_params(b)),
+        "config": diff_values(*(_whole_params(args.uri, args.dir, run) for run in (a, b))),
         "code": _diff_tags(a, b, CODE_TAGS) + _git_diff(a, b, "--stat").splitlines(),
         "data": _diff_tags(a, b, {"digest": tags.DATA_TAG}),
         **diff_environments(*texts),

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tracklight.redact import redact
-from tracklight.tracking.tags import CODE_TAG, COMMAND_TAG, COMMIT_TAG, DIRTY_TAG
+from tracklight.tracking.tags import CODE_TAG, COMMAND_TAG, COMMIT_TAG, DIRTY_TAG, shorten
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 OWN_CODE = (_PACKAGE, _PACKAGE.parent / "hydra_plugins" / "tracklight")
@@ -62,7 +62,7 @@ class Provenance:
             "mlflow.source.git.branch": self.git.branch,
             DIRTY_TAG: None if self.git.dirty is None else str(self.git.dirty).lower(),
         }
-        return {key: value[:_MAX_TAG_CHARS] for key, value in tags.items() if value}
+        return {key: shorten(value, _MAX_TAG_CHARS) for key, value in tags.items() if value}
 
     def texts(self) -> dict[str, str]:
         """Return what is too long for a tag, as artifact path and content."""

@@ -13,13 +13,13 @@ from tracklight.errors import BadInput, RunFailed
 from tracklight.redact import redact
 from tracklight.tracking.lock import RunLock
 from tracklight.tracking.sender import Sender, temporary_path
+from tracklight.tracking.tags import MAX_PARAM_CHARS, shorten
 from tracklight.tracking.wal import Points, read_records
 
 _log = logging.getLogger(__name__)
 
 # MLflow's limits, see mlflow.utils.validation.
 _MAX_KEY_CHARS = 250
-_MAX_PARAM_CHARS = 6000
 _MAX_TAG_CHARS = 8000
 _MAX_DIGEST_CHARS = 36
 _KEY = re.compile(r"[\w.\- :]+(/[\w.\- :]+)*")
@@ -115,7 +115,7 @@ class Run(Logger):
         Raises:
             BadInput: A param has another value already, or a name that MLflow does not allow.
         """
-        new = _to_text("param", params, _MAX_PARAM_CHARS)
+        new = _to_text("param", params, MAX_PARAM_CHARS)
         for key in [key for key in new if key in self._params]:
             old, text = self._params[key], new.pop(key)
             if old != text:
@@ -224,4 +224,4 @@ def _to_text(kind: str, values: Mapping[str, Any], limit: int) -> dict[str, str]
     for key in values:
         check_key(kind, key)
     texts = {key: str(value) for key, value in redact(values).items()}
-    return {k: v if len(v) <= limit else v[: limit - 3] + "..." for k, v in texts.items()}
+    return {key: shorten(text, limit) for key, text in texts.items()}

@@ -1,5 +1,6 @@
 """The names of tags, artifacts and folders, as stores and disks hold them."""
 
+import hashlib
 from collections.abc import Mapping
 
 RUNS_FOLDER = "artifacts"  # in the tracking directory: one folder a run
@@ -39,6 +40,7 @@ TESTED_TAG = "tracklight.tested"  # of the winner, once it met the test set
 NEVER_BEGAN_TAG = "tracklight.never_began"  # of a failed run that holds nothing to continue
 THREADS_TAG = "tracklight.threads"
 
+MAX_PARAM_CHARS = 6000  # MLflow's own, see mlflow.utils.validation
 SCORE = "score"  # metric: the best value of the monitored one, of every run that ended well
 
 # Artifacts of a run.
@@ -48,6 +50,14 @@ CHECKPOINTS = "checkpoints"
 BEST = f"{CHECKPOINTS}/best.ckpt"
 LAST = f"{CHECKPOINTS}/last.ckpt"
 PROFILE = "profile"  # end of the names of files that trainer.profiler leaves
+
+
+def shorten(text: str, limit: int) -> str:
+    """Cut a text that is too long; it ends with its digest then, so that different texts stay different."""
+    if len(text) <= limit:
+        return text
+    ending = f"... sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return text[: limit - len(ending)] + ending
 
 
 def is_sweep(tags: Mapping[str, str]) -> bool:
