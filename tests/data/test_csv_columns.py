@@ -163,3 +163,13 @@ def test_arbitrary_contents_give_finite_numbers_or_a_refusal(tmp_path_factory, c
     else:
         assert values.shape[1] == len(features) + 1
         assert np.isfinite(values).all()
+
+
+def test_identifiers_that_float64_makes_one_are_refused_by_line_and_name(tmp_path):
+    rows = "".join(f"{2**53 + i},{i}\n" for i in range(30))
+    with pytest.raises(BadInput, match=f"line 3, column 'a': {2**53 + 1} and {2**53} are one number"):
+        read(tmp_path / "ids.csv", "a,y\n" + rows)
+    apart = "".join(f"{2**53 + 2 * i},{i}\n" for i in range(30))
+    assert len(np.unique(read(tmp_path / "ids.csv", "a,y\n" + apart)[2][:, 0])) == 30
+    again = "a,y\n9007199254740992,1\n9.007199254740992e15,2\n"
+    assert read(tmp_path / "ids.csv", again)[2].shape == (2, 2)

@@ -9,6 +9,7 @@ import difflib
 import math
 from array import array
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ Columns = tuple[list[str], list[str]]  # names of the features and of the target
 
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 UTF32_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)  # the first opens with a UTF-16 mark
+EXACT = 2.0**53  # from here on float64 leaves out whole numbers
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -114,7 +116,7 @@ def _read(
             raise BadInput(f"{where}: one column {header[0][:80]!r}; try {hint}")
         features, targets = choose(header)
         columns = [(name, header.index(name)) for name in features + targets]
-        values = array("d")
+        values, held = array("d"), dict[tuple[str, float], str]()
         for line, row in rows:
             if len(row) != len(header):
                 raise BadInput(
@@ -122,7 +124,13 @@ def _read(
                     "the header; correct that row"
                 )
             for name, column in columns:
-                values.append(_number(row[column], f"{where}: line {line}, column {name!r}"))
+                place = f"{where}: line {line}, column {name!r}"
+                values.append(number := _number(cell := row[column], place))
+                if abs(number) >= EXACT and Decimal(
+                    other := held.setdefault((name, number), cell)
+                ) != Decimal(cell):
+                    problem = f"{cell} and {other} are one number in float64; identifiers are no measurements"
+                    raise BadInput(f"{place}: {problem}: leave the column out of data.features")
     except UnicodeError:
         problem = "not UTF-8 text (nor UTF-16 with a mark); save it as UTF-8"
         raise BadInput(f"{where}: {problem}") from None
