@@ -219,3 +219,23 @@ def test_whatever_the_numbers_features_are_finite_and_standard_or_refused(tmp_pa
         assert x.mean().item() == pytest.approx(0, abs=1e-6)  # float32
         assert x.std(correction=0).item() == pytest.approx(1, rel=1e-6)
         assert all(split.features.isfinite().all() for split in data.splits.values())
+
+
+def test_values_that_float32_makes_one_are_warned_of_by_name(tmp_path):
+    path = tmp_path / "times.csv"  # in milliseconds since 1970
+    path.write_text("time,y\n" + "".join(f"{1_700_000_000_000 + 7 * i},{i}\n" for i in range(30)))
+    args = {"path": str(path), "target": "y", "standardise": False}
+    with pytest.warns(UserWarning, match="the 30 different values of column 'time' are 1 in float32"):
+        table(**args).setup()
+    double = table(**args)
+    double.dtype = torch.float64
+    parts = [split.features for split in double.splits.values()]  # without a warning, which is an error
+    assert len(torch.cat(parts).unique()) == 30
+    assert (
+        len(
+            torch.cat(
+                [split.features for split in table(**args | {"standardise": True}).splits.values()]
+            ).unique()
+        )
+        == 30
+    )

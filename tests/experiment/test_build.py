@@ -7,6 +7,7 @@ import pytest
 from pytorch_lightning import Callback
 
 from tracklight.config.compose import compose
+from tracklight.errors import BadInput
 from tracklight.experiment.train import run
 
 GROUPS = "+callbacks.groups._target_=pytorch_lightning.callbacks.GradientAccumulationScheduler"
@@ -71,3 +72,11 @@ def test_a_schedule_by_epochs_spans_the_epochs_that_begin(rates, overrides, epoc
     by_epoch = [0.05 * (1 + math.cos(math.pi * epoch / total)) for epoch in range(total)]
     expected = [rate for rate, steps in zip(by_epoch, epochs, strict=True) for _ in range(steps)]
     assert rates("scheduler.interval=epoch", *overrides) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"), [("BatchSizeFinder", "-m data.batch_size="), ("LearningRateFinder", "-m sweep=lr")]
+)
+def test_a_finder_is_refused_with_the_search_that_records_what_it_finds(rates, name, instead):
+    with pytest.raises(BadInput, match=f"callbacks.finder={name}.*{instead}"):
+        rates(f"+callbacks.finder._target_=pytorch_lightning.callbacks.{name}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+from tracklight.config.hardware import resolve_precision
 from tracklight.config.hydra_internals import VERSION_BASE, register_resolver
 from tracklight.config.instantiate import (
     check_hydra_nodes,
@@ -68,8 +70,14 @@ def resolve_composed(cfg: DictConfig, on_this_machine: bool = True) -> DictConfi
 
 
 def resolve_config(cfg: DictConfig, on_this_machine: bool = True) -> DictConfig:
-    """Check a config; return it resolved and closed to new keys."""
-    resolved = OmegaConf.create(check_config(cfg, on_this_machine))
+    """Check a config; return it resolved and closed to new keys, its precision as it will be used."""
+    tree = check_config(cfg, on_this_machine)
+    trainer = tree["trainer"]
+    asked, accelerator = trainer["precision"], str(trainer["accelerator"]) if on_this_machine else "unknown"
+    trainer["precision"] = used = resolve_precision(asked, accelerator)
+    if used == "bf16-mixed" and "bf16" not in str(asked):
+        warnings.warn(f"trainer.precision={asked}: a CPU trains in {used}, which is recorded", stacklevel=2)
+    resolved = OmegaConf.create(tree)
     OmegaConf.set_struct(resolved, True)
     return resolved
 
@@ -160,6 +168,21 @@ def flatten(cfg: Any) -> dict[str, str | int | float]:
         key: value if type(value) in (int, float) else format_value(value)
         for key, value in _leaves(redact(to_plain(cfg))).items()
     }
+
+
+def short_params(cfg: Any) -> dict[str, str]:
+    """Return short texts beside those of `flatten`: MLflow's charts cut a value at ten characters.
+
+    A class stands under the name of its group, `optimizer` = SGD, a list under its own, `hidden` = 128-64.
+    """
+    short = dict[str, str]()
+    for key, value in flatten(cfg).items():
+        group, _, name = key.rpartition(".")
+        if name == "_target_" and value != "null":
+            short[group] = str(value).rpartition(".")[2]
+        elif str(value).startswith("["):
+            short.setdefault(name, str(value).strip("[]").replace(",", "-"))
+    return short
 
 
 def diff_configs(old: Any, new: Any) -> list[str]:

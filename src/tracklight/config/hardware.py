@@ -38,6 +38,14 @@ def check_machine(accelerator: str, devices: Any) -> None:
         )
 
 
+def resolve_precision(precision: Any, accelerator: str) -> str:
+    """Return the full name of the precision in which Lightning will train: no CPU has float16 autocast."""
+    full = {None: "32-true", "32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+    name = full.get(precision if precision is None else str(precision), str(precision))
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and count_gpus() == 0)
+    return "bf16-mixed" if name == "16-mixed" and on_cpu else name
+
+
 def _device_indices(devices: Any) -> Sequence[int] | None:
     text = str(devices)
     numbers = [int(number) for number in re.findall(r"-?\d+", text)]

@@ -204,6 +204,12 @@ def check_relations(tree: Mapping[str, Any], on_this_machine: bool = True) -> No
             f"trainer.min_epochs={trainer['min_epochs']} must not be above trainer.max_epochs="
             f"{trainer['max_epochs']}; try trainer.max_epochs={trainer['min_epochs']}"
         )
+    is_mixed = re.search("mixed|^b?f?16$", str(precision := trainer.get("precision")))
+    if is_mixed and trainer.get("gradient_clip_val") and tree.get("optimizer", {}).get("fused"):
+        raise BadInput(
+            f"optimizer.fused=true: under trainer.precision={precision} Lightning does not clip for a fused"
+            " optimizer; try optimizer.fused=null"
+        )
     if tracking.get("enabled") and "dir" in tracking:
         _check_writable("tracking.dir", Path(tracking["dir"]))
     if on_this_machine:

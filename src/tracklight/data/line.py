@@ -57,11 +57,11 @@ class Line(TensorData):
         self.source = f"y = {slope:g} x + {intercept:g}, noise {noise:g}"
 
     def load(self) -> dict[str, Split]:
-        """Generate x (N, F) and y (N, 1), float32; computed in float64, rounded once."""
+        """Generate x (N, F) and y (N, 1); computed in float64, rounded once."""
         generator = torch.Generator().manual_seed(self.seed)
         x = torch.randn(self.num_points, self.in_features, dtype=torch.float64, generator=generator)
         x[:, 0] = torch.arange(1, self.num_points + 1)
         y = self.slope * x.sum(dim=1, keepdim=True) + self.intercept
         if self.noise:
             y += self.noise * torch.randn(y.shape, dtype=torch.float64, generator=generator)
-        return {"train": Split(x.float(), y.float())}
+        return {"train": Split(x.to(self.dtype), y.to(self.dtype))}

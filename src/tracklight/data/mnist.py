@@ -89,6 +89,10 @@ class MNIST(TensorData):
         self.mean = mean
         self.std = std
         self.download = download
+        low, high = ((pixel - mean) / std for pixel in (0, 1))
+        self.encoding = (
+            f"(pixel / 255 - {mean:g}) / {std:g}, {low:.4g} to {high:.4g}; the model does not normalise"
+        )
 
     def load(self) -> dict[str, Split]:
         """Read the images as uint8 (N, 28, 28) and their labels as int64 (N,)."""
@@ -111,8 +115,8 @@ class MNIST(TensorData):
         return self._read_subset(problem + reason)
 
     def transform(self, features: Tensor) -> Tensor:
-        """Turn uint8 pixels (B, 28, 28) into standardised float32 (B, 1, 28, 28)."""
-        pixels = features.to(torch.float32, copy=True)  # ours, so what follows may be in place
+        """Turn uint8 pixels (B, 28, 28) into standardised numbers (B, 1, 28, 28)."""
+        pixels = features.to(self.dtype, copy=True)  # ours, so what follows may be in place
         return pixels.div_(255).sub_(self.mean).div_(self.std).unsqueeze(-3)
 
     def _read_official(self, found: dict[str, Path]) -> dict[str, Split]:

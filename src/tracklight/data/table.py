@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
-from tracklight.data.csv_columns import FLOAT32_MAX, choose_columns, read_columns
+from tracklight.data.csv_columns import choose_columns, read_columns
 from tracklight.data.tensor_data import Split, TensorData, check_argument, split_rows
 from tracklight.errors import BadInput
+
+TOLERATED = 0.01  # of a column's different values: so many fall together in float32 by chance
 
 
 class Table(TensorData):
@@ -65,6 +68,7 @@ class Table(TensorData):
         self.num_val = num_val
         self.num_test = num_test
         self.standardise = standardise
+        self.encoding = "columns standardised as in training" if standardise else ""
         self.delimiter = delimiter
 
     def load(self) -> dict[str, Split]:
@@ -86,24 +90,39 @@ class Table(TensorData):
         }
         if self.standardise:
             self._fit(rows["train"][0])
-        return {name: Split(self.encode(x), _float32(y)) for name, (x, y) in rows.items()}
+        raw = self.in_features if self.standardise else 0  # standardised in float64, they keep apart
+        self._warn_of_lost_digits(values[:, raw:], [*self.feature_names, *targets][raw:])
+        return {name: Split(self.encode(x), self._tensor(y)) for name, (x, y) in rows.items()}
 
     def encode(self, rows: np.ndarray) -> Tensor:
-        """Turn raw rows (N, F) float64 into model input (N, F) float32, columns as `feature_names`.
+        """Turn raw rows (N, F) float64 into model input (N, F), columns as `feature_names`.
 
         Raises:
-            BadInput: A value is so far from the training part's that float32 cannot hold it.
+            BadInput: A value is so far from the training part's that `dtype` cannot hold it.
         """
         if self.standardise:
             with np.errstate(over="ignore"):
                 rows = (rows - self.mean) / self.std
         for name, column in zip(self.feature_names or [], rows.T, strict=True):
-            if not (np.abs(column) <= FLOAT32_MAX).all():
+            if not (np.abs(column) <= torch.finfo(self.dtype).max).all():
                 raise BadInput(
                     f"{self._where}: column {name!r} reaches too far beyond its training part for "
-                    "float32; correct its outliers, or leave it out of data.features"
+                    f"{_name(self.dtype)}; correct its outliers, or leave it out of data.features"
                 )
-        return _float32(rows)
+        return self._tensor(rows)
+
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        return torch.tensor(values, dtype=self.dtype)
+
+    def _warn_of_lost_digits(self, values: np.ndarray, names: list[str]) -> None:
+        """Warn of columns (N,) of which `dtype` makes many different values one."""
+        for name, column in zip(names, np.sort(values, axis=0).T, strict=True):
+            distinct, left = (1 + int((v[1:] > v[:-1]).sum()) for v in (column, self._tensor(column)))
+            if distinct - left > TOLERATED * distinct:
+                rank_zero_warn(
+                    f"{self._where}: the {distinct} different values of column {name!r} are {left} in "
+                    f"{_name(self.dtype)}; set trainer.precision=64-true, or subtract what they share"
+                )
 
     def restore(self, columns: list[str], mean: np.ndarray | None, std: np.ndarray | None) -> None:
         """Set the names and moments (F,) of an earlier training part, so that `encode` works.
@@ -161,5 +180,5 @@ def _count(wanted: float, num_rows: int) -> int:
     return max(1, round(wanted * num_rows))
 
 
-def _float32(values: np.ndarray) -> Tensor:
-    return torch.from_numpy(values.astype(np.float32))
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -68,6 +68,8 @@ class TensorData(LightningDataModule):
     out_features: int
     feature_names: list[str] | None = None
     class_names: list[str] | None = None
+    encoding = ""  # how raw numbers become model input, in words
+    dtype = torch.float32  # of inputs and targets that are no whole numbers
 
     def __init__(self, batch_size: int | None, seed: int):
         super().__init__()

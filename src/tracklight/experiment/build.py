@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
 
+import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
-from pytorch_lightning.callbacks import GradientAccumulationScheduler
+from pytorch_lightning.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 from pytorch_lightning.profilers import Profiler
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
@@ -31,6 +32,7 @@ from tracklight.errors import BadInput
 from tracklight.models.supervised import Supervised
 
 TOTALS = ("T_max", "total_steps", "total_iters")  # scheduler arguments that mean the whole run
+FINDERS = {BatchSizeFinder: "-m data.batch_size=32,64,128", LearningRateFinder: "-m sweep=lr"}  # and instead
 FORKING = ("_spawn", "_fork", "_notebook")  # name endings of the Lightning strategies that fork
 
 
@@ -43,6 +45,8 @@ def build_data(cfg: DictConfig, read: bool = True) -> LightningDataModule | None
     if cfg.data.get("_target_") is None:
         return None
     data = instantiate(cfg.data, cfg.allowed_targets, LightningDataModule)
+    if isinstance(data, TensorData) and cfg.trainer.precision == "64-true":
+        data.dtype = torch.float64
     if read and isinstance(data, TensorData):
         data.setup()
         metric = str(cfg.score.metric)
@@ -63,6 +67,8 @@ def build_model(cfg: DictConfig, data: LightningDataModule | None) -> LightningM
     }
     seed_run(cfg.seed)
     model = instantiate(cfg.model, cfg.allowed_targets, LightningModule, **from_data)
+    if cfg.trainer.precision == "64-true":
+        model.double()  # Lightning does so later: after it has loaded a checkpoint, rounded to float32
     _set_optimizer(cfg, model)
     for owner in (model, data):
         if not isinstance(owner, TensorData | None) and is_overridden("train_dataloader", owner):
@@ -120,11 +126,10 @@ def _run_length(trainer: Any, interval: str) -> int:
     max_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
     epochs, steps = max_epochs, max_steps
     if num_batches < math.inf:
-        schedules = [each for each in trainer.callbacks if isinstance(each, GradientAccumulationScheduler)]
-        groups = [
-            schedules[0].get_accumulate_grad_batches(epoch) if schedules else trainer.accumulate_grad_batches
-            for epoch in range(max_epochs)
-        ]
+        by_epoch = [each for each in trainer.callbacks if isinstance(each, GradientAccumulationScheduler)]
+        groups = [trainer.accumulate_grad_batches] * max_epochs
+        if by_epoch:
+            groups = [by_epoch[0].get_accumulate_grad_batches(epoch) for epoch in range(max_epochs)]
         taken = [*itertools.accumulate(math.ceil(num_batches / group) for group in groups)]
         epochs = next((epoch for epoch, total in enumerate(taken, 1) if total >= max_steps), max_epochs)
         steps = min(max_steps, taken[-1] if taken else math.inf)
@@ -142,8 +147,14 @@ def has_test(model: LightningModule, data: LightningDataModule | None) -> bool:
 
 
 def _config_callbacks(cfg: DictConfig) -> list[Callback]:
-    nodes = (cfg.callbacks or {}).values()
-    callbacks = [instantiate(node, cfg.allowed_targets, Callback) for node in nodes if node]
+    nodes = {key: node for key, node in (cfg.callbacks or {}).items() if node}
+    callbacks = [instantiate(node, cfg.allowed_targets, Callback) for node in nodes.values()]
+    for key, callback in zip(nodes, callbacks, strict=True):
+        if instead := next((text for kind, text in FINDERS.items() if isinstance(callback, kind)), None):
+            raise BadInput(
+                f"callbacks.{key}={type(callback).__name__} would train with values that are not recorded;"
+                f" leave it out and search with {instead}"
+            )
     if cfg.tracking.enabled and cfg.tracking.gradients:
         callbacks.append(GradientMonitor())
     if cfg.tracking.enabled and cfg.tracking.system_metrics:

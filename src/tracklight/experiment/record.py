@@ -9,7 +9,7 @@ import yaml
 from omegaconf import DictConfig
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 
-from tracklight.config.compose import config_digest, digest_without_seed, flatten, to_plain
+from tracklight.config.compose import config_digest, digest_without_seed, flatten, short_params, to_plain
 from tracklight.data.tensor_data import TensorData
 from tracklight.engine.blocks import NonFiniteLoss
 from tracklight.engine.signals import Stopped
@@ -79,7 +79,7 @@ def describe(run: Run, cfg: DictConfig, data: LightningDataModule | None, proven
             run.log_input(data.name, data.digest, data.source, "training")
         # What does not describe the training is no param, or every comparison would show it.
         params = {k: v for k, v in tree.items() if k not in (*COMMAND_KEYS, "overrides")}
-        run.log_params(flatten(params))  # last: with params, the run counts as described
+        run.log_params(short_params(params) | flatten(params))  # last: params say that it is described
     run.log_text(yaml.safe_dump(tree, sort_keys=False), tags.CONFIG)
     if isinstance(data, TensorData):
         run.log_text(json.dumps(describe_inputs(data), indent=1) + "\n", tags.INPUTS)
@@ -146,4 +146,6 @@ def log_final(
         draw_figures(model, data, run.logged_metrics(), run.artifacts / FOLDER, step, tested)
     if tested and isinstance(data, TensorData):
         rows = data.splits["train"].features[:2]
-        log_model(store.client, run.run_id, model, data.transform(rows), step=step)
+        columns, targets = data.feature_names, describe_inputs(data).get("target_names", ())
+        names = (columns, targets) if columns and len(targets) == data.out_features else ()
+        log_model(store.client, run.run_id, model, data.transform(rows), step, data.encoding, *names)

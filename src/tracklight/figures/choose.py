@@ -47,12 +47,19 @@ def draw_figures(
 
 
 def predict_rows(model: nn.Module, data: TensorData, features: Tensor) -> Tensor:
-    """Return the model's outputs (N, ...) for raw rows (N, ...), on the CPU, in evaluation mode."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    """Return the model's outputs (N, ...) for raw rows (N, ...), on the CPU, in evaluation mode.
+
+    The model computes in the precision of its weights; an output of half precision comes as float32.
+    """
+    like = next(model.parameters(), torch.empty(0))
     training = model.training
     model.eval()
+    outputs = []
     with torch.no_grad():
-        outputs = [model(data.transform(rows.to(device))).cpu() for rows in features.split(EVALUATION_ROWS)]
+        for rows in features.split(EVALUATION_ROWS):
+            inputs = data.transform(rows.to(like.device))
+            output = model(inputs.to(like.dtype) if inputs.is_floating_point() else inputs).cpu()
+            outputs.append(output.to(torch.promote_types(output.dtype, torch.float32)))
     model.train(training)
     return torch.cat(outputs)
 

@@ -200,9 +200,12 @@ def guess_mode(metric: str) -> str:
 
 
 def result_params(run: RunRecord) -> dict[str, str]:
-    """Return the parameters on which the result may depend."""
+    """Return the parameters on which the result may depend, each once (see `short_params`)."""
     ignored = [key for key in NOT_IN_DIGEST if key != "trainer.max_epochs"]
-    below = tuple(f"{key}." for key in ignored)
+    for key, value in run.params.items():
+        group, _, name = key.rpartition(".")
+        ignored += [group] if name == "_target_" else [name] if group and value[:1] == "[" else []
+    below = tuple(f"{key}." for key in NOT_IN_DIGEST)
     return {k: v for k, v in run.params.items() if k not in ignored and not k.startswith(below)}
 
 

@@ -5,33 +5,48 @@ import copy
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tracklight.tracking import served_model
 from tracklight.tracking.mlflow_client import mlflow, short_reason, skip_requirements_check
 
 # isort: split
 from mlflow import pytorch as flavor
 from mlflow.entities import LoggedModelOutput
-from mlflow.models import Model, infer_signature
+from mlflow.models import Model, ModelSignature, infer_signature
+from mlflow.types import ColSpec, Schema, TensorSpec
 
 _NAME = "model"
 _REQUIRED = ("mlflow", "numpy", "torch")
+_EXAMPLES = ("input_example.json", "serving_input_example.json")
 _log = logging.getLogger(__name__)
 
 
 def log_model(
-    client: mlflow.MlflowClient, run_id: str, model: nn.Module, example: Tensor, step: int = 0
+    client: mlflow.MlflowClient,
+    run_id: str,
+    model: nn.Module,
+    example: Tensor,
+    step: int = 0,
+    takes: str = "",
+    columns: Sequence[str] = (),
+    targets: Sequence[str] = (),
 ) -> str | None:
     """Log `model` to its run, in evaluation mode and on the CPU; the module itself is unchanged.
 
     Replaces a model logged to the run before. What cannot be exported or stored costs a warning.
     MLflow's active run and tracking URI stay as they were. `model` maps inputs (B, ...), of which
     `example` holds a few, to one tensor (B, ...); `step` is the optimizer step of its weights.
+    Weights of half precision are exported as float32.
+
+    The signature names the `columns` and `targets` of a table's model; for any other it says in words
+    what the model `takes`.
 
     Returns:
         The model's URI `models:/<id>`, or None if it was not logged.
@@ -39,7 +54,9 @@ def log_model(
     with tempfile.TemporaryDirectory() as scratch, _quiet():
         folder = Path(scratch) / "model"
         try:
-            return _store(client, run_id, _export(model, example, folder), folder, step)
+            mlmodel = _export(model, example, folder)
+            _describe(mlmodel, folder, takes, columns, targets)
+            return _store(client, run_id, mlmodel, folder, step)
         except Exception as error:  # noqa: BLE001, an arbitrary module or server fails as it likes
             reason = short_reason(error)
     _log.warning("%s was not logged as an MLflow model: %s", type(model).__name__, reason)
@@ -52,6 +69,10 @@ def _export(model: nn.Module, example: Tensor, folder: Path) -> Model:
     if len(inputs) < 2:  # torch.export takes a size of one for a constant
         inputs = torch.cat([inputs, inputs])
     twin = copy.deepcopy(model).cpu().eval()  # a LightningModule's copy has no trainer
+    dtype = next((each.dtype for each in twin.parameters()), torch.float32)
+    if dtype != torch.float64:
+        twin, dtype = twin.float(), torch.float32
+    inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
     with torch.no_grad():
         outputs = twin(inputs)
     mlmodel = Model()
@@ -63,14 +84,33 @@ def _export(model: nn.Module, example: Tensor, folder: Path) -> Model:
             signature=infer_signature(inputs.numpy(), outputs.numpy()),
             input_example=inputs.numpy(),
             pip_requirements=[f"{package}=={version(package)}" for package in _REQUIRED],
+            code_paths=[served_model.__file__],
             serialization_format="pt2",
         )
-    # Exported on the CPU it runs there only, while MLflow's default is the GPU of who loads it.
-    mlmodel.flavors["python_function"]["config"] = {"device": "cpu"}
     graph = torch.export.load(folder / "data" / "model.pt2").module()
     with torch.no_grad():
         graph(torch.cat([inputs, inputs[:1]]))  # raises where the batch size became a constant
     return mlmodel
+
+
+def _describe(mlmodel: Any, folder: Path, takes: str, columns: Sequence[str], targets: Sequence[str]) -> None:
+    """Give an exported model its signature, and what answers by it."""
+    signature, loader = mlmodel.signature, served_model.__name__.rpartition(".")[2]
+    mlmodel.flavors["python_function"] |= {"loader_module": loader, "config": {"targets": [*targets]}}
+    mlmodel.metadata = {"takes": takes}
+    if columns:
+        inputs, outputs = (
+            Schema([ColSpec("double", each) for each in names]) for names in (columns, targets)
+        )
+        mlmodel.signature = ModelSignature(inputs, outputs)
+        mlmodel.saved_input_example_info = None  # an array, which has no names
+        for name in _EXAMPLES:
+            (folder / name).unlink(missing_ok=True)
+    elif takes:
+        (spec,) = signature.inputs.inputs
+        mlmodel.signature = ModelSignature(
+            Schema([TensorSpec(spec.type, spec.shape, takes)]), signature.outputs
+        )
 
 
 def _store(client: mlflow.MlflowClient, run_id: str, mlmodel: Model, folder: Path, step: int) -> str:

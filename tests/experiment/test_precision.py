@@ -1,0 +1,105 @@
+"""What a run computes in is what it was asked for, what it records, and what it reads its data in."""
+
+import logging
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from mlflow import pyfunc
+
+from tracklight.config.compose import compose
+from tracklight.errors import BadInput
+
+# NIST's Statistical Reference Datasets, Norris: y and x, and the certified intercept and slope.
+NORRIS = """0.1 0.2 338.8 337.4 118.1 118.2 888.0 884.6 9.2 10.1 228.1 226.5 668.5 666.3 998.5 996.3
+449.1 448.6 778.9 777.0 559.2 558.2 0.3 0.4 0.1 0.6 778.1 775.5 668.8 666.9 339.3 338.0
+448.9 447.5 10.8 11.6 557.7 556.0 228.3 228.1 998.0 995.8 888.8 887.6 119.6 120.2 0.3 0.3
+0.6 0.3 557.6 556.8 339.3 339.1 888.0 887.2 998.5 999.0 778.9 779.0 10.2 11.1 117.6 118.3
+228.9 229.2 668.4 669.1 449.2 448.9 0.2 0.5"""
+CERTIFIED = (-0.262323073774029, 1.00211681802045)
+
+
+@pytest.fixture
+def norris(tmp_path) -> list[str]:
+    """The overrides that train on all of its rows at once."""
+    numbers = NORRIS.split()
+    pairs = [f"{y},{x}" for y, x in zip(numbers[::2], numbers[1::2], strict=True)]
+    assert len(pairs) == 36
+    path = tmp_path / "norris.csv"
+    path.write_text("\n".join(["y,x", *pairs]) + "\n")
+    data = ["data=table", f"data.path={path}", "data.target=y", "data.num_val=0", "data.num_test=0"]
+    score = ["score.metric=train/loss_epoch", "score.mode=min", "data.batch_size=null"]
+    return [*data, *score, "trainer.precision=64-true"]
+
+
+def digits(found: float, certified: float) -> float:
+    """How many digits agree: NIST's log relative error."""
+    return -math.log10(abs(found - certified) / abs(certified) + 1e-17)
+
+
+def test_a_table_in_double_precision_has_norris_certified_digits_wherever_it_is_used(norris, train, caplog):
+    # Half the inverse curvature of a standardised feature: one step arrives, the others polish.
+    run = train(*norris, "optimizer.lr=0.5", "trainer.max_epochs=20")
+    weights = run.checkpoint("best")["state_dict"]
+    x = np.array(NORRIS.split()[1::2], dtype=float)
+    slope = weights["linear.weight"].item() / x.std()
+    intercept = weights["linear.bias"].item() - slope * x.mean()
+    assert min(map(digits, (intercept, slope), CERTIFIED)) > 10
+    ((_, gap),) = run.history("ols/gap")
+    assert gap < 1e-13
+    (logged,) = run.client.search_logged_models([run.run.info.experiment_id])
+    model = pyfunc.load_model(logged.artifact_location)
+    answer = model.predict(pd.DataFrame({"x": [(500.0 - x.mean()) / x.std()]}))["y"][0]
+    assert digits(answer, CERTIFIED[0] + 500 * CERTIFIED[1]) > 12
+    assert {path.stem for path in (run.folder / "figures").iterdir()} >= {
+        "fit",
+        "residuals",
+        "learning_curves",
+    }
+    assert [each for each in caplog.records if each.levelno >= logging.WARNING] == []
+
+
+def test_a_run_in_double_precision_continues_in_it(norris, train):
+    base = [*norris, "optimizer.lr=0.01", "tracking.figures=false", "trainer.max_epochs="]
+    whole = train(*base[:-1], base[-1] + "6")
+    half = train(*base[:-1], base[-1] + "3")
+    words = [f"resume={half.run.info.run_id}", "trainer.max_epochs=6", 'overrides=["trainer.max_epochs=6"]']
+    continued = train(*words)
+    for name in ("best", "last"):
+        states = [each.checkpoint(name)["state_dict"] for each in (whole, continued)]
+        for a, b in zip(*(each.values() for each in states), strict=True):
+            assert a.dtype == torch.float64 and torch.equal(a, b)
+    assert continued.history("train/loss") == whole.history("train/loss")
+
+
+def test_a_run_in_half_precision_is_drawn_and_exported(train, caplog):
+    run = train("data=table", "trainer.precision=bf16-true", "trainer.max_epochs=2")
+    weights = run.checkpoint("best")["state_dict"]
+    assert {each.dtype for each in weights.values()} == {torch.bfloat16}
+    (logged,) = run.client.search_logged_models([run.run.info.experiment_id])
+    model = pyfunc.load_model(logged.artifact_location)
+    names = model.metadata.get_input_schema().input_names()
+    answer = model.predict(pd.DataFrame(np.zeros((1, len(names))), columns=names))
+    assert answer.iloc[0, 0] == weights["linear.bias"].float().item()
+    assert "fit" in {path.stem for path in (run.folder / "figures").iterdir()}
+    assert [each for each in caplog.records if each.levelno >= logging.WARNING] == []
+
+
+def test_float16_on_a_cpu_is_recorded_as_what_lightning_makes_of_it(train):
+    with pytest.warns(UserWarning, match="trainer.precision=16-mixed: a CPU trains in bf16-mixed"):
+        run = train("trainer.precision=16-mixed", "trainer.accelerator=cpu", "trainer.max_epochs=1")
+    assert run.run.data.params["trainer.precision"] == "bf16-mixed"
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("64", "64-true"), ("bf16", "bf16-mixed"), ("null", "32-true")])
+def test_a_precision_has_one_name(typed, meant):
+    assert compose([f"trainer.precision={typed}"]).trainer.precision == meant
+
+
+def test_a_fused_optimizer_that_lightning_would_not_clip_is_refused():
+    words = ["optimizer.fused=true", "trainer.gradient_clip_val=1.0"]
+    with pytest.raises(BadInput, match="optimizer.fused=null"):
+        compose([*words, "trainer.precision=bf16-mixed"])
+    assert compose(words).optimizer.fused
