@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 from fitting import Fit
+from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from torch.nn import functional
 
 from foreign import Blobs, Net, NoisyData
 from tracklight.data.tensor_data import epoch_order
+from tracklight.engine.blocks import Blocks
 from tracklight.engine.seeding import seed_run
 from tracklight.models.mlp import MLP
 
@@ -121,6 +123,22 @@ def test_a_loss_that_is_no_number_is_of_the_step_that_its_batch_belongs_to():
 
     found = Fit(module=Diverging(8, 4, hidden=[6]), accumulate_grad_batches=4)
     assert getattr(found.error, "step", None) == 2  # batches 5 to 8
+
+
+def test_an_epoch_that_stops_between_two_steps_still_logs_its_mean():
+    class Stopping(Callback):
+        mid_step: list[bool] = []
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+            trainer.should_stop = batch_idx == 5
+
+        def on_train_epoch_end(self, trainer, module) -> None:
+            self.mid_step += [each.mid_step for each in trainer.callbacks if isinstance(each, Blocks)]
+
+    stopping = Stopping()
+    found = fit(stopping, accumulate_grad_batches=4)
+    assert found.trainer.global_step == 1 and len(found.logger.points["train/loss_epoch"]) == 1
+    assert stopping.mid_step == [False]  # or the run's log would not hear of it
 
 
 def test_all_that_is_logged_by_step_has_one_point_a_step(train, monkeypatch):

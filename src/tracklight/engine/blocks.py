@@ -128,6 +128,11 @@ class Blocks(Callback):
     def on_before_optimizer_step(self, *_: Any) -> None:
         self.accumulated = 0
 
+    @override
+    def on_train_epoch_end(self, *_: Any) -> None:
+        self.accumulated = 0  # what stops an epoch early leaves batches without their step
+        self.step_values.clear()
+
     def _run_block(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Take a block's steps; return the last loss and the mean over all S * B examples."""
         configs = self.trainer.lr_scheduler_configs
