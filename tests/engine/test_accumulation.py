@@ -10,9 +10,11 @@ from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from torch.nn import functional
 
 from foreign import Blobs, Net, NoisyData
+from tracklight.config.compose import compose
 from tracklight.data.tensor_data import epoch_order
 from tracklight.engine.blocks import Blocks
 from tracklight.engine.seeding import seed_run
+from tracklight.errors import BadInput
 from tracklight.models.mlp import MLP
 
 BATCHES = 13  # of an epoch: 200 examples in minibatches of 16, the last of 8
@@ -158,3 +160,10 @@ def test_all_that_is_logged_by_step_has_one_point_a_step(train, monkeypatch):
     assert [step for step, _ in run.history("train/loss")] == [*range(1, steps + 1)]
     assert [step for step, _ in run.history("lr-SGD")] == [*range(steps)]
     assert [step for step, _ in run.history("gradient/norm")] == [1, 32, 64]
+
+
+def test_an_optimizer_that_evaluates_a_step_several_times_is_refused():
+    words = ["trainer.accumulate_grad_batches=2", "optimizer._target_=torch.optim.LBFGS"]
+    with pytest.raises(BadInput, match="accumulate_grad_batches=2: LBFGS .* data.batch_size"):
+        compose(words)
+    assert compose(words[1:])

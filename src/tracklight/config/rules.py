@@ -210,6 +210,12 @@ def check_relations(tree: Mapping[str, Any], on_this_machine: bool = True) -> No
             f"optimizer.fused=true: under trainer.precision={precision} Lightning does not clip for a fused"
             " optimizer; try optimizer.fused=null"
         )
+    accumulated = trainer.get("accumulate_grad_batches", 1)
+    if accumulated > 1 and str(tree.get("optimizer", {}).get("_target_")).endswith(".LBFGS"):
+        raise BadInput(
+            f"trainer.accumulate_grad_batches={accumulated}: LBFGS evaluates a step's last batch again"
+            " and again and would add up its gradients; use a larger data.batch_size"
+        )
     if tracking.get("enabled") and "dir" in tracking:
         _check_writable("tracking.dir", Path(tracking["dir"]))
     if on_this_machine:
