@@ -9,6 +9,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from tracklight.data.tensor_data import Split, TensorData
+from tracklight.models.linear_regression import LinearRegression
 from tracklight.models.supervised import Supervised
 
 CLASSES, FEATURES = 4, 8
@@ -168,3 +169,16 @@ class Listener(Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         self.batches.append(len(batch[1]))
+
+
+class Scripted(LinearRegression):
+    """A regression that logs, of each validation in turn, what a text says, as in "nan;1;0.5"."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, told: str = ""):
+        super().__init__(in_features, out_features, bias)
+        self.told, self.validations = told.split(";"), 0
+
+    def on_validation_epoch_end(self) -> None:
+        value = float(self.told[min(self.validations, len(self.told) - 1)])
+        self.log("val/told", value)
+        self.validations += 1

@@ -8,12 +8,14 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from small_runs import train
 
 from tracklight.commands.compare import sparkline
 from tracklight.commands.parser import main
 from tracklight.errors import BadInput
 from tracklight.runs.leaderboard import rank_runs
 from tracklight.runs.reader import RunFilter, SqliteReader, open_reader
+from tracklight.runs.select import select_id
 from tracklight.tracking.tags import IDENTITY_TAG, OUTCOME_TAG, PARENT_TAG, REPRODUCES_TAG
 
 
@@ -43,6 +45,28 @@ def test_the_same_seed_again_is_no_new_evidence_and_other_data_another_place(add
     found = board(tmp_path)
     assert [place.scores for place in found.rows] == [[0.9], [0.6, 0.7]]
     assert found.rows[1].flags == ["other data"]
+
+
+def test_other_data_read_by_the_same_setting_is_a_place_of_its_own_and_no_evidence(tmp_path, capsys):
+    path, made = tmp_path / "table.csv", {}
+    words = (
+        "data=table",
+        f"data.path={path}",
+        "data.target=y",
+        "data.batch_size=null",
+        "trainer.max_epochs=1",
+    )
+    for slope, seeds in ((1, (0, 1)), (9, (1, 2))):
+        path.write_text("\n".join(["x,y", *(f"{x},{slope * x}" for x in range(40))]))
+        made[slope] = {train(tmp_path, *words, f"seed={seed}") for seed in seeds}
+    first, second = board(tmp_path).rows
+    assert ({*first.run_ids}, {*second.run_ids}) == (made[1], made[9])
+    assert (first.flags.count("other data"), second.flags.count("other data")) == (0, 1)
+    reader = open_reader(None, tmp_path)
+    assert select_id(reader, "best") in made[9]  # as the newest, though the others score better
+    main("compare", [*(min(made[slope]) for slope in (1, 9)), "--dir", str(tmp_path)])
+    report = capsys.readouterr().out
+    assert report.count("over 2 seeds of its setting") == 2 and "of one setting" not in report
 
 
 def test_seeds_that_split_the_data_differently_are_one_place_without_a_flag(add, tmp_path):

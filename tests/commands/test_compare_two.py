@@ -57,6 +57,14 @@ def test_environment_of_a_run_whose_files_are_gone_is_not_known(add, answer, tmp
     assert found["packages"] is found["machine"] is None
 
 
+def test_data_of_which_no_run_knows_the_digest_are_not_called_the_same(add, answer):
+    one, other, known = add(0.5, data="unknown"), add(0.6, data="unknown"), add(0.6, data="d")
+    assert section(answer(one, other), "data")[0].startswith("not known")
+    assert json.loads(answer(one, other, "--json"))["data"] is None
+    assert section(answer(one, known), "data") == ["digest: unknown -> d"]
+    assert section(answer(known, add(0.7, data="d")), "data") == ["the same"]
+
+
 def test_deleted_files_of_a_trained_run_are_said(kept, capsys):
     assert main("compare", [kept.bare, kept.line, *kept.dir]) == 0
     text = capsys.readouterr().out

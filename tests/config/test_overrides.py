@@ -53,6 +53,12 @@ def composed(*words, multirun=False):
         (["score=0.9"], "score=0.9 must be a group of keys"),
         (["model=null"], "model=null names no file of conf/model"),
         (["model=[linear,mlp]"], "model can be linear, mlp"),
+        (["+modle=mlp"], "+modle=mlp adds a key that nothing reads; did you mean model?"),
+        (["++nothing.of=3"], "++nothing.of=3 adds a key that nothing reads"),
+        (["+score.mod=max"], "+score.mod=max adds a key that nothing reads; did you mean score.mode?"),
+        (["+tracking.experimnt=x"], "did you mean tracking.experiment?"),
+        (["score.metric=val/thing"], "score.metric=val/thing: is less of it better, or more?"),
+        (["score.metric=val/loss_accuracy"], "Add score.mode=min or =max"),
         (["experiment=seed_mlp", "model=linear"], "seed_mlp sets model.hidden, which model=linear"),
         (["experiment=seed_mlp", "data=line"], "seed_mlp sets data.num_val, which data=line"),
     ],
@@ -112,3 +118,28 @@ def test_a_resumed_run_takes_no_group(word):
 def test_resume_auto_composes_like_a_new_run():
     words = ["model=mlp", "resume=auto", "seed=3"]
     assert split_for_resume(words) == (words, [])
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode"),
+    [
+        ("val/loss", "min"),
+        ("val_rmse", "min"),
+        ("train/loss_epoch", "min"),
+        ("val/accuracy", "max"),
+        ("f1", "max"),
+    ],
+)
+def test_a_metric_brings_its_mode_to_all_who_read_it(metric, mode):
+    cfg = composed("model=mlp", f"score.metric={metric}", "scheduler=plateau", "callbacks=early_stopping")
+    assert cfg.score.mode == cfg.scheduler.mode == cfg.callbacks.early_stopping.mode == mode
+    assert compose(["model=mlp", f"score.metric={metric}"]).score.mode == mode  # without a command line
+    assert composed("model=mlp", f"score.metric={metric}", "score.mode=max").score.mode == "max"
+    with pytest.raises(BadInput, match="score.metric=val/thing: is less of it better"):
+        compose(["model=mlp", "score.metric=val/thing"])
+
+
+def test_a_key_may_be_added_for_a_class_or_an_interpolation():
+    words = ["+width=16", "model=mlp", "model.hidden=['${width}']", "+callbacks.mine=null", "+model.own=1"]
+    cfg = composed(*words)
+    assert (cfg.width, cfg.model.own) == (16, 1)

@@ -73,7 +73,19 @@ def test_the_seed_alone_decides_the_validation_part(write_mnist):
     other = mnist(root, seed=1)
     assert other.digest != first.digest
     assert torch.equal(other.splits["test"].features, first.splits["test"].features)
+    assert other.source_digest == first.source_digest  # it is of all images, however split
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_one_other_image_is_other_data_whatever_the_seed(write_mnist):
+    labels = idx_bytes(np.arange(300, 350) % 10)
+    changed = idx_bytes((np.arange(300, 350) + 1) % 10)
+    found = []
+    for content in (labels, changed):
+        data = mnist(write_mnist(test_labels=content))
+        data.setup()
+        found.append(data.source_digest)
+    assert found[0] != found[1]
 
 
 def test_no_validation_part_where_none_is_asked_for(write_mnist):

@@ -140,6 +140,18 @@ def test_the_digest_is_of_the_numbers_and_sees_one_changed_bit(numbered):
     assert table(**args).digest != first
 
 
+def test_the_source_digest_is_of_the_whole_table_whatever_the_seed(numbered):
+    _, args = numbered
+    path, found = Path(args["path"]), []
+    for seed, more in ((0, ""), (1, ""), (0, "004")):
+        path.write_text(path.read_text() + (f".{more}" if more else ""))
+        data = table(**args, seed=seed)
+        data.setup()
+        found.append((data.source_digest, data.digest))
+    assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
+    assert found[2][0] != found[0][0]
+
+
 def test_the_builtin_table_is_split_and_standardised_alike_on_every_machine():
     splits = table().splits
     assert sha256(splits["train"].features.numpy()).hexdigest()[:16] == "effc7ac0e44f92e2"

@@ -121,17 +121,12 @@ def test_a_second_process_on_the_same_run_is_told_so_and_writes_nothing(
     assert TrialResult(killed).differences(undisturbed("plateau")) == []
 
 
-@pytest.mark.parametrize("by", ["auto", "id"])
-def test_a_finished_run_asked_for_more_epochs_ends_as_if_asked_at_once(trainees, undisturbed, tmp_path, by):
+def test_a_finished_run_asked_for_more_epochs_ends_as_if_asked_at_once(trainees, undisturbed, tmp_path):
     directory = tmp_path / "runs"
     trainees.train(directory, *CONFIGS["plateau"], "trainer.max_epochs=5", faults=SPARE)
     few = TrialResult(directory)
     assert few.status == "FINISHED"
-    command = (
-        (*CONFIGS["plateau"], EPOCHS, "resume=auto")
-        if by == "auto"
-        else (f"resume={few.run_id}", EPOCHS, ALLOWED)
-    )
+    command = (f"resume={few.run_id}", EPOCHS, ALLOWED)
     assert trainees.train(directory, *command, faults=SPARE).exit_code == 0
     differences = TrialResult(directory).differences(undisturbed("plateau"))
     # what a finished run logs at its end, it has logged at both of its ends

@@ -180,6 +180,22 @@ def test_each_pruner_prunes_what_is_hopeless_or_nothing(tmp_path, name):
     assert any(pruned[7:]) == (name != "none")
 
 
+@pytest.mark.parametrize(("warmup", "first"), [(0, 1), (0.25, 3), (4, 4), (0.3, 3)])
+@pytest.mark.parametrize("name", ["median", "percentile", "asha", "hyperband"])
+def test_no_trial_is_pruned_before_its_warm_up_is_over(tmp_path, name, warmup, first):
+    methods = OptunaSettings("random", {}, name, {}, 0, 9, warmup_trials=4, warmup_epochs=warmup)
+    study, ends = trials(tmp_path / "a", total=20, methods=methods), []
+    while asked := study.ask():
+        value = float(100 * len(ends))  # each is worse than all before
+        reports = (epoch for epoch in range(1, 10) if study.report(asked.number, epoch, value))
+        ends.append(next(reports, None))
+        study.tell(asked.number, "complete" if ends[-1] is None else "pruned", value)
+    pruned = [epoch for epoch in ends if epoch]
+    assert min(pruned) == first
+    if name in ("median", "percentile"):
+        assert ends[:4] == [None] * 4 and set(ends[4:]) == {first}
+
+
 def test_a_retry_half_sampled_when_killed_is_enqueued_again_from_the_failed_trial(tmp_path):
     path = tmp_path / "a"
     study = trials(path, total=1)

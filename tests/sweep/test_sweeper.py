@@ -169,8 +169,8 @@ def test_a_pruned_trial_ends_cleanly_and_costs_no_more_epochs(commander, tmp_pat
     }
     assert {run.status for run in swept.children} == {"FINISHED"}
     preflight = 1
-    assert len(told.read_text()) == 3 * 6 + 2 * 1 + preflight
-    assert [row["epochs"] for row in swept.leaderboard() if row["state"] == "pruned"] == [1, 1]
+    assert len(told.read_text()) == 3 * 6 + 2 * 2 + preflight  # warm-up: 0.3 of 6 epochs, rounded up
+    assert [row["epochs"] for row in swept.leaderboard() if row["state"] == "pruned"] == [2, 2]
     process = commander.sweep(directory, *command)  # pruned ones are not taken up again
     assert process.exit_code == 0 and len(Swept(directory).runs) == 6
 

@@ -21,12 +21,13 @@ from tracklight.config.instantiate import (
     check_targets,
     iter_targets,
 )
-from tracklight.config.overrides import explain, parse_overrides, unknown_key
+from tracklight.config.overrides import check_added, explain, parse_overrides, unknown_key
 from tracklight.config.rules import (
     check_relations,
     check_sections,
     check_values,
     format_value,
+    mode_of,
     nested_items,
 )
 from tracklight.errors import BadInput
@@ -34,6 +35,8 @@ from tracklight.paths import CONF, ROOT
 from tracklight.redact import redact
 
 register_resolver("root", lambda path: str(ROOT / path), replace=True)
+
+OmegaConf.register_new_resolver("mode_of", mode_of, replace=True)
 
 # Keys on which the result of a run does not depend.
 NOT_IN_DIGEST = (
@@ -63,9 +66,11 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
 def resolve_composed(cfg: DictConfig, on_this_machine: bool = True) -> DictConfig:
     """Check and resolve what Hydra has just composed, its preset included."""
     composed = HydraConfig.get()
+    words: Any = OmegaConf.to_container(composed.overrides.task)  # unresolved
+    check_added(cfg, words, composed.runtime.choices)
     choices = {k: name for k, name in composed.runtime.choices.items() if "hydra" not in k}
     if (preset := choices.pop("experiment", None)) is not None:
-        _check_preset(preset, cfg, choices, composed.overrides.task)
+        _check_preset(preset, cfg, choices, words)
     return resolve_config(cfg, on_this_machine)
 
 
@@ -108,8 +113,12 @@ def to_plain(cfg: Any) -> dict[str, Any]:
         if OmegaConf.is_config(cfg):
             tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except InterpolationResolutionError as error:
-        reason = " ".join(str(error.msg or error).split("\n")[0].split())
-        reason = reason.removeprefix("KeyError raised while resolving interpolation: ").strip("\"'")
+        kind, _, reason = " ".join(str(error.msg or error).split("\n")[0].split()).rpartition(
+            " raised while resolving interpolation: "
+        )
+        if kind == "BadInput":
+            raise BadInput(reason) from error
+        reason = reason.strip("\"'")
         raise BadInput(f"{error.full_key}: {reason}; set it, or {error.full_key}=VALUE") from error
     except OmegaConfBaseException as error:
         raise BadInput(f"{error.full_key} has no value; set {error.full_key}=VALUE") from error
@@ -150,10 +159,12 @@ def config_digest(cfg: Any) -> str:
     return hashlib.sha256(json.dumps(result_keys(cfg), sort_keys=True).encode()).hexdigest()
 
 
-def digest_without_seed(cfg: Any) -> str:
-    """Return the digest that runs share which differ in their seeds alone."""
+def digest_without_seed(cfg: Any, data: str | None = None) -> str:
+    """Return the digest that runs share which differ in their seeds alone; `data` is the data set's."""
     tree = result_keys(cfg) | {"trainer.max_epochs": to_plain(cfg)["trainer"]["max_epochs"]}
     tree = {key: value for key, value in tree.items() if key.rpartition(".")[2] != "seed"}
+    if data is not None:
+        tree["data"] = data
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 

@@ -7,13 +7,15 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 import hydra
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Sweep
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tracklight.config.hydra_internals import unresolved_root
-from tracklight.config.rules import OWNED, nested_items
+from tracklight.config.rules import OWNED, mode_of, nested_items
 from tracklight.errors import BadInput
 from tracklight.paths import CONF
 
@@ -61,7 +63,7 @@ def parse_flags(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
 
 
 def check_overrides(words: Sequence[str], *, multirun: bool) -> list[str]:
-    """Check the overrides of a command line; return them for Hydra, run ids quoted.
+    """Check the overrides of a command line; return them for Hydra, run ids quoted, a metric with its mode.
 
     Raises:
         BadInput: One is empty, given twice, of a key that tracklight sets, or needs `-m`.
@@ -77,6 +79,9 @@ def check_overrides(words: Sequence[str], *, multirun: bool) -> list[str]:
         seen[key] = word
         if not override.is_delete():
             _check_override(word, override, key, multirun)
+    metric = seen.get("score.metric", "").partition("=")[2]
+    if metric and "score.mode" not in seen and "${" not in metric:  # else that of the data's own metric
+        quoted.append(f"score.mode={mode_of(metric)}")
     return quoted
 
 
@@ -101,6 +106,25 @@ def _check_override(word: str, override: Override, key: str, multirun: bool) -> 
             f"{word} is a list of values; add -m to run each of them, "
             f"or write '{key}=[{listed}]' for one value that is a list"
         )
+
+
+def check_added(cfg: DictConfig, words: Iterable[str], groups: Iterable[str]) -> None:
+    """Refuse to add a key that nothing reads to a config: it would be recorded, and change nothing."""
+    for word in words:
+        if not word.startswith("+"):
+            continue
+        key = word.lstrip("+").partition("=")[0].partition("@")[0]
+        base = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
+        name, known = key.partition(".")[0], [*base, *groups, "experiment"]
+        if name in ("score", "tracking", "sweep"):  # no class takes these as its arguments
+            trees = [
+                yaml.safe_load(path.read_text(encoding="utf-8")) for path in (CONF / name).glob("*.yaml")
+            ]
+            known = [f"{name}.{each}" for tree in (base.get(name), *trees) for each in tree or ()]
+            name = ".".join(key.split(".")[:2])
+        is_interpolated = re.search(rf"\$\{{{re.escape(name)}[.}}\[]", OmegaConf.to_yaml(cfg))
+        if name not in known and not is_interpolated:
+            raise BadInput(f"{word} adds a key that nothing reads{_nearest(name, known)}")
 
 
 def check_no_nested_sweep(word: str, override: Override) -> None:

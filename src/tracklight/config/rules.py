@@ -31,6 +31,15 @@ OWNED = {
     "model_registry": "tracking.uri=URI",
 }
 
+# Words of a metric's name that tell whether less or more of it is better.
+MINIMISED = (
+    "loss|error|err|gap|r?mse|mae|mape|nll|bce|kl|divergence|distance|perplexity|ppl|[wc]er|fid|ece|brier"
+)
+MAXIMISED = (
+    "accuracy|acc|f1|auc|auroc|auprc|m?ap|precision|recall|sensitivity|specificity|r2|m?iou|dice|jaccard"
+    "|bleu|rouge|psnr|ssim|pearson|spearman|kappa|mcc|reward|return"
+)
+
 
 class Values(NamedTuple):
     """A set of values: the predicate, and its description in error messages."""
@@ -100,9 +109,10 @@ LIMIT = _number(
     lambda v: v >= 0 and (type(v) is int or v <= 1),
     "a whole number of batches, or a fraction from 0.0 to 1.0",
 )
+SOME = Values(lambda v: v != 0 and LIMIT.accepts(v), "1 batch or more, or a fraction above 0, up to 1.0")
 PART = _number(
     lambda v: 0 <= v < 1 or (type(v) is int and v >= 1),
-    "a whole number of examples, 0 or more, or a fraction below 1",
+    "a whole number, 0 or more, or a fraction of all below 1",
 )
 STEPS = Values(lambda v: type(v) is int and (v == -1 or v >= 1), "-1 or 1 or more")
 DEVICES = Values(_is_devices, "a number of devices, a list of their indices, or auto")
@@ -135,8 +145,9 @@ RULES = (
     Rule("trainer.max_epochs", COUNT, "5"),
     Rule("trainer.min_epochs trainer.min_steps", _or_null(COUNT), "null"),
     Rule("trainer.max_steps", STEPS, "-1"),
-    Rule("trainer.limit_train_batches trainer.limit_val_batches", _or_null(LIMIT), "null"),
-    Rule("trainer.limit_test_batches trainer.limit_predict_batches", _or_null(LIMIT), "null"),
+    Rule("trainer.limit_train_batches", _or_null(SOME), "null"),
+    Rule("trainer.limit_val_batches trainer.limit_test_batches", _or_null(LIMIT), "null"),
+    Rule("trainer.limit_predict_batches", _or_null(LIMIT), "null"),
     Rule("trainer.overfit_batches", LIMIT, "0.0"),
     Rule("trainer.check_val_every_n_epoch", _or_null(COUNT), "1"),
     Rule("trainer.num_sanity_val_steps", _or_null(_integer(-1)), "0"),
@@ -151,11 +162,30 @@ RULES = (
     Rule("sweep.seeds", COUNT, "5"),
     Rule("sweep.sampler", _one_of("tpe", "random", "qmc", "grid", "cmaes", "gp"), "tpe"),
     Rule("sweep.pruner", _one_of("none", "median", "percentile", "hyperband", "asha"), "median"),
+    Rule("sweep.warmup_trials", _integer(0), "5"),
+    Rule("sweep.warmup_epochs", PART, "0.3"),
     Rule("sweep.on_failure", _one_of("continue", "stop"), "continue"),
     Rule("sweep.space sweep.sampler_options sweep.pruner_options", _or_null(MAPPING), "null"),
     Rule("sweep.storage", _or_null(NAME, " for a file in tracking.dir"), "null"),
 )
 RULE_OF = {key: rule for rule in RULES for key in rule.keys.split()}
+
+
+def guess_mode(metric: str) -> str | None:
+    """Return whether the `min` or the `max` of a metric is best by its name; None if that does not tell."""
+    is_less, is_more = (
+        re.search(f"(?<![a-z0-9])({words})(?![a-z0-9])", metric.lower()) is not None
+        for words in (MINIMISED, MAXIMISED)
+    )
+    return None if is_less == is_more else "min" if is_less else "max"
+
+
+def mode_of(metric: Any) -> str:
+    """Return the mode of a `score.metric` that comes without one; refuse a name that does not tell it."""
+    mode = "min" if metric in (None, "null") else guess_mode(str(metric))  # null: nothing is compared
+    if mode is None:
+        raise BadInput(f"score.metric={metric}: is less of it better, or more? Add score.mode=min or =max")
+    return mode
 
 
 def nested_items(tree: Any, above: str = "") -> Iterator[tuple[str, Any]]:

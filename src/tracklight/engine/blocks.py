@@ -37,15 +37,20 @@ def steps_per_block(batch_size: int | None) -> int:
     return min(max(fitting, STEPS_PER_BLOCK[0]), STEPS_PER_BLOCK[-1])
 
 
-class NonFiniteLoss(RunFailed):
-    """The loss of optimizer step `step`, counted from 1, is NaN or infinite."""
+class NonFinite(RunFailed):
+    """The loss or the score is NaN or infinite at optimizer step `step`, counted from 1."""
+
+    def __init__(self, step: int, told: str):
+        super().__init__(f"{told}. Try a smaller optimizer.lr, or trainer.gradient_clip_val=1.0")
+        self.step = step
+
+
+class NonFiniteLoss(NonFinite):
+    """The loss of an optimizer step is NaN or infinite."""
 
     def __init__(self, step: int, value: float):
-        super().__init__(
-            f"train/loss is {value} at step {step}: stopped there; the best checkpoint is older."
-            " Try a smaller optimizer.lr, or trainer.gradient_clip_val=1.0"
-        )
-        self.step = step
+        told = f"train/loss is {value} at step {step}: stopped there; the best checkpoint is older"
+        super().__init__(step, told)
 
 
 class Blocks(Callback):
@@ -65,6 +70,7 @@ class Blocks(Callback):
         self.uses_blocks = False
         self.accumulated = 0  # batches whose optimizer step is still to come
         self.step_values: dict[str, list[Tensor]] = {}  # what those batches logged
+        self.num_examples = 0  # of a `TensorData`, trained on since the start of this process
 
     @property
     def mid_step(self) -> bool:
@@ -103,6 +109,8 @@ class Blocks(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if isinstance(trainer.datamodule, TensorData) and isinstance(batch, tuple | list):
+            self.num_examples += len(batch[1]) * trainer.world_size
         if not self.uses_blocks:
             step = trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1
             seed_step(self.seed, step, trainer.global_rank)

@@ -22,6 +22,7 @@ import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 from torch.serialization import MAP_LOCATION
 from typing_extensions import override
@@ -226,33 +227,83 @@ def keep_last(folder: Path, io: DurableCheckpointIO) -> None:
         io.remove_checkpoint(path)
 
 
+class BestCheckpoint(ModelCheckpoint):
+    """Saves the weights with the best score so far, of the epochs that measured it and found a number.
+
+    Lightning keeps the value of an earlier epoch, and would take NaN for the worst number there is.
+    """
+
+    supports_blocks = True
+
+    def __init__(self, metric: str | None, mode: str, within_epochs: bool):
+        """Create it; `within_epochs` says that validation does not end with its epoch."""
+        at_end = not within_epochs or str(metric).startswith("train")
+        options: dict[str, Any] = {"save_weights_only": True, "enable_version_counter": False}
+        options["save_on_train_epoch_end"] = True if at_end else None
+        super().__init__(filename="best", monitor=metric, mode=mode, **options)
+        self.metric, self._before = metric or "", None
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """That of the runs which earlier versions saved."""
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        self._before = trainer.callback_metrics.get(self.metric)
+
+    @override
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        if current is None or trainer.callback_metrics.get(self.metric) is self._before:
+            return False
+        is_finite = trainer.strategy.reduce_boolean_decision(bool(current.isfinite().all()))
+        return is_finite and super().check_monitor_top_k(trainer, current)
+
+
 class ResumeCheckpoint(Callback):
     """Saves a resume checkpoint once an epoch is wholly over: as the next starts, or at the end.
 
     `on_train_epoch_end` comes before the epoch's train metrics are logged and the schedulers
     stepped, so a run continued from there would lose both.
+    A run that `stops`, the settings that may end it early, have ended stays ended until they change.
     """
 
-    def __init__(self, io: DurableCheckpointIO):
+    def __init__(self, io: DurableCheckpointIO, stops: str = ""):
         self.folder: Any = None  # a Path, once the run's folder is known
         self.io = io
         self.saved_at = time.monotonic()
-        self.stopped_early = False
+        self.stops = self.stops_before = stops
+        self.stopped_early = self.is_partial = False
         self.first_epoch = 0
         self.changed: Mapping[str, tuple[Any, Any]] = {}  # config keys, since the checkpoint
 
     @override
-    def state_dict(self) -> dict[str, bool]:
-        return {"stopped_early": self.stopped_early}
+    def state_dict(self) -> dict[str, Any]:
+        return {"stopped_early": self.stopped_early, "is_partial": self.is_partial, "stops": self.stops}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, bool]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.stopped_early = state_dict["stopped_early"]
+        self.is_partial = state_dict.get("is_partial", False)
+        self.stops_before = state_dict.get("stops", self.stops)
+
+    def check(self, checkpoint: Path | None) -> None:
+        """Refuse a checkpoint of the middle of an epoch, unless what ended the run there still does."""
+        state = {} if checkpoint is None else load_plain(checkpoint)["callbacks"].get(self.state_key, {})
+        if state.get("is_partial") and state.get("stops", self.stops) != self.stops:
+            raise BadInput(
+                "trainer.max_steps or max_time ended this run in the middle of an epoch, whose rest cannot be"
+                " taken up; start a new run with the new settings, or from its weights: init_from=RUN_ID"
+            )
 
     @override
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         apply_changes(self.changed, checkpoint)
         relocate_best(self.folder, checkpoint)
+        for each in trainer.callbacks:  # Lightning would restore this argument with the counts
+            if isinstance(each, EarlyStopping) and (state := checkpoint["callbacks"].get(each.state_key)):
+                state["patience"] = each.patience
 
     @override
     def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
@@ -275,13 +326,18 @@ class ResumeCheckpoint(Callback):
             total.ready, current.ready = ready
 
     @override
-    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_start(self, trainer: Any, *_: Any) -> None:
         self.first_epoch = trainer.current_epoch
-        trainer.should_stop |= self.stopped_early  # Lightning forgets it from one fit to the next
+        # Lightning forgets it from one fit to the next.
+        stopping = (each for each in trainer.callbacks if isinstance(each, EarlyStopping))
+        holds = self.stops == self.stops_before or any(s.wait_count >= s.patience for s in stopping)
+        self.stopped_early &= holds
+        trainer.should_stop |= self.stopped_early
 
     @override
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
         self.stopped_early = trainer.should_stop
+        self.is_partial = not trainer.is_last_batch
         self._commit(trainer)
 
     def _commit(self, trainer: Trainer) -> None:

@@ -13,6 +13,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from tracklight.engine.blocks import NonFinite
 from tracklight.engine.progress import AfterEpoch
 from tracklight.tracking.tags import EPOCHS_RUN_TAG, OUTCOME_TAG, PRUNED, SECONDS_TAG
 
@@ -130,6 +131,45 @@ def _collectors() -> list[Any]:
     return collectors
 
 
+class ScoreMonitor(AfterEpoch):
+    """Says at once that the score of an epoch is NaN or infinite: such a one is never best, nor recorded."""
+
+    supports_blocks = True
+
+    def __init__(self, metric: str | None):
+        super().__init__()
+        self.metric = metric
+        self.since: tuple[float, int, int] | None = None  # not finite since: value, epoch from 1, step
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"since": self.since}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.since = state_dict["since"]
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        value = self.measured(trainer).get(self.metric or "")
+        if value is None:
+            return
+        if trainer.strategy.reduce_boolean_decision(math.isfinite(value)):
+            self.since = None
+        elif self.since is None:
+            value, epoch = float(value), trainer.current_epoch + 1
+            self.since = value, epoch, trainer.global_step
+            if trainer.is_global_zero:
+                print(f"{self.metric} is {value} in epoch {epoch}: no score, and never the best", flush=True)
+
+    def check(self, has_score: bool) -> None:
+        """Raise NonFinite for a run that has no score because its last values were not finite."""
+        if self.since is not None and not has_score:
+            value, epoch, step = self.since
+            told = f"{self.metric} is {value} in epoch {epoch} and finite in no later one: there is no score"
+            raise NonFinite(step, told)
+
+
 class PruningCallback(AfterEpoch):
     """Reports the score after each epoch, stops a pruned trial, and tags its run.
 
@@ -184,8 +224,8 @@ class PruningCallback(AfterEpoch):
     @override
     def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
         self.metrics |= set(trainer.callback_metrics)
-        value = trainer.callback_metrics.get(self.metric)
-        if value is not None and trainer.is_global_zero:
+        value = self.measured(trainer).get(self.metric)
+        if value is not None and math.isfinite(value) and trainer.is_global_zero:
             self.pruned = self.report(trainer.current_epoch + 1, float(value))
         if self.pruned or self.one_epoch:
             trainer.should_stop = True

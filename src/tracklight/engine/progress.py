@@ -25,6 +25,7 @@ class AfterEpoch(EarlyStopping):
 
     def __init__(self) -> None:
         super().__init__(monitor="", check_on_train_epoch_end=True)
+        self._before: dict[str, Any] = {}
 
     @property
     @override
@@ -35,6 +36,14 @@ class AfterEpoch(EarlyStopping):
     def state_dict(self) -> dict[str, Any]:
         return {}
 
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        self._before = dict(trainer.callback_metrics)
+
+    def measured(self, trainer: Trainer) -> dict[str, Any]:
+        """Return the metrics measured in this epoch; of others, Lightning keeps the last value, as it is."""
+        return {k: v for k, v in trainer.callback_metrics.items() if v is not self._before.get(k)}
+
 
 class EpochLines(AfterEpoch):
     """Prints one line an epoch: its metrics and its seconds."""
@@ -43,6 +52,7 @@ class EpochLines(AfterEpoch):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        super().on_train_epoch_start(trainer)
         self.started = time.perf_counter()
 
     @override
@@ -50,7 +60,7 @@ class EpochLines(AfterEpoch):
         if trainer.is_global_zero:
             seconds = time.perf_counter() - self.started
             epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-            metrics = format_metrics(trainer.callback_metrics)
+            metrics = format_metrics(self.measured(trainer))
             print(f"{epoch}  {metrics}  {seconds:.2f} s", flush=True)
 
 

@@ -1,8 +1,10 @@
 """From a config to the objects of a run: data, model, optimizer, callbacks, trainer."""
 
 import itertools
+import json
 import logging
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -34,6 +36,8 @@ from tracklight.models.supervised import Supervised
 TOTALS = ("T_max", "total_steps", "total_iters")  # scheduler arguments that mean the whole run
 FINDERS = {BatchSizeFinder: "-m data.batch_size=32,64,128", LearningRateFinder: "-m sweep=lr"}  # and instead
 FORKING = ("_spawn", "_fork", "_notebook")  # name endings of the Lightning strategies that fork
+OPTIMIZER_KEYS = ("optimizer", "scheduler")  # not used by a model that configures its own
+STOPS = ("max_time", "max_steps", "min_epochs", "min_steps")  # Trainer arguments beside max_epochs
 
 
 def build_data(cfg: DictConfig, read: bool = True) -> LightningDataModule | None:
@@ -82,14 +86,17 @@ def _set_optimizer(cfg: DictConfig, model: Any) -> None:
     """Give the model the config's optimizer, unless it is a foreign one that configures its own."""
     if not isinstance(model, Supervised):
         if is_overridden("configure_optimizers", model):
-            if any(word.startswith(("optimizer=", "optimizer.")) for word in sys.argv[1:]):
+            used = re.compile(rf"\+*({'|'.join(OPTIMIZER_KEYS)})[@.=]")
+            if ignored := [word for word in sys.argv[1:] if used.match(word)]:
                 warnings.warn(
-                    f"{type(model).__name__} configures its own optimizer: optimizer= is ignored",
+                    f"{type(model).__name__} configures its own optimizer: ignored {', '.join(ignored)}",
                     stacklevel=2,
                 )
             return
         # Lightning asks only the module for its optimizer; LightningCLI sets this method, too.
         model.configure_optimizers = MethodType(Supervised.configure_optimizers, model)
+        if not is_overridden("lr_scheduler_step", model):
+            model.lr_scheduler_step = MethodType(Supervised.lr_scheduler_step, model)
     allowed = cfg.allowed_targets
     model.optimizer_factory = instantiate(cfg.optimizer, allowed, Optimizer, partial=True)
     model.scheduler_factory = _scheduler_factory(cfg, model)
@@ -105,7 +112,9 @@ def _scheduler_factory(cfg: DictConfig, model: Any) -> Callable[..., dict[str, A
         missing = [key for key in TOTALS if key in node and node[key] is None]
         totals = {key: _run_length(model.trainer, settings["interval"]) for key in missing}
         scheduler = instantiate(node | totals, cfg.allowed_targets, LRScheduler, partial=True)
-        return {"scheduler": scheduler(optimizer), **settings}
+        # Where validation is rarer than its steps, a plateau's metric may be yet to come.
+        is_measured = settings["interval"] == "epoch" and model.trainer.check_val_every_n_epoch == 1
+        return {"scheduler": scheduler(optimizer), "strict": is_measured, **settings}
 
     return factory
 
@@ -144,6 +153,12 @@ def has_test(model: LightningModule, data: LightningDataModule | None) -> bool:
     if isinstance(data, TensorData):
         return "test" in data.splits
     return is_overridden("test_step", model) and is_overridden("test_dataloader", data or model)
+
+
+def early_stops(cfg: DictConfig) -> str:
+    """Return, as text, the settings that may end a run before its last epoch."""
+    settings = {key: cfg.trainer.get(key) for key in STOPS}
+    return json.dumps(settings | {"callbacks": to_plain(cfg)["callbacks"]}, sort_keys=True)
 
 
 def _config_callbacks(cfg: DictConfig) -> list[Callback]:

@@ -11,9 +11,10 @@ from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 
 from tracklight.config.compose import config_digest, digest_without_seed, flatten, short_params, to_plain
 from tracklight.data.tensor_data import TensorData
-from tracklight.engine.blocks import NonFiniteLoss
+from tracklight.engine.blocks import NonFinite
 from tracklight.engine.signals import Stopped
 from tracklight.errors import BadInput
+from tracklight.experiment.build import OPTIMIZER_KEYS
 from tracklight.experiment.stored import COMMAND_KEYS, ResumedRun, describe_inputs
 from tracklight.figures.choose import FOLDER, draw_figures
 from tracklight.models.linear_regression import LinearRegression
@@ -40,11 +41,13 @@ def open_run(
         BadInput: The resumed run was started with other code, data or settings.
     """
     data_name = getattr(data, "name", None) or type(data).__name__
+    source_digest = data.source_digest if isinstance(data, TensorData) else None
     run_tags = {
         **provenance.tags(),
         tags.IDENTITY_TAG: config_digest(cfg),
-        tags.SETTING_TAG: digest_without_seed(cfg),
+        tags.SETTING_TAG: digest_without_seed(cfg, source_digest),
         tags.DATA_TAG: data.digest if isinstance(data, TensorData) else "unknown",
+        **({} if source_digest is None else {tags.DATA_SET_TAG: source_digest}),
         tags.DATA_NAME_TAG: data_name,
         tags.EPOCHS_TAG: str(cfg.trainer.max_epochs),
         **further_tags,
@@ -71,14 +74,21 @@ def open_run(
     return run
 
 
-def describe(run: Run, cfg: DictConfig, data: LightningDataModule | None, provenance: Provenance) -> None:
+def describe(
+    run: Run,
+    cfg: DictConfig,
+    model: LightningModule,
+    data: LightningDataModule | None,
+    provenance: Provenance,
+) -> None:
     """Log the run's params, data set, config and provenance."""
     tree = redact(to_plain(cfg))
     if not run.has_params:  # as are all resumed runs but those killed right after their creation
         if isinstance(data, TensorData):
             run.log_input(data.name, data.digest, data.source, "training")
         # What does not describe the training is no param, or every comparison would show it.
-        params = {k: v for k, v in tree.items() if k not in (*COMMAND_KEYS, "overrides")}
+        own = () if hasattr(model, "optimizer_factory") else OPTIMIZER_KEYS
+        params = {k: v for k, v in tree.items() if k not in (*COMMAND_KEYS, "overrides", *own)}
         run.log_params(short_params(params) | flatten(params))  # last: params say that it is described
     run.log_text(yaml.safe_dump(tree, sort_keys=False), tags.CONFIG)
     if isinstance(data, TensorData):
@@ -103,7 +113,7 @@ def finish_run(
     except Stopped:
         status = "KILLED"
         raise
-    except NonFiniteLoss as error:
+    except NonFinite as error:
         run.set_tags({tags.NON_FINITE_TAG: str(error.step)})
         raise
     finally:
@@ -118,11 +128,14 @@ def finish_run(
             print(f"stopped, {epoch}: run {run.run_id} ({run.name}); resume={run.run_id} continues it")
 
 
-def log_reference(run: Run, model: LightningModule, data: LightningDataModule | None) -> None:
-    """Log how far a trained linear regression is from the least-squares solution."""
-    if isinstance(model, LinearRegression) and isinstance(data, TensorData):
-        train = data.splits["train"]
-        run.log_metrics(model.reference(data.transform(train.features), train.targets))
+def log_reference(run: Run, model: LightningModule, data: LightningDataModule | None) -> dict[str, float]:
+    """Log and return how far a trained linear regression is from the least-squares solution."""
+    if not (isinstance(model, LinearRegression) and isinstance(data, TensorData)):
+        return {}
+    train = data.splits["train"]
+    metrics = model.reference(data.transform(train.features), train.targets)
+    run.log_metrics(metrics)
+    return metrics
 
 
 def log_final(

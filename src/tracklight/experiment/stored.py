@@ -89,26 +89,27 @@ def resolve_resume(
 
 def _find_unfinished(cfg: DictConfig, store: Store) -> Any | None:
     """Return the newest unfinished run of this config that no other command resumes."""
-    max_epochs = cfg.trainer.max_epochs
+    max_epochs = str(cfg.trainer.max_epochs)
     for run in store.find(compose.config_digest(cfg)):
         run_id, run_tags = run.info.run_id, run.data.tags
         if {tags.PARENT_TAG, tags.REPRODUCES_TAG} & run_tags.keys():
             continue
         if not (store.runs_folder / run_id).is_dir():  # it may be in progress on another machine
             continue
-        if depends_on_total(cfg.scheduler) and run_tags.get(tags.EPOCHS_TAG) != str(max_epochs):
+        is_as_long = run_tags.get(tags.EPOCHS_TAG) == max_epochs
+        if depends_on_total(cfg.scheduler) and not is_as_long:
             continue
-        if is_unfinished(run, max_epochs) or run_id in store.recovered:
+        # One that was killed as it ended may be FINISHED: the same command has nothing else to start.
+        if is_unfinished(run) or (is_as_long and run_id in store.recovered):
             return run
     return None
 
 
-def is_unfinished(run: Any, max_epochs: int) -> bool:
-    """Return whether a run has epochs left and did not fail because of a non-finite loss."""
+def is_unfinished(run: Any) -> bool:
+    """Return whether a run did not get to its end, for another reason than a non-finite loss or score."""
     if run.info.status == "FAILED":
         return tags.NON_FINITE_TAG not in run.data.tags
-    epochs = int(run.data.tags.get(tags.EPOCHS_TAG, max_epochs))
-    return run.info.status != "FINISHED" or epochs < max_epochs
+    return run.info.status != "FINISHED"
 
 
 def _resume_by_id(cfg: DictConfig, store: Store) -> tuple[DictConfig, ResumedRun]:

@@ -12,19 +12,18 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from pytorch_lightning import Callback, LightningDataModule, LightningModule
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers.logger import DummyLogger
 from torch.distributed import DistError
 
 from tracklight.config.compose import list_targets, to_plain
 from tracklight.config.hardware import default_threads, describe_machine
-from tracklight.data.tensor_data import TensorData
 from tracklight.engine import checkpoints, distributed, progress
 from tracklight.engine.blocks import Blocks
 from tracklight.engine.lightning_internals import set_root_dir
+from tracklight.engine.monitors import ScoreMonitor
 from tracklight.engine.signals import SafeStop
 from tracklight.errors import RunFailed
-from tracklight.experiment.build import build_data, build_model, build_trainer, has_test
+from tracklight.experiment.build import build_data, build_model, build_trainer, early_stops, has_test
 from tracklight.experiment.record import describe, finish_run, log_final, log_reference, open_run
 from tracklight.experiment.stored import ResumedRun, load_best_weights, open_store, resolve_resume
 from tracklight.paths import ROOT
@@ -76,18 +75,18 @@ def run(
         stop.has_company = training.trainer.world_size > 1
         if resumed:
             distributed.check_resumable(training.trainer)
+            training.last.check(resumed.find_checkpoint())
 
         # The run is opened last: what fails earlier leaves no empty run behind.
         start_s = time.perf_counter()
         tracked = store and open_run(store, cfg, model, data, resumed, source, tags)
         with finish_run(tracked, model, training.trainer, cfg.tracking.figures), stop.converting_errors():
             if tracked:
-                describe(tracked, cfg, data, source)
+                describe(tracked, cfg, model, data, source)
             training.fit(checkpoint=training.track(tracked, resumed))
             stop.check()  # for a signal after the last batch
 
-            if tracked:
-                log_reference(tracked, model, data)
+            reference = log_reference(tracked, model, data) if tracked else {}
             score, step = training.load_best()
             if test and has_test(model, data) and not training.trainer.fast_dev_run:
                 training.trainer.test(model, datamodule=data, verbose=False)
@@ -96,7 +95,7 @@ def run(
                 checkpoints.keep_last(tracked.artifacts / CHECKPOINTS, training.io)
                 log_final(store, tracked, cfg, model, data, step, score, test)
         if not distributed.is_nonzero_rank():
-            print(training.summary(score, time.perf_counter() - start_s, tracked))
+            print(training.summary(score, time.perf_counter() - start_s, tracked, reference))
         return score
 
 
@@ -112,16 +111,12 @@ class Training:
     ):
         self.cfg, self.data, self.model = cfg, data, model
         self.blocks = Blocks(cfg.seed)
+        self.score = ScoreMonitor(cfg.score.metric)
         self.io = checkpoints.DurableCheckpointIO()
-        self.last = checkpoints.ResumeCheckpoint(self.io)
-        self.best = ModelCheckpoint(
-            filename="best",
-            monitor=cfg.score.metric,
-            mode=cfg.score.mode,
-            save_weights_only=True,
-            enable_version_counter=False,
-        )
-        callbacks, saving = [self.blocks, *callbacks], [self.last, self.best]
+        self.last = checkpoints.ResumeCheckpoint(self.io, early_stops(cfg))
+        within_epochs = str(cfg.trainer.val_check_interval) not in ("None", "1.0")
+        self.best = checkpoints.BestCheckpoint(cfg.score.metric, cfg.score.mode, within_epochs)
+        callbacks, saving = [self.blocks, self.score, *callbacks], [self.last, self.best]
         self.trainer: Any = build_trainer(cfg, data, callbacks, saving, self.io)
 
     def track(self, run: Run | None, resumed: ResumedRun | None) -> Path | None:
@@ -157,6 +152,10 @@ class Training:
             with warnings.catch_warnings():
                 # The folder of a resumed run holds its checkpoints.
                 warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
+                # Where validation is rarer than epochs; `load_best` tells of a metric that never came.
+                warnings.filterwarnings("ignore", ".*could not find the monitored key")
+                warnings.filterwarnings("ignore", "ReduceLROnPlateau conditioned on metric .* not available")
+                warnings.filterwarnings("ignore", ".*add the following callbacks: ..Timer..")  # max_time=null
                 self.trainer.fit(self.model, datamodule=self.data, ckpt_path=checkpoint)
         except Exception as error:
             if reason := _explain(error, self.cfg, self.trainer.world_size):
@@ -164,15 +163,20 @@ class Training:
                     launcher.kill(signal.SIGKILL)  # a process that hangs, or is stopped, would stay
                 raise RunFailed(reason) from error
             raise
+        if not self.trainer.fit_loop.epoch_loop.batch_progress.total.ready:
+            why = f"trainer.max_time={self.cfg.trainer.max_time} is too short, or the training data are empty"
+            raise RunFailed(f"nothing was trained: the run ended before its first batch; {why}")
         self.fit_s = time.perf_counter() - start_s
 
     def load_best(self) -> tuple[float | None, int]:
-        """Load the best weights, if saved; return their score and their optimizer step."""
+        """Load the best weights, if saved; return their score, a finite number, and their optimizer step."""
         metric = self.cfg.score.metric
         if not self.cfg.tracking.enabled:
+            self.score.check(has_score=False)
             score = self.trainer.callback_metrics.get(metric)
             return None if score is None else float(score), self.trainer.global_step
         path = Path(self.best.dirpath or "") / "best.ckpt"
+        self.score.check(has_score=path.exists())
         if not path.exists():
             if self.trainer.is_global_zero:
                 missing = f"{metric} was not measured at the end of an epoch"
@@ -183,11 +187,11 @@ class Training:
         score = self.best.best_model_score
         return None if score is None else float(score), best["global_step"]
 
-    def summary(self, score: float | None, total_s: float, run: Run | None) -> str:
-        """Return the closing summary of the run."""
+    def summary(
+        self, score: float | None, total_s: float, run: Run | None, reference: Mapping[str, float]
+    ) -> str:
+        """Return the closing summary of the run; `reference` is what its model is compared with."""
         metrics = {key: float(value) for key, value in self.trainer.callback_metrics.items()}
-        epochs = self.trainer.current_epoch - self.last.first_epoch
-        rows = len(self.data.splits["train"]) if isinstance(self.data, TensorData) else 0
         where = {}
         if run is not None:
             best = str(run.artifacts / BEST)
@@ -203,7 +207,8 @@ class Training:
             epoch="best" if self.cfg.tracking.enabled else "last",
             test={key: value for key, value in metrics.items() if key.startswith("test/")},
             seconds=(self.fit_s, total_s),
-            num_examples=rows * epochs,
+            num_examples=self.blocks.num_examples,
+            exact=progress.format_metrics(reference),
             **where,
         )
 

@@ -27,6 +27,7 @@ class Supervised(LightningModule):
     pure = False
     block_runner: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     log_recorder: Callable[..., None] | None = None  # replaces `log` during a block
+    last_metric: Any = None  # that a scheduler has stepped on
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,6 +93,15 @@ class Supervised(LightningModule):
         values = {f"{stage}/{name}": value for name, value in values.items()}
         sync = self.trainer.world_size > 1
         self.log_dict(values, batch_size=len(targets), prog_bar=True, sync_dist=sync)
+
+    @override
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step; on a metric only if it was measured since the last time: else it is the same object."""
+        if metric is None:
+            scheduler.step()
+        elif metric is not getattr(self, "last_metric", None):
+            self.last_metric = metric
+            scheduler.step(metric)
 
     @override
     def configure_optimizers(self) -> dict[str, Any]:

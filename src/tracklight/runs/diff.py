@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 
 from tracklight.config.compose import flatten
+from tracklight.config.rules import guess_mode
 from tracklight.errors import BadInput
 from tracklight.paths import ROOT
-from tracklight.runs.leaderboard import difference, guess_mode, half_width, result_params
+from tracklight.runs.leaderboard import difference, half_width, result_params
 from tracklight.runs.reader import RunFilter, RunReader, RunRecord, finite, latest_seeds
 from tracklight.runs.select import fetch, find_run, select_id, trained_id
 from tracklight.tracking import tags
@@ -90,7 +91,7 @@ def diff_runs(reader: RunReader, args: Any) -> str:
     sections: dict[str, Any] = {
         "config": diff_values(*(_whole_params(args.uri, args.dir, run) for run in (a, b))),
         "code": _diff_tags(a, b, CODE_TAGS) + _git_diff(a, b, "--stat").splitlines(),
-        "data": _diff_tags(a, b, {"digest": tags.DATA_TAG}),
+        "data": _diff_tags(a, b, {"digest": tags.DATA_TAG}) if _knows_data(a) or _knows_data(b) else None,
         **diff_environments(*texts),
     }
     if args.form == "json":
@@ -100,6 +101,8 @@ def diff_runs(reader: RunReader, args: Any) -> str:
         if sections[name] is None:
             gone = [side for side, each in zip("AB", texts, strict=True) if path not in each]
             sections[name] = [f"{side}: not known (its files are gone)" for side in gone]
+    if sections["data"] is None:
+        sections["data"] = ["not known: no digest is taken of data modules of one's own (no TensorData)"]
     sections |= {"metrics": _diff_metrics(a, b), "score": _describe_scores(a, b, scores)}
     lines = []
     for name, run in (("A", a), ("B", b)):
@@ -135,6 +138,10 @@ def _diff_tags(a: RunRecord, b: RunRecord, names: Mapping[str, str]) -> list[str
         return {name: run.tags.get(tag, "unknown")[:12] for name, tag in names.items()}
 
     return diff_values(short(a), short(b))
+
+
+def _knows_data(run: RunRecord) -> bool:
+    return run.tags.get(tags.DATA_TAG, "unknown") != "unknown"
 
 
 def _git_diff(a: RunRecord, b: RunRecord, *options: str) -> str:
@@ -196,7 +203,7 @@ def _scores_by_seed(reader: RunReader, run: RunRecord) -> Scores:
     setting = run.tags.get(tags.SETTING_TAG)
     if setting is None:
         return {"": run.metrics[tags.SCORE]} if tags.SCORE in run.metrics else {}
-    same = {key: run.tags[key] for key in (tags.SETTING_TAG, tags.DATA_NAME_TAG) if key in run.tags}
+    same = {tags.SETTING_TAG: setting, **tags.same_data(run.tags)}
     found = latest_seeds(reader.search_scores(RunFilter(tags=same), tags.SCORE))
     values = {run.run_id: run.value for run in found if run.value is not None}
     scores = {}
@@ -221,7 +228,7 @@ def _describe_scores(a: RunRecord, b: RunRecord, scores: list[Scores]) -> list[s
     found = difference(*scores)
     if found is None:
         return [*lines, "a single seed cannot tell chance apart; train both with several seeds"]
-    mode = a.params.get("score.mode") or guess_mode(metric or "")
+    mode = a.params.get("score.mode") or guess_mode(str(metric)) or "max"
     better = "better" if (found.value > 0) == (mode == "max") else "worse"
     verdict = f"more than noise: B is {better}" if found.is_significant else "no more than noise"
     pairs = ", seed by seed" if found.is_paired else ""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tracklight.config.compose import NOT_IN_DIGEST
+from tracklight.config.rules import guess_mode
 from tracklight.errors import BadInput
 from tracklight.runs.reader import RunFilter, RunReader, RunRecord, RunScore, finite, latest_seeds
 from tracklight.tracking import tags
@@ -16,7 +17,6 @@ from tracklight.tracking.lock import was_abandoned
 
 MIN_PAIRS = 3  # of two, the interval would be wider than what it compares, almost always
 LOSSES = ("train/loss_epoch", "train/loss", "val/loss", "train_loss", "val_loss", "loss")
-MINIMISED = ("loss", "error", "gap", "rmse", "mse", "mae", "perplexity")
 
 
 @dataclass(frozen=True)
@@ -185,18 +185,12 @@ def rank_runs(
     if metric in (None, tags.SCORE, score_metric):
         mode = mode or newest.params.get("score.mode")
     shown_metric = metric or score_metric or tags.SCORE
-    mode = mode or guess_mode(shown_metric)
+    mode = mode or guess_mode(shown_metric) or "max"
     why = "scored by another metric" if metric is None else f"without a finite {metric}"
     left_out = f"{num_all - len(scores):,} runs {why} left out" if len(scores) < num_all else ""
     rows = rank_rows(_group_by_setting(scores, each), mode)
     shown, columns = _fill_in(reader, rows[:limit], shown_metric, folders)
     return Leaderboard(shown_metric, mode, shown, columns, len(scores), len(rows), left_out)
-
-
-def guess_mode(metric: str) -> str:
-    """Return `min` for a metric named like a loss, else `max`."""
-    words = metric.lower().replace("/", "_").split("_")
-    return "min" if any(word in MINIMISED for word in words) else "max"
 
 
 def result_params(run: RunRecord) -> dict[str, str]:
@@ -270,9 +264,12 @@ def _flag_differences(runs: Sequence[RunRecord], first: Sequence[RunRecord]) -> 
         elif found != {first[0].tags.get(tag)}:
             flags.append(f"other {name}")
     # A seed may decide how the data are split: digests are compared seed by seed.
-    digests = {(run.params.get("seed"), run.tags.get(tags.DATA_TAG)) for run in (*runs, *first)}
-    names = {run.tags.get(tags.DATA_NAME_TAG) for run in (*runs, *first)}
-    if len(names) > 1 or len(digests) > len({seed for seed, _ in digests}):
+    all_runs = (*runs, *first)
+    digests = {(run.params.get("seed"), run.tags.get(tags.DATA_TAG)) for run in all_runs}
+    known = [
+        {run.tags.get(tag) for run in all_runs} - {None} for tag in (tags.DATA_NAME_TAG, tags.DATA_SET_TAG)
+    ]
+    if any(len(each) > 1 for each in known) or len(digests) > len({seed for seed, _ in digests}):
         flags.append("other data")
     if any(run.tags.get(tags.DIRTY_TAG) == "true" for run in runs):
         flags.append("uncommitted")

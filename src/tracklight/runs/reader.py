@@ -133,7 +133,12 @@ def _as_logged(value: float) -> float:
 
 
 def _newest_first(runs: Iterable[RunRecord]) -> list[RunRecord]:
-    return sorted(runs, key=lambda run: (-run.start_ms, run.run_id))
+    """Sort runs; the number of epochs of one that was extended is its tag's, as its param is for good."""
+    found = sorted(runs, key=lambda run: (-run.start_ms, run.run_id))
+    for run in found:
+        if tags.EPOCHS_TAG in run.tags and "trainer.max_epochs" in run.params:
+            run.params["trainer.max_epochs"] = run.tags[tags.EPOCHS_TAG]
+    return found
 
 
 class SqliteReader(RunReader):

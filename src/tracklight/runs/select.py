@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tracklight.errors import BadInput
 from tracklight.runs.reader import RunFilter, RunReader, reader_of
-from tracklight.tracking.tags import BEST_TAG, DATA_NAME_TAG, EVALUATES_TAG, SCORE, is_sweep
+from tracklight.tracking.tags import BEST_TAG, EVALUATES_TAG, SCORE, is_sweep, same_data
 
 if TYPE_CHECKING:
     from tracklight.tracking.store import Store
@@ -56,9 +56,8 @@ def select_id(reader: RunReader, word: str, experiment: str | None = None) -> st
     if word == "last":
         return runs[0].run_id
     (newest,) = reader.get_runs([runs[0].run_id])
-    tags = {key: newest.tags[key] for key in (DATA_NAME_TAG,) if key in newest.tags}
     params = {"score.metric": newest.params["score.metric"]}
-    comparable = reader.search_scores(RunFilter(experiment, tags, params), SCORE)
+    comparable = reader.search_scores(RunFilter(experiment, same_data(newest.tags), params), SCORE)
     values = {run.run_id: run.value for run in comparable if run.value is not None}
     best = max if newest.params["score.mode"] == "max" else min
     return best(values, key=values.__getitem__)

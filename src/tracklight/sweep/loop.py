@@ -310,7 +310,7 @@ class SweepLoop:
 
 def final_result(child: Any | None) -> TrialResult | None:
     """Return how a run ended; None if there is no run or it is to be continued."""
-    if child is None or is_unfinished(child, 0):
+    if child is None or is_unfinished(child):
         return None
     found, run_id = child.data.tags, child.info.run_id
     if child.info.status == "FAILED":

@@ -30,6 +30,7 @@ BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 JOBLIB_LAUNCHER = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"  # local
 NOT_SWEEPABLE = ("sweep", "tracking", "resume", "allow_changes", "allowed_targets", "hydra")
 DEFAULT_TRIALS = 20  # of a search
+WARMUP_KEYS = ("warmup_trials", "warmup_epochs")
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,8 @@ class Plan:
 
         cfg, keys = self.first_cfg, ("sampler", "sampler_options", "pruner", "pruner_options")
         options: dict[str, Any] = {key: self.settings[key] or {} for key in keys}
-        return OptunaSettings(**options, seed=cfg.seed, max_epochs=cfg.trainer.max_epochs)
+        warmup = {key: self.settings[key] for key in WARMUP_KEYS}
+        return OptunaSettings(**options, **warmup, seed=cfg.seed, max_epochs=cfg.trainer.max_epochs)
 
     @cached_property
     def num_trials(self) -> int | None:
@@ -211,6 +213,7 @@ class Plan:
         varying = tuple(f"{name}." for name in names)
         shared = {key: value for key, value in values.items() if not f"{key}.".startswith(varying)}
         keys = ["pruner", "pruner_options"]
+        keys += WARMUP_KEYS if self.prunes else ()
         keys += ["sampler", "sampler_options", "seeds"] if self.is_search else []
         settings = {key: self.settings[key] for key in keys}
         settings["score"] = [self.metric, self.mode]

@@ -4,6 +4,7 @@ import fcntl
 import importlib.util
 import inspect
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,7 +62,11 @@ RETRY_OF_ATTR = "retry_of"  # number of the trial that it replaces
 
 @dataclass(frozen=True)
 class OptunaSettings:
-    """The sampler and the pruner of a sweep by name, with the arguments of their classes."""
+    """The sampler and the pruner of a sweep by name, with the arguments of their classes.
+
+    Where its options do not say it, no trial is pruned before `warmup_trials` are complete (median,
+    percentile) and it has run for `warmup_epochs`: a count, or below 1 a fraction of `max_epochs`.
+    """
 
     sampler: str
     sampler_options: Mapping[str, Any]
@@ -69,6 +74,8 @@ class OptunaSettings:
     pruner_options: Mapping[str, Any]
     seed: int
     max_epochs: int
+    warmup_trials: int = 5
+    warmup_epochs: float = 0
 
     def check(self, distributions: Mapping[str, Any]) -> None:
         """Check the options by sampling and pruning a trial in memory.
@@ -118,10 +125,15 @@ class OptunaSettings:
 
     def build_pruner(self) -> Any:
         """Return the pruner, with defaults that suit epochs as steps."""
+        fraction = self.warmup_epochs if self.warmup_epochs < 1 else 0.0
+        epochs = math.ceil(fraction * self.max_epochs) or int(self.warmup_epochs)
+        warmup = {"n_startup_trials": self.warmup_trials, "n_warmup_steps": epochs}
+        least = {"min_resource": min(max(1, epochs), self.max_epochs)}
         defaults = {
-            "percentile": {"percentile": 25.0},
-            "hyperband": {"max_resource": self.max_epochs},
-            "asha": {"min_resource": 1},
+            "median": warmup,
+            "percentile": warmup | {"percentile": 25.0},
+            "hyperband": least | {"max_resource": self.max_epochs},
+            "asha": least,
         }
         options = {**defaults.get(self.pruner, {}), **self.pruner_options}
         return _build("pruner", self.pruner, getattr(optuna.pruners, PRUNERS[self.pruner]), options)

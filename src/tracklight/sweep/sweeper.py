@@ -252,7 +252,8 @@ def preflight(plan: Plan, executor: ProcessExecutor) -> str | None:
         The digest of the first config's data; None if unknown.
 
     Raises:
-        BadInput: The data or the model refuse the config, or `score.metric` is never logged.
+        BadInput: The data or the model refuse the config, `score.metric` is never logged, or a key
+            that varies is not used.
     """
     jobs = [jobs[0] for jobs in plan.configs]
     on_cpu = plan.launcher is not None or num_devices(jobs[0].cfg.trainer.devices) != 1
@@ -262,6 +263,10 @@ def preflight(plan: Plan, executor: ProcessExecutor) -> str | None:
         refusal = _refusal(result, plan.metric, on_cpu)
         if not refusal:
             for text in result.warnings:
+                if varied := [
+                    axis.name for axis in plan.space.axes if "ignored" in text and f" {axis.name}=" in text
+                ]:
+                    raise BadInput(f"{', '.join(varied)} cannot vary: {text}")
                 print(f"warning: {text}", file=sys.stderr)
             return None if refusals else result.data
         if refusal in refusals:

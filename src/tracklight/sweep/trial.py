@@ -126,8 +126,6 @@ def run_trial(spec: TrialSpec, connection: Connection | None = None) -> TrialRes
             result = TrialResult("pruned" if callback.pruned else "complete", score)
             if score is None and not spec.preflight:
                 result = TrialResult("failed", reason=f"{metric} was never logged")
-            elif score is not None and score != score:
-                result = TrialResult("failed", reason=f"{metric} is nan")
         except Stopped:
             result = TrialResult("stopped")
         except Exception as error:

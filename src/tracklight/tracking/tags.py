@@ -10,10 +10,11 @@ WAL_FILE = "points.wal"  # in a run's folder
 
 KEY_TAG = "tracklight.key"  # unique: finds a run whose creation was not confirmed
 IDENTITY_TAG = "tracklight.identity"
-SETTING_TAG = "tracklight.setting"  # the identity without its seeds: runs to be averaged share it
+SETTING_TAG = "tracklight.setting"  # the identity without seeds, and the data set: shared by runs to average
 PARENT_TAG = "mlflow.parentRunId"  # MLflow's own
 DATA_TAG = "tracklight.data"  # digest of the data set, split as the seed says
 DATA_NAME_TAG = "tracklight.data_name"
+DATA_SET_TAG = "tracklight.data_set"  # digest of the data set before the seed splits it, where it is known
 SWEEP_TAG = "tracklight.sweep"  # of a sweep's parent run: the sweep's identity
 BEST_TAG = "best.run"  # of a sweep's parent run: id of its best trial
 REPRODUCES_TAG = "tracklight.reproduces"  # id of the run that one was made again from
@@ -58,6 +59,12 @@ def shorten(text: str, limit: int) -> str:
         return text
     ending = f"... sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     return text[: limit - len(ending)] + ending
+
+
+def same_data(tags: Mapping[str, str]) -> dict[str, str]:
+    """Return the tag that runs on one data set share: its digest, or its name where that is unknown."""
+    key = DATA_SET_TAG if DATA_SET_TAG in tags else DATA_NAME_TAG
+    return {key: tags[key]} if key in tags else {}
 
 
 def is_sweep(tags: Mapping[str, str]) -> bool:

@@ -1,0 +1,40 @@
+"""Presets keep what their first lines promise, and print it."""
+
+import re
+
+import pytest
+
+from tracklight.paths import CONF
+
+CLAIM = re.compile(r"([a-z]+/\w+) (below )?([\d.e-]+)(?: to ([\d.]+))?")
+STEPS = re.compile(r"([a-z]+/\w+) at (\d+) steps")
+FALLBACK = ("data.root=nowhere", "data.download=false")
+SLOW = (pytest.mark.slow, pytest.mark.full_mnist)
+PRESETS = [path.stem for path in sorted((CONF / "experiment").glob("*.yaml"))]
+
+
+def expected(preset: str) -> str:
+    return (CONF / "experiment" / f"{preset}.yaml").read_text().splitlines()[2].removeprefix("# Expected: ")
+
+
+@pytest.mark.filterwarnings("ignore:data.root=nowhere. no MNIST files:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning")
+@pytest.mark.parametrize(
+    "preset", [pytest.param(name, marks=SLOW if "ml" in name or "mnist" in name else ()) for name in PRESETS]
+)
+def test_a_preset_prints_what_its_header_promises(train, capsys, mnist_root, preset):
+    words = ("model=mlp", *FALLBACK) if preset == "debug" else ()
+    if preset in ("mnist_fast", "seed_mlp"):
+        words = (f"data.root={mnist_root}",)
+    finished = train(f"experiment={preset}", *words, "trainer.accelerator=cpu", "tracking.figures=false")
+    printed, text = capsys.readouterr().out, expected(preset)
+    claims, steps = CLAIM.findall(text), STEPS.findall(text)
+    assert claims or steps
+    for metric, is_below, value, upper in claims:
+        found = float(re.findall(rf"{metric} (\S+)", printed)[-1])
+        low, high = float(value) * 0.995, float(value) * 1.005  # the digits that a header gives
+        if is_below or upper:
+            low, high = (-1.0, float(value)) if is_below else (float(value), float(upper))
+        assert low <= found <= high, (metric, found)
+    for metric, number in steps:
+        assert [step for step, _ in finished.history(metric)] == [*range(1, int(number) + 1)]
