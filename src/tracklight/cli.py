@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TextIO
 
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from tracklight.config.compose import allowed_targets, compose, resolve_composed, resolve_config
 from tracklight.config.hardware import choose_temporary_folder
@@ -210,10 +211,11 @@ def _run_through_hydra(task: Task, args: Namespace) -> Any:
             run_hydra(
                 flags_parser(), args, run_job, lambda hydra: check_hydra_nodes(hydra, allowed_targets())
             )
-    except InstantiationException:
-        raise
-    except HydraException as error:
-        raise BadInput(explain(error)) from error
+    except Exception as error:  # of a single run, only Hydra's and OmegaConf's: nothing of it has begun
+        by_hydra = isinstance(error, HydraException | OmegaConfBaseException) or not args.multirun
+        if isinstance(error, BadInput | InstantiationException) or not by_hydra:
+            raise
+        raise BadInput(explain(error, args.overrides)) from error
     finally:
         print(redact(printed.getvalue()), end="")
     if composed and isinstance(composed[0], BadInput):

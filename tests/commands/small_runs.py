@@ -6,7 +6,13 @@ from typing import Any
 from tracklight.tracking.store import connect
 
 QUICK = ("num_threads=1", "trainer.enable_progress_bar=false", "tracking.figures=false")
-IMAGES = ("model=mlp", "data.download=false", "data.num_val=500", "trainer.max_epochs=2")
+IMAGES = (
+    "model=mlp",
+    "data.download=false",
+    "data.fallback=true",
+    "data.num_val=500",
+    "trainer.max_epochs=2",
+)
 
 
 def train(directory: Path, *overrides: str, uri: str | None = None, **more: Any) -> str:

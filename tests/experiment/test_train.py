@@ -8,12 +8,19 @@ import torch
 from sklearn.linear_model import LinearRegression
 
 from tracklight.config.compose import compose
+from tracklight.errors import RunFailed
 from tracklight.experiment.build import build_data
 from tracklight.experiment.train import run
 from tracklight.models.mlp import MLP
 from tracklight.tracking.mlflow_client import mlflow
 
-SMALL = ("model=mlp", "data.download=false", "trainer.accelerator=cpu", "tracking.figures=false")
+SMALL = (
+    "model=mlp",
+    "data.download=false",
+    "data.fallback=true",
+    "trainer.accelerator=cpu",
+    "tracking.figures=false",
+)
 WARNING = "ignore:data.root=nowhere. no MNIST files:UserWarning"
 
 
@@ -67,6 +74,33 @@ def test_the_diabetes_preset_reaches_the_coefficients_of_least_squares(train):
     np.testing.assert_allclose(weight.numpy(), exact.coef_, atol=1e-4 * largest)
     np.testing.assert_allclose(bias.numpy(), exact.intercept_, rtol=1e-4)
     assert finished.history("ols/gap")[0][1] < 1e-4
+
+
+def test_a_schedule_with_a_frequency_steps_so_many_epochs_apart(train):
+    words = ("scheduler=step", "scheduler.step_size=1", "scheduler.gamma=0.5", "+scheduler.frequency=2")
+    finished = train(*words, "trainer.max_epochs=4", "trainer.accelerator=cpu", "tracking.figures=false")
+    (state,) = finished.checkpoint("last")["optimizer_states"]
+    assert state["param_groups"][0]["lr"] == pytest.approx(0.01 * 0.5**2, rel=1e-12)
+
+
+def test_last_names_the_newest_run_to_start_from_or_to_continue(train, tmp_path):
+    short = ("trainer.accelerator=cpu", "tracking.figures=false", "trainer.max_epochs=2")
+    first = train(*short)
+    second = train(*short, "init_from=last")
+    assert second.run.data.params["init_from"] == first.run.info.run_id
+    losses = [value for _, value in first.history("train/loss")]
+    assert second.history("train/loss")[0][1] < losses[-1]  # from its weights, not from new ones
+    cfg = compose(["resume=last", f"tracking.dir={tmp_path / 'runs'}", "tracking.uri=null"])
+    cfg.overrides = ["trainer.max_epochs=4"]
+    run(cfg)
+    assert [step for step, _ in second.history("train/loss")] == [1, 2, 3, 4]
+
+
+def test_what_lightning_refuses_in_training_fails_the_run_in_one_line(train):
+    words = ("callbacks=early_stopping", "callbacks.early_stopping.monitor=x", "trainer.max_epochs=2")
+    rates = "+callbacks.rates={_target_: pytorch_lightning.callbacks.LearningRateMonitor}"
+    with pytest.raises(RunFailed, match="^Early stopping conditioned on metric `x` which is not available"):
+        train(*words, rates, "trainer.accelerator=cpu", "tracking.figures=false")
 
 
 @pytest.mark.filterwarnings(WARNING)

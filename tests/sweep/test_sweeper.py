@@ -69,7 +69,7 @@ def test_repeated_draws_are_said_and_counted(commander, tmp_path):
 @pytest.mark.slow
 def test_what_the_data_warn_of_is_said_by_a_sweep_too(commander, tmp_path):
     words = ("model=mlp", "data.download=false", f"data.root={tmp_path}", "model.hidden=[2]")
-    short = ("seed=1,2", "trainer.max_epochs=1", "tracking=none", *QUICK[:2])
+    short = ("seed=1,2", "data.fallback=true", "trainer.max_epochs=1", "tracking=none", *QUICK[:2])
     process = commander.sweep(tmp_path / "runs", *words, *short)
     assert process.exit_code == 0, process.stderr
     assert process.stderr.startswith("warning: ") and process.stderr.count("\n") == 1

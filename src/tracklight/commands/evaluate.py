@@ -121,7 +121,7 @@ def _read_rows(rebuilt: stored.RebuiltRun, inputs: dict[str, Any], path: Path) -
     if not isinstance(rebuilt.data, Table):
         raise BadInput(f"--table {path}: the run was not trained on a table; use data.KEY=VALUE")
     names, targets = inputs["feature_names"], inputs["target_names"]
-    values = read_features(path, [*names, *targets], rebuilt.data.delimiter)
+    values = read_features(path, [*names, *targets], rebuilt.data.delimiter, rebuilt.data.decimal)
     features = rebuilt.data.encode(values[:, : len(names)])
     rebuilt.data.splits = {ROWS: Split(features, features.new_tensor(values[:, len(names) :]))}
     rebuilt.data.name, rebuilt.data.source = path.name, str(path.absolute())

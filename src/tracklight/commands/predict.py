@@ -58,7 +58,7 @@ def run(args: Namespace) -> int:
 
 
 def _read_table(path: Path, names: list[str], data: Any) -> tuple[Tensor, list[Prediction]]:
-    values = read_features(path, names, getattr(data, "delimiter", ","))
+    values = read_features(path, names, getattr(data, "delimiter", ","), getattr(data, "decimal", "."))
     encode = getattr(data, "encode", None)
     try:
         features = encode(values) if encode else torch.tensor(values, dtype=torch.float32)

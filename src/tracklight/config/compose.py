@@ -9,7 +9,6 @@ from typing import Any
 import hydra
 import yaml
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
@@ -21,7 +20,7 @@ from tracklight.config.instantiate import (
     check_targets,
     iter_targets,
 )
-from tracklight.config.overrides import check_added, explain, parse_overrides, unknown_key
+from tracklight.config.overrides import check_added, explaining, parse_overrides, unknown_key
 from tracklight.config.rules import (
     check_relations,
     check_sections,
@@ -51,14 +50,13 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
     before = HydraConfig.instance().cfg
     try:
         with hydra.initialize_config_dir(str(CONF), **VERSION_BASE):
-            cfg = hydra.compose("config", list(overrides), return_hydra_config=True)
+            with explaining():
+                cfg = hydra.compose("config", list(overrides), return_hydra_config=True)
             check_hydra_nodes(cfg.hydra, allowed_targets())
             HydraConfig.instance().set_config(cfg)
             with open_dict(cfg):
                 del cfg["hydra"]
             return resolve_composed(cfg)
-    except HydraException as error:
-        raise BadInput(explain(error)) from error
     finally:
         HydraConfig.instance().cfg = before
 

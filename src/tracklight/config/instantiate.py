@@ -5,7 +5,9 @@ A `_target_` names a class that is defined in an allowed module, or nothing is i
 
 import importlib
 import inspect
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial as bind
 from operator import attrgetter
 from typing import Any
@@ -13,7 +15,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from tracklight.config.hydra_internals import full_key
+from tracklight.config.rules import format_value
+from tracklight.config.types import describe, fits, misfit
 from tracklight.errors import BadInput
+from tracklight.paths import PACKAGE
 
 DIRECTIVES = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
 PLUGINS = ("hydra_plugins", "hydra._internal.core_plugins", "hydra.experimental.callbacks")
@@ -24,7 +29,12 @@ STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 
 def instantiate(
-    node: Any, allowed: Sequence[str], kind: type = object, partial: bool = False, **kwargs: Any
+    node: Any,
+    allowed: Sequence[str],
+    kind: type = object,
+    partial: bool = False,
+    where: str = "",
+    **kwargs: Any,
 ) -> Any:
     """Instantiate the class that a config node names, the nodes inside it first.
 
@@ -33,12 +43,13 @@ def instantiate(
         allowed: Modules; a class defined in one of them or below may be instantiated.
         kind: Base class of the outermost class.
         partial: Return a callable that takes the arguments still missing.
+        where: Key of a node that is a plain mapping, for messages.
         **kwargs: Further arguments of the outermost class; they win over the node's.
 
     Raises:
         BadInput: A target is not allowed, not found or of another kind, or arguments do not fit.
     """
-    where = full_key(node) if isinstance(node, DictConfig) else ""
+    where = full_key(node) if isinstance(node, DictConfig) else where
     tree: Any = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
     check_plain(tree, where)
     check_targets(tree, allowed, where)  # all of them before the first import
@@ -172,16 +183,45 @@ def _construct(tree: Any, factories: Mapping[str, bind], where: str) -> Any:
     names = {str(name): value for name, value in kwargs.items()}
     factory = bind(factories[where], *values.get("_args_", ()), **names)
     is_partial = bool(tree.get("_partial_"))
+    return build(factory, where, is_partial)
+
+
+def build(factory: bind, where: str, is_partial: bool = False) -> Any:
+    """Check the arguments of a class against its signature; return its object, or what makes it.
+
+    Raises:
+        BadInput: They do not fit, or the class refuses them, now or, of a partial, when called.
+    """
     _check_arguments(factory, is_partial, where)
+    call = naming(where or factory.func.__name__)(factory)
+    return call if is_partial else call()
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Turn whatever a library raises for its values into bad input, named with their key."""
     try:
-        return factory if is_partial else factory()
+        yield
     except BadInput:
         raise
-    except ValueError as error:
-        raise BadInput(f"{where}: {error}".lstrip(": ")) from error
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0].strip()
+        if " " not in reason:  # such as the key of a KeyError
+            reason = f"{type(error).__name__} {reason}".rstrip()
+        *_, last = traceback.extract_tb(error.__traceback__)
+        is_ours = last.filename.startswith(str(PACKAGE)) or "lib/python" in last.filename
+        place = "" if is_ours else f" ({last.filename}, line {last.lineno})"
+        raise BadInput(f"{where}: {reason}{place}") from error
 
 
 def _check_arguments(factory: bind, is_partial: bool, where: str) -> None:
+    wrong = misfit(factory.func, factory.keywords)
+    if wrong is not None:
+        key, value = _join(where, wrong.name), factory.keywords[wrong.name]
+        quoted = (str(value), f"'\"{value}\"'"), ([value], f"[{format_value(value)}]")
+        cures = [text for other, text in quoted if fits(other, wrong.annotation)]
+        hint = f"; try {key}={cures[0]}" if cures and not isinstance(value, list | dict | bool) else ""
+        raise BadInput(f"{key}={format_value(value)} must be {describe(wrong.annotation)}{hint}")
     try:
         signature = inspect.signature(factory.func)
     except ValueError:  # a class in C without a signature

@@ -2,8 +2,10 @@
 
 import difflib
 import re
+import shlex
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import hydra
@@ -15,13 +17,26 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tracklight.config.hydra_internals import unresolved_root
-from tracklight.config.rules import OWNED, mode_of, nested_items
+from tracklight.config.rules import OWNED, RULE_OF, mode_of, nested_items
+from tracklight.config.types import value_in_conf
 from tracklight.errors import BadInput
 from tracklight.paths import CONF
 
 FUNCTIONS = ("interval", "range", "choice", "tag", "glob", "shuffle", "sort")  # of Hydra's grammar
 RUN_KEYS = ("resume", "init_from")  # 1234e567 is a run id, not a number
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+BUILT = ("model", "data", "optimizer", "scheduler", "callbacks")  # the arguments of classes
+# Keys, and what people type for the last part of each.
+ALIASES = {
+    "trainer.max_epochs": "epochs num_epochs n_epochs",
+    "trainer.max_steps": "steps num_steps iterations",
+    "trainer.devices": "gpus num_gpus num_devices",
+    "optimizer.lr": "learning_rate",
+    "optimizer.weight_decay": "wd",
+    "data.batch_size": "batch bs",
+    "model.hidden": "layers units width hidden_size hidden_dim",
+    "tracking.run_name": "name",
+}
 
 
 class _FlagsParser(ArgumentParser):
@@ -77,12 +92,24 @@ def check_overrides(words: Sequence[str], *, multirun: bool) -> list[str]:
         if key in seen:
             raise BadInput(f"{key} is given twice, as {seen[key]} and as {word}; keep one of them")
         seen[key] = word
-        if not override.is_delete():
+        if override.is_delete():
+            _check_deletion(word, key)
+        else:
             _check_override(word, override, key, multirun)
     metric = seen.get("score.metric", "").partition("=")[2]
     if metric and "score.mode" not in seen and "${" not in metric:  # else that of the data's own metric
         quoted.append(f"score.mode={mode_of(metric)}")
     return quoted
+
+
+def _check_deletion(word: str, key: str) -> None:
+    """Refuse to delete what every run reads; an argument of a class may go."""
+    group, _, name = key.partition(".")
+    if name and group in BUILT:
+        return
+    choices = sorted(file.stem for file in (CONF / key).glob("*.yaml"))
+    cure = f"can be {', '.join(choices)}" if choices else "can be set to a value, or to null"
+    raise BadInput(f"{word}: {key} cannot be deleted, for every run reads it; it {cure}")
 
 
 def _check_override(word: str, override: Override, key: str, multirun: bool) -> None:
@@ -95,17 +122,20 @@ def _check_override(word: str, override: Override, key: str, multirun: bool) -> 
     if not multirun and key.partition(".")[0] == "sweep":
         raise BadInput(f"{word} is of sweeps, and this is a single run; add -m, or drop it")
     check_no_nested_sweep(word, override)
+    if key.startswith("@"):
+        raise BadInput(f"{word}: there is no group before @; write {key[1:]}={listed}")
     if not override.is_sweep_override():
-        if (CONF / key).is_dir() and not isinstance(override.value(), str | dict):
+        if (CONF / key).is_dir() and ("${" in listed or not isinstance(override.value(), str | dict)):
             choices = ", ".join(sorted(file.stem for file in (CONF / key).glob("*.yaml")))
             raise BadInput(f"{word} names no file of conf/{key}; {key} can be {choices}")
     elif not multirun and override.is_interval_sweep():
         raise BadInput(f"{word} is an interval; add -m to search it")
     elif not multirun:
-        raise BadInput(
-            f"{word} is a list of values; add -m to run each of them, "
-            f"or write '{key}=[{listed}]' for one value that is a list"
-        )
+        values = getattr(override.value(), "list", None)  # of a range there is none
+        rule, example = RULE_OF.get(key), value_in_conf(key, None)
+        is_list = rule.values.accepts(values) if rule else isinstance(example, list | None)
+        cure = f", or write '{key}=[{listed}]' for one value that is a list" if values and is_list else ""
+        raise BadInput(f"{word} is a list of values; add -m to run each of them{cure}")
 
 
 def check_added(cfg: DictConfig, words: Iterable[str], groups: Iterable[str]) -> None:
@@ -137,10 +167,20 @@ def check_no_nested_sweep(word: str, override: Override) -> None:
 
 def parse_overrides(words: Iterable[str]) -> list[Override]:
     """Parse overrides by Hydra's grammar."""
+    words = list(words)
+    with explaining(words):
+        return OverridesParser.create().parse_overrides(words)
+
+
+@contextmanager
+def explaining(words: Sequence[str] = ()) -> Iterator[None]:
+    """Turn what Hydra and OmegaConf raise for the words of a command line into bad input."""
     try:
-        return OverridesParser.create().parse_overrides(list(words))
-    except HydraException as error:
-        raise BadInput(explain(error)) from error
+        yield
+    except BadInput:
+        raise
+    except Exception as error:
+        raise BadInput(explain(error, words)) from error
 
 
 def split_for_resume(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -171,12 +211,12 @@ def split_for_resume(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return now, [word for word, key in keys.items() if key != "resume" and key[:6] != "hydra."]
 
 
-def explain(error: Exception) -> str:
-    """Return in one line what Hydra or OmegaConf objects to, and what would work."""
+def explain(error: Exception, words: Sequence[str] = ()) -> str:
+    """Return in one line what Hydra or OmegaConf objects to in these words, and what would work."""
     if isinstance(error, OverrideParseException):
         reason = _explain_call(str(error.override)) or (
             _first_line(str(error).removeprefix("LexerNoViableAltException: "))
-            + "; write key=value, text 'key=\"a, b\"'"
+            + _quote(str(error.override), words)
         )
         return f"cannot read {error.override}: {reason}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
@@ -187,12 +227,31 @@ def explain(error: Exception) -> str:
     message, cause = str(error), error.__cause__
     if isinstance(cause, OmegaConfBaseException):
         if match := re.match(r"Could not override '([^']+)'", message):
-            keys = (key for key, _ in nested_items(unresolved_root(cause.parent_node)))
-            return unknown_key(match[1], (key for key in keys if key.split(".")[0] != "hydra"))
+            items = nested_items(unresolved_root(cause.parent_node))
+            keys = [key for key, _ in items if key.split(".")[0] != "hydra"]
+            # Of a mapping that is merged into a group, the key that the group lacks.
+            return unknown_key(str(cause.full_key) if match[1] in keys else match[1], keys)
         return f"{_first_line(message)}: {_first_line(str(cause))}".lstrip(": ")
+    if match := re.match(r"Could not delete from config. '(.+)' does not exist", message):
+        return f"~{match[1]}: there is nothing to delete: {match[1]} is null already, or no key"
     if match := re.match(r"Could not override '(\w+)@", message):
         return f"{_first_line(message)} Write {match[1]}=CHOICE, without @"
     return _first_line(message)
+
+
+def _quote(word: str, words: Sequence[str]) -> str:
+    """Say how a word that cannot be parsed is written: as text, or with what a space cut off."""
+    start = words.index(word) if word in words else len(words)
+    joined = [" ".join(words[start:end]) for end in range(start + 2, min(start + 20, len(words)) + 1)]
+    key, equals, value = word.partition("=")
+    text = value.replace("\\", "\\\\").replace('"', '\\"')
+    as_text = [f'{key}="{text}"'] if equals and value.count("[") == value.count("]") else []
+    for candidate in joined + as_text:
+        with suppress(HydraException):
+            OverridesParser.create().parse_override(candidate)
+            cut = "a space cuts it; " if candidate in joined else ""
+            return f"; {cut}write {shlex.quote(candidate)}"
+    return "; write key=value, text 'key=\"a, b\"'"
 
 
 def _explain_call(word: str) -> str:
@@ -216,10 +275,12 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 
 def _nearest(word: str, candidates: Sequence[str]) -> str:
     """Suggest by the whole name, else by its last part: `lr` means `optimizer.lr`."""
-    found = difflib.get_close_matches(word, candidates, n=1)
+    typed = word.rpartition(".")[2]
+    found = [key for key, names in ALIASES.items() if typed in names.split() and key in candidates]
+    found = found or difflib.get_close_matches(word, candidates, n=1)
     if not found:
         last = {name.rpartition(".")[2]: name for name in reversed(candidates)}
-        parts = difflib.get_close_matches(word.rpartition(".")[2], last, n=1)
+        parts = difflib.get_close_matches(typed, last, n=1)
         found = [last[part] for part in parts]
     return f"; did you mean {found[0]}?" if found else ""
 

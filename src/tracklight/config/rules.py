@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tracklight.config.hardware import check_machine
+from tracklight.config.types import LARGEST, SHIPPED, describe, is_like, is_number, value_in_conf
 from tracklight.errors import BadInput
+from tracklight.paths import uri_setting
 
 LARGEST_SEED = 2**32 - 1  # what numpy and Lightning accept
 PRECISIONS = (
@@ -62,13 +64,13 @@ def _or_null(values: Values, meaning: str = "") -> Values:
     return Values(lambda value: value is None or values.accepts(value), description)
 
 
-def _integer(low: int, high: float = math.inf) -> Values:
-    limits = f"{low} or more" if high == math.inf else f"from {low} to {high}"
+def _integer(low: int, high: int = LARGEST) -> Values:
+    limits = f"{low} or more" if high == LARGEST else f"from {low} to {high}"
     return Values(lambda v: type(v) is int and low <= v <= high, f"a whole number, {limits}")
 
 
 def _number(fits: Callable[[float], bool], description: str) -> Values:
-    return Values(lambda v: type(v) in (int, float) and abs(v) < math.inf and fits(v), description)
+    return Values(lambda v: is_number(v) and fits(v), description)
 
 
 def _one_of(*choices: str) -> Values:
@@ -94,13 +96,15 @@ def _is_devices(value: Any) -> bool:
 
 
 COUNT = _integer(1)
-BOOL = Values(lambda value: type(value) is bool, "true or false")
 MAPPING = Values(lambda value: isinstance(value, Mapping), "a mapping, {KEY: VALUE}")
 POSITIVE = _number(lambda v: v > 0, "a finite number above 0")
 NOT_NEGATIVE = _number(lambda v: v >= 0, "a finite number, 0 or more")
 FRACTION = _number(lambda v: 0 <= v < 1, "a number from 0 to below 1")
-RUN_ID = _text("[0-9a-f]{1,32}", "a run id (hexadecimal digits)")
+RUN = "last|best|[0-9a-f]{1,32}"
+RUN_ID = _text(RUN, "last, best or a run id (hexadecimal digits)")
 NAME = _text(r".*\S.*", "a name")
+METRIC = _text(r"\S+", "a metric's name")
+TOTAL = _or_null(COUNT, " for the length of the run")
 STORE = _text(
     r"(?i:sqlite:///|https?://|(postgresql|mysql|mssql)(\+\w+)?://).+",
     "sqlite:///FILE, http(s)://HOST:PORT, a postgresql, mysql or mssql database",
@@ -114,22 +118,24 @@ PART = _number(
     lambda v: 0 <= v < 1 or (type(v) is int and v >= 1),
     "a whole number, 0 or more, or a fraction of all below 1",
 )
-STEPS = Values(lambda v: type(v) is int and (v == -1 or v >= 1), "-1 or 1 or more")
+STEPS = Values(lambda v: type(v) is int and (v == -1 or 1 <= v <= LARGEST), "-1 or 1 or more")
+FALLBACK = Values(
+    lambda v: type(v) is bool or v == "auto", "true, false or auto, where data.root is the default"
+)
+DEV_RUN = Values(lambda v: type(v) in (bool, int), "true, false or a whole number of batches")
 DEVICES = Values(_is_devices, "a number of devices, a list of their indices, or auto")
 PRECISION = Values(lambda value: str(value) in PRECISIONS, "one of " + ", ".join(PRECISIONS))
 
 RULES = (
     Rule("seed", _integer(0, LARGEST_SEED), "7"),
     Rule("num_threads", _or_null(COUNT, " for torch's own choice"), "2"),
-    Rule("compile allow_changes trainer.detect_anomaly sweep.fresh sweep.dry_run", BOOL, "true"),
-    Rule("tracking.enabled tracking.figures", BOOL, "true"),
-    Rule("tracking.gradients tracking.system_metrics", BOOL, "true"),
-    Rule("resume", _or_null(_text("auto|[0-9a-f]{1,32}", f"auto, {RUN_ID.description}")), "auto"),
+    Rule("resume", _or_null(_text(f"auto|{RUN}", f"auto, {RUN_ID.description}")), "auto"),
     Rule("init_from", _or_null(RUN_ID), "null"),
     Rule("allowed_targets", _list_of(_text(r"\w+(\.\w+)*", "a module's name")), "[tracklight]"),
-    Rule("score.metric", _or_null(_text(r"\S+", "a metric's name")), "train/loss"),
+    Rule("score.metric", _or_null(METRIC), "train/loss"),
     Rule("score.mode", _one_of("min", "max"), "min"),
     Rule("data.batch_size", _or_null(COUNT, " for all examples at once"), "64"),
+    Rule("data.fallback", FALLBACK, "true", ours_only=True),
     Rule("data.num_val data.num_test", PART, "100"),
     Rule("model.hidden", _list_of(COUNT), "[128]", ours_only=True),
     Rule("model.dropout", FRACTION, "0.1"),
@@ -139,7 +145,10 @@ RULES = (
     Rule("optimizer.betas", _list_of(FRACTION), "[0.9,0.999]"),
     Rule("optimizer.eps", NOT_NEGATIVE, "1e-8"),
     Rule("scheduler.interval", _one_of("step", "epoch"), "epoch"),
-    Rule("trainer.accelerator", _one_of("auto", "cpu", "gpu", "cuda", "mps", "tpu"), "auto"),
+    Rule("scheduler.monitor", METRIC, "train/loss"),
+    Rule("scheduler.step_size", COUNT, "30", ours_only=True),
+    Rule("scheduler.T_max scheduler.total_steps scheduler.total_iters", TOTAL, "null", ours_only=True),
+    Rule("trainer.accelerator", _one_of("auto", "cpu", "gpu", "cuda", "mps"), "auto"),
     Rule("trainer.devices", DEVICES, "1"),
     Rule("trainer.precision", _or_null(PRECISION), "32-true"),
     Rule("trainer.max_epochs", COUNT, "5"),
@@ -149,6 +158,7 @@ RULES = (
     Rule("trainer.limit_val_batches trainer.limit_test_batches", _or_null(LIMIT), "null"),
     Rule("trainer.limit_predict_batches", _or_null(LIMIT), "null"),
     Rule("trainer.overfit_batches", LIMIT, "0.0"),
+    Rule("trainer.fast_dev_run", DEV_RUN, "true"),
     Rule("trainer.check_val_every_n_epoch", _or_null(COUNT), "1"),
     Rule("trainer.num_sanity_val_steps", _or_null(_integer(-1)), "0"),
     Rule("trainer.log_every_n_steps trainer.accumulate_grad_batches", COUNT, "1"),
@@ -158,6 +168,7 @@ RULES = (
     Rule("tracking.uri", _or_null(STORE, " for SQLite in tracking.dir"), "null"),
     Rule("tracking.dir", NAME, "mlruns"),
     Rule("tracking.experiment", NAME, "tracklight"),
+    Rule("tracking.run_name", _or_null(NAME), "first"),
     Rule("sweep.trials", _or_null(COUNT), "20"),
     Rule("sweep.seeds", COUNT, "5"),
     Rule("sweep.sampler", _one_of("tpe", "random", "qmc", "grid", "cmaes", "gp"), "tpe"),
@@ -206,22 +217,36 @@ def check_sections(tree: Any) -> None:
 
 
 def check_values(tree: Mapping[str, Any]) -> None:
-    """Refuse a value that its rule does not accept."""
-    for key, value in nested_items(tree):
+    """Refuse a value that its rule does not accept, or of another type than the one in conf/."""
+    items = dict(nested_items(tree))
+    for key, value in items.items():
         got = f"{key}={format_value(value)}"
         section, _, name = key.partition(".")
         if section == "trainer" and name in OWNED:
             raise BadInput(f"{got} is set by tracklight itself; use {OWNED[name]}")
-        rule = RULE_OF.get(key)
-        if rule is None or rule.values.accepts(value):
+        target = items.get(key.rpartition(".")[0], tree).get("_target_")
+        rule, example = RULE_OF.get(key), value_in_conf(key, target)
+        if rule is None or (rule.ours_only and not str(target).startswith(SHIPPED)):
+            if example is None or is_like(value, example):
+                continue
+            allowed, example = describe(type(example)), format_value(example)
+        elif rule.values.accepts(value):
             continue
-        if not rule.ours_only or str(tree[section].get("_target_")).startswith("tracklight."):
-            raise BadInput(f"{got} must be {rule.values.description}; try {key}={rule.example}")
+        else:
+            allowed, example = rule.values.description, rule.example
+        if type(value) in (int, float) and rule and rule.values.accepts(str(value)):  # text of digits
+            example = f"'\"{value}\"'"
+        if key == "tracking.uri":
+            got = f"{uri_setting(value)}={value}"
+        raise BadInput(f"{got} must be {allowed}; try {key}={example}")
 
 
 def check_relations(tree: Mapping[str, Any], on_this_machine: bool = True) -> None:
     """Refuse values that contradict each other, or ask for what this machine lacks."""
     data, trainer, score, tracking = (tree.get(name, {}) for name in ("data", "trainer", "score", "tracking"))
+    for name in ("model", "optimizer"):
+        if tree.get(name, {}).get("_target_") is None:
+            raise BadInput(f"{name}._target_ is missing: it names the class; choose one by {name}=NAME")
     if tree.get("resume") and not tracking.get("enabled", True):
         raise BadInput(f"resume={tree['resume']} needs the record of a run; use tracking=mlflow")
     if data.get("num_val", 1) == 0 and str(score.get("metric")).startswith("val/"):

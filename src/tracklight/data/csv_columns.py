@@ -6,7 +6,9 @@ Shapes: `N` rows, `C` chosen columns.
 import codecs
 import csv
 import difflib
+import itertools
 import math
+import re
 from array import array
 from collections.abc import Callable, Iterator
 from decimal import Decimal
@@ -22,6 +24,7 @@ Columns = tuple[list[str], list[str]]  # names of the features and of the target
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 UTF32_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)  # the first opens with a UTF-16 mark
 EXACT = 2.0**53  # from here on float64 leaves out whole numbers
+COMMA, POINT = (rf"\s*[-+]?\d+{mark}\d+\s*" for mark in (",", r"\."))  # numbers, by their decimal point
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -61,12 +64,13 @@ def choose_columns(
 
 
 def read_columns(
-    path: Path, targets: list[str] | None, features: list[str] | None, delimiter: str
+    path: Path, targets: list[str] | None, features: list[str] | None, delimiter: str, decimal: str = "."
 ) -> tuple[list[str], list[str], np.ndarray]:
     """Read the chosen columns of a CSV file whose first row is the header.
 
     UTF-8, with or without a byte-order mark, and UTF-16 or UTF-32 with one. Blank lines are
-    skipped; columns that are not chosen may hold anything.
+    skipped; columns that are not chosen may hold anything. A blank as delimiter stands for any
+    white space; a first line `sep=;`, as spreadsheets write it, wins over the delimiter.
 
     Returns:
         Names of the features, names of the targets, and their values in this order: (N, C) float64,
@@ -76,10 +80,12 @@ def read_columns(
         BadInput: The file is not such a table; the message names line and column.
     """
     where = f"data.path={path}"
-    return _read(where, path, lambda h: choose_columns(where, h, targets, features), delimiter, False)
+    return _read(
+        where, path, lambda h: choose_columns(where, h, targets, features), delimiter, decimal, False
+    )
 
 
-def read_features(path: Path, names: list[str], delimiter: str) -> np.ndarray:
+def read_features(path: Path, names: list[str], delimiter: str, decimal: str = ".") -> np.ndarray:
     """Read the named columns of a CSV file as (N, C) float64.
 
     A delimiter that separates nothing is replaced by a usual one.
@@ -94,26 +100,29 @@ def read_features(path: Path, names: list[str], delimiter: str) -> np.ndarray:
                 )
         return names, []
 
-    return _read(str(path), path, choose, delimiter, True)[2]
+    return _read(str(path), path, choose, delimiter, decimal, True)[2]
 
 
 def _read(
-    where: str, path: Path, choose: Callable[[list[str]], Columns], delimiter: str, guess: bool
+    where: str, path: Path, choose: Callable[[list[str]], Columns], delimiter: str, decimal: str, guess: bool
 ) -> tuple[list[str], list[str], np.ndarray]:
     try:
         if path.exists() and not path.is_file():
             raise BadInput(f"{where}: not a regular file; give a CSV file")
-        rows = _rows(path, delimiter)
-        _, header = next(rows, (0, []))
+        header, *_ = _first_rows(path, delimiter)
         if not header:
             raise BadInput(f"{where}: empty; expected a header and rows of numbers")
         header = [name.strip() for name in header]
-        others = [mark for mark in ";\t|," if mark in header[0] and mark != delimiter]
+        others = [mark for mark in ";\t|, " if mark != delimiter and _separates(path, mark)]
         if len(header) == 1 and others:
             if guess:
-                return _read(where, path, choose, others[0], False)
+                return _read(where, path, choose, others[0], decimal, False)
             hint = "'data.delimiter=\"{}\"'".format(others[0].replace("\t", "\\t"))
+            cells = [cell for cell in _first_rows(path, others[0])[-1] if re.fullmatch(COMMA, cell)]
+            hint += " 'data.decimal=\",\"'" if cells else ""
             raise BadInput(f"{where}: one column {header[0][:80]!r}; try {hint}")
+        rows = _rows(path, delimiter)
+        next(rows)
         features, targets = choose(header)
         columns = [(name, header.index(name)) for name in features + targets]
         values, held = array("d"), dict[tuple[str, float], str]()
@@ -125,10 +134,9 @@ def _read(
                 )
             for name, column in columns:
                 place = f"{where}: line {line}, column {name!r}"
-                values.append(number := _number(cell := row[column], place))
-                if abs(number) >= EXACT and Decimal(
-                    other := held.setdefault((name, number), cell)
-                ) != Decimal(cell):
+                values.append(number := _number(cell := row[column], decimal, place))
+                other = held.setdefault((name, number), cell) if abs(number) >= EXACT else cell
+                if other != cell and len({Decimal(text.replace(decimal, ".")) for text in (cell, other)}) > 1:
                     problem = f"{cell} and {other} are one number in float64; identifiers are no measurements"
                     raise BadInput(f"{place}: {problem}: leave the column out of data.features")
     except UnicodeError:
@@ -150,20 +158,45 @@ def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     wide = "utf-32" if start in UTF32_MARKS else "utf-16"
     encoding = wide if start.startswith(UTF16_MARKS + UTF32_MARKS) else "utf-8-sig"
     with path.open(encoding=encoding, newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True, skipinitialspace=True)
+        first = file.readline()
+        declared = re.fullmatch(r"\"?sep=(.)\"?\s*", first)
+        delimiter = declared[1] if declared else delimiter
+        lines = file if declared else itertools.chain([first], file)
+        if delimiter == " ":
+            lines = (" ".join(line.split()) for line in lines)
+        reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
         for row in reader:
             if row:
-                yield reader.line_num, row
+                yield reader.line_num + (declared is not None), row
 
 
-def _number(cell: str, where: str) -> float:
+def _first_rows(path: Path, delimiter: str) -> list[list[str]]:
+    """Return the first two rows, or those that can be read; an empty cell for such a header."""
+    rows: list[list[str]] = []
     try:
-        value = float(cell)
+        rows.extend(row for _, row in itertools.islice(_rows(path, delimiter), 2))
+    except csv.Error:  # "a";"b" read with a comma
+        return rows or [[""]]
+    return rows or [[]]
+
+
+def _separates(path: Path, delimiter: str) -> bool:
+    """Return whether a delimiter makes two rows of equally many cells, several of them."""
+    lengths = [len(row) for row in _first_rows(path, delimiter)]
+    return min(lengths) == max(lengths) > 1
+
+
+def _number(cell: str, decimal: str, where: str) -> float:
+    text = cell.replace(".", "_").replace(decimal, ".") if decimal != "." else cell
+    try:
+        value = float(text)
     except ValueError:
         value = math.nan
-    if not abs(value) <= FLOAT32_MAX or "_" in cell:  # float() reads "1_000"
+    if not abs(value) <= FLOAT32_MAX or "_" in text:  # float() reads "1_000"
         got = f"{cell[:40]!r}" if cell.strip() else "an empty cell"
         fix = "correct it, or leave the row or the column out"
+        if re.fullmatch(COMMA if decimal == "." else POINT, cell):
+            fix = f"try 'data.decimal=\"{',' if decimal == '.' else '.'}\"'"
         raise BadInput(f"{where}: got {got}, expected a finite number; {fix}")
     return value
 

@@ -15,6 +15,7 @@ import tempfile
 import zlib
 from http.client import HTTPException
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from tracklight.data.tensor_data import Split, TensorData, check_argument, hash_tensors, split_rows
 from tracklight.errors import BadInput
+from tracklight.paths import ROOT
 
 NUM_CLASSES = 10
 SIDE = 28  # pixels
@@ -50,7 +52,8 @@ class MNIST(TensorData):
         seed: Seed of the validation part and of the epochs' orders.
         root: Folder of the four IDX files, plain or .gz, in `MNIST/raw` below it or directly in it.
         num_val: Validation images; 0 for no such part.
-        fallback: Whether the 5,000 images may stand in for files that cannot be had.
+        fallback: Whether the 5,000 images may stand in for files that cannot be had; "auto" where
+            `root` is the default folder, since a folder that somebody named should hold them.
         mean: Subtracted from pixels in [0, 1].
         std: Divides them after that, above 0.
         download: Whether to download the files into `root` when they are not there.
@@ -65,27 +68,20 @@ class MNIST(TensorData):
         seed: int,
         root: str,
         num_val: int,
-        fallback: bool,
+        fallback: bool | Literal["auto"],
         mean: float,
         std: float,
         download: bool = True,
     ):
         super().__init__(batch_size, seed)
         self.class_names = [str(digit) for digit in range(NUM_CLASSES)]
-        is_folder = isinstance(root, str) and root != ""
-        check_argument("root", repr(root), is_folder, "a folder", "data")
-        is_count = type(num_val) is int and num_val >= 0
-        check_argument("num_val", num_val, is_count, "0 or a whole number above", 5000)
+        check_argument("root", repr(root), root != "", "a folder", "data")
         _check_num_val(num_val, NUM_TRAIN)
-        for key, value in (("fallback", fallback), ("download", download)):
-            check_argument(key, value, type(value) is bool, "true or false", "true")
-        is_finite = type(mean) in (int, float) and math.isfinite(mean)
-        check_argument("mean", mean, is_finite, "a finite number", 0.1307)
         is_positive = type(std) in (int, float) and 0 < std < math.inf
         check_argument("std", std, is_positive, "a finite number above 0", 0.3081)
         self.root = Path(root).expanduser()
         self.num_val = num_val
-        self.fallback = fallback
+        self.fallback = self.root == ROOT / "data" if fallback == "auto" else bool(fallback)
         self.mean = mean
         self.std = std
         self.download = download

@@ -35,7 +35,8 @@ class Table(TensorData):
         num_val: Validation rows: a count, or a fraction of all rows below 1. 0 for no such part.
         num_test: Test rows, likewise; drawn first, so they do not depend on `num_val`.
         standardise: Whether features are standardised.
-        delimiter: The one character between the cells of the file.
+        delimiter: The one character between the cells of the file; a blank for any white space.
+        decimal: The decimal point of its numbers, "." or ",".
     """
 
     def __init__(
@@ -49,19 +50,16 @@ class Table(TensorData):
         num_test: float,
         standardise: bool,
         delimiter: str,
+        decimal: str = ".",
     ):
         super().__init__(batch_size, seed)
         if path == "":
             raise BadInput("data.path= is empty; give a CSV file, or data.path=null for the diabetes table")
         if delimiter == "\\t":  # as one can type it
             delimiter = "\t"
-        is_one = isinstance(delimiter, str) and len(delimiter) == 1 and delimiter not in '"\r\n '
+        is_one = isinstance(delimiter, str) and len(delimiter) == 1 and delimiter not in '"\r\n'
         check_argument("delimiter", repr(delimiter), is_one, "one character", "','")
-        for key, value in (("num_val", num_val), ("num_test", num_test)):
-            is_count = type(value) is int and value >= 0
-            is_fraction = type(value) is float and 0 <= value < 1
-            allowed = "a count of rows or a fraction below 1"
-            check_argument(key, value, is_count or is_fraction, allowed, 0.15)
+        check_argument("decimal", repr(decimal), decimal in (".", ","), "a point or a comma", "','")
         self.path = path
         self.target = [target] if isinstance(target, str) else target
         self.features = features
@@ -70,6 +68,7 @@ class Table(TensorData):
         self.standardise = standardise
         self.encoding = "columns standardised as in training" if standardise else ""
         self.delimiter = delimiter
+        self.decimal = decimal
 
     def load(self) -> dict[str, Split]:
         """Read the table; split it; standardise the features on the training part."""
@@ -142,7 +141,7 @@ class Table(TensorData):
         if self.path is not None:
             path = Path(self.path).expanduser()
             self.name, self.source = path.name, str(path.absolute())
-            return read_columns(path, self.target, self.features, self.delimiter)
+            return read_columns(path, self.target, self.features, self.delimiter, self.decimal)
         try:
             from sklearn.datasets import load_diabetes  # optional, and seconds to import
         except ImportError:

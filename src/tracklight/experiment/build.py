@@ -1,5 +1,7 @@
 """From a config to the objects of a run: data, model, optimizer, callbacks, trainer."""
 
+import difflib
+import inspect
 import itertools
 import json
 import logging
@@ -7,22 +9,29 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
-from pytorch_lightning.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
-from pytorch_lightning.profilers import Profiler
+from pytorch_lightning.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ProgressBar,
+    Timer,
+)
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from tracklight.config.compose import to_plain
-from tracklight.config.instantiate import instantiate
+from tracklight.config.instantiate import build, instantiate, naming
 from tracklight.data.tensor_data import TensorData
 from tracklight.engine import distributed
 from tracklight.engine.checkpoints import DurableCheckpointIO
@@ -35,6 +44,7 @@ from tracklight.models.supervised import Supervised
 
 TOTALS = ("T_max", "total_steps", "total_iters")  # scheduler arguments that mean the whole run
 FINDERS = {BatchSizeFinder: "-m data.batch_size=32,64,128", LearningRateFinder: "-m sweep=lr"}  # and instead
+STEPS = {"train": "training_step", "val": "validation_step", "test": "test_step"}
 FORKING = ("_spawn", "_fork", "_notebook")  # name endings of the Lightning strategies that fork
 OPTIMIZER_KEYS = ("optimizer", "scheduler")  # not used by a model that configures its own
 STOPS = ("max_time", "max_steps", "min_epochs", "min_steps")  # Trainer arguments beside max_epochs
@@ -52,7 +62,8 @@ def build_data(cfg: DictConfig, read: bool = True) -> LightningDataModule | None
     if isinstance(data, TensorData) and cfg.trainer.precision == "64-true":
         data.dtype = torch.float64
     if read and isinstance(data, TensorData):
-        data.setup()
+        with naming("data"):
+            data.setup()
         metric = str(cfg.score.metric)
         if metric.startswith("val/") and "val" not in data.splits:
             raise BadInput(
@@ -69,6 +80,10 @@ def build_model(cfg: DictConfig, data: LightningDataModule | None) -> LightningM
         for key, value in cfg.model.items()
         if value is None and hasattr(data, key)
     }
+    for key in ("in_features", "out_features") if isinstance(data, TensorData) else ():
+        given, needed = cfg.model.get(key), getattr(data, key, None)
+        if type(given) is int and needed not in (None, given):
+            raise BadInput(f"model.{key}={given} must be {needed}, as the data have; try model.{key}=null")
     seed_run(cfg.seed)
     model = instantiate(cfg.model, cfg.allowed_targets, LightningModule, **from_data)
     if cfg.trainer.precision == "64-true":
@@ -106,17 +121,100 @@ def _scheduler_factory(cfg: DictConfig, model: Any) -> Callable[..., dict[str, A
     if cfg.scheduler.get("_target_") is None:
         return None
     node = to_plain(cfg.scheduler)
-    settings = {key: node.pop(key) for key in ("interval", "monitor") if key in node}
+    settings = {"interval": "epoch", "monitor": cfg.score.metric}
+    settings |= {key: node.pop(key) for key in (*settings, "frequency", "strict", "name") if key in node}
 
-    def factory(optimizer: Optimizer) -> dict[str, Any]:
+    def factory(optimizer: Optimizer, num_batches: int | None = None) -> dict[str, Any]:
         missing = [key for key in TOTALS if key in node and node[key] is None]
-        totals = {key: _run_length(model.trainer, settings["interval"]) for key in missing}
-        scheduler = instantiate(node | totals, cfg.allowed_targets, LRScheduler, partial=True)
+        totals = {key: _run_length(model.trainer, settings["interval"], num_batches) for key in missing}
+        make = instantiate(node | totals, cfg.allowed_targets, LRScheduler, partial=True, where="scheduler")
+        scheduler = make(optimizer)
+        if isinstance(scheduler, OneCycleLR):
+            length = _run_length(model.trainer, settings["interval"], num_batches)
+            if scheduler.total_steps < length:
+                got = f"scheduler.total_steps={scheduler.total_steps}"
+                raise BadInput(f"{got} must not be below {length}, the run's length; try null for that")
         # Where validation is rarer than its steps, a plateau's metric may be yet to come.
         is_measured = settings["interval"] == "epoch" and model.trainer.check_val_every_n_epoch == 1
-        return {"scheduler": scheduler(optimizer), "strict": is_measured, **settings}
+        return {"scheduler": scheduler, "strict": is_measured, **settings}
 
     return factory
+
+
+def rehearse(cfg: DictConfig, model: Any, data: LightningDataModule | None, trainer: Any) -> None:
+    """Use, before any run exists, what a library may refuse no earlier than in use.
+
+    A parameter of its own takes a step of optimizer and scheduler; two rows of each part pass the
+    model without a gradient, and tell which metrics it logs.
+
+    Raises:
+        BadInput: A value is refused, or a metric that is monitored is never logged.
+    """
+    model.trainer, num_batches = trainer, 1
+    if isinstance(data, TensorData):
+        data.trainer, limit = trainer, trainer.limit_train_batches
+        num_batches = len(data.train_dataloader())
+        num_batches = min(num_batches, limit) if type(limit) is int else int(num_batches * limit)
+        interval = getattr(trainer, "val_check_interval", None)
+        most = num_batches if trainer.check_val_every_n_epoch else math.inf
+        if type(interval) is int and not 0 < interval <= most:
+            raise BadInput(
+                f"trainer.val_check_interval={interval} must be from 1 to {num_batches}, the batches of an "
+                "epoch; try 1.0, or trainer.check_val_every_n_epoch=null to count on through the epochs"
+            )
+        # A model with steps or hooks of its own may log anything in them.
+        hooks = [name for name in dir(Supervised) if re.match("on_.*|.*_step$", name)]
+        hooks = [name for name in hooks if inspect.isfunction(getattr(Supervised, name))]
+        plain = isinstance(model, Supervised) and not any(is_overridden(n, model, Supervised) for n in hooks)
+        if plain and not cfg.compile:  # which would take seconds
+            _check_monitored(cfg, trainer, _logged_names(model, data))
+    if not hasattr(model, "optimizer_factory"):
+        return
+    weight = torch.nn.Parameter(torch.ones(1, 1, device=trainer.strategy.root_device))
+    optimizer = model.optimizer_factory([weight])
+    weight.grad, closure = torch.ones_like(weight), cast(Any, weight.sum)
+    make: Any = model.scheduler_factory
+    can_make = make and (isinstance(data, TensorData) or not depends_on_total(cfg.scheduler))
+    scheduler = make(optimizer, num_batches)["scheduler"] if can_make else None
+    with naming("optimizer"):
+        optimizer.step(closure)
+    if scheduler is not None:
+        with naming("scheduler"):
+            scheduler.step(*[0.0] * isinstance(scheduler, ReduceLROnPlateau))
+
+
+def _logged_names(model: Supervised, data: TensorData) -> set[str]:
+    """Return the names of the metrics that the model's own steps log."""
+    names, dtype = set[str](), next(model.parameters()).dtype
+    model.log_recorder = lambda name, *_, **__: names.add(name)
+    model.eval()
+    with naming("model"), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for part, split in data.splits.items():
+            rows = data.transform(split.features[:2].cpu()), split.targets[:2].cpu()
+            rows = [each.to(dtype) if each.is_floating_point() else each for each in rows]
+            getattr(model, STEPS[part])(rows, 0)
+    model.log_recorder = None
+    model.train()
+    return names
+
+
+def _check_monitored(cfg: DictConfig, trainer: Any, names: set[str]) -> None:
+    """Refuse to monitor what no step logs, unless there are callbacks of other people."""
+    known = (EarlyStopping, ModelCheckpoint, ProgressBar, Timer)
+    if not all(isinstance(c, known) or "tracklight" in type(c).__module__ for c in trainer.callbacks):
+        return
+    monitored = {f"{type(c).__name__}.monitor": getattr(c, "monitor", None) for c in trainer.callbacks}
+    monitored |= {"scheduler.monitor": cfg.scheduler.get("monitor"), "score.metric": cfg.score.metric}
+    for key, metric in reversed(monitored.items()):
+        if metric and metric not in names:
+            raise BadInput(f"{key}={metric} is {never_logged(metric, names)}")
+
+
+def never_logged(metric: str, names: Collection[str]) -> str:
+    """Say that a metric is never logged, what is, and which of these is most like it."""
+    similar = difflib.get_close_matches(metric, names, n=1, cutoff=0.0)
+    logged = ", ".join(sorted(names)) or "no metrics"
+    return f"never logged; logged are {logged}" + "".join(f"; try score.metric={name}" for name in similar)
 
 
 def depends_on_total(scheduler: Any) -> bool:
@@ -124,14 +222,19 @@ def depends_on_total(scheduler: Any) -> bool:
     return any(key in scheduler and scheduler[key] is None for key in TOTALS)
 
 
-def _run_length(trainer: Any, interval: str) -> int:
+def _run_length(trainer: Any, interval: str, known: int | None) -> int:
     """Return the run's number of epochs or optimizer steps, as a scheduler's interval counts.
 
     `max_epochs` or `max_steps` ends the run, whichever comes first. What may end it earlier, as
-    `max_time` and early stopping, is not known.
+    `max_time` and early stopping, is not known. The Trainer tells the batches of an epoch unless
+    they are `known`.
     """
-    _ = trainer.estimated_stepping_batches  # loads the training data
-    max_epochs, num_batches = trainer.max_epochs or 0, trainer.num_training_batches
+    if known is None:
+        _ = trainer.estimated_stepping_batches  # loads the training data
+    max_epochs, num_batches = (
+        trainer.max_epochs or 0,
+        trainer.num_training_batches if known is None else known,
+    )
     max_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
     epochs, steps = max_epochs, max_steps
     if num_batches < math.inf:
@@ -189,14 +292,13 @@ def build_trainer(
     Raises:
         BadInput: Lightning refuses an argument, or the hardware is missing.
     """
-    arguments, tracked = to_plain(cfg.trainer), cfg.tracking.enabled
-    if str(strategy := arguments.get("strategy")).endswith(FORKING):
+    tracked = cfg.tracking.enabled
+    if str(strategy := cfg.trainer.get("strategy")).endswith(FORKING):
         raise BadInput(
             f"trainer.strategy={strategy} copies a process that writes to MLflow already;"
             " try trainer.strategy=ddp"
         )
-    if isinstance(arguments.get("profiler"), dict):
-        arguments["profiler"] = instantiate(arguments["profiler"], cfg.allowed_targets, Profiler)
+    arguments = instantiate(cfg.trainer, cfg.allowed_targets)  # its profiler, strategy, plugins
     callbacks = [*_config_callbacks(cfg), *callbacks]
     if (progress := progress_callback(cfg.trainer.enable_progress_bar)) is not None:
         callbacks.append(progress)
@@ -210,17 +312,15 @@ def build_trainer(
         plugins = [plugins]
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    try:
-        trainer = Trainer(
-            **arguments,
-            callbacks=[*callbacks, *saving] if tracked else callbacks,
-            plugins=[*([io] if tracked else []), distributed.cluster_environment(), *plugins],
-            default_root_dir=cfg.tracking.dir,
-            enable_checkpointing=tracked,
-            logger=False,
-        )
-    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
-        reason = str(error).strip().splitlines()[0].strip()
-        raise BadInput(f"trainer: {reason}") from error
-    limit_waiting(trainer, distributed.WAIT_S)
-    return trainer
+    trainer = partial(
+        Trainer,
+        **arguments,
+        callbacks=[*callbacks, *saving] if tracked else callbacks,
+        plugins=[*([io] if tracked else []), distributed.cluster_environment(), *plugins],
+        default_root_dir=cfg.tracking.dir,
+        enable_checkpointing=tracked,
+        logger=False,
+    )
+    built = build(trainer, "trainer")
+    limit_waiting(built, distributed.WAIT_S)
+    return built

@@ -13,7 +13,7 @@ from tracklight.config.compose import config_digest, digest_without_seed, flatte
 from tracklight.data.tensor_data import TensorData
 from tracklight.engine.blocks import NonFinite
 from tracklight.engine.signals import Stopped
-from tracklight.errors import BadInput
+from tracklight.errors import BadInput, RunFailed
 from tracklight.experiment.build import OPTIMIZER_KEYS
 from tracklight.experiment.stored import COMMAND_KEYS, ResumedRun, describe_inputs
 from tracklight.figures.choose import FOLDER, draw_figures
@@ -113,6 +113,8 @@ def finish_run(
     except Stopped:
         status = "KILLED"
         raise
+    except BadInput as error:  # that this run failed is in its record
+        raise RunFailed(str(error)) from error
     except NonFinite as error:
         run.set_tags({tags.NON_FINITE_TAG: str(error.step)})
         raise

@@ -19,7 +19,7 @@ from tracklight.engine.checkpoints import load_weights, newest_resume_checkpoint
 from tracklight.errors import BadInput
 from tracklight.experiment.build import build_data, build_model, depends_on_total
 from tracklight.runs.reader import open_reader
-from tracklight.runs.select import fetch, find_run, read_text
+from tracklight.runs.select import WORDS, fetch, find_run, read_text, resolve_sweep, select_run
 from tracklight.tracking import tags
 from tracklight.tracking.provenance import code_digest
 from tracklight.tracking.store import Store, connect
@@ -74,6 +74,8 @@ def resolve_resume(
         if cfg.resume is not None and not cfg.tracking.enabled:
             raise BadInput(f"resume={cfg.resume} needs tracking=mlflow: untracked runs leave nothing behind")
         return cfg, None
+    if cfg.init_from in WORDS:  # they mean another run tomorrow
+        cfg.init_from = resolve_sweep(store, select_run(store, cfg.init_from)).info.run_id
     if run_id is not None:
         return cfg, _resumed_run(store, find_run(store, run_id), required=False)
     if cfg.resume is None:
@@ -113,7 +115,7 @@ def is_unfinished(run: Any) -> bool:
 
 
 def _resume_by_id(cfg: DictConfig, store: Store) -> tuple[DictConfig, ResumedRun]:
-    run = find_run(store, str(cfg.resume))
+    run = select_run(store, str(cfg.resume))
     run_id = run.info.run_id
     if tags.is_sweep(run.data.tags):
         raise BadInput(f"run {run_id} is a sweep: its own command continues it; or name a trial of it")
@@ -183,7 +185,7 @@ def load_best_weights(model: LightningModule, store: Store | None, run_id: str) 
     """
     if store is None:
         raise BadInput(f"init_from={run_id} needs tracking=mlflow, where that run is")
-    run = find_run(store, run_id)
+    run = resolve_sweep(store, select_run(store, run_id))
     weights = load_weights(fetch(store, run, tags.BEST))
     try:
         model.load_state_dict(weights)

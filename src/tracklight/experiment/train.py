@@ -3,6 +3,7 @@
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,14 @@ from tracklight.engine.lightning_internals import set_root_dir
 from tracklight.engine.monitors import ScoreMonitor
 from tracklight.engine.signals import SafeStop
 from tracklight.errors import RunFailed
-from tracklight.experiment.build import build_data, build_model, build_trainer, early_stops, has_test
+from tracklight.experiment.build import (
+    build_data,
+    build_model,
+    build_trainer,
+    early_stops,
+    has_test,
+    rehearse,
+)
 from tracklight.experiment.record import describe, finish_run, log_final, log_reference, open_run
 from tracklight.experiment.stored import ResumedRun, load_best_weights, open_store, resolve_resume
 from tracklight.paths import ROOT
@@ -76,6 +84,7 @@ def run(
         if resumed:
             distributed.check_resumable(training.trainer)
             training.last.check(resumed.find_checkpoint())
+        rehearse(cfg, model, data, training.trainer)
 
         # The run is opened last: what fails earlier leaves no empty run behind.
         start_s = time.perf_counter()
@@ -228,7 +237,8 @@ def _explain(error: Exception, cfg: DictConfig, num_processes: int) -> str | Non
     on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     if on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError):
         return f"out of memory; make data.batch_size={cfg.data.get('batch_size')} smaller first"
-    if isinstance(error, MisconfigurationException):
+    last = traceback.extract_tb(error.__traceback__)[-1].filename
+    if isinstance(error, MisconfigurationException) or "pytorch_lightning" in Path(last).parts:
         return " ".join(str(error).split())
     if num_processes > 1 and (isinstance(error, DistError) or "gloo" in str(error) or "NCCL" in str(error)):
         silence = f"is gone, or has not answered for {distributed.WAIT_S:.0f} s"

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from tracklight.config.compose import config_digest, resolve_composed, resolve_config, result_keys
 from tracklight.config.hardware import count_gpus, default_threads, num_devices
 from tracklight.config.hydra_internals import apply_parsed_overrides
+from tracklight.config.overrides import explaining
 from tracklight.config.rules import check_values
 from tracklight.errors import BadInput
 from tracklight.runs.leaderboard import short_names
@@ -155,8 +156,9 @@ class Plan:
         pairs = list(zip(overrides, self._is_group, strict=True))
         groups = tuple(override for override, is_group in pairs if is_group)
         dotted = [override for override, is_group in pairs if not is_group]
-        cfg = self._compose_groups(groups)
-        apply_parsed_overrides(self._parser.parse_overrides(dotted), cfg)
+        with explaining():
+            cfg = self._compose_groups(groups)
+            apply_parsed_overrides(self._parser.parse_overrides(dotted), cfg)
         if seed_offset:
             cfg.seed += seed_offset
             overrides.append(f"seed={cfg.seed}")
@@ -302,6 +304,8 @@ class Plan:
                 f"the trials are scored by different metrics, {metrics}, and cannot be ranked; "
                 "set score.metric and score.mode for all of them"
             )
+        if self.metric is None:
+            raise BadInput("score.metric=null ranks no trials; set score.metric=METRIC score.mode=min or max")
         if self.settings["storage"] and not cfg.tracking.enabled:
             raise BadInput("sweep.storage remembers trials whose runs MLflow has; drop it, or tracking=none")
         if cfg.resume not in (None, "auto"):

@@ -4,7 +4,6 @@ What takes seconds to import is imported inside functions: bad input is refused 
 the preflight runs meanwhile.
 """
 
-import difflib
 import os
 import signal
 import sys
@@ -19,7 +18,7 @@ from omegaconf import DictConfig
 from tracklight.config.hardware import choose_temporary_folder, num_devices
 from tracklight.errors import BadInput, RunFailed
 from tracklight.runs.leaderboard import LeaderboardRow, rank_trials
-from tracklight.runs.select import find_run
+from tracklight.runs.select import WORDS, select_run
 from tracklight.sweep.executors import Executor, LauncherExecutor, ProcessExecutor
 from tracklight.sweep.plan import Job, Plan, format_params, make_trial_spec
 from tracklight.sweep.trial import TrialResult, call_in_thread
@@ -78,8 +77,10 @@ def _open_stores(plan: Plan) -> "tuple[Store | None, BaseStorage | None]":
     storage = open_storage(url, None) if url else None
     store = connect(tracking.uri, Path(tracking.dir))
     store.recover()
-    for run_id in init_from:
-        find_run(store, run_id)
+    for word in init_from:
+        run_id = select_run(store, word).info.run_id
+        if word in WORDS:
+            raise BadInput(f"init_from={word} changes with each run of a sweep; take init_from={run_id}")
     return store, storage
 
 
@@ -289,10 +290,10 @@ def _run_preflight(executor: ProcessExecutor, job: Job, on_cpu: bool) -> TrialRe
 def _refusal(result: TrialResult, metric: str, on_cpu: bool) -> str:
     """Return why the result of a preflight refuses the config; empty if it does not."""
     if result.kind == "failed":
-        return result.reason if result.is_input and not on_cpu else ""
-    if metric in result.metrics:
-        return ""
-    similar = difflib.get_close_matches(metric, result.metrics, n=1, cutoff=0.0)
-    hint = f"; try score.metric={similar[0]}" if similar else ""
-    logged = ", ".join(result.metrics) or "no metrics"
-    return f"score.metric={metric} is never logged; logged are {logged}{hint}"
+        told = result.is_input and (not on_cpu or " is never logged; " in result.reason)
+        return result.reason if told else ""
+    from tracklight.experiment.build import never_logged
+
+    return (
+        "" if metric in result.metrics else f"score.metric={metric} is {never_logged(metric, result.metrics)}"
+    )

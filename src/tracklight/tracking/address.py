@@ -9,6 +9,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from urllib.request import urlopen
 
 from tracklight.errors import BadInput
+from tracklight.paths import uri_setting
 from tracklight.redact import redact
 
 DATABASE = "mlflow.db"
@@ -25,7 +26,7 @@ def resolve_uri(uri: str | None, directory: Path) -> str:
     Raises:
         BadInput: MLflow has no store of this kind, or the URI names no place.
     """
-    shown = f"tracking.uri={redact(uri)}"
+    shown = f"{uri_setting(uri)}={redact(uri)}"
     if uri is None:
         uri, shown = f"sqlite:///{directory / DATABASE}", f"tracking.dir={directory}"
     scheme, separator, rest = uri.partition(":")
@@ -87,5 +88,5 @@ def contact(uri: str) -> None:
         if not isinstance(cause, ssl.SSLError):  # MLflow itself reports on certificates
             raise BadInput(
                 f"no tracking server answers at {redact(uri)} ({cause}); start it, or choose "
-                "another tracking.uri"
+                f"another {uri_setting(uri)}"
             ) from None
