@@ -1,7 +1,10 @@
 """A stored config is data: whatever text it holds, nothing of it runs and nothing is looked up."""
 
+import json
 import os
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from process import Trainees, free_port
 from tracklight.commands.parser import main
 from tracklight.config.compose import allowed_targets, compose
 from tracklight.errors import BadInput
+from tracklight.experiment.stored import load_config
 from tracklight.tracking.store import Store, connect
 
 SECRET = "-".join(["pl4nt3d", "s3cr3t"])  # this file may be part of a run's patch
@@ -23,6 +27,25 @@ ATTACKS = {
     "read from the environment": "${{oc.env:AWS_SECRET_ACCESS_KEY}}",
     "decoded": r"\${{oc.decode:'${{oc.env:AWS_SECRET_ACCESS_KEY}}'}}",
     "another key": "${{seed}}",
+}
+BILLION = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))
+BROKEN: dict[str, bytes | str] = {
+    "empty": "",
+    "a list": "- seed: 1",
+    "a number": "42",
+    "cut off": "{seed: [1,",
+    "no text": b"\xff\xfe\x00",
+    "a billion aliases": BILLION,
+    "itself": "seed: &seed [*seed]",
+    "deep lists": "seed: " + "[" * 200_000,
+    "deep mappings": "seed: " + "{a: " * 200_000,
+    "a python object": "seed: !!python/object/apply:os.system [touch]",
+    "a long number": "seed: " + "9" * 10_000,
+    "no day": "seed: 2001-99-99",
+    "bytes": "seed: !!binary aGk=",
+    "a set": "seed: !!set {1, 2}",
+    "a key that is none": "? [a, b]\n: 1",
+    "an empty mapping": "{}",
 }
 PLACES = (("model", "bias"), ("data", "num_points"), ("tracking", "run_name"))
 COMMANDS = ("evaluate", "predict", "reproduce", "resume")
@@ -60,6 +83,151 @@ def assert_refused(command: str, run_id: str, directory: Path, ran: Path, uri=No
     assert SECRET not in str(no.value)
     assert "\n" not in str(no.value)
     assert not ran.exists()
+
+
+def sparse(path: Path) -> None:
+    """A file of ten gigabytes that takes no place on the disk."""
+    path.unlink()
+    path.touch()
+    os.truncate(path, 10_000_000_000)
+
+
+def replaced(path: Path, make: Callable[[Path], None]) -> None:
+    path.unlink()
+    make(path)
+
+
+ODD_FILES: dict[str, Callable[[Path], None]] = {
+    "ten gigabytes": sparse,
+    "a pipe": lambda path: replaced(path, os.mkfifo),
+    "a device": lambda path: replaced(path, lambda p: p.symlink_to("/dev/zero")),
+    "a folder": lambda path: replaced(path, Path.mkdir),
+    "a link to elsewhere": lambda path: replaced(path, lambda p: p.symlink_to("/etc/hostname")),
+}
+
+
+def assert_one_line(command: str, run_id: str, directory: Path, uri=None, says: str = "") -> None:
+    assert_no_config(lambda: start(command, run_id, directory, uri), says)
+
+
+@pytest.fixture
+def config(kept, copied) -> Path:
+    return copied / "artifacts" / kept.line / "artifacts" / "config.yaml"
+
+
+def load(kept, copied):
+    store = connect(None, copied)
+    run = kept.store.client.get_run(kept.line)
+    return lambda: load_config(store, run)
+
+
+def assert_no_config(read: Callable[[], object], says: str = "config.yaml") -> None:
+    start_s = time.monotonic()
+    with pytest.raises(BadInput, match=says) as no:
+        read()
+    assert "\n" not in str(no.value) and len(str(no.value)) < 600
+    assert time.monotonic() - start_s < 20
+
+
+def test_a_stored_config_that_is_none_is_refused_in_one_line(kept, copied, config):
+    before, read = config.read_bytes(), load(kept, copied)
+    for text in BROKEN.values():
+        config.write_bytes(text if isinstance(text, bytes) else text.encode())
+        assert_no_config(read)
+    for spoil in ODD_FILES.values():
+        spoil(config)
+        assert_no_config(read)
+        config.rmdir() if config.is_dir() else config.unlink()
+        config.write_bytes(before)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_hangs_on_a_stored_config_that_never_ends(kept, copied, config, command):
+    config.write_text(BILLION)
+    assert_one_line(command, kept.line, copied, says="config.yaml is no config: line 2: an alias")
+
+
+def test_whatever_key_a_stored_config_lacks_or_holds_it_is_one_line(kept, copied, config):
+    tree, read = yaml.safe_load(config.read_text()), load(kept, copied)
+    for key in ("seed", "trainer", "model", "data", "optimizer", "scheduler", "score", "callbacks"):
+        without = {name: value for name, value in tree.items() if name != key}
+        config.write_text(yaml.safe_dump(without))
+        assert_no_config(read, f"config.yaml has no {key}")
+        for value in (None, [1]) if key in ("seed", "trainer", "model") else ():
+            config.write_text(yaml.safe_dump({**without, key: value}))
+            assert_no_config(read, key)
+    for section in ("model", "optimizer"):  # without a class
+        config.write_text(yaml.safe_dump({**tree, section: {"_target_": None}}))
+        assert_one_line("predict", kept.line, copied, says=f"{section} names no class")
+
+
+@pytest.mark.parametrize("spoil", ODD_FILES.values(), ids=ODD_FILES)
+def test_stored_weights_that_are_no_file_of_bounded_size_are_refused(kept, copied, spoil, monkeypatch):
+    monkeypatch.setenv("TRACKLIGHT_MAX_CHECKPOINT_GB", "8")
+    spoil(copied / "artifacts" / kept.line / "artifacts" / "checkpoints" / "best.ckpt")
+    for command in ("evaluate", "predict"):
+        assert_one_line(command, kept.line, copied, says="best.ckpt")
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        *("", "[]", "7", "{", '{"name": ' + "[" * 100_000, '{"in_features": ' + "9" * 10_000 + "}"),
+        *({"shape": "ab"}, {"shape": [2**30]}, {"feature_names": "x"}, {"feature_names": [1]}),
+        *({"target_names": [["y"]]}, {"mean": [0.0, 1.0]}, {"std": {}}, {"name": [1]}, {"in_features": "1"}),
+        *(
+            {"feature_names": None},
+            {"feature_names": []},
+            {"feature_names": ["x", "x"]},
+            {"target_names": []},
+        ),
+    ],
+)
+def test_stored_metadata_of_any_kind_are_used_or_refused_in_one_line(kept, copied, inputs, capsys):
+    path = copied / "artifacts" / kept.table / "artifacts" / "inputs.json"
+    whole = json.loads(path.read_text())
+    path.write_text(inputs if isinstance(inputs, str) else json.dumps(whole | inputs))
+    rows = copied / "rows.csv"
+    rows.write_text(",".join(whole["feature_names"]) + "\n" + ",".join("1" * 10) + "\n")
+    try:
+        assert main("predict", [kept.table, str(rows), "--dir", str(copied)]) == 2
+        said = capsys.readouterr().err.removesuffix("\n")
+    except BadInput as no:
+        said = str(no)
+    assert said and "\n" not in said
+
+
+WRITERS = {
+    "callbacks.kept.dirpath": ("ModelCheckpoint", {"dirpath": "{out}"}),
+    "callbacks.kept.filename": ("ModelCheckpoint", {"filename": "../../{name}"}),
+    "callbacks.relative.dirpath": ("ModelCheckpoint", {"dirpath": "out"}),
+    "callbacks.failed.dirpath": ("OnExceptionCheckpoint", {"dirpath": "{out}"}),
+    "callbacks.remote.dirpath": ("ModelCheckpoint", {"dirpath": "memory://out"}),
+    "trainer.profiler.dirpath": ("SimpleProfiler", {"dirpath": "{out}", "filename": "profile"}),
+    "trainer.profiler.filename": ("AdvancedProfiler", {"dirpath": None, "filename": "{out}/profile"}),
+}
+
+
+@pytest.mark.parametrize("key", WRITERS)
+def test_a_stored_config_writes_nowhere_but_into_the_runs_folder(kept, copied, tmp_path, key, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name, arguments = WRITERS[key]
+    section, name_of_node, last = key.split(".")
+    values = {k: v and v.format(out=tmp_path / "out", name="out") for k, v in arguments.items()}
+    kind = "callbacks" if section == "callbacks" else "profilers"
+    config = copied / "artifacts" / kept.line / "artifacts" / "config.yaml"
+    tree = yaml.safe_load(config.read_text())
+    tree[section][name_of_node] = {"_target_": f"pytorch_lightning.{kind}.{name}", **values}
+    config.write_text(yaml.safe_dump(tree))
+    before = {*tmp_path.iterdir()}
+    for command in ("reproduce", "resume"):
+        assert_one_line(command, kept.line, copied, says=f"{key}=.* of the stored config may write outside")
+    assert main("evaluate", [kept.line, "--no-log", "--dir", str(copied)]) == 0  # it makes none of them
+    assert {*tmp_path.iterdir()} == before
+    if key == "callbacks.kept.dirpath":
+        word = f"{key}={values[last]}"
+        assert main("reproduce", [kept.line, word, "--dir", str(copied)]) == 0
+        assert (tmp_path / "out").is_dir()
 
 
 def files_with(folder: Path, text: str) -> list[Path]:
@@ -100,7 +268,22 @@ def test_text_of_a_config_on_a_server_is_never_resolved(tmp_path, monkeypatch):
             plant(config, PLACES[0], text, tmp_path / "ran")
             for command in COMMANDS:
                 assert_refused(command, run_id, tmp_path / "away", tmp_path / "ran", uri)
-        assert files_with(tmp_path, SECRET) == []
+        artifacts = config.parent
+        for text in BROKEN.values():
+            config.write_bytes(text if isinstance(text, bytes) else text.encode())
+            for command in COMMANDS:
+                assert_one_line(command, run_id, tmp_path / "away", uri, says="config.yaml")
+        sparse(config)
+        for command in COMMANDS:
+            assert_one_line(command, run_id, tmp_path / "away", uri, says="10,000,000,000 bytes")
+        config.write_text(before)
+        monkeypatch.setenv("TRACKLIGHT_MAX_CHECKPOINT_GB", "8")
+        for path in ("checkpoints/best.ckpt", "checkpoints/last.ckpt"):
+            sparse(artifacts / path)
+        for command in COMMANDS:
+            assert_one_line(command, run_id, tmp_path / "away", uri, says="ckpt has 10,000,000,000 bytes")
+        assert sum(p.stat().st_blocks for p in (tmp_path / "away").rglob("*")) * 512 < 1_000_000
+        assert files_with(config.parent, SECRET) == []
         assert store.client.get_run(run_id).info.status == "FINISHED"
     finally:
         server.send(signal.SIGKILL, group=True)

@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -205,6 +208,117 @@ def test_whatever_a_stored_config_holds_it_is_refused_or_stays_what_it_says(tree
     assert "${" not in yaml.safe_dump(tree)
     assert to_plain(amended)["extra"]["x"] == tree
     assert built == {"x": without_directives(tree)}
+
+
+PLANTED = "-".join(["pl4nt3d", "s3cr3t"])
+EXECUTE = "_target_: mlflow.utils.process._exec_cmd, cmd: [touch, ran]"
+SCALARS = st.sampled_from(
+    [
+        *("1", "null", "plain", "''", "*a", "*b", "&a x", "&b [1, *a]", "&a [*a]", "<<: *a", "2001-99-99"),
+        *("'${oc.env:PLANTED}'", r"'\${oc.env:PLANTED}'", "'${oc.decode:${oc.env:PLANTED}}'", "'${seed}'"),
+        *("'${oc.create:{" + EXECUTE + "}}'", r"'\${oc.create:{" + EXECUTE + "}}'", "'${hydra:runtime.cwd}'"),
+        *(
+            "!!python/object/apply:os.system ['touch ran']",
+            "!!python/name:os.system",
+            "!!binary aGk=",
+            "!!set {x}",
+        ),
+        *(
+            "{" + EXECUTE + "}",
+            "{_target_: os.system, _args_: ['touch ran']}",
+            "{_target_: os.putenv, _args_: [A, b]}",
+        ),
+        *(
+            "{_target_: torch.nn.Linear, in_features: 1, out_features: 1}",
+            "{_target_: torch.nn.modules.os.system}",
+        ),
+        *("{_target_: torch.optim.SGD, _partial_: true}", "{_target_: pytorch_lightning.callbacks.Timer}"),
+        *(
+            "{_target_: pytorch_lightning.callbacks.ModelCheckpoint, dirpath: /ran}",
+            "{_target_: '${model._target_}'}",
+        ),
+    ]
+)
+KEYS = st.sampled_from(
+    ["a", "_target_", "_args_", "_partial_", "_recursive_", "defaults", "bias", "'${seed}'"]
+)
+DOCUMENTS = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3).map(lambda each: f"[{', '.join(each)}]"),
+        st.dictionaries(KEYS, inner, max_size=3).map(
+            lambda each: "{" + ", ".join(f"{key}: {value}" for key, value in each.items()) + "}"
+        ),
+        st.tuples(st.sampled_from("ab"), inner).map(lambda pair: f"&{pair[0]} {pair[1]}"),
+    ),
+    max_leaves=8,
+)
+CALLS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.putenv", "os.unsetenv")
+CALLS += (
+    "os.remove",
+    "os.rename",
+    "os.mkdir",
+    "os.rmdir",
+    "shutil.rmtree",
+    "socket.connect",
+    "ctypes.dlopen",
+)
+escaped: list[str] = []
+is_watched = False
+
+
+def watch(event: str, arguments: tuple) -> None:
+    """Note what Python's own audit reports of processes, files and the environment."""
+    if not is_watched or "__pycache__" in str(arguments):  # written at the first import of a module
+        return
+    writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+    if writes or event in CALLS:
+        escaped.append(f"{event}{arguments}")
+
+
+sys.addaudithook(watch)
+
+
+@settings(max_examples=200, deadline=None)
+@given(DOCUMENTS, st.sampled_from(["model", "data", "callbacks", "extra", "seed", "trainer"]))
+def test_whatever_text_a_stored_config_is_no_process_file_or_variable_is_touched(document, section):
+    global is_watched
+    base = {key: value for key, value in LINE.items() if key != section}
+    text, environment = f"{yaml.safe_dump(base)}{section}: {document}\n", dict(os.environ)
+    os.environ["PLANTED"] = PLANTED
+    is_watched, seen = True, ""
+    try:
+        stored = config.parse_stored(text)
+        config.check_stored_paths(stored, [], ROOT / "mlruns" / "artifacts" / "a")
+        amended = apply_overrides(stored, [])
+        check_config(amended)
+        seen = json.dumps(to_plain(amended))
+        seen += repr(instantiate(amended[section], amended.allowed_targets) if section != "seed" else "")
+    except (BadInput, ValueError, TypeError, yaml.YAMLError) as error:
+        seen += str(error)
+    finally:
+        is_watched = False
+        del os.environ["PLANTED"]
+    assert escaped == []
+    assert PLANTED not in seen
+    assert dict(os.environ) == environment
+    assert not (ROOT / "ran").exists() and not Path("ran").exists()
+
+
+def test_the_audit_sees_a_process_a_file_and_a_variable(tmp_path):
+    """The oracle of the test above."""
+    global is_watched
+    is_watched = True
+    try:
+        subprocess.run(["true"], check=True)
+        (tmp_path / "file").write_text("x")
+        os.environ["PLANTED"] = PLANTED
+        del os.environ["PLANTED"]
+    finally:
+        is_watched = False
+    kinds = {each.partition("(")[0] for each in escaped}
+    escaped.clear()
+    assert kinds >= {"subprocess.Popen", "open", "os.putenv", "os.unsetenv"}
 
 
 def without_directives(tree):

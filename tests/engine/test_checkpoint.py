@@ -315,3 +315,31 @@ def test_a_zip_of_someone_elses_is_no_checkpoint(path):
         archive.writestr("data.pkl", pickle.dumps(Malice()))
     with pytest.raises(BadInput):
         load_plain(path)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1).expand(10**12),
+        torch.zeros(3, device="meta"),
+        torch.zeros(3).to_sparse(),
+    ],
+    ids=["a terabyte of one value", "meta", "sparse"],
+)
+def test_weights_that_are_larger_than_their_file_are_refused(path, tensor):
+    torch.save(content() | {"state_dict": {"weight": tensor}}, path)
+    with pytest.raises(BadInput, match="has only a part|unsafe|cannot be read"):
+        load_weights(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"sha256": 7, "step": 1}', '{"sha256": [[1]], "step": "x"}', '{"sha256": [], "step": 1e999}', "[1]"]
+    + ["[" * 50_000, '{"step": ' + "9" * 9_999 + "}", '{"sha256": ["a"], "step": {}}', " " * 100_000 + "{}"],
+)
+def test_a_checksum_file_of_any_content_is_read_or_counts_as_none(path, text):
+    DurableCheckpointIO().save_checkpoint(content(), path)
+    checksum_path(path).write_text(text)
+    assert not is_intact(path)
+    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(RunFailed, match="no checkpoint"):
+        newest_resume_checkpoint(path.parent)

@@ -21,7 +21,7 @@ from process import free_port
 from tracklight.errors import BadInput
 from tracklight.sweep.space import read_space
 from tracklight.sweep.study import OptunaSettings, OptunaStudy, open_storage
-from tracklight.sweep.trial import call_in_thread
+from tracklight.tracking.address import call_in_thread
 
 
 @pytest.mark.parametrize(
@@ -182,3 +182,46 @@ def test_a_sweep_outlives_seconds_without_its_postgresql(commander, tmp_path, po
     swept = Swept(directory)
     assert len(swept.children) == 6 and {run.status for run in swept.runs} == {"FINISHED"}
     assert began < 7  # what had not begun did not begin meanwhile
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("no json\n", "[]\n", "7\n", "{}\n", '{"op_code": 99}\n', "[" * 50_000 + "\n"),
+    ],
+)
+def test_a_journal_that_optuna_did_not_write_is_one_line(tmp_path, text):
+    path = tmp_path / "study.journal"
+    path.write_text(text)
+    with pytest.raises(BadInput, match="is no journal of a sweep .*; sweep.fresh=true") as no:
+        open_storage(None, path)
+    assert "\n" not in str(no.value)
+
+
+def test_a_journal_that_is_endless_or_elsewhere_is_refused_and_left_alone(tmp_path):
+    path, elsewhere = tmp_path / "study.journal", tmp_path / "thesis"
+    elsewhere.write_text("a line\nand half a one")
+    path.symlink_to(elsewhere)
+    with pytest.raises(BadInput, match="no journal"):
+        open_storage(None, path)
+    assert elsewhere.read_text() == "a line\nand half a one"
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(BadInput, match="no journal"):
+        open_storage(None, path)
+    path.unlink()
+    path.touch()
+    os.truncate(path, 10_000_000_000)
+    with pytest.raises(BadInput, match="10,000,000,000 bytes"):
+        open_storage(None, path)
+
+
+def test_a_value_of_a_journal_or_a_store_is_text_and_never_resolved():
+    secret = "${oc.env:HOME}"
+    (axis,) = (space := read_space(["model.bias=true,false"], {}, None)).axes
+    for params in ({"model.bias": secret}, {"model.bias": axis.to_text(secret)}):
+        with pytest.raises(BadInput, match=r"model.bias=.*'\$\{' is refused"):
+            space.overrides(params)
+    typed = read_space([f"model.bias={secret},1"], {}, None)
+    (text, _), params = typed.axes[0].texts, {"model.bias": typed.axes[0].texts[0]}
+    assert secret in text and typed.overrides(params) == [f"model.bias={text}"]

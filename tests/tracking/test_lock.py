@@ -76,7 +76,11 @@ def test_a_lock_file_removed_between_open_and_lock_is_not_taken_for_the_lock(tmp
     second.remove()
 
 
-@pytest.mark.parametrize("text", ["", "7", "{", "[]"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "7", "{", "[]", "[" * 50_000, " " * 70_000 + "{}"]
+    + [f'{{"pid": {pid}}}' for pid in ('"1"', "1e300", "-1", "9" * 30, "9" * 9_999, "true")],
+)
 def test_a_senseless_note_counts_as_none(tmp_path, text):
     (tmp_path / FILE_NAME).write_text(text)
     assert read_lock(tmp_path) == {}
@@ -102,3 +106,17 @@ def test_a_forked_child_that_survives_its_parent_does_not_keep_the_lock(tmp_path
         RunLock(tmp_path, {}).close()
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+def test_a_lock_file_that_is_a_pipe_or_leads_elsewhere_is_no_lock(tmp_path):
+    elsewhere, linked, piped = tmp_path / "elsewhere", tmp_path / "linked", tmp_path / "piped"
+    elsewhere.write_text("thesis")
+    linked.mkdir(), piped.mkdir()
+    (linked / FILE_NAME).symlink_to(elsewhere)
+    os.mkfifo(piped / FILE_NAME)
+    for folder in (linked, piped):
+        with pytest.raises(OSError):
+            RunLock(folder, {"store": "here"})
+    assert elsewhere.read_text() == "thesis"
+    assert read_lock(piped) == {}
+    was_abandoned(piped)  # returns: nothing waits for its other end

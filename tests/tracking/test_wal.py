@@ -2,6 +2,7 @@ import math
 import os
 import struct
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -168,3 +169,42 @@ def test_a_block_of_64_points_costs_the_training_thread_one_write(tmp_path, monk
     monkeypatch.setattr(os, "fsync", lambda fd: pytest.fail("waits for the disk"))
     wal.add_points("train/loss", range(64), [0.1 * i for i in range(64)])
     assert len(writes) == 1
+
+
+def framed(payload: bytes, length: int | None = None) -> bytes:
+    return struct.pack("<II", len(payload) if length is None else length, zlib.crc32(payload)) + payload
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        framed(b"", 2**32 - 1),
+        framed(b"C" + bytes(8) + b"[" * 50_000),
+        framed(b"C" + bytes(8) + b'["call"]'),
+        framed(b"C" + bytes(8) + b'{"values": {}}'),
+        framed(b"C" + bytes(8) + b'{"call": ' + b"9" * 9_999 + b"}"),
+        framed(b"P" + bytes(8) + struct.pack("<HI", 4, 0) + b"loss"),
+        framed(b"P" + bytes(8) + struct.pack("<HI", 4, 2**31) + b"loss" + bytes(16)),
+        framed(b"P" + bytes(8) + struct.pack("<HI", 2, 1) + b"\xff\xff" + bytes(16)),
+        framed(b"P" + bytes(8)),
+    ],
+)
+def test_a_record_that_is_whole_and_none_of_ours_ends_the_log(tmp_path, record):
+    path = tmp_path / "points.wal"
+    log = WriteAheadLog(path)
+    log.add_points("loss", (1,), (0.5,))
+    log.close()
+    path.write_bytes((whole := path.read_bytes()) + record)
+    (tmp_path / "points.sent").write_text("9" * 100_000)
+    log = WriteAheadLog(path)
+    assert (log.end, log.highest, log.sent) == (len(whole), {"loss": 1}, 0)
+    log.close()
+    assert path.read_bytes() == whole
+
+
+def test_a_log_that_leads_elsewhere_is_not_written_to(tmp_path):
+    (tmp_path / "thesis").write_text("many words")
+    (tmp_path / "points.wal").symlink_to(tmp_path / "thesis")
+    with pytest.raises(OSError):
+        WriteAheadLog(tmp_path / "points.wal")
+    assert (tmp_path / "thesis").read_text() == "many words"

@@ -56,6 +56,8 @@ def run(args: Namespace) -> int:
     else:
         split = _read_rows(rebuilt, stored.load_inputs(store, trained), args.table)
     if args.into_run:
+        if store.why_read_only:
+            raise BadInput(f"--into-run: {store.why_read_only}; leave it out")
         _check_into_run(rebuilt, split, args.overrides)
     metrics = measure(rebuilt, split)
     lines = {}
@@ -70,7 +72,9 @@ def run(args: Namespace) -> int:
     lines["score"] = format_metrics(scores)
     if split == "test":
         lines |= _compare_with_recorded(rebuilt, scores)
-    if not args.no_log:
+    if store.why_read_only:
+        lines["logged"] = f"nothing: {store.why_read_only}"
+    elif not args.no_log:
         lines["logged"] = _log(store, rebuilt, split, metrics, args.into_run)
     width = max(map(len, lines))
     for name, text in lines.items():

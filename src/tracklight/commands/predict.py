@@ -74,9 +74,14 @@ def _predict(
     outputs = predict_rows(rebuilt.model, rebuilt.data, features)  # type: ignore[arg-type]
     if not outputs.isfinite().all():
         raise BadInput(f"{labels[0]['file']}: the model's output is not finite")
-    names = inputs.get("class_names")
-    if not names:
-        rows = (dict(zip(inputs["target_names"], row, strict=True)) for row in outputs.tolist())
+    classes = inputs.get("class_names")
+    names = classes or inputs.get("target_names") or []
+    if outputs.shape[1:] != (len(names),):
+        raise BadInput(
+            f"{labels[0]['file']}: the model's outputs are {list(outputs.shape[1:])}, named are {names[:9]}"
+        )
+    if not classes:
+        rows = (dict(zip(names, row, strict=True)) for row in outputs.tolist())
         return [label | row for label, row in zip(labels, rows, strict=True)]
     predictions = []
     for label, row in zip(labels, outputs.double().softmax(1).tolist(), strict=True):

@@ -1,8 +1,10 @@
 """Trains a run again from its stored config and compares weights and metrics to the bit."""
 
 import re
+import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from tracklight.runs import diff
 from tracklight.runs.reader import reader_of
 from tracklight.runs.select import fetch, resolve_sweep, select_run
 from tracklight.tracking import provenance, tags
-from tracklight.tracking.store import Store
+from tracklight.tracking.store import Store, connect
 
 MACHINE_KEYS = ("trainer.accelerator:", "trainer.devices:")  # another machine may need others
 MAX_LISTED = 8  # changed packages in one line
@@ -47,7 +49,7 @@ def run(args: Namespace) -> int:
     reasons = [f"config: {line}" for line in changes] + _known_differences(store, old, cfg)
     callbacks, ended = [], ""
     if tags.is_pruned(run_tags):  # a smaller trainer.max_epochs would change schedules
-        last = int(run_tags[tags.EPOCHS_RUN_TAG])
+        last = tags.read_count(run_tags, tags.EPOCHS_RUN_TAG, 1)
         callbacks = [PruningCallback(cfg.score.metric, lambda epoch, _: epoch >= last)]
         ended = f", pruned by its sweep after epoch {last}"
     print(f"reproducing {run_id} ({old.info.run_name}){ended}")
@@ -55,11 +57,18 @@ def run(args: Namespace) -> int:
         print(f"warning: {reason}")
     # A sweep tests only its best trial.
     tested = tags.POINT_TAG not in run_tags or tags.TESTED_TAG in run_tags
-    train.run(cfg, tags={tags.REPRODUCES_TAG: run_id}, callbacks=callbacks, test=tested)
-    reproductions = store.search(f"tags.`{tags.REPRODUCES_TAG}` = '{run_id}'")
-    if not reproductions:
-        raise RunFailed(f"the new run is not in {store.display_uri}")
-    num_weights, num_points, differences = compare_runs(store, old, reproductions[0])
+    with tempfile.TemporaryDirectory(prefix="tracklight-") as folder:
+        there = store
+        if store.why_read_only:
+            print(f"note: the new run is not kept: {store.why_read_only}")
+            there = connect(None, Path(folder))
+            cfg.tracking.uri, cfg.tracking.dir = None, folder
+        compose.check_config(cfg)
+        train.run(cfg, tags={tags.REPRODUCES_TAG: run_id}, callbacks=callbacks, test=tested)
+        reproductions = there.search(f"tags.`{tags.REPRODUCES_TAG}` = '{run_id}'")
+        if not reproductions:
+            raise RunFailed(f"the new run is not in {there.display_uri}")
+        num_weights, num_points, differences = compare_runs((store, old), (there, reproductions[0]))
     if not differences:
         compared = f"{num_weights:,} final weights and {num_points:,} metric points"
         print(f"\nidentical: {compared} are the same to the bit")
@@ -74,7 +83,7 @@ def run(args: Namespace) -> int:
 
 def _rebuild_config(store: Store, run: Any, overrides: list[str]) -> tuple[DictConfig, list[str]]:
     """Return the config of the reproduction and how it differs from the stored one."""
-    stored, cfg = load_config(store, run), load_config(store, run, overrides)
+    stored, cfg = load_config(store, run), load_config(store, run, overrides, trains=True)
     before, after = (
         compose.result_keys(each) | {"trainer.max_epochs": each.trainer.max_epochs} for each in (stored, cfg)
     )
@@ -88,24 +97,25 @@ def _rebuild_config(store: Store, run: Any, overrides: list[str]) -> tuple[DictC
     return cfg, changes
 
 
-def compare_runs(store: Store, old: Any, new: Any) -> tuple[int, int, list[str]]:
-    """Compare the last and the best weights and the metrics of two runs.
+def compare_runs(*pair: tuple[Store, Any]) -> tuple[int, int, list[str]]:
+    """Compare the last and the best weights and the metrics of two runs, each with its store.
 
     Of metrics that are logged at the end of training only the last point counts. Returns the number
     of final weights, the number of metric points, and a line for each difference.
     """
     num_weights, num_points, differences = 0, 0, []
     for path in (tags.LAST, tags.BEST):
-        before, after = (load_plain(fetch(store, run, path))["state_dict"] for run in (old, new))
+        before, after = (load_plain(fetch(*each, path))["state_dict"] for each in pair)
         num_weights = sum(tensor.numel() for tensor in before.values())
         differences += _diff_weights(path, before, after)
-    reader, ids = reader_of(store), [run.info.run_id for run in (old, new)]
-    for key in sorted({*old.data.metrics, *new.data.metrics}):
+    readers = [(reader_of(store), run.info.run_id) for store, run in pair]
+    for key in sorted({key for _, run in pair for key in run.data.metrics}):
         if NOT_A_RESULT.match(key):
             continue
-        histories = reader.get_histories(ids, key)
         start = -1 if LOGGED_AT_END.match(key) else 0
-        before, after = (histories.get(run_id, [])[start:] for run_id in ids)
+        before, after = (
+            reader.get_histories([run_id], key).get(run_id, [])[start:] for reader, run_id in readers
+        )
         num_points += len(before)
         differences += _diff_histories(key, before, after)
     return num_weights, num_points, differences

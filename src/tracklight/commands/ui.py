@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from contextlib import closing, suppress
@@ -35,7 +36,8 @@ def run(args: Namespace) -> int:
     _check_port(args.port)
     if not args.dir.is_dir():
         raise BadInput(f"--dir {args.dir} is no folder")
-    store = connect(args.uri, args.dir)  # created if missing: the UI may be open while it fills
+    # Created if missing: the UI may be open while it fills.
+    store = connect(args.uri, args.dir, reads_only=True)
     store.recover()
     page = _page(store, args.experiment)
     if is_server(store.uri):
@@ -82,15 +84,16 @@ def _serve(store: Store, port: int, page: str) -> None:
     print("MLflow's server starts; this takes some seconds", flush=True)
     options = f"--host {HOST} --port {port} --workers 1 --uvicorn-opts=--log-level=warning".split()
     options += ["--default-artifact-root", store.runs_folder.as_uri()]
-    folder = str(Path(sys.executable).parent)  # MLflow starts its server by name
+    scripts = str(Path(sys.executable).parent)  # MLflow starts its server by name
     env = {
         **os.environ,
-        "PATH": os.pathsep.join((folder, os.environ.get("PATH", os.defpath))),
+        "PATH": os.pathsep.join((scripts, os.environ.get("PATH", os.defpath))),
         "MLFLOW_BACKEND_STORE_URI": store.uri,  # its password would show in the command
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "PYTHONWARNINGS": "ignore",
     }
-    path = store.directory / LOG
+    folder = Path(tempfile.gettempdir()) if store.why_read_only else store.directory
+    path = folder / LOG
     with path.open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "mlflow", "ui", *options],

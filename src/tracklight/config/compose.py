@@ -3,7 +3,8 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -19,6 +20,7 @@ from tracklight.config.instantiate import (
     check_plain,
     check_targets,
     iter_targets,
+    iter_values,
 )
 from tracklight.config.overrides import check_added, explaining, parse_overrides, unknown_key
 from tracklight.config.rules import (
@@ -37,6 +39,9 @@ register_resolver("root", lambda path: str(ROOT / path), replace=True)
 
 OmegaConf.register_new_resolver("mode_of", mode_of, replace=True)
 
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+MAX_DEPTH = 32  # of a stored config
+
 # Keys on which the result of a run does not depend.
 NOT_IN_DIGEST = (
     *("resume", "allow_changes", "overrides", "allowed_targets", "tracking", "sweep", "data.root"),
@@ -45,7 +50,7 @@ NOT_IN_DIGEST = (
 )
 
 
-def compose(overrides: Sequence[str] = ()) -> DictConfig:
+def compose(overrides: Sequence[str] = (), on_this_machine: bool = True) -> DictConfig:
     """Compose one run's config from conf/; return it checked, resolved and closed to new keys."""
     before = HydraConfig.instance().cfg
     try:
@@ -56,7 +61,7 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
             HydraConfig.instance().set_config(cfg)
             with open_dict(cfg):
                 del cfg["hydra"]
-            return resolve_composed(cfg)
+            return resolve_composed(cfg, on_this_machine)
     finally:
         HydraConfig.instance().cfg = before
 
@@ -86,7 +91,7 @@ def resolve_config(cfg: DictConfig, on_this_machine: bool = True) -> DictConfig:
 
 
 def check_config(cfg: DictConfig, on_this_machine: bool = True) -> dict[str, Any]:
-    """Check a config, and where it runs on this machine its devices; return it as plain values.
+    """Check a config, and where it runs on this machine its devices and folder; return it as plain values.
 
     Raises:
         BadInput: One line that names the key, its value, what is allowed and what works.
@@ -124,6 +129,51 @@ def to_plain(cfg: Any) -> dict[str, Any]:
     return tree
 
 
+def parse_stored(text: str) -> dict[str, Any]:
+    """Parse a stored config: mappings, lists, texts and numbers, nested to a bounded depth.
+
+    An alias may stand for itself, or for a billion values; in no config that was written here is one.
+
+    Raises:
+        ValueError: It is anything else.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=LOADER):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:
+            what = "an alias" if depth <= MAX_DEPTH else f"nested deeper than {MAX_DEPTH}"
+            raise ValueError(f"line {event.start_mark.line + 1}: {what}")
+    tree = yaml.load(text, LOADER)
+    if not isinstance(tree, dict):
+        raise ValueError(f"a mapping is expected, not {type(tree).__name__}")
+    json.dumps(tree)  # raises for what is no plain value
+    return tree
+
+
+def check_stored_paths(stored: Mapping[str, Any], overrides: Sequence[str], folder: Path) -> None:
+    """Refuse what a stored config would write elsewhere than in the run's folder, unless typed again.
+
+    Raises:
+        BadInput: It names such a path.
+    """
+    typed = {override.key_or_group for override in parse_overrides(overrides)}
+    for section in ("callbacks", "trainer"):  # whose classes write files
+        for key, value in iter_values(stored.get(section), section):
+            if isinstance(value, str) and not is_below(key, typed) and _leads_out(key, value, folder):
+                raise BadInput(
+                    f"{key}={value} of the stored config may write outside of the run's folder, {folder}; "
+                    f"if it is yours, type it: {key}={value}"
+                )
+
+
+def _leads_out(key: str, value: str, folder: Path) -> bool:
+    path = Path(value)
+    is_folder = key.endswith(("dir", "path", "folder", "root"))  # relative to where one stands
+    if ".." in path.parts or value.startswith("~") or "://" in value:
+        return True
+    return (path.is_absolute() or is_folder) and not path.resolve().is_relative_to(folder.resolve())
+
+
 def apply_overrides(stored: Mapping[str, Any], overrides: Sequence[str]) -> DictConfig:
     """Apply dotted overrides to a stored, resolved config, under this checkout's allow-list.
 
@@ -131,7 +181,10 @@ def apply_overrides(stored: Mapping[str, Any], overrides: Sequence[str]) -> Dict
         BadInput: An override names no key, replaces a group or holds an interpolation.
     """
     check_plain(stored)
-    cfg = OmegaConf.create({**stored, "allowed_targets": allowed_targets()})
+    try:
+        cfg = OmegaConf.create({**stored, "allowed_targets": allowed_targets()})
+    except OmegaConfBaseException as error:
+        raise BadInput(f"the stored config is none: {str(error).splitlines()[0]}") from None
     known = dict(nested_items(stored))
     for override in parse_overrides(overrides):
         key, text = override.key_or_group, override.input_line
@@ -149,7 +202,7 @@ def apply_overrides(stored: Mapping[str, Any], overrides: Sequence[str]) -> Dict
 def result_keys(cfg: Any) -> dict[str, Any]:
     """Return, by dotted key, the values on which the result depends."""
     leaves = _leaves(to_plain(cfg))
-    return {key: value for key, value in leaves.items() if not _is_below(key, NOT_IN_DIGEST)}
+    return {key: value for key, value in leaves.items() if not is_below(key, NOT_IN_DIGEST)}
 
 
 def config_digest(cfg: Any) -> str:
@@ -212,7 +265,8 @@ def _leaves(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in items if not isinstance(value, Mapping) or not value}
 
 
-def _is_below(key: str, tops: Sequence[str]) -> bool:
+def is_below(key: str, tops: Collection[str]) -> bool:
+    """Return whether a dotted key is one of some keys, or lies below one."""
     return any(key == top or key.startswith(f"{top}.") for top in tops)
 
 
@@ -225,7 +279,7 @@ def _check_preset(preset: str, cfg: DictConfig, choices: Mapping[str, Any], over
     for key in within:
         group = key.partition(".")[0]
         replaced = within.get(f"{group}._target_") != without.get(f"{group}._target_")
-        if key in without or group == "callbacks" or replaced or _is_below(key, added):
+        if key in without or group == "callbacks" or replaced or is_below(key, added):
             continue
         chosen = f"{group}={choices[group]}" if group in choices else "this config"
         raise BadInput(

@@ -65,6 +65,8 @@ def instantiate(
         factories[where] = bind(found, **kwargs)
         tree = {name: value for name, value in tree.items() if name not in kwargs}
         tree["_partial_"] = partial
+    elif kind is not object:
+        raise BadInput(f"{where or 'it'} names no class; set {_join(where, '_target_')}=MODULE.CLASS")
     return _construct(tree, factories, where)
 
 
@@ -73,7 +75,7 @@ def check_plain(tree: Any, where: str = "") -> None:
 
     What is checked must be what is instantiated: a value that was resolved once is text for good.
     """
-    for key, value in _walk(tree, where):
+    for key, value in iter_values(tree, where):
         if isinstance(value, str) and "${" in value:
             raise BadInput(
                 f"{key}={value[:80]}: '${{' is refused in a value that is resolved already; "
@@ -104,7 +106,7 @@ def check_hydra_nodes(hydra: DictConfig, allowed: list[str]) -> None:
 
 def _check_logging(tree: Any, allowed: Sequence[str], where: str) -> None:
     """Refuse what `logging.config.dictConfig` would import, call or follow."""
-    for key, value in _walk(tree, where):
+    for key, value in iter_values(tree, where):
         if isinstance(value, Mapping):
             for name in FACTORIES:
                 if name in value:
@@ -126,21 +128,21 @@ def find_class(target: Any, allowed: Sequence[str], key: str) -> type:
 
 def iter_targets(tree: Any, where: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the key of every node with a `_target_` and that target, outermost first."""
-    for key, node in _walk(tree, where):
+    for key, node in iter_values(tree, where):
         if isinstance(node, Mapping) and node.get("_target_") is not None:
             yield key, node["_target_"]
 
 
-def _walk(tree: Any, where: str) -> Iterator[tuple[str, Any]]:
+def iter_values(tree: Any, where: str) -> Iterator[tuple[str, Any]]:
     """Yield every value with its key, and every name in a mapping with the mapping's key."""
     yield where, tree
     if isinstance(tree, Mapping):
         for name, value in tree.items():
             yield where, name
-            yield from _walk(value, _join(where, str(name)))
+            yield from iter_values(value, _join(where, str(name)))
     elif isinstance(tree, list | tuple):
         for index, value in enumerate(tree):
-            yield from _walk(value, f"{where}[{index}]")
+            yield from iter_values(value, f"{where}[{index}]")
 
 
 def _check_target(target: Any, allowed: Sequence[str], key: str) -> None:

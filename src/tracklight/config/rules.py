@@ -271,7 +271,7 @@ def check_relations(tree: Mapping[str, Any], on_this_machine: bool = True) -> No
             f"trainer.accumulate_grad_batches={accumulated}: LBFGS evaluates a step's last batch again"
             " and again and would add up its gradients; use a larger data.batch_size"
         )
-    if tracking.get("enabled") and "dir" in tracking:
+    if on_this_machine and tracking.get("enabled") and "dir" in tracking:
         _check_writable("tracking.dir", Path(tracking["dir"]))
     if on_this_machine:
         check_machine(str(trainer.get("accelerator", "auto")), trainer.get("devices", 1))

@@ -28,13 +28,14 @@ from torch.serialization import MAP_LOCATION
 from typing_extensions import override
 
 from tracklight.errors import BadInput, RunFailed
-from tracklight.paths import sync_folder
+from tracklight.paths import read_bounded, sync_folder
 
 CHECKSUM = ".sha256.json"
 INTERVAL_S = 1.0  # the least time between two resume checkpoints within a fit
 NUM_KEPT = 2
 PATTERN = "step-*.ckpt"
 LAST = "last.ckpt"
+MAX_EXPANDED = 2**28  # bytes of a tensor that repeats the few values stored
 RATES = {"lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "_last_lr"}  # in PyTorch's states
 
 
@@ -48,8 +49,9 @@ class Checksum(NamedTuple):
     def of(cls, checkpoint: Path) -> "Checksum":
         """Read the checksum of a checkpoint; an empty one if there is none that can be read."""
         try:
-            return cls(**json.loads(checksum_path(checkpoint).read_text()))
-        except (OSError, ValueError, TypeError):
+            stored = json.loads(read_bounded(checksum_path(checkpoint)))
+            return cls([*map(str, stored["sha256"])], int(stored["step"]))
+        except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError):
             return cls()
 
 
@@ -130,6 +132,9 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     for name, tensor in weights.items():
         if not isinstance(tensor, Tensor):
             raise BadInput(f"checkpoint {path}: {str(name)[:80]} of its `state_dict` is no tensor")
+        is_dense = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized)
+        if not is_dense or tensor.nbytes > max(tensor.untyped_storage().nbytes(), MAX_EXPANDED):
+            raise BadInput(f"checkpoint {path}: {name} is a tensor of which the file has only a part")
         if not tensor.isfinite().all():
             raise BadInput(f"checkpoint {path}: {name} holds NaN or infinite values")
     return weights

@@ -1,6 +1,6 @@
 """Stored runs: the one that a command resumes, and any run's config, data and model rebuilt."""
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,19 +13,23 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import LightningDataModule, LightningModule
 
 from tracklight.config import compose
+from tracklight.config.rules import nested_items
 from tracklight.data.table import Table
 from tracklight.data.tensor_data import TensorData
 from tracklight.engine.checkpoints import load_weights, newest_resume_checkpoint
 from tracklight.errors import BadInput
 from tracklight.experiment.build import build_data, build_model, depends_on_total
 from tracklight.runs.reader import open_reader
-from tracklight.runs.select import WORDS, fetch, find_run, read_text, resolve_sweep, select_run
+from tracklight.runs.select import WORDS, fetch, find_run, read_json, read_text, resolve_sweep, select_run
 from tracklight.tracking import tags
 from tracklight.tracking.provenance import code_digest
 from tracklight.tracking.store import Store, connect
 
 # Keys that say what a command does with a run; their values never come from a stored config.
 COMMAND_KEYS = ("resume", "allow_changes", "tracking", "allowed_targets")
+# Keys that every stored config has, whatever it trains; what they may be is for `config.rules`.
+NEEDED = ("seed", "num_threads", "compile", "init_from", "score.metric", "score.mode", "trainer.max_epochs")
+NEEDED += ("data", "model", "optimizer", "scheduler", "callbacks", "trainer.devices", "trainer.accelerator")
 # Overrides for using a model on this machine, whatever it was trained on.
 ANY_HARDWARE = ("trainer.accelerator=auto", "trainer.devices=1", "trainer.num_nodes=1")
 
@@ -34,11 +38,11 @@ def open_store(uri: str | None, directory: Path, *, create: bool = False) -> Sto
     """Open a tracking store and recover the runs whose processes died.
 
     Raises:
-        BadInput: The store cannot be opened, or it is missing and `create` is not set.
+        BadInput: The store cannot be opened; without `create` it must exist, and may be read-only.
     """
     if not create:
         open_reader(uri, directory)  # raises if there is no store, where `connect` creates one
-    store = connect(uri, directory)
+    store = connect(uri, directory, reads_only=not create)
     store.recover()
     return store
 
@@ -96,7 +100,7 @@ def _find_unfinished(cfg: DictConfig, store: Store) -> Any | None:
         run_id, run_tags = run.info.run_id, run.data.tags
         if {tags.PARENT_TAG, tags.REPRODUCES_TAG} & run_tags.keys():
             continue
-        if not (store.runs_folder / run_id).is_dir():  # it may be in progress on another machine
+        if not store.folder(run_id).is_dir():  # it may be in progress on another machine
             continue
         is_as_long = run_tags.get(tags.EPOCHS_TAG) == max_epochs
         if depends_on_total(cfg.scheduler) and not is_as_long:
@@ -120,6 +124,7 @@ def _resume_by_id(cfg: DictConfig, store: Store) -> tuple[DictConfig, ResumedRun
     if tags.is_sweep(run.data.tags):
         raise BadInput(f"run {run_id} is a sweep: its own command continues it; or name a trial of it")
     stored = _read_config(store, run)
+    compose.check_stored_paths(stored, cfg.overrides, store.folder(run_id))
     amended = _amend_config(stored, cfg.overrides, cfg)
     before, now = stored["trainer"]["max_epochs"], amended.trainer.max_epochs
     if now != before and depends_on_total(amended.scheduler) and not amended.allow_changes:
@@ -135,7 +140,7 @@ def _resume_by_id(cfg: DictConfig, store: Store) -> tuple[DictConfig, ResumedRun
 
 def _resumed_run(store: Store, run: Any, required: bool = True, **changes: Any) -> ResumedRun:
     """Fetch the checkpoints of a run that has trained, unless its folder is on this machine."""
-    run_folder, checkpoint, best = store.runs_folder / run.info.run_id, None, None
+    run_folder, checkpoint, best = store.folder(run.info.run_id), None, None
     if run.data.metrics and not run_folder.is_dir():
         try:
             checkpoint, best = fetch(store, run, tags.LAST), fetch(store, run, tags.BEST)
@@ -146,34 +151,44 @@ def _resumed_run(store: Store, run: Any, required: bool = True, **changes: Any) 
     return ResumedRun(run, folder, checkpoint, best, **changes)
 
 
-def load_config(store: Store, run: Any, overrides: Sequence[str] = ()) -> DictConfig:
+def load_config(store: Store, run: Any, overrides: Sequence[str] = (), *, trains: bool = False) -> DictConfig:
     """Load the config that a run was trained with and apply dotted overrides.
+
+    `trains` says that it will be trained, and so may write files.
 
     Raises:
         BadInput: The run has no config, or the config or an override is not valid here.
     """
-    command = compose.compose([])
+    stored = _read_config(store, run)
+    if trains:
+        compose.check_stored_paths(stored, overrides, store.folder(run.info.run_id))
+    # Nothing is asked of the default tracking.dir, nor of one that may only be read.
+    command = compose.compose([], on_this_machine=False)
     OmegaConf.update(command, "tracking.dir", str(store.directory))
     OmegaConf.update(command, "tracking.uri", store.uri)
-    return _amend_config(_read_config(store, run), overrides, command)
+    return _amend_config(stored, overrides, command, on_this_machine=False)
 
 
 def _read_config(store: Store, run: Any) -> dict[str, Any]:
+    text = read_text(store, run, tags.CONFIG)
     try:
-        tree = yaml.safe_load(read_text(store, run, tags.CONFIG))
-    except yaml.YAMLError:
-        tree = None
-    if not isinstance(tree, dict):
-        raise BadInput(f"run {run.info.run_id}: its {tags.CONFIG} is no config")
+        tree = compose.parse_stored(text)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(f"run {run.info.run_id}: its {tags.CONFIG} is no config: {reason}") from None
+    for key in sorted({*NEEDED} - {*dict(nested_items(tree))}):
+        raise BadInput(f"run {run.info.run_id}: its {tags.CONFIG} has no {key}")
     return tree
 
 
-def _amend_config(stored: dict[str, Any], overrides: Any, command: DictConfig) -> DictConfig:
+def _amend_config(
+    stored: dict[str, Any], overrides: Any, command: DictConfig, on_this_machine: bool = True
+) -> DictConfig:
     """Apply the overrides and the COMMAND_KEYS of a command to a stored config, and check it."""
     cfg = compose.apply_overrides(stored, overrides)
     for key in COMMAND_KEYS:
         OmegaConf.update(cfg, key, command[key], force_add=True)
-    compose.check_config(cfg)
+    compose.check_config(cfg, on_this_machine)
     return cfg
 
 
@@ -233,6 +248,16 @@ def rebuild(store: Store, run: Any, cfg: DictConfig, *, read: bool) -> RebuiltRu
 _INPUT_KEYS = ("name", "in_features", "out_features", "feature_names", "class_names")
 
 
+_INPUT_KINDS = dict.fromkeys((*_INPUT_KEYS, "target_names"), (str,)) | {
+    "in_features": (int,),
+    "out_features": (int,),
+    "shape": (int,),
+    "mean": (int, float),
+    "std": (int, float),
+}
+MAX_RAW = 2**27  # values of one raw example
+
+
 def describe_inputs(data: TensorData) -> dict[str, Any]:
     """Return, as plain values, all that turns raw rows into model input."""
     inputs = {key: getattr(data, key, None) for key in _INPUT_KEYS}
@@ -251,9 +276,21 @@ def load_inputs(store: Store, run: Any) -> dict[str, Any]:
         BadInput: The run did not record it.
     """
     try:
-        return json.loads(read_text(store, run, tags.INPUTS))
+        inputs = read_json(store, run, tags.INPUTS)
     except BadInput as error:
         raise BadInput(f"{error}; a run on a data set of one's own (no TensorData) has none") from None
+    if "name" not in inputs:
+        raise BadInput(f"run {run.info.run_id}: its {tags.INPUTS} is not what a run writes")
+    for key, kinds in _INPUT_KINDS.items():
+        if (value := inputs.get(key)) is None:
+            continue
+        values = value if key not in _INPUT_KEYS[:3] else [value]
+        if not isinstance(values, list) or not all(type(each) in kinds for each in values):
+            raise BadInput(f"run {run.info.run_id}: {key} in its {tags.INPUTS} is not what a run writes")
+    columns = [inputs[key] for key in ("feature_names", "mean", "std") if inputs.get(key) is not None]
+    if len({*map(len, columns)}) > 1 or math.prod(inputs.get("shape") or ()) > MAX_RAW:
+        raise BadInput(f"run {run.info.run_id}: the lengths in its {tags.INPUTS} do not agree")
+    return inputs
 
 
 def _restore_inputs(data: Any, inputs: dict[str, Any]) -> None:
@@ -262,5 +299,7 @@ def _restore_inputs(data: Any, inputs: dict[str, Any]) -> None:
         if inputs.get(key) is not None:
             setattr(data, key, inputs[key])
     if isinstance(data, Table):
-        mean, std = (np.array(inputs[key]) if key in inputs else None for key in ("mean", "std"))
-        data.restore(inputs["feature_names"], mean, std)
+        mean, std = (
+            np.array(inputs[key]) if inputs.get(key) is not None else None for key in ("mean", "std")
+        )
+        data.restore(inputs.get("feature_names") or [], mean, std)

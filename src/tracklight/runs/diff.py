@@ -4,19 +4,20 @@ import difflib
 import json
 import statistics
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tracklight.config.compose import flatten
+from tracklight.config.compose import flatten, parse_stored
 from tracklight.config.rules import guess_mode
 from tracklight.errors import BadInput
-from tracklight.paths import ROOT
+from tracklight.paths import ROOT, read_bounded
 from tracklight.runs.leaderboard import difference, half_width, result_params
 from tracklight.runs.reader import RunFilter, RunReader, RunRecord, finite, latest_seeds
-from tracklight.runs.select import fetch, find_run, select_id, trained_id
+from tracklight.runs.select import MAX_TEXT_BYTES, find_run, parse_mapping, read_text, select_id, trained_id
 from tracklight.tracking import tags
 from tracklight.tracking.provenance import GIT_ERRORS, ask_git
 
@@ -44,28 +45,28 @@ def diff_environments(before: Texts, after: Texts) -> dict[str, list[str] | None
     found: dict[str, list[str] | None] = {}
     for name, path in ENVIRONMENT.items():
         known = [texts[path] for texts in (before, after) if path in texts]
-        parse = json.loads if name == "machine" else _parse_packages
+        parse = parse_mapping if name == "machine" else _parse_packages
         found[name] = diff_values(*map(parse, known)) if len(known) == 2 else None
     return found
 
 
 def read_environment(uri: str | None, directory: Path, run_id: str) -> Texts:
     """Read a run's environment from its folder or, if it lies elsewhere, by MLflow."""
-    folder = _find_artifact(uri, directory, run_id, "provenance")
-    paths = [] if folder is None else folder.iterdir()
-    return {f"provenance/{path.name}": path.read_text("utf-8") for path in paths}
+    found = {path: _read_artifact(uri, directory, run_id, path) for path in (*ENVIRONMENT.values(), PATCH)}
+    return {path: text for path, text in found.items() if text is not None}
 
 
-def _find_artifact(uri: str | None, directory: Path, run_id: str, name: str) -> Path | None:
-    path = directory.absolute() / tags.RUNS_FOLDER / run_id / "artifacts" / name
-    if path.exists():
-        return path
-    from tracklight.tracking.store import connect  # imports MLflow, which takes seconds
-
-    store = connect(uri, directory)
+def _read_artifact(uri: str | None, directory: Path, run_id: str, path: str) -> str | None:
+    """Read a text artifact of a run from its folder or, if it lies elsewhere, by MLflow."""
+    folder = directory.absolute() / tags.RUNS_FOLDER / run_id / tags.ARTIFACTS_FOLDER
     try:
-        return fetch(store, find_run(store, run_id), name)
-    except BadInput:  # it was deleted
+        if folder.is_dir():
+            return read_bounded(folder / path, MAX_TEXT_BYTES)
+        from tracklight.tracking.store import connect  # imports MLflow, which takes seconds
+
+        store = connect(uri, directory, reads_only=True)
+        return read_text(store, find_run(store, run_id), path)
+    except (OSError, ValueError):  # it is not there, or nothing that a run has written
         return None
 
 
@@ -73,9 +74,10 @@ def _whole_params(uri: str | None, directory: Path, run: RunRecord) -> dict[str,
     """Return a run's parameters; those too long for MLflow are taken from its stored config."""
     params: dict[str, Any] = result_params(run)
     cut = [key for key, text in params.items() if len(text) >= tags.MAX_PARAM_CHARS]
-    if cut and (path := _find_artifact(uri, directory, run.run_id, tags.CONFIG)):
-        whole = flatten(yaml.safe_load(path.read_text("utf-8")))
-        params |= {key: whole[key] for key in cut if key in whole}
+    if cut and (text := _read_artifact(uri, directory, run.run_id, tags.CONFIG)):
+        with suppress(yaml.YAMLError, ValueError, TypeError):
+            whole = flatten(parse_stored(text))
+            params |= {key: whole[key] for key in cut if key in whole}
     return params
 
 

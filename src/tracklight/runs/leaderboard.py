@@ -309,12 +309,12 @@ def read_trial_run(run: Any, names: Sequence[str]) -> TrialRun:
     state = unfinished.get(info.status) or values.get(tags.OUTCOME_TAG, "complete")
     lasted_s = ((info.end_time or info.start_time) - info.start_time) / 1000
     return TrialRun(
-        trial=int(values.get(tags.TRIAL_TAG, -1)),
+        trial=tags.read_count(values, tags.TRIAL_TAG, -1),
         params={name: values[name] for name in names if name in values},
-        seed=int(run.data.params.get("seed", 0)),
+        seed=tags.read_count(run.data.params, "seed", 0),
         state=state,
         score=finite(run.data.metrics.get(tags.SCORE)) if info.status == "FINISHED" else None,
-        epochs=int(values.get(tags.EPOCHS_RUN_TAG, 0)),
+        epochs=tags.read_count(values, tags.EPOCHS_RUN_TAG, 0),
         seconds=float(values.get(tags.SECONDS_TAG, lasted_s)),
         run_id=info.run_id,
         reason=values.get(tags.REASON_TAG, "") if state == "failed" else "",

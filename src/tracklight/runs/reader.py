@@ -98,8 +98,12 @@ def open_reader(uri: str | None, directory: Path) -> RunReader:
     if path is None:
         from tracklight.tracking.store import connect  # imports MLflow, which takes seconds
 
-        return ClientReader(connect(uri, directory))
-    if not path.is_file():
+        return ClientReader(connect(uri, directory, reads_only=True))
+    try:
+        is_there = path.is_file()
+    except OSError as error:  # of a folder above
+        raise BadInput(f"{path} cannot be read ({error.strerror})") from None
+    if not is_there:
         raise BadInput(f"there is no store {path} yet; train something first, or name it: --uri")
     return SqliteReader(path)
 

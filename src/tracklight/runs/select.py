@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import json
 import os
 import re
 import shutil
@@ -11,13 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracklight.errors import BadInput
+from tracklight.paths import read_bounded
 from tracklight.runs.reader import RunFilter, RunReader, reader_of
-from tracklight.tracking.tags import BEST_TAG, EVALUATES_TAG, SCORE, is_sweep, same_data
+from tracklight.tracking.tags import ARTIFACTS_FOLDER, BEST_TAG, EVALUATES_TAG, SCORE, is_sweep, same_data
 
 if TYPE_CHECKING:
     from tracklight.tracking.store import Store
 
 WORDS = ("best", "last")
+MAX_TEXT_BYTES = 4_000_000  # of a config, of metadata, of a patch
+MAX_CHECKPOINT_VARIABLE = "TRACKLIGHT_MAX_CHECKPOINT_GB"
+MAX_CHECKPOINT_GB = "16"
 
 
 def check_id(word: str) -> None:
@@ -95,6 +100,7 @@ def find_run(store: "Store", run_id: str) -> Any:
         raise BadInput(f"there is no run {run_id} in {store.display_uri}") from None
     if run.info.lifecycle_stage == "deleted":
         raise _deleted(run_id, store.display_uri)
+    store.folder(run.info.run_id)  # raises if what was answered is no id
     return run
 
 
@@ -125,25 +131,71 @@ def fetch(store: "Store", run: Any, path: str) -> Path:
     """Return a local copy of a run's artifact, or the file itself if it lies here.
 
     Raises:
-        BadInput: The run has no such artifact, or it cannot be downloaded.
+        BadInput: The run has no such artifact, it is too large, or it cannot be downloaded.
     """
-    from tracklight.tracking.mlflow_client import short_reason
+    from tracklight.tracking.mlflow_client import download, short_reason
 
-    local = store.runs_folder / run.info.run_id / "artifacts" / path
-    if local.exists():
-        return local
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one bar a file
+    run_id, max_bytes = run.info.run_id, _max_bytes(path)
+    folder = store.folder(run_id)
+    local = folder / ARTIFACTS_FOLDER / path
     try:
-        folder = tempfile.mkdtemp(dir=_temporary())
-        return Path(store.client.download_artifacts(run.info.run_id, path, folder))
+        if is_here := local.exists():
+            if not local.resolve().is_relative_to(folder.resolve()) or not local.is_file():
+                raise BadInput(f"run {run_id}: {path} is no file of its own folder {folder}")
+            size = local.stat().st_size
+        else:
+            above, found = path.rpartition("/")[0], store.client.list_artifacts
+            size = next(
+                f.file_size or 0 for f in found(run_id, above or None) if f.path == path and not f.is_dir
+            )
+        if size > max_bytes:
+            hint = f"; {MAX_CHECKPOINT_VARIABLE}=N allows N GB" if path.endswith(".ckpt") else ""
+            raise BadInput(f"run {run_id}: {path} has {size:,} bytes, more than {max_bytes:,}{hint}")
+        if is_here:
+            return local
+        target = Path(tempfile.mkdtemp(dir=_temporary())) / local.name
+        download(run, store.uri, path, target, max_bytes, size)
+        return target
+    except StopIteration:
+        raise BadInput(f"run {run_id} has no artifact {path}, or it was deleted") from None
+    except BadInput:
+        raise
     except Exception as error:
-        why = f"has no artifact {path}, or it was deleted: {short_reason(error)}"
-        raise BadInput(f"run {run.info.run_id} {why}") from None
+        raise BadInput(f"run {run_id}: {path} cannot be read: {short_reason(error)}") from None
+
+
+def _max_bytes(path: str) -> int:
+    """Return how large an artifact may be, by its name."""
+    if not path.endswith(".ckpt"):
+        return MAX_TEXT_BYTES
+    text = os.environ.get(MAX_CHECKPOINT_VARIABLE, MAX_CHECKPOINT_GB)
+    try:
+        return int(float(text) * 1e9)
+    except (ValueError, OverflowError):
+        raise BadInput(f"{MAX_CHECKPOINT_VARIABLE}={text} must be a number of gigabytes; try 32") from None
 
 
 def read_text(store: "Store", run: Any, path: str) -> str:
     """Return a run's text artifact, fetched as `fetch` does."""
-    return fetch(store, run, path).read_text(encoding="utf-8")
+    local = fetch(store, run, path)
+    try:
+        return read_bounded(local, MAX_TEXT_BYTES)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"run {run.info.run_id}: {path} cannot be read: {error}") from None
+
+
+def read_json(store: "Store", run: Any, path: str) -> dict[str, Any]:
+    """Return a run's JSON artifact, fetched as `fetch` does; one that is no mapping counts as empty."""
+    return parse_mapping(read_text(store, run, path))
+
+
+def parse_mapping(text: str) -> dict[str, Any]:
+    """Parse a JSON mapping; empty if the text is anything else."""
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
 
 
 def remove_downloads() -> None:

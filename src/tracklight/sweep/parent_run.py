@@ -55,7 +55,7 @@ def open_parent(store: Store, plan: Plan, data: str | None) -> "ParentRun":
             run_id, values = parents[0].info.run_id, parents[0].data.tags
             if not cfg.allow_changes:
                 _check_unchanged(plan, store.search(_children_query(run_id)), data)
-            plan.num_threads = int(values.get(tags.THREADS_TAG, plan.num_threads))
+            plan.num_threads = tags.read_count(values, tags.THREADS_TAG, plan.num_threads)
             run = _reopen(store, run_id)
             run.set_tags(_tags(plan))
         else:
@@ -86,7 +86,7 @@ def _check_not_deleted(store: Store, query: str) -> None:
 
 def _reopen(store: Store, run_id: str) -> Run:
     """Continue a parent run that is in progress neither here nor elsewhere."""
-    is_here = (store.runs_folder / run_id).is_dir()
+    is_here = store.folder(run_id).is_dir()
     if not is_here and store.client.get_run(run_id).info.status == "RUNNING":
         raise BadInput(
             f"this very sweep is RUNNING elsewhere, as run {run_id}; wait for it, or sweep.fresh=true"

@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Transformer
 from hydra.errors import HydraException
 
+from tracklight.config.instantiate import check_plain
 from tracklight.config.overrides import check_no_nested_sweep
 from tracklight.errors import BadInput
 
@@ -129,7 +130,10 @@ class Space:
 
     def overrides(self, params: Mapping[str, str]) -> list[str]:
         """Return the override of each axis that sets these params."""
-        return [f"{axis.override.get_key_element()}={params[axis.name]}" for axis in self.axes]
+        for axis in self.axes:
+            if (text := params.get(axis.name)) not in axis.texts:  # of a store or a journal
+                check_plain(text, axis.name)
+        return [f"{axis.override.get_key_element()}={params.get(axis.name)}" for axis in self.axes]
 
     def distributions(self) -> "dict[str, BaseDistribution]":
         """Return the Optuna distribution of each axis."""

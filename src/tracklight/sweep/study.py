@@ -3,6 +3,7 @@
 import fcntl
 import importlib.util
 import inspect
+import json
 import logging
 import math
 import os
@@ -24,9 +25,10 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from tracklight.errors import BadInput
+from tracklight.paths import read_bounded
 from tracklight.redact import redact
 from tracklight.sweep.space import Space
-from tracklight.sweep.trial import call_in_thread
+from tracklight.tracking.address import call_in_thread
 from tracklight.tracking.mlflow_client import retry
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -50,6 +52,7 @@ PRUNERS = {
     "asha": "SuccessiveHalvingPruner",
 }
 DIRECTIONS: dict[str, Literal["minimize", "maximize"]] = {"min": "minimize", "max": "maximize"}
+MAX_JOURNAL_BYTES = 1_000_000_000
 STORAGE_TIMEOUT_S = 15.0  # not every driver has its own
 OUTAGE_S = 300.0  # a store that does not answer for longer ends the sweep
 
@@ -192,10 +195,24 @@ def open_storage(url: str | None, journal: Path | None) -> BaseStorage:
 
 
 def _open_journal(path: Path) -> JournalStorage:
-    if path.exists():  # a kill leaves a line half-written: Optuna would append to it, read neither
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    # The kernel releases this lock when a process is killed; Optuna's own would last 30 s.
-    descriptor = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        if path.exists():  # a kill leaves a line half-written: Optuna would append to it, read neither
+            text = read_bounded(path, MAX_JOURNAL_BYTES)
+            whole = text[: text.rfind("\n") + 1]
+            if not all(isinstance(json.loads(line), dict) for line in whole.splitlines()):
+                raise ValueError("a line is no mapping")
+            with os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW), "r+b") as file:
+                file.truncate(len(whole.encode()))
+        # The kernel releases this lock when a process is killed; Optuna's own would last 30 s.
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(path.with_suffix(".lock"), flags, 0o666)
+        return _journal_storage(path, descriptor)
+    except Exception as error:  # Optuna checks nothing of what it reads
+        reason = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
+        raise BadInput(f"{path} is no journal of a sweep ({reason}); sweep.fresh=true starts over") from None
+
+
+def _journal_storage(path: Path, descriptor: int) -> JournalStorage:
     lock: Any = SimpleNamespace(
         acquire=partial(fcntl.flock, descriptor, fcntl.LOCK_EX),
         release=partial(fcntl.flock, descriptor, fcntl.LOCK_UN),

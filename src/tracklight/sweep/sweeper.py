@@ -21,7 +21,8 @@ from tracklight.runs.leaderboard import LeaderboardRow, rank_trials
 from tracklight.runs.select import WORDS, select_run
 from tracklight.sweep.executors import Executor, LauncherExecutor, ProcessExecutor
 from tracklight.sweep.plan import Job, Plan, format_params, make_trial_spec
-from tracklight.sweep.trial import TrialResult, call_in_thread
+from tracklight.sweep.trial import TrialResult
+from tracklight.tracking.address import call_in_thread
 from tracklight.tracking.tags import PARENT_TAG, POINT_TAG, TESTED_TAG
 
 if TYPE_CHECKING:

@@ -6,8 +6,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
@@ -153,20 +152,6 @@ def describe_error(error: BaseException) -> str:
     return text if isinstance(error, BadInput | RunFailed) else f"{type(error).__name__}: {text}"
 
 
-def call_in_thread(function: Callable[[], Any]) -> Future[Any]:
-    """Call a function in a daemon thread, which can be abandoned."""
-    future: Future[Any] = Future()
-
-    def call() -> None:
-        try:
-            future.set_result(function())
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=call, daemon=True).start()
-    return future
-
-
 def _die_with_parent() -> None:
     """Kill this process and its children once the sweep's process has ended, however it ended."""
     parent = parent_process()
@@ -176,7 +161,7 @@ def _die_with_parent() -> None:
 
 
 def _redirect_output(log: Path | None) -> None:
-    descriptor = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(log or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)

@@ -3,7 +3,11 @@
 import os
 import socket
 import ssl
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit, urlunsplit
 from urllib.request import urlopen
@@ -78,7 +82,9 @@ def contact(uri: str) -> None:
     url = urlunsplit((parts.scheme, host, parts.path.rstrip("/") + "/health", "", ""))
     try:
         if port is None:
-            urlopen(url, timeout=_TIMEOUT_S).close()
+            # That is the limit of each silence; the whole answer has one, too.
+            answer = call_in_thread(lambda: urlopen(url, timeout=_TIMEOUT_S).close())
+            answer.result(2 * _TIMEOUT_S)
         elif parts.hostname:
             socket.create_connection((parts.hostname, parts.port or port), _TIMEOUT_S).close()
     except HTTPError as error:
@@ -87,6 +93,20 @@ def contact(uri: str) -> None:
         cause = getattr(error, "reason", None) or error
         if not isinstance(cause, ssl.SSLError):  # MLflow itself reports on certificates
             raise BadInput(
-                f"no tracking server answers at {redact(uri)} ({cause}); start it, or choose "
-                f"another {uri_setting(uri)}"
+                f"no tracking server answers at {redact(uri)} ({str(cause) or 'in time'}); start it, or "
+                f"choose another {uri_setting(uri)}"
             ) from None
+
+
+def call_in_thread(function: Callable[[], Any]) -> Future[Any]:
+    """Call a function in a daemon thread, which can be abandoned."""
+    future: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future

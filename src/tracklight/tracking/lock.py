@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tracklight.paths import sync_folder
+from tracklight.paths import read_bounded, sync_folder
 
 FILE_NAME = "run.lock"
 
@@ -66,10 +66,10 @@ class RunLock:
 
     def __init__(self, folder: Path, content: dict[str, Any] | None):
         self._path = folder / FILE_NAME
-        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if content is not None else 0)
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if content is not None else 0)
         is_current = False
         while not is_current:
-            self._fd = os.open(self._path, flags, 0o644)
+            self._fd = os.open(self._path, flags, 0o666)
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -111,7 +111,7 @@ class RunLock:
 def was_abandoned(folder: Path) -> bool:
     """Return whether the process of a run died: its lock file is there, and nobody holds it."""
     try:
-        with (folder / FILE_NAME).open() as file:
+        with os.fdopen(os.open(folder / FILE_NAME, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:  # held, or no such folder, as of a run on another machine
         return False
@@ -121,7 +121,10 @@ def was_abandoned(folder: Path) -> bool:
 def read_lock(folder: Path) -> dict[str, Any]:
     """Return the content of a folder's lock file; empty if there is none, or none that parses."""
     try:
-        content = json.loads((folder / FILE_NAME).read_text())
-    except (OSError, ValueError):
+        content = json.loads(read_bounded(folder / FILE_NAME))
+    except (OSError, ValueError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}
+    pid = content.get("pid")
+    return content if pid is None or (type(pid) is int and 0 < pid < 2**31) else {}

@@ -1,16 +1,22 @@
 """Imports MLflow, retries its calls, and holds what we use of its internals (as of 3.17.2)."""
 
 import contextlib
+import io
 import logging
 import os
 import re
+import resource
+import socket
 import sqlite3
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from unittest import mock
+
+import requests
 
 from tracklight.redact import redact
 
@@ -23,6 +29,7 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # there would be one for each file
 }
 os.environ |= _ENVIRONMENT | os.environ
 warnings.filterwarnings("ignore", "Failed to register a dataset source")  # python -OO: it has no docstrings
@@ -30,6 +37,9 @@ warnings.filterwarnings("ignore", "Failed to register a dataset source")  # pyth
 import mlflow  # noqa: E402
 import mlflow.entities  # noqa: E402
 import mlflow.exceptions  # noqa: E402
+from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT  # noqa: E402
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository  # noqa: E402
+from mlflow.utils import request_utils  # noqa: E402
 
 # We report every failed call ourselves in one line; these two print a traceback each time.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
@@ -47,8 +57,99 @@ _PAUSE_S = 0.5
 _MAX_CHARS = 300
 _AWAY = re.compile(r"API request to (\w+://[^/\s]+)\S* failed with exception .*retries exceeded")
 
+_SCHEMA = re.compile(r"Detected out-of-date database schema \(found version (\w+)")
+_MIGRATIONS = Path(mlflow.__file__).parent / "store" / "db_migrations" / "versions"
+
+# MLflow's time limit is that of each silence: a server that sends a byte now and then would hold a
+# command for ever. A whole answer gets so many of them, and a download more, by its size.
+_SILENCES = 6
+_DOWNLOAD_BYTES = 64_000_000  # in the time of one answer
+_MAX_ANSWER_BYTES = 256_000_000
+
 T = TypeVar("T")
 When = Callable[[Exception], bool]
+
+
+class _Deadline:
+    """Mixin of urllib3's connections: shuts one whose answer takes longer, in all, than it may."""
+
+    num_answers = 1.0  # that the answer takes the time of: more in a download
+
+    @classmethod
+    def seconds(cls) -> float:
+        return _SILENCES * (MLFLOW_HTTP_REQUEST_TIMEOUT.get() or 0) * cls.num_answers
+
+    def request(self: Any, *args: Any, **kwargs: Any) -> None:
+        if timer := getattr(self, "_timer", None):
+            timer.cancel()
+        super().request(*args, **kwargs)  # type: ignore[misc]
+
+    def getresponse(self: Any) -> Any:
+        self._timer = threading.Timer(_Deadline.seconds(), _shut, (self.sock,))
+        self._timer.daemon = True
+        self._timer.start()
+        return super().getresponse()  # type: ignore[misc]
+
+
+def _shut(connected: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connected.shutdown(socket.SHUT_RDWR)
+
+
+class _BoundedAdapter(request_utils.TCPKeepAliveHTTPAdapter):
+    """Bounds each answer of a server in time and, as it is held in memory, in size."""
+
+    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
+        pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
+        if not issubclass(pool.ConnectionCls, _Deadline):
+            pool.ConnectionCls = type("Connection", (_Deadline, pool.ConnectionCls), {})
+        return pool
+
+    def send(self, request: Any, stream: bool = False, *args: Any, **kwargs: Any) -> requests.Response:
+        start_s, within_s = time.monotonic(), _Deadline.seconds()
+        try:
+            response = super().send(request, stream, *args, **kwargs)
+            if not stream:
+                body = response.raw.read(_MAX_ANSWER_BYTES + 1, decode_content=True)
+                if len(body) > _MAX_ANSWER_BYTES:
+                    response.close()
+                    raise requests.ConnectionError(f"an answer of more than {_MAX_ANSWER_BYTES:,} bytes")
+                response.raw = io.BytesIO(body)
+                if time.monotonic() - start_s > within_s and not hasattr(request.body, "read"):
+                    raise requests.ConnectionError("cut off")  # where the answer gave no length
+            return response
+        except Exception as error:
+            if time.monotonic() - start_s < within_s:
+                raise
+            raise requests.Timeout(f"no whole answer within {within_s:.0f} s") from error
+
+
+# MLflow offers no hook for its connections; it makes its sessions with the class of this name.
+request_utils.TCPKeepAliveHTTPAdapter = _BoundedAdapter
+
+
+def download(run: Any, uri: str, path: str, target: Path, max_bytes: int, size: int) -> None:
+    """Download one artifact of a run; MLflow's own call takes folders, too, and has no bound.
+
+    No more than `max_bytes` are written, whatever comes. How long that may take follows from `size`,
+    as the store gives it.
+
+    Raises:
+        MlflowException, OSError: The artifact did not come whole and within its bounds.
+    """
+    repository = get_artifact_repository(run.info.artifact_uri, tracking_uri=uri)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)  # holds for MLflow's threads, too
+    lower = max_bytes if soft == resource.RLIM_INFINITY else min(soft, max_bytes)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (lower, hard))
+    _Deadline.num_answers = 1 + size / _DOWNLOAD_BYTES
+    start_s, within_s = time.monotonic(), _Deadline.seconds()
+    try:
+        repository._download_file(path, str(target))
+    finally:
+        _Deadline.num_answers = 1.0
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    if time.monotonic() - start_s > within_s or (target.stat().st_size != size and size):
+        raise OSError(f"{target.stat().st_size:,} bytes came of {size:,}, within {within_s:.0f} s at most")
 
 
 def is_transient(error: Exception) -> bool:
@@ -87,6 +188,10 @@ def short_reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     if lines and (match := _AWAY.match(lines[0])):
         return redact(f"{match[1]} does not answer")
+    if lines and (match := _SCHEMA.match(lines[0])):  # MLflow calls a newer one out of date, too
+        if any(_MIGRATIONS.glob(f"{match[1]}_*.py")):
+            return "its schema is older than this MLflow's; back it up, then run `mlflow db upgrade URI`"
+        return f"its schema is newer than MLflow {mlflow.__version__} here; run `pip install -U mlflow`"
     return redact(lines[0])[:_MAX_CHARS] if lines else type(error).__name__
 
 

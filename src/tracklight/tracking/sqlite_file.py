@@ -50,6 +50,7 @@ def ensure_database(path: Path, artifact_root: str) -> None:
                 return
             prefix = f".{path.name}.new-"
             temporary = path.with_name(f"{prefix}{os.getpid()}")
+            temporary.touch()  # with the mode of the umask, where SQLite gives 0644
             try:
                 with closing(sqlite3.connect(temporary)) as connection:
                     connection.execute("PRAGMA user_version = 1")  # fails now, and MLflow after a minute

@@ -1,7 +1,9 @@
 """The tracking store: opens it, creates and continues runs, recovers those of dead processes."""
 
+import errno
 import itertools
 import logging
+import os
 import shlex
 import shutil
 import sys
@@ -21,7 +23,7 @@ from tracklight.tracking.mlflow_client import is_locked, is_transient, mlflow, r
 from tracklight.tracking.provenance import source_tags
 from tracklight.tracking.sender import MlflowWriter, Sender
 from tracklight.tracking.sqlite_file import creation_order, ensure_database
-from tracklight.tracking.tags import IDENTITY_TAG, KEY_TAG, NEW_PREFIX, RUNS_FOLDER, WAL_FILE
+from tracklight.tracking.tags import IDENTITY_TAG, KEY_TAG, NEW_PREFIX, RUNS_FOLDER, WAL_FILE, is_run_id
 from tracklight.tracking.wal import WriteAheadLog
 
 if TYPE_CHECKING:
@@ -34,21 +36,17 @@ _START_UP_S = 4.0  # how long a server that refuses connections may yet be start
 _LATE_CREATION_S = 3600.0  # how long a server may take to create a run for a dead process
 
 
-def connect(uri: str | None, directory: Path) -> "Store":
+def connect(uri: str | None, directory: Path, *, reads_only: bool = False) -> "Store":
     """Open the tracking store; a `uri` of None is the SQLite file in `directory`, created if new.
 
     Raises:
-        BadInput: The store cannot be opened, or the directory not be written.
+        BadInput: The store cannot be opened or, unless it is only read, not be written.
     """
     directory = directory.absolute()
     store = Store(None, resolve_uri(uri, directory), directory)
-    try:
-        store.runs_folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=store.runs_folder).close()
-    except OSError as error:
-        raise BadInput(
-            f"tracking.dir={directory} cannot be written ({error.strerror}); try another"
-        ) from None
+    store.why_read_only = _why_read_only(store)
+    if store.why_read_only and not reads_only:
+        raise BadInput(f"{store.why_read_only}; try another")
     if store.database is not None:
         ensure_database(store.database, store.runs_folder.as_uri())
     else:
@@ -68,6 +66,24 @@ def connect(uri: str | None, directory: Path) -> "Store":
     return store
 
 
+def _why_read_only(store: "Store") -> str:
+    """Return what of a store cannot be written, and why; empty if all of it can."""
+    what = f"tracking.dir={store.directory}"
+    try:
+        store.runs_folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=store.runs_folder).close()
+        if store.database is not None and store.database.exists():
+            what = str(store.database)
+            for path in (store.database, store.database.parent):  # where SQLite keeps its journal
+                if not os.access(path, os.W_OK):
+                    facts = path.stat()
+                    whose = f"of user {facts.st_uid}, mode {facts.st_mode & 0o7777:o}"
+                    raise PermissionError(errno.EACCES, whose)
+    except OSError as error:
+        return f"{what} cannot be written ({error.strerror})"
+    return ""
+
+
 class Store:
     """An open tracking store.
 
@@ -77,6 +93,7 @@ class Store:
         database: The SQLite file, if the store is one.
         timeout_s: How long a call waits for a store that is busy or away.
         recovered: Ids of the runs that `recover` has ended.
+        why_read_only: What of the store cannot be written; empty if all of it can.
     """
 
     def __init__(self, client: Any, uri: str, directory: Path):
@@ -90,6 +107,7 @@ class Store:
         self.database = sqlite_path(uri)
         self.timeout_s = _TIMEOUT_S["server" if self.database is None else "database"]
         self.recovered: set[str] = set()
+        self.why_read_only = ""
 
     def ui_hint(self, info: Any) -> str:
         """Return the address of a run (a RunInfo) in MLflow's UI, or the command for the UI."""
@@ -101,6 +119,16 @@ class Store:
         if self.database == self.directory / DATABASE:
             return f"python scripts/ui.py --dir {shlex.quote(str(self.directory))}"
         return f"python scripts/ui.py --uri {shlex.quote(self.display_uri)}"
+
+    def folder(self, run_id: str) -> Path:
+        """Return the folder of a run, whose id a server or another user may have made up.
+
+        Raises:
+            BadInput: It is no id, and might lead anywhere.
+        """
+        if not is_run_id(run_id):
+            raise BadInput(f"{run_id[:80]!r} in {self.display_uri} is no run id (32 hexadecimal digits)")
+        return self.runs_folder / run_id
 
     def create(self, experiment: str, name: str | None, tags: dict[str, str]) -> "Run":
         """Create a run with its tags and folder, and its experiment if there is none.
@@ -131,7 +159,7 @@ class Store:
             reason = short_reason(error)
             raise RunFailed(f"cannot make a run at {self.display_uri}: {reason}") from None
         try:
-            lock.rename_folder(self.runs_folder / run.info.run_id)
+            lock.rename_folder(self.folder(run.info.run_id))
             return self._open(run, lock)
         except BaseException:
             lock.close()
@@ -191,7 +219,7 @@ class Store:
             raise BadInput(f"run {run_id!r} cannot be read: {short_reason(error)}") from None
         if run.info.lifecycle_stage != "active":
             raise BadInput(f"run {run_id} is deleted; try `mlflow runs restore --run-id {run_id}`")
-        folder = self.runs_folder / run.info.run_id
+        folder = self.folder(run.info.run_id)
         try:
             folder.mkdir(exist_ok=True)
             lock = retry(
@@ -212,7 +240,7 @@ class Store:
     def _open(self, run: Any, lock: RunLock) -> "Run":
         from tracklight.tracking.run import Run  # imports Lightning: seconds that readers spare
 
-        folder = self.runs_folder / run.info.run_id
+        folder = self.folder(run.info.run_id)
         try:
             wal = WriteAheadLog(folder / WAL_FILE, run.info.start_time)
         except OSError as error:
@@ -251,8 +279,11 @@ class Store:
 
     def recover(self) -> None:
         """Send what dead processes left unsent, and set the status of their runs to KILLED."""
+        if self.why_read_only:
+            return
         for folder in sorted(self.runs_folder.iterdir()):
-            if read_lock(folder).get("store") != self.lock_content["store"]:
+            is_ours = is_run_id(folder.name.removeprefix(NEW_PREFIX))
+            if not is_ours or read_lock(folder).get("store") != self.lock_content["store"]:
                 continue
             try:
                 lock = RunLock(folder, content=None)
@@ -284,7 +315,7 @@ class Store:
                 return False
             for other in found[1:]:
                 self.client.delete_run(other.info.run_id)
-            folder = self.runs_folder / found[0].info.run_id
+            folder = self.folder(found[0].info.run_id)
             lock.rename_folder(folder)
         found = self.search(f"attributes.run_id = '{folder.name}'")
         if found:

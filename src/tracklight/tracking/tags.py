@@ -1,6 +1,7 @@
 """The names of tags, artifacts and folders, as stores and disks hold them."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 
 RUNS_FOLDER = "artifacts"  # in the tracking directory: one folder a run
@@ -65,6 +66,17 @@ def same_data(tags: Mapping[str, str]) -> dict[str, str]:
     """Return the tag that runs on one data set share: its digest, or its name where that is unknown."""
     key = DATA_SET_TAG if DATA_SET_TAG in tags else DATA_NAME_TAG
     return {key: tags[key]} if key in tags else {}
+
+
+def is_run_id(text: str) -> bool:
+    """Return whether a text is an id as MLflow makes them, and so the name of one folder."""
+    return re.fullmatch("[0-9a-f]{32}", text) is not None
+
+
+def read_count(tags: Mapping[str, str], name: str, default: int) -> int:
+    """Return the whole number that a tag holds, the default where it holds none."""
+    text = tags.get(name, "")
+    return int(text) if re.fullmatch(r"\d{1,12}", text) else default
 
 
 def is_sweep(tags: Mapping[str, str]) -> bool:

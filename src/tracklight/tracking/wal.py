@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tracklight.errors import RunFailed
+from tracklight.paths import read_bounded
 
 _HEAD = struct.Struct("<II")  # length and CRC-32 of the payload
 _POINTS = struct.Struct("<cqHI")  # kind, timestamp, bytes of the key, number of points
@@ -63,10 +64,11 @@ class WriteAheadLog:
         self.last_status: str | None = None
         self.last_ms = start_ms
         self._lock = threading.Lock()
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        self._fd = os.open(path, flags | os.O_NOFOLLOW, 0o666)
         self._sent_path = path.with_suffix(".sent")
         try:
-            confirmed = int(self._sent_path.read_text())
+            confirmed = int(read_bounded(self._sent_path))
         except (OSError, ValueError):
             confirmed = 0
         for record, end in read_records(path):
@@ -78,7 +80,7 @@ class WriteAheadLog:
                 step = max(record.steps)
                 self.highest[record.key] = max(step, self.highest.get(record.key, step))
             elif record.name == "status":
-                self.last_status = record.arguments["status"]
+                self.last_status = record.arguments.get("status")
         self.damaged = confirmed > self.end
         self._zero_ms = max(self.last_ms, time.time_ns() // 1_000_000) - time.monotonic_ns() // 1_000_000
         if os.fstat(self._fd).st_size > self.end:
@@ -143,25 +145,30 @@ class WriteAheadLog:
 
 def read_records(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[Points | Call, int]]:
     """Yield the whole records between two offsets, each with the offset of its end."""
-    with path.open("rb") as file:
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        size = file.seek(0, os.SEEK_END)
         file.seek(start)
         while stop is None or start < stop:
             head = file.read(_HEAD.size)
             if len(head) < _HEAD.size:
                 return
             length, crc = _HEAD.unpack(head)
-            payload = file.read(length)
+            payload = file.read(min(length, size))
             if len(payload) < max(length, _CALL.size) or zlib.crc32(payload) != crc:
                 return
+            try:
+                record = _parse(payload)
+            except (struct.error, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+                return  # whole, and yet nothing that we wrote
             start += _HEAD.size + length
-            yield _parse(payload), start
+            yield record, start
 
 
 def _parse(payload: bytes) -> Points | Call:
     if payload[:1] == b"P":
         _, timestamp_ms, key_bytes, n = _POINTS.unpack_from(payload)
         at = _POINTS.size + key_bytes
-        numbers = struct.unpack_from(f"<{n}q{n}d", payload, at)
+        numbers = struct.unpack(f"<{n or 1}q{n}d", payload[at:])  # none at all is no record, either
         return Points(timestamp_ms, payload[_POINTS.size : at].decode(), numbers[:n], numbers[n:])
     _, timestamp_ms = _CALL.unpack_from(payload)
     arguments = json.loads(payload[_CALL.size :])
