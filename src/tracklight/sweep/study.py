@@ -18,11 +18,11 @@ from typing import Any, Literal
 
 import numpy as np
 import optuna
-import sqlalchemy.exc
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy import exc
 
 from tracklight.errors import BadInput
 from tracklight.paths import read_bounded
@@ -55,6 +55,11 @@ DIRECTIONS: dict[str, Literal["minimize", "maximize"]] = {"min": "minimize", "ma
 MAX_JOURNAL_BYTES = 1_000_000_000
 STORAGE_TIMEOUT_S = 15.0  # not every driver has its own
 OUTAGE_S = 300.0  # a store that does not answer for longer ends the sweep
+OUTAGES = (
+    exc.OperationalError,
+    exc.InterfaceError,
+    exc.PendingRollbackError,
+)  # SQLAlchemy's, of a store away
 
 # User attributes of a trial.
 PARAMS_ATTR = "point"  # of a grid's trial: its params as text
@@ -233,7 +238,7 @@ class PatientStorage:
     def _repeat(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         def is_outage(error: Exception) -> bool:  # and not at odds with the request
             cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-            is_away = isinstance(cause, sqlalchemy.exc.OperationalError | sqlalchemy.exc.InterfaceError)
+            is_away = isinstance(cause, OUTAGES)
             self.is_waiting |= is_away
             return is_away
 
