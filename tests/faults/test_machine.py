@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ QUICK = ("trainer.max_epochs=2", "num_threads=1", "tracking.figures=false", "tra
 RUN = (str(ROOT / "train.py"), *QUICK)
 SWEEP = (str(ROOT / "train.py"), "-m", "seed=1,2", *QUICK)
 SOURCE = str(ROOT / "src")
-ENDED_S = 240
+ENDED_S = 600
 
 pytestmark = pytest.mark.slow
 
@@ -34,10 +35,15 @@ def statuses(directory: Path) -> list[str]:
 
 
 @pytest.fixture
-def read_only(tmp_path):
-    """A command under which nothing can be written but in `tmp_path / "volume"`."""
-    volume = tmp_path / "volume"
-    volume.mkdir()
+def volume():
+    """A folder with a name short enough for sockets, which that of a test is not."""
+    with tempfile.TemporaryDirectory(prefix="volume-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def read_only(tmp_path, volume):
+    """A command under which nothing can be written but in `volume`."""
     script = f"""
         mount --bind {volume} {volume} || exit 99
         for each in / /tmp /var/tmp /dev/shm {tmp_path}; do
@@ -54,8 +60,8 @@ def read_only(tmp_path):
     return before
 
 
-def test_on_a_read_only_root_temporary_files_lie_beside_the_runs(read_only, tmp_path):
-    directory = tmp_path / "volume" / "runs"
+def test_on_a_read_only_root_temporary_files_lie_beside_the_runs(read_only, volume, tmp_path):
+    directory = volume / "runs"
     bare = {"before": read_only, "without": ("TMPDIR", "HOME", "MPLCONFIGDIR"), "cwd": tmp_path}
     process = python(*SWEEP, f"tracking.dir={directory}", **bare)
     assert (process.returncode, process.stderr) == (0, "")
@@ -88,7 +94,7 @@ def test_what_lies_in_the_current_folder_is_not_imported(tmp_path):
     "env",
     [
         {"PYTHONWARNINGS": "error"},
-        {"PYTHONOPTIMIZE": "2", "PYTHONDONTWRITEBYTECODE": "1"},
+        {"PYTHONOPTIMIZE": "2", "PYTHONPYCACHEPREFIX": "here"},
         {"TMPDIR": "long"},
         {"HOME": "/proc/nowhere"},
     ],
@@ -96,6 +102,7 @@ def test_what_lies_in_the_current_folder_is_not_imported(tmp_path):
 )
 def test_odd_surroundings_are_no_matter(tmp_path, env):
     said = ""
+    env = {name: str(tmp_path) if value == "here" else value for name, value in env.items()}
     if env.get("TMPDIR") == "long":
         env = {"TMPDIR": str(tmp_path / ("x" * (98 - len(str(tmp_path)) - 1)))}
         Path(env["TMPDIR"]).mkdir()
