@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pytorch_lightning import Callback
 
 from tracklight.redact import is_secret, redact, redact_command
 from tracklight.tracking.provenance import git_state
@@ -136,15 +137,24 @@ def test_the_patch_of_a_work_tree_shows_no_secret(tmp_path, git):
     assert "pl4nt3d" not in diff
 
 
+class Uploader(Callback):
+    """One of a user's own that takes secrets."""
+
+    def __init__(self, db_password: str, api_key: str, auth: dict, url: str):
+        self.arguments = (db_password, api_key, auth, url)
+
+
 def test_a_secret_planted_anywhere_appears_neither_in_the_store_nor_in_the_folder(
     train, tmp_path, monkeypatch, capsys
 ):
     secret = "".join(["pl4nt", "3dZq", "s3cr3t"])
     words = [
-        f"+score.db_password={secret}",
-        f"+score.api_key={secret}",
-        f"+score.auth={{user: me, deep: [{secret}]}}",
-        f"+score.url='https://me:{secret}@host/x?sig={secret}'",
+        f"allowed_targets=[tracklight.models,tracklight.data,torch.optim,{__name__}]",
+        f"+callbacks.uploader={{_target_: {__name__}.Uploader}}",
+        f"+callbacks.uploader.db_password={secret}",
+        f"+callbacks.uploader.api_key={secret}",
+        f"+callbacks.uploader.auth={{user: me, deep: [{secret}]}}",
+        f"+callbacks.uploader.url='https://me:{secret}@host/x?sig={secret}'",
         f"tracking.run_name='run token={secret}'",
         "trainer.max_epochs=1",
     ]

@@ -158,7 +158,7 @@ def test_whatever_key_a_stored_config_lacks_or_holds_it_is_one_line(kept, copied
             assert_no_config(read, key)
     for section in ("model", "optimizer"):  # without a class
         config.write_text(yaml.safe_dump({**tree, section: {"_target_": None}}))
-        assert_one_line("predict", kept.line, copied, says=f"{section} names no class")
+        assert_one_line("predict", kept.line, copied, says=f"{section}._target_ is missing")
 
 
 @pytest.mark.parametrize("spoil", ODD_FILES.values(), ids=ODD_FILES)
@@ -303,7 +303,7 @@ def test_the_planted_command_would_leave_its_mark(tmp_path):
 def test_a_secret_that_ones_own_conf_reads_is_used_and_not_recorded(tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     read = "${oc.env:AWS_SECRET_ACCESS_KEY}"
-    words = [f"+score.note={read}", f"tracking.run_name={read}", "trainer.max_epochs=1"]
-    assert compose(words).score.note == SECRET
+    words = [f"tracking.run_name={read}", "trainer.max_epochs=1"]
+    assert compose(words).tracking.run_name == SECRET
     train(tmp_path / "runs", *words)
     assert files_with(tmp_path, SECRET) == []

@@ -6,9 +6,11 @@ from small_runs import train
 
 from tracklight.commands.parser import main
 from tracklight.commands.reproduce import compare_runs
+from tracklight.config.compose import compose
 from tracklight.engine.checkpoints import DurableCheckpointIO
 from tracklight.engine.monitors import PruningCallback
 from tracklight.errors import BadInput
+from tracklight.experiment.train import run
 from tracklight.runs import select as query
 from tracklight.tracking.store import connect
 from tracklight.tracking.tags import EPOCHS_RUN_TAG, POINT_TAG, REPRODUCES_TAG, is_pruned
@@ -85,7 +87,9 @@ def test_a_reproduction_leaves_what_a_run_without_a_test_part_does(store, tmp_pa
 @pytest.mark.parametrize(("data", "ended"), [("table", "test/loss"), ("line", "ols/gap")])
 def test_run_given_more_epochs_comes_out_identical(store, tmp_path, capsys, data, ended):
     run_id = train(tmp_path, f"data={data}", "trainer.max_epochs=2")
-    train(tmp_path, f"data={data}", "trainer.max_epochs=4", "resume=auto")
+    cfg = compose([f"resume={run_id}", f"tracking.dir={tmp_path}", "tracking.uri=null"])
+    cfg.overrides = ["trainer.max_epochs=4"]
+    run(cfg)
     assert len(store.client.get_metric_history(run_id, ended)) == 2
     assert main("reproduce", [run_id, QUIET, "--dir", str(tmp_path)]) == 0, capsys.readouterr().out
     assert len(store.client.get_metric_history(newest(store).info.run_id, ended)) == 1

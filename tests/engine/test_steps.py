@@ -100,7 +100,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_operations_replayed_on_memory_allocated_once_have_the_bits_of_the_step_by_hand(model):
+def test_operations_replayed_on_memory_allocated_once_have_the_bits_of_the_step_by_hand(model, capfd):
     pair = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -121,6 +121,7 @@ def test_operations_replayed_on_memory_allocated_once_have_the_bits_of_the_step_
     assert len({loss.item() for loss in losses}) == len(losses)  # no loss is another's memory
     (replayed,) = step.traces.values()
     assert replayed.__name__ == "step"  # of straight Python, not the trace's own
+    assert capfd.readouterr().err == ""
 
 
 class KeepsGradients(torch.optim.Optimizer):

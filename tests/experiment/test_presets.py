@@ -8,7 +8,7 @@ from tracklight.paths import CONF
 
 CLAIM = re.compile(r"([a-z]+/\w+) (below )?([\d.e-]+)(?: to ([\d.]+))?")
 STEPS = re.compile(r"([a-z]+/\w+) at (\d+) steps")
-FALLBACK = ("data.root=nowhere", "data.download=false")
+FALLBACK = ("data.root=nowhere", "data.download=false", "data.fallback=true")
 SLOW = (pytest.mark.slow, pytest.mark.full_mnist)
 PRESETS = [path.stem for path in sorted((CONF / "experiment").glob("*.yaml"))]
 

@@ -9,7 +9,7 @@ BLOBS = (
         "data._target_=foreign.Blobs",
         "data.batch_size=16",
         "data.num_val=64",
-        "+data.num_train=600",
+        "+data.num_train=2400",
     ),
     *(f"~data.{key}" for key in ("root", "download", "fallback", "mean", "std")),
 )

@@ -39,7 +39,7 @@ def test_a_changed_setting_or_code_is_refused_with_the_difference_unless_allowed
         assert process.exit_code == 2
         assert re.fullmatch(r"error: run .*code: digest \w+ -> f+\); .*\n", process.stderr)
     assert len(TrialResult(killed).runs) == 1
-    assert max(TrialResult(killed).steps("train/loss")) == 3 * 38
+    assert max(TrialResult(killed).steps("train/loss")) == 3 * 150
 
     process = trainees.train(
         *(killed, run, "optimizer.lr=0.5", ALLOWED, "allow_changes=true"),

@@ -109,7 +109,7 @@ def test_a_read_only_run_folder_is_refused_before_training(trainees, tmp_path):
     assert process.exit_code == 2, process.stderr
     line = process.stderr.splitlines()[-1]
     assert line == f"error: cannot write run folder {run}: Permission denied"
-    assert max((step for _, step, *_ in TrialResult(directory).points), default=0) <= 2 * 38
+    assert max((step for _, step, *_ in TrialResult(directory).points), default=0) <= 2 * 150
 
     directory.chmod(0o555)
     process = trainees.train(directory, *command, faults=[["respect_modes"]])

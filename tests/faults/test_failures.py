@@ -26,7 +26,7 @@ def test_a_non_finite_loss_stops_the_run_at_its_step(trainees, tmp_path, further
     assert steps[:89] == list(range(1, 90)) and set(steps[89:]) <= {90}
     assert max(step for _, step, *_ in run.points) <= 90
     best = run.checkpoint("best")
-    assert best["global_step"] in (38, 76)
+    assert best["global_step"] in (150, 300)
     assert all(tensor.isfinite().all() for tensor in best["state_dict"].values())
     trainees.train(directory, *command, "resume=auto", faults=SPARE)
     assert [status for _, status in TrialResult(directory).runs] == ["FAILED", "FAILED"]

@@ -13,8 +13,8 @@ PLACES = {
     "before the run exists": ("tracklight.experiment.train:build_model", 1),
     "before training": ("tracklight.tracking.run:Run.log_params", 1),
     "in an epoch": (BATCH_END, 5),
-    "in validation": ("tracklight.models.supervised:Supervised.validation_step", 2),
-    "in the test": ("tracklight.models.supervised:Supervised.test_step", 1),
+    "in validation": ("tracklight.models.supervised:Supervised.validation_step", 3),
+    "in the test": ("tracklight.models.supervised:Supervised.test_step", 2),
 }
 JOB = {  # of one task
     **{"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"},

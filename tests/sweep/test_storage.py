@@ -224,4 +224,6 @@ def test_a_value_of_a_journal_or_a_store_is_text_and_never_resolved():
             space.overrides(params)
     typed = read_space([f"model.bias={secret},1"], {}, None)
     (text, _), params = typed.axes[0].texts, {"model.bias": typed.axes[0].texts[0]}
-    assert secret in text and typed.overrides(params) == [f"model.bias={text}"]
+    with pytest.raises(BadInput):
+        space.overrides(params)  # the same, escaped
+    assert typed.overrides(params) == [f"model.bias={text}"]

@@ -81,7 +81,7 @@ def test_what_is_no_mlflow_database_is_refused_at_once_in_one_line(tmp_path, tem
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = 'e5e5'")
     connection.close()
-    assert "mlflow db upgrade" in refused()
+    assert "newer than MLflow" in refused()
 
 
 @pytest.mark.parametrize("name", ["with space", "50% ü 漢字", "a#b&c", "it's"])

@@ -193,11 +193,10 @@ class _Replay:
         elif is_constant:
             self.fixed.add(name)
             return
-        elif (variant := torch_internals.out_variant(operation)) is not None:
+        elif (variant := torch_internals.out_variant(operation, args, kwargs, value)) is not None:
             self.fixed.add(name)
-            memory = [torch.empty_like(each) for each in (value if isinstance(value, tuple) else (value,))]
-            operation, out = variant[0], dict(zip(variant[1], memory, strict=True))
-            self.values[name] = operation(*args, **kwargs, **out)
+            operation, out = variant
+            self.values[name] = (*out.values(),) if isinstance(value, tuple) else next(iter(out.values()))
         call, out = torch_internals.fastest_call(operation, args, kwargs, out, value)
         words = [self._word(each) for each in node.args]
         words += [f"{key}={self._word(each)}" for key, each in (node.kwargs | out).items()]

@@ -70,10 +70,13 @@ def returns_alias(operation: Any) -> bool:
     return any(each.alias_info is not None for each in returns)
 
 
-def out_variant(operation: Any) -> tuple[OpOverload, list[str]] | None:
-    """Return the variant that writes into given tensors, and the names of those; None without one.
+def out_variant(
+    operation: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any
+) -> tuple[OpOverload, dict[str, Tensor]] | None:
+    """Return the variant that writes into given tensors, and tensors that it wrote to; None without one.
 
-    Only one with a kernel of its own on the CPU: the others compute into a new tensor and copy.
+    Only one with a kernel of its own on the CPU: the others compute into a new tensor and copy. Nor
+    for a scalar: some losses resize it to a minibatch in between, with a warning each time.
     """
     if not isinstance(operation, OpOverload):
         return None
@@ -84,7 +87,11 @@ def out_variant(operation: Any) -> tuple[OpOverload, list[str]] | None:
         into = [argument.name for argument in arguments if argument.is_out]
         same = names == [(each.name, str(each.type)) for each in arguments if not each.is_out]
         if into and same and torch._C._dispatch_has_kernel_for_dispatch_key(variant.name(), "CPU"):
-            return variant, into
+            results = result if isinstance(result, tuple) else (result,)
+            if all(each.ndim for each in results):
+                out = {key: torch.empty_like(each) for key, each in zip(into, results, strict=True)}
+                variant(*args, **kwargs, **out)
+                return variant, out
     return None
 
 

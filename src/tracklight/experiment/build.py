@@ -41,6 +41,7 @@ from tracklight.engine.progress import EpochLines, progress_callback
 from tracklight.engine.seeding import reseed_epochs, seed_run
 from tracklight.errors import BadInput
 from tracklight.models.supervised import Supervised
+from tracklight.redact import redact
 
 TOTALS = ("T_max", "total_steps", "total_iters")  # scheduler arguments that mean the whole run
 FINDERS = {BatchSizeFinder: "-m data.batch_size=32,64,128", LearningRateFinder: "-m sweep=lr"}  # and instead
@@ -261,7 +262,7 @@ def has_test(model: LightningModule, data: LightningDataModule | None) -> bool:
 def early_stops(cfg: DictConfig) -> str:
     """Return, as text, the settings that may end a run before its last epoch."""
     settings = {key: cfg.trainer.get(key) for key in STOPS}
-    return json.dumps(settings | {"callbacks": to_plain(cfg)["callbacks"]}, sort_keys=True)
+    return json.dumps(redact(settings | {"callbacks": to_plain(cfg)["callbacks"]}), sort_keys=True)
 
 
 def _config_callbacks(cfg: DictConfig) -> list[Callback]:

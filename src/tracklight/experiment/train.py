@@ -14,6 +14,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from pytorch_lightning import Callback, LightningDataModule, LightningModule
 from pytorch_lightning.loggers.logger import DummyLogger
+from pytorch_lightning.profilers import PassThroughProfiler
 from torch.distributed import DistError
 
 from tracklight.config.compose import list_targets, to_plain
@@ -142,7 +143,8 @@ class Training:
         self.trainer.logger = self.blocks.logger = run
         set_root_dir(self.trainer, run.folder)
         self.io.before_commit = run.sync
-        if (profiler := self.trainer.profiler).filename is None:  # its tables are too wide for a screen
+        profiler = self.trainer.profiler  # its tables are too wide for a screen
+        if not isinstance(profiler, PassThroughProfiler) and profiler.filename is None:
             profiler.dirpath, profiler.filename = str(run.artifacts), PROFILE
         self.best.dirpath = str(folder)
         self.last.folder = folder

@@ -136,13 +136,17 @@ def _as_logged(value: float) -> float:
     return math.copysign(math.inf, value) if abs(value) >= sys.float_info.max else value
 
 
-def _newest_first(runs: Iterable[RunRecord]) -> list[RunRecord]:
-    """Sort runs; the number of epochs of one that was extended is its tag's, as its param is for good."""
-    found = sorted(runs, key=lambda run: (-run.start_ms, run.run_id))
+def _with_epochs(runs: Iterable[RunRecord]) -> list[RunRecord]:
+    """Give each run the number of epochs of its tag: a run is extended, but its param stays."""
+    found = list(runs)
     for run in found:
         if tags.EPOCHS_TAG in run.tags and "trainer.max_epochs" in run.params:
             run.params["trainer.max_epochs"] = run.tags[tags.EPOCHS_TAG]
     return found
+
+
+def _newest_first(runs: Iterable[RunRecord]) -> list[RunRecord]:
+    return _with_epochs(sorted(runs, key=lambda run: (-run.start_ms, run.run_id)))
 
 
 class SqliteReader(RunReader):
@@ -226,7 +230,7 @@ class SqliteReader(RunReader):
         sql = "SELECT run_uuid, key, value, is_nan FROM latest_metrics WHERE run_uuid IN ({ids})"
         for run_id, key, value, is_nan in self._query_batches(sql, active):
             runs[run_id].metrics[key] = math.nan if is_nan else _as_logged(value)
-        return [*runs.values()]
+        return _with_epochs(runs.values())
 
     @override
     def get_histories(self, ids: Sequence[str], metric: str) -> dict[str, list[tuple[int, float]]]:

@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import Override, Transformer
 from hydra.errors import HydraException
 
 from tracklight.config.instantiate import check_plain
-from tracklight.config.overrides import check_no_nested_sweep
+from tracklight.config.overrides import check_no_nested_sweep, parse_overrides
 from tracklight.errors import BadInput
 
 if TYPE_CHECKING:
@@ -132,7 +132,9 @@ class Space:
         """Return the override of each axis that sets these params."""
         for axis in self.axes:
             if (text := params.get(axis.name)) not in axis.texts:  # of a store or a journal
-                check_plain(text, axis.name)
+                (override,) = parse_overrides([f"{axis.override.get_key_element()}={text}"])
+                for value in (text, override.value()):  # as written, and without escapes
+                    check_plain(value, axis.name)
         return [f"{axis.override.get_key_element()}={params.get(axis.name)}" for axis in self.axes]
 
     def distributions(self) -> "dict[str, BaseDistribution]":

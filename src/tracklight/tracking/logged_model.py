@@ -87,6 +87,10 @@ def _export(model: nn.Module, example: Tensor, folder: Path) -> Model:
             code_paths=[served_model.__file__],
             serialization_format="pt2",
         )
+    for copied in (folder / "code").glob("*.py"):  # with the mode of the source, not that of the umask
+        text = copied.read_bytes()
+        copied.unlink()
+        copied.write_bytes(text)
     graph = torch.export.load(folder / "data" / "model.pt2").module()
     with torch.no_grad():
         graph(torch.cat([inputs, inputs[:1]]))  # raises where the batch size became a constant
