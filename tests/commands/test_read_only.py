@@ -25,6 +25,7 @@ from tracklight.tracking.store import connect
 
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 MOUNTED = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
+STARTS_ANOTHER = "import subprocess, sys, torch; subprocess.run([sys.executable, '-c', ''], check=True)"
 COMMANDS = """
 import json, sys
 from tracklight import cli
@@ -95,10 +96,10 @@ def open_to_all(kept):
     shutil.rmtree(above)
 
 
-def as_reader(how: str, directory: Path) -> list[str]:
+def as_reader(how: str, directory: Path, probe: str = "import torch") -> list[str]:
     """Return the command under which the store may only be read; skip where one may not do that."""
     prefix = list(NOBODY) if how == "user" else ["unshare", "-m", "sh", "-c", MOUNTED, str(directory)]
-    python = [*prefix, sys.executable, "-c", "import torch"]
+    python = [*prefix, sys.executable, "-c", probe]
     if shutil.which(prefix[0]) is None or subprocess.run(python, capture_output=True, cwd="/").returncode:
         pytest.skip(f"needs {prefix[0]} with the right to use it, and a Python that all users can run")
     for path in (directory, *directory.rglob("*")) if how == "user" else ():
@@ -114,7 +115,7 @@ def test_evaluate_predict_reproduce_compare_and_ui_work_on_a_store_that_may_only
     directory, home = open_to_all, open_to_all.parent / "home"
     rows = home / "rows.csv"
     rows.write_text("x\n1\n")
-    reader = as_reader(how, directory)
+    reader = as_reader(how, directory, STARTS_ANOTHER)
     before = contents(directory)
     env = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
     env |= {"HOME": str(home), "TMPDIR": str(home), "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from tracklight.config.compose import compose
 from tracklight.config.rules import nested_items
+from tracklight.errors import BadInput
 from tracklight.paths import CONF
 
 FLAGS = (
@@ -47,8 +48,12 @@ CHOICES = {
 
 @functools.cache
 def items(choices: tuple[str, ...]) -> list[tuple[str, object]]:
-    """Return the keys that these choices make, with their values."""
-    return [(key, value) for key, value in nested_items(compose(choices)) if key not in LEFT_OUT]
+    """Return the keys that these choices make, with their values; of none, where they do not go together."""
+    try:
+        cfg = compose(choices)
+    except BadInput:
+        return items(())
+    return [(key, value) for key, value in nested_items(cfg) if key not in LEFT_OUT]
 
 
 def near(value: object, draw: random.Random) -> str:

@@ -261,8 +261,9 @@ def has_test(model: LightningModule, data: LightningDataModule | None) -> bool:
 
 def early_stops(cfg: DictConfig) -> str:
     """Return, as text, the settings that may end a run before its last epoch."""
-    settings = {key: cfg.trainer.get(key) for key in STOPS}
-    return json.dumps(redact(settings | {"callbacks": to_plain(cfg)["callbacks"]}), sort_keys=True)
+    tree = to_plain(cfg)
+    settings = {key: tree["trainer"].get(key) for key in STOPS}
+    return json.dumps(redact(settings | {"callbacks": tree["callbacks"]}), sort_keys=True)
 
 
 def _config_callbacks(cfg: DictConfig) -> list[Callback]:
