@@ -77,7 +77,7 @@ def test_a_run_killed_at_named_points_ends_in_the_same_bits(trainees, undisturbe
     [
         ("forget_epoch_order", "last.ckpt: state_dict"),
         ("forget_step_seeding", "last.ckpt: state_dict"),
-        ("forget_replay_filter", "doubled: train/loss at 39"),
+        ("forget_replay_filter", "doubled: train/loss at 151"),
     ],
 )
 def test_without_this_mechanism_one_kill_shows(trainees, tmp_path, mutation, seen):

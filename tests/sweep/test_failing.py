@@ -61,7 +61,7 @@ def test_a_trial_that_failed_in_passing_goes_on_in_its_own_run(commander, tmp_pa
 @pytest.mark.slow
 def test_a_trial_that_never_logs_the_score_fails_alone_wherever_it_stands(commander, tmp_path):
     directory = tmp_path / "runs"
-    command = ("+model.mood=quiet,good", *ODD[:1], "score.metric=odd/mood", *QUICK)
+    command = ("+model.mood=quiet,good", *ODD[:1], "score.metric=odd/mood", "score.mode=min", *QUICK)
     process = commander.sweep(directory, *command)
     assert process.exit_code == 1
     assert process.stderr == "error: 1 trial failed: trial 0 (odd/mood was never logged)\n"

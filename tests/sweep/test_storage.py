@@ -174,7 +174,7 @@ def test_a_sweep_outlives_seconds_without_its_postgresql(commander, tmp_path, po
     )
     wait_until(lambda: "trial 0" in process.stdout, 60)
     postgres.stop()
-    time.sleep(7)
+    time.sleep(15)
     began = len(list(directory.glob("artifacts/*/artifacts")))
     postgres.start()
     assert process.wait() == 0, process.stderr
