@@ -10,16 +10,13 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from typing_extensions import override
 
-from benchmark.by_hand import BATCH_SIZE
 from benchmark.race import SLICE, Relay
 from tracklight.config.compose import compose
-from tracklight.engine.blocks import steps_per_block
 from tracklight.engine.checkpoints import ResumeCheckpoint
 from tracklight.experiment.train import run
 from tracklight.tracking import sender
 from tracklight.tracking.run import Run
 
-BLOCKS_PER_SLICE = SLICE // steps_per_block(BATCH_SIZE)
 FLUSH_S = 60.0
 SEND_PERIOD_S = sender._PERIOD_S
 LAST, BEST = ResumeCheckpoint, ModelCheckpoint
@@ -97,7 +94,7 @@ class Gate:
 
 
 class Baton(Callback):
-    """Hands over after every second block, the last time once all of the training is done.
+    """Hands over after every slice of whole blocks, the last time once all of the training is done.
 
     An epoch's last slice includes whatever is done at an epoch's end, and MLflow having it all.
     """
@@ -129,7 +126,7 @@ class Baton(Callback):
     ) -> None:
         if self.gate:
             self.gate.wake()
-        if (batch_idx + 1) % BLOCKS_PER_SLICE == 0 and not trainer.is_last_batch:
+        if trainer.global_step - self.steps >= SLICE and not trainer.is_last_batch:
             self._hand_over(trainer)
 
     @override
