@@ -25,6 +25,7 @@ from tracklight.config.compose import (
     diff_configs,
     flatten,
     list_targets,
+    short_params,
     to_plain,
 )
 from tracklight.config.instantiate import instantiate
@@ -346,3 +347,16 @@ def test_a_preset_of_ones_own_is_held_to_the_keys_there_are(tmp_path, monkeypatc
     assert compose(["callbacks=mine"]).callbacks.stop.monitor == "train/loss"
     with pytest.raises(BadInput, match="experiment=mine sets optimizer.lrr, which optimizer=sgd"):
         compose(["experiment=mine"])
+
+
+def test_what_mlflows_charts_would_cut_has_a_short_text_beside_it():
+    cfg = compose(["model=mlp", "model.hidden=[128,64]", "optimizer=adamw"])
+    short = short_params(to_plain(cfg))
+    assert (short["optimizer"], short["model"], short["hidden"]) == ("AdamW", "MLP", "128-64")
+
+
+def test_a_key_that_nothing_would_read_is_not_offered_to_be_added():
+    for word, is_offered in (("epochs=3", False), ("score.metrc=x", False), ("trainer.max_epoch=3", True)):
+        with pytest.raises(BadInput, match="unknown key") as no:
+            compose([word])
+        assert ("adds it" in str(no.value)) is is_offered, word

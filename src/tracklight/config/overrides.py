@@ -23,6 +23,7 @@ from tracklight.errors import BadInput
 from tracklight.paths import CONF
 
 FUNCTIONS = ("interval", "range", "choice", "tag", "glob", "shuffle", "sort")  # of Hydra's grammar
+WITHOUT_CLASS = ("score", "tracking", "sweep")  # groups that no class takes as its arguments
 RUN_KEYS = ("resume", "init_from")  # 1234e567 is a run id, not a number
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 BUILT = ("model", "data", "optimizer", "scheduler", "callbacks")  # the arguments of classes
@@ -146,7 +147,7 @@ def check_added(cfg: DictConfig, words: Iterable[str], groups: Iterable[str]) ->
         key = word.lstrip("+").partition("=")[0].partition("@")[0]
         base = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
         name, known = key.partition(".")[0], [*base, *groups, "experiment"]
-        if name in ("score", "tracking", "sweep"):  # no class takes these as its arguments
+        if name in WITHOUT_CLASS:
             trees = [
                 yaml.safe_load(path.read_text(encoding="utf-8")) for path in (CONF / name).glob("*.yaml")
             ]
@@ -268,9 +269,11 @@ def _explain_call(word: str) -> str:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """Return the message for a key that is not there: the nearest one, and how to add it."""
+    """Return the message for a key that is not there: the nearest one, and how to add it if one can."""
     hint = _nearest(key, [name for name in known if "_target_" not in name])
-    return f"unknown key {key}{hint}; `python train.py --cfg job` shows all, +{key}=VALUE adds it"
+    addable = "." in key and key.partition(".")[0] not in WITHOUT_CLASS
+    adds = f", +{key}=VALUE adds it" if addable else ""
+    return f"unknown key {key}{hint}; `python train.py --cfg job` shows all{adds}"
 
 
 def _nearest(word: str, candidates: Sequence[str]) -> str:
