@@ -234,6 +234,7 @@ def mirror(write_mnist, tmp_path, monkeypatch):
 
 def test_a_download_fills_the_root_and_leaves_nothing_else(mirror, tmp_path):
     root = tmp_path / "new" / "root"
+    root.mkdir(parents=True)
     data = mnist(root, download=True)
     assert len(data.splits["train"]) == 240
     assert sorted(path.name for path in root.rglob("*") if path.is_file()) == sorted(NAMES.values())
@@ -241,15 +242,26 @@ def test_a_download_fills_the_root_and_leaves_nothing_else(mirror, tmp_path):
     assert socket.getdefaulttimeout() is None
 
 
-def test_a_failed_download_leaves_no_trace_and_says_why(mirror, tmp_path):
+@pytest.mark.parametrize("name", ["missing", "full"])
+def test_only_an_empty_folder_is_downloaded_into(mirror, tmp_path, name):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
+    with pytest.raises(BadInput, match="only an existing, empty folder"):
+        mnist(tmp_path / name, download=True).setup()
+    assert not (tmp_path / "missing").exists()
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+
+
+def test_a_failed_download_leaves_no_trace_and_says_why(mirror, tmp_path, monkeypatch):
+    monkeypatch.setattr("tracklight.data.mnist.ROOT", tmp_path)
     (mirror / "t10k-labels-idx1-ubyte.gz").write_bytes(b"<html>Please log in</html>")
     said = "Error downloading t10k-labels|File not found or corrupted"  # up to torchvision 0.25: the second
     with pytest.raises(BadInput, match=f"download failed: ({said})") as error:
-        mnist(tmp_path / "new", download=True).setup()
+        mnist(tmp_path / "data", download=True).setup()
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "data").exists()
     with pytest.warns(UserWarning, match="download failed"):
-        mnist(tmp_path / "new", download=True, fallback=True).setup()
+        mnist(tmp_path / "data", download=True, fallback=True).setup()
 
 
 def test_a_download_completes_a_root_that_lacks_a_file(mirror, write_mnist):

