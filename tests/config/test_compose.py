@@ -54,10 +54,20 @@ def varied(*words):
         ["trainer.enable_progress_bar=false", "trainer.profiler=simple"],
         ["allowed_targets=[tracklight,torch.optim]"],
         ["optimizer=sgd", "data=mnist"],
+        ["model.dropout=0"],  # 0.0 in conf/
     ],
 )
 def test_what_the_result_does_not_depend_on_leaves_the_identity(words):
     assert config_digest(varied(*words)) == config_digest(MLP)
+
+
+def test_a_whole_number_is_a_fraction_only_where_they_mean_the_same():
+    same = {(f"data.slope={text}", f"data.slope={other}") for text in ("3", "3.0") for other in ("3e0", "3")}
+    for word, other in same:
+        assert config_digest(apply_overrides(LINE, [word])) == config_digest(apply_overrides(LINE, [other]))
+    for key in ("trainer.overfit_batches", "trainer.limit_val_batches"):  # 1 batch, or all of them
+        one, all_ = (apply_overrides(LINE, [f"{key}={text}"]) for text in ("1", "1.0"))
+        assert config_digest(one) != config_digest(all_)
 
 
 @pytest.mark.parametrize(

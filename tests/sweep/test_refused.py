@@ -56,6 +56,7 @@ BAD = {
         "sweep.storage=sqlite:////nowhere/at/all.db cannot be opened",
     ),
     "metric": (("optimizer.lr=0.1,0.2", "score.metric=train/f1"), "score.metric=train/f1 is never"),
+    "no metric": (("seed=1,2", "score.metric=null"), "score.metric=null ranks no trials; set score.metric="),
     "key": (("optimizer.rl=0.1,0.2",), "did you mean optimizer.lr"),
     "own settings": (("sweep.workers=1,2",), "sweep.workers is of the command as a whole"),
     "tracking": (("tracking.experiment=a,b",), "tracking.experiment is of the command as a whole"),

@@ -66,6 +66,14 @@ def test_repeated_draws_are_said_and_counted(commander, tmp_path):
     assert len(Swept(directory).children) == 2
 
 
+@pytest.mark.parametrize(("values", "num"), [("3,3.0,3e0", 1), ("3,2,3.0", 2)])
+def test_points_of_a_grid_that_are_equal_numbers_are_one_and_that_is_said(commander, tmp_path, values, num):
+    words = (f"data.slope={values}", "tracking=none", *QUICK)
+    said = commander.sweep(tmp_path / "runs", *words).stdout
+    assert said.splitlines()[0] == f"3 points of the grid, {num} of them different: each of these trains once"
+    assert said.count("\ntrial ") == num and "slope=3 seed=0  complete" in said
+
+
 @pytest.mark.slow
 def test_what_the_data_warn_of_is_said_by_a_sweep_too(commander, tmp_path):
     words = ("model=mlp", "data.download=false", f"data.root={tmp_path}", "model.hidden=[2]")

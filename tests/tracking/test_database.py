@@ -84,6 +84,33 @@ def test_what_is_no_mlflow_database_is_refused_at_once_in_one_line(tmp_path, tem
     assert "newer than MLflow" in refused()
 
 
+@pytest.mark.parametrize(
+    "found", ["bytes", "another database", "a newer schema", "no folder", "a locked folder"]
+)
+def test_the_environment_variable_that_named_an_unusable_store_is_blamed(
+    tmp_path, template, monkeypatch, found
+):
+    path = tmp_path / "x.db"
+    if found == "bytes":
+        path.write_text("these are not the bytes you are looking for")
+    elif found == "no folder":
+        path = Path("/proc/x.db")
+    elif found == "another database":
+        sqlite3.connect(path).execute("CREATE TABLE a (b)").connection.close()
+    else:
+        shutil.copy(template, path)
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute("UPDATE alembic_version SET version_num = 'e5e5'")
+        if found == "a locked folder":
+            monkeypatch.setattr("os.access", lambda each, mode: each != path)
+    uri = f"sqlite:///{path}"
+    for name in ("tracking.uri", "MLFLOW_TRACKING_URI"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri if name != "tracking.uri" else "")
+        with pytest.raises(BadInput) as caught:
+            connect(uri, tmp_path / "mlruns")
+        assert name in str(caught.value) and "tracking.dir" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["with space", "50% ü 漢字", "a#b&c", "it's"])
 def test_odd_characters_in_the_directory_work(tmp_path, template, name):
     directory = tmp_path / name / "mlruns"

@@ -28,6 +28,7 @@ from tracklight.config.rules import (
     check_sections,
     check_values,
     format_value,
+    is_float,
     mode_of,
     nested_items,
 )
@@ -200,9 +201,12 @@ def apply_overrides(stored: Mapping[str, Any], overrides: Sequence[str]) -> Dict
 
 
 def result_keys(cfg: Any) -> dict[str, Any]:
-    """Return, by dotted key, the values on which the result depends."""
-    leaves = _leaves(to_plain(cfg))
-    return {key: value for key, value in leaves.items() if not is_below(key, NOT_IN_DIGEST)}
+    """Return, by dotted key, the values on which the result depends; equal numbers are one, 1 and 1.0."""
+    leaves = {k: v for k, v in _leaves(to_plain(cfg)).items() if not is_below(k, NOT_IN_DIGEST)}
+    for key, value in leaves.items():
+        if is_float(key, value, leaves.get(f"{key.rpartition('.')[0]}._target_")):
+            leaves[key] = float(value)
+    return leaves
 
 
 def config_digest(cfg: Any) -> str:

@@ -241,6 +241,12 @@ def check_values(tree: Mapping[str, Any]) -> None:
         raise BadInput(f"{got} must be {allowed}; try {key}={example}")
 
 
+def is_float(key: str, value: Any, target: Any) -> bool:
+    """Return whether a number means the same with and without a point under a key, of the class `target`."""
+    tells_apart = key in RULE_OF and RULE_OF[key].values in (LIMIT, SOME, PART)
+    return is_number(value) and type(value_in_conf(key, target)) is float and not tells_apart
+
+
 def check_relations(tree: Mapping[str, Any], on_this_machine: bool = True) -> None:
     """Refuse values that contradict each other, or ask for what this machine lacks."""
     data, trainer, score, tracking = (tree.get(name, {}) for name in ("data", "trainer", "score", "tracking"))

@@ -135,7 +135,10 @@ class Plan:
                 [self.compose(number, params, offset) for offset in range(settings["seeds"])]
                 for number, params in enumerate(self.space.grid())
             ]
-        self.configs = list({jobs[0].key: jobs for jobs in configs}.values())
+        distinct: dict[str, list[Job]] = {}
+        for jobs in configs:
+            distinct.setdefault(jobs[0].key, jobs)
+        self.configs = [*distinct.values()]
         self.first_cfg = self.configs[0][0].cfg
         self.metric, self.mode = self.first_cfg.score.metric, self.first_cfg.score.mode
         self._check_configs()
@@ -232,6 +235,11 @@ class Plan:
             notes.append("pruning needs trials in processes of our own: sweep.pruner ignored")
         if not self.is_search and (sampler != "tpe" or self.settings["sampler_options"]):
             notes.append("lists alone are a grid: sweep.sampler needs sweep.trials")
+        num_points = 0 if self.is_search else math.prod(axis.num_given for axis in self.space.axes)
+        if num_points > (num := len(self.configs)):
+            notes.append(
+                f"{num_points} points of the grid, {num} of them different: each of these trains once"
+            )
         if self.launcher not in (None, JOBLIB_LAUNCHER) and self.first_cfg.num_threads is None:
             notes.append(
                 f"trials use {self.num_threads} threads each, this machine's cores divided by "

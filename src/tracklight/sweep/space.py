@@ -30,6 +30,7 @@ class Axis:
         is_interval: Whether it is an interval, which has no list of values.
         is_numeric: Whether it is an interval or a range, whose values are ordered.
         texts: Each value once, as in an override; empty for an interval.
+        num_given: How many values were typed, equal ones included.
     """
 
     def __init__(self, override: Override):
@@ -44,7 +45,7 @@ class Axis:
         values = [] if self.is_interval else [*override.sweep_iterator()]
         pairs = [(Transformer.str(value), value) for value in values]
         self._choices = {t: v if isinstance(v, OPTUNA_TYPES) else t for t, v in pairs}
-        self.texts = tuple(self._choices)
+        self.texts, self.num_given = tuple(self._choices), len(values)
 
     def check(self, is_search: bool) -> None:
         """Check that there are values to choose from.

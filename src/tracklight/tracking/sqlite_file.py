@@ -32,8 +32,8 @@ Row = tuple[str, float, int, int, bool]  # key, value, timestamp, step, is_nan
 _AGE = operator.itemgetter(3, 2, 1)
 
 
-def ensure_database(path: Path, artifact_root: str) -> None:
-    """Create an MLflow database at `path` unless there is one.
+def ensure_database(path: Path, artifact_root: str, setting: str = "tracking.dir") -> None:
+    """Create an MLflow database at `path`, which `setting` has named, unless there is one.
 
     MLflow itself migrates a new file in place under no lock; two processes at once, or a kill in
     the first second, leave it broken for good.
@@ -42,11 +42,11 @@ def ensure_database(path: Path, artifact_root: str) -> None:
         BadInput: There is something else, or nothing can be created there.
     """
     try:
-        if _exists(path):
+        if _exists(path, setting):
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(path.with_name(f".{path.name}.lock")):
-            if _exists(path):
+            if _exists(path, setting):
                 return
             prefix = f".{path.name}.new-"
             temporary = path.with_name(f"{prefix}{os.getpid()}")
@@ -66,10 +66,10 @@ def ensure_database(path: Path, artifact_root: str) -> None:
         raise
     except Exception as error:  # SQLAlchemy's and MLflow's own for a full disk, after a page of SQL
         reason = getattr(error, "strerror", None) or short_reason(getattr(error, "orig", error))
-        raise BadInput(f"cannot make {path}: {reason}; try another tracking.dir") from None
+        raise BadInput(f"cannot make {path}: {reason}; try another {setting}") from None
 
 
-def _exists(path: Path) -> bool:
+def _exists(path: Path, setting: str) -> bool:
     try:
         with path.open("rb") as file:
             if not file.read(1):  # SQLite itself takes an empty file for a new database
@@ -82,11 +82,11 @@ def _exists(path: Path) -> bool:
         except sqlite3.OperationalError:  # locked, so in use; MLflow reports what is wrong with it
             return True
         except sqlite3.DatabaseError as error:
-            raise BadInput(
-                f"{path} is no SQLite database, or was damaged ({error}); try another tracking.uri"
-            ) from None
+            reason = f"is no SQLite database, or was damaged ({error})"
+            raise BadInput(f"{path} {reason}; try another {setting}") from None
     if not {"alembic_version", "runs", "latest_metrics"} <= tables:
-        raise BadInput(f"{path} is no MLflow database, or was left half made; move it away")
+        cure = f"move it away, or try another {setting}"
+        raise BadInput(f"{path} is no MLflow database, or was left half made; {cure}")
     return True
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracklight.errors import BadInput, RunFailed
-from tracklight.paths import HOME
+from tracklight.paths import HOME, uri_setting
 from tracklight.redact import redact, redact_text
 from tracklight.tracking.address import DATABASE, contact, is_server, resolve_uri, sqlite_path
 from tracklight.tracking.lock import LockHeld, RunLock, read_lock
@@ -44,11 +44,12 @@ def connect(uri: str | None, directory: Path, *, reads_only: bool = False) -> "S
     """
     directory = directory.absolute()
     store = Store(None, resolve_uri(uri, directory), directory)
-    store.why_read_only = _why_read_only(store)
+    store.why_read_only = _why_read_only(store, uri)
     if store.why_read_only and not reads_only:
         raise BadInput(f"{store.why_read_only}; try another")
     if store.database is not None:
-        ensure_database(store.database, store.runs_folder.as_uri())
+        setting = "tracking.dir" if uri is None else uri_setting(uri)
+        ensure_database(store.database, store.runs_folder.as_uri(), setting)
     else:
         retry(lambda: contact(store.uri), _START_UP_S, when=lambda e: isinstance(e, BadInput))
 
@@ -62,18 +63,18 @@ def connect(uri: str | None, directory: Path, *, reads_only: bool = False) -> "S
         store.client = retry(open_client, store.timeout_s, when=is_locked)
     except Exception as error:  # SQLAlchemy's, a driver's or MLflow's: none of them is for the user
         where, why = store.display_uri, short_reason(error)
-        raise BadInput(f"cannot open tracking.uri={where}: {why}") from None
+        raise BadInput(f"cannot open {uri_setting(uri)}={where}: {why}") from None
     return store
 
 
-def _why_read_only(store: "Store") -> str:
+def _why_read_only(store: "Store", uri: str | None) -> str:
     """Return what of a store cannot be written, and why; empty if all of it can."""
     what = f"tracking.dir={store.directory}"
     try:
         store.runs_folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=store.runs_folder).close()
         if store.database is not None and store.database.exists():
-            what = str(store.database)
+            what = f"{uri_setting(uri)}={uri}" if uri else str(store.database)
             for path in (store.database, store.database.parent):  # where SQLite keeps its journal
                 if not os.access(path, os.W_OK):
                     facts = path.stat()
