@@ -1,5 +1,6 @@
 """The command line: its exit codes, and its errors in one line."""
 
+import difflib
 import errno
 import gc
 import io
@@ -10,7 +11,7 @@ import sys
 import traceback
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -26,7 +27,7 @@ from tracklight.config.instantiate import check_hydra_nodes
 from tracklight.config.overrides import check_overrides, explain, flags_parser, parse_flags, split_for_resume
 from tracklight.engine.distributed import check_ranks, read_rank_zero_run
 from tracklight.errors import BadInput, RunFailed
-from tracklight.paths import PACKAGE
+from tracklight.paths import PACKAGE, PROJECT, TRAIN
 from tracklight.redact import redact
 
 Task = Callable[[Any], Any]
@@ -45,26 +46,57 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENAME
 GC_THRESHOLDS = (50_000, 10, 10)
 
 
-def main(task: Task) -> Any:
-    """Compose the config that the command line describes; return what the task returns for it.
+def main(task: Task, argv: Sequence[str] | None = None) -> Any:
+    """Compose the config that `argv`, or the command line, describes; return what the task returns for it.
 
     Otherwise the process exits: 1 the run failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
     """
     gc.set_threshold(*GC_THRESHOLDS)
     try:
         with _exit_codes():
-            return _run(task)
+            return _run(task, sys.argv[1:] if argv is None else argv)
     finally:
         gc.freeze()  # else the interpreter searches a million objects on its way out
 
 
-def enter(command: str) -> NoReturn:
-    """Run `compare`, `evaluate`, `predict`, `reproduce` or `ui` on the arguments typed and exit."""
+def enter(command: str, argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a command of `commands.parser` on the arguments typed and exit."""
     from tracklight.commands import parser
 
     with _exit_codes():
-        code = parser.main(command, sys.argv[1:])
+        code = parser.main(command, sys.argv[1:] if argv is None else argv)
     sys.exit(code)
+
+
+def tracklight() -> None:
+    """Run `tracklight COMMAND ...`, the program that the package installs."""
+    from tracklight.commands.parser import COMMANDS
+
+    command, *words = sys.argv[1:] or ["--help"]
+    if command == "train" or read_rank_zero_run() is not None:  # or a further process of a distributed run
+        main(_train, words)
+    elif command in COMMANDS:
+        enter(command, words)
+    else:
+        with _exit_codes():
+            _help(command, {"train": ("Train what the words describe.",), **COMMANDS})
+
+
+def _help(command: str, commands: Mapping[str, tuple[Any, ...]]) -> None:
+    if command not in ("-h", "--help"):
+        hint = "".join(
+            f"; did you mean {each}?" for each in difflib.get_close_matches(command, commands, n=1)
+        )
+        raise BadInput(f"tracklight {command} is no command{hint}; `tracklight --help` lists them")
+    print("tracklight COMMAND ...; `tracklight COMMAND --help` explains one\n")
+    for name, (description, *_) in commands.items():
+        print(f"  {name:<11} {description}")
+
+
+def _train(cfg: Any) -> Any:
+    from tracklight.experiment.train import run
+
+    return run(cfg)
 
 
 def quiet() -> None:
@@ -148,6 +180,8 @@ def _exit_codes() -> Iterator[None]:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
     with _safe_streams(), _exit_on_error():
+        if PROJECT.problem:
+            raise BadInput(PROJECT.problem)
         check_ranks()
         yield
 
@@ -175,11 +209,13 @@ def _exit_on_error() -> Iterator[None]:
         sys.exit(1)
 
 
-def _run(task: Task) -> Any:
+def _run(task: Task, argv: Sequence[str]) -> Any:
     rank_zero = read_rank_zero_run()
     if rank_zero is not None:
         return task(resolve_config(OmegaConf.create(dict(rank_zero.cfg))))
-    args = parse_flags(flags_parser(), sys.argv[1:])
+    for text in PROJECT.warnings():
+        warnings.warn(text, stacklevel=1)
+    args = parse_flags(flags_parser(), argv)
     multirun = args.multirun or "hydra.mode=multirun" in map(str.lower, args.overrides)
     flags = {name: value for name, value in vars(args).items() if name != "overrides"}
     args.overrides = check_overrides(args.overrides, multirun=multirun)
@@ -197,7 +233,7 @@ def _run_through_hydra(task: Task, args: Namespace) -> Any:
 
     def run_job(cfg: Any) -> Any:
         if args.multirun:
-            return task(resolve_config(cfg))
+            return task(resolve_composed(cfg))
         try:
             composed.append(resolve_composed(cfg))
         except BadInput as error:  # raised here, Hydra would print a line of its own
@@ -217,7 +253,7 @@ def _run_through_hydra(task: Task, args: Namespace) -> Any:
             raise
         raise BadInput(explain(error, args.overrides)) from error
     finally:
-        print(redact(printed.getvalue()), end="")
+        print(redact(printed.getvalue()).replace("python train.py", TRAIN), end="")
     if composed and isinstance(composed[0], BadInput):
         raise composed[0]
     return _begin(task, composed[0]) if composed else None

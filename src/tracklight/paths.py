@@ -1,14 +1,20 @@
-"""Paths of the checkout, its config files and its runs."""
+"""The project one stands in: its runs, its config files, its code; and ours."""
 
 import errno
 import os
 import stat
+import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 PACKAGE = Path(__file__).resolve().parent
-ROOT = PACKAGE.parents[1]  # train.py's folder
-CONF = ROOT / "conf"
-HOME = ROOT / "mlruns"  # as conf/tracking/mlflow.yaml has it
+CONF = (PACKAGE / "conf").resolve()  # in the repository a link to its conf/, in a wheel a folder
+CLONE = PACKAGE.parents[1] if (PACKAGE.parents[1] / "train.py").is_file() else None
+KEYS = ("package", "conf", "allowed_targets")  # of [tool.tracklight]
+REPLACES = "# replaces tracklight's own"
+MAX_TOML_BYTES = 1_000_000
 SMALL_BYTES = 64 * 1024  # of a lock, a checksum, an offset
 
 
@@ -28,6 +34,82 @@ def read_bounded(path: Path, max_bytes: int = SMALL_BYTES) -> str:
         return file.read(max_bytes).decode()
 
 
+class Project(NamedTuple):
+    """Whose runs, config, code and git state a command has to do with.
+
+    Without a name it is the repository, or the folder one stands in. What is wrong with its
+    pyproject.toml is a problem, told by whatever is started.
+    """
+
+    root: Path
+    package: str = ""
+    sources: Path = PACKAGE.parent  # the package's folder lies in it
+    conf: Path | None = None
+    allowed_targets: tuple[str, ...] = ()
+    problem: str = ""
+    outer: Path | None = None  # a project around it
+
+    def warnings(self) -> Iterator[str]:
+        """Yield what may not be meant: a project around it, a file of conf/ that hides one of ours."""
+        if self.outer:
+            yield f"the project {self.root} lies in another, {self.outer}, which has no part in this"
+        for path in sorted(self.conf.rglob("*.yaml")) if self.conf else ():
+            name = path.relative_to(self.conf or path)
+            if (CONF / name).is_file() and REPLACES not in path.read_text(encoding="utf-8"):
+                yield f"{path} replaces tracklight's own {name}; rename it, or add the line `{REPLACES}`"
+
+
+def find_project(start: Path) -> Project:
+    """Return the nearest project around a folder, else the repository, else that folder."""
+    found = [(folder, table) for folder in (start, *start.parents) if (table := _read_table(folder))]
+    if not found:
+        return Project(CLONE or start)
+    (root, table), outer = found[0], found[1][0] if found[1:] else None
+    package, conf, targets = (table.get(key) for key in KEYS)
+    sources = next((each for each in (root / "src", root) if (each / str(package)).is_dir()), None)
+    folder = root / str(conf or "conf")
+    problem = ""
+    if unknown := table.keys() - {*KEYS}:
+        problem = table.get("") or f"has a key {min(unknown)}; it takes {', '.join(KEYS)}"
+    elif not (isinstance(package, str) and package.isidentifier()):
+        problem = 'names no package; add package = "NAME", of the folder src/NAME or NAME beside it'
+    elif sources is None:
+        problem = f"names the package {package}, but there is no folder src/{package} or {package} beside it"
+    elif conf is not None and not folder.is_dir():
+        problem = f"conf = {conf!r} is no folder"
+    elif not (isinstance(targets or [], list) and all(isinstance(each, str) for each in targets or ())):
+        problem = "allowed_targets must be a list of modules' names"
+    if problem or sources is None:
+        where = f"[tool.tracklight] in {root / 'pyproject.toml'}"
+        return Project(root, problem=f"{where} {problem}", outer=outer)
+    own = folder if folder.is_dir() else None
+    return Project(root, str(package), sources, own, (str(package), *(targets or ())), "", outer)
+
+
+def _read_table(folder: Path) -> dict[str, Any] | None:
+    """Return what a folder's pyproject.toml has under [tool.tracklight]; an error under the key ""."""
+    text = ""
+    try:
+        text = read_bounded(folder / "pyproject.toml", MAX_TOML_BYTES)
+        # In a folder like /tmp anybody may have put it.
+        if "tracklight" not in text or folder.stat().st_mode & stat.S_ISVTX:
+            return None
+        table = tomllib.loads(text).get("tool", {}).get("tracklight")
+        if table is None:
+            return None
+        return table or {"package": ""} if isinstance(table, dict) else {"": "must be a table"}
+    except tomllib.TOMLDecodeError as error:
+        return {"": f"cannot be read: {error}"} if "[tool.tracklight]" in text else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def group_choices(group: str) -> list[str]:
+    """Return the names of a group's files in the project's conf/ and in ours; none if it is no group."""
+    folders = [each for each in (PROJECT.conf, CONF) if each]
+    return sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
+
+
 def uri_setting(uri: object) -> str:
     """Return the name of the setting that a tracking URI comes from."""
     name = "MLFLOW_TRACKING_URI"
@@ -41,3 +123,24 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _working_folder() -> Path:
+    try:
+        return Path.cwd()
+    except OSError:  # it was deleted
+        return Path(os.sep)
+
+
+PROJECT = find_project(_working_folder())
+ROOT = PROJECT.root
+HOME = ROOT / "mlruns"  # as conf/tracking/mlflow.yaml has it
+IN_CLONE = ROOT == CLONE  # for messages: its scripts are there to be typed
+ALLOW_LIST = "conf/config.yaml" if IN_CLONE else "[tool.tracklight] of pyproject.toml"
+TRAIN = "python train.py" if IN_CLONE else "tracklight train"
+UI = "python scripts/ui.py" if IN_CLONE else "tracklight ui"
+
+# After the standard library, which nothing in the project shall shadow, and before what is installed.
+if PROJECT.package and str(PROJECT.sources) not in sys.path:
+    installed = (i for i, path in enumerate(sys.path) if path.endswith("-packages"))
+    sys.path.insert(next(installed, len(sys.path)), str(PROJECT.sources))

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from tracklight.config.hardware import choose_temporary_folder
 from tracklight.errors import BadInput
-from tracklight.paths import HOME
+from tracklight.paths import HOME, IN_CLONE
 
 UI_PORT = 5001
 LIMIT = 50
@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line."""
-        raise BadInput(f"{message}; `python {sys.argv[0]} --help` shows what can be given")
+        raise BadInput(f"{message}; `{self.prog} --help` shows what can be given")
 
 
 def main(command: str, argv: Sequence[str]) -> int:
@@ -76,15 +76,18 @@ def main(command: str, argv: Sequence[str]) -> int:
         BadInput: The arguments do not parse or do not fit each other, or a package is missing.
     """
     description, epilog, add_arguments = COMMANDS[command]
+    script = f"python {sys.argv[0]}"
+    prog = script if script.endswith(f"{command}.py") else f"tracklight {command}"
     parser = Parser(
+        prog=prog,
         description=description,
-        epilog=epilog,
+        epilog=epilog.replace(f"{command}.py", prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     parser.add_argument("--uri", default=uri, help="of MLflow (default: mlflow.db in --dir)")
-    folder = "where the runs' folders are (default: mlruns beside train.py)"
+    folder = f"where the runs' folders are (default: {HOME})"
     parser.add_argument("--dir", type=Path, default=HOME, metavar="FOLDER", help=folder)
     parser.add_argument("--experiment", metavar="NAME", help="only runs of this one (default: all)")
     add_arguments(parser)
@@ -95,7 +98,7 @@ def main(command: str, argv: Sequence[str]) -> int:
     try:
         module = importlib.import_module(f"tracklight.commands.{command}")
     except ModuleNotFoundError as error:
-        activate = "`source .venv/bin/activate` or `make train`"
+        activate = "`source .venv/bin/activate` or `make train`" if IN_CLONE else f"pip install {error.name}"
         raise BadInput(f"no {error.name} here: {activate}") from error
     return module.run(args)
 

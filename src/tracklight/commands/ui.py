@@ -56,10 +56,7 @@ def _check_port(port: int) -> None:
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            raise BadInput(
-                f"--port {port} cannot be had ({error.strerror}); try make ui PORT={port + 1}, "
-                f"or --port {port + 1}"
-            ) from None
+            raise BadInput(f"--port {port} cannot be had ({error.strerror}); try --port {port + 1}") from None
 
 
 def _page(store: Store, experiment: str | None) -> str:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from tracklight.config.hardware import resolve_precision
-from tracklight.config.hydra_internals import VERSION_BASE, register_resolver
+from tracklight.config.hydra_internals import initialize, register_resolver
 from tracklight.config.instantiate import (
     check_hydra_nodes,
     check_plain,
@@ -33,7 +33,7 @@ from tracklight.config.rules import (
     nested_items,
 )
 from tracklight.errors import BadInput
-from tracklight.paths import CONF, ROOT
+from tracklight.paths import CONF, PROJECT, ROOT
 from tracklight.redact import redact
 
 register_resolver("root", lambda path: str(ROOT / path), replace=True)
@@ -55,7 +55,7 @@ def compose(overrides: Sequence[str] = (), on_this_machine: bool = True) -> Dict
     """Compose one run's config from conf/; return it checked, resolved and closed to new keys."""
     before = HydraConfig.instance().cfg
     try:
-        with hydra.initialize_config_dir(str(CONF), **VERSION_BASE):
+        with initialize():
             with explaining():
                 cfg = hydra.compose("config", list(overrides), return_hydra_config=True)
             check_hydra_nodes(cfg.hydra, allowed_targets())
@@ -71,6 +71,7 @@ def resolve_composed(cfg: DictConfig, on_this_machine: bool = True) -> DictConfi
     """Check and resolve what Hydra has just composed, its preset included."""
     composed = HydraConfig.get()
     words: Any = OmegaConf.to_container(composed.overrides.task)  # unresolved
+    set_allowed_targets(cfg)
     check_added(cfg, words, composed.runtime.choices)
     choices = {k: name for k, name in composed.runtime.choices.items() if "hydra" not in k}
     if (preset := choices.pop("experiment", None)) is not None:
@@ -106,8 +107,19 @@ def check_config(cfg: DictConfig, on_this_machine: bool = True) -> dict[str, Any
 
 
 def allowed_targets() -> list[str]:
-    """Read the allow-list of this checkout; that of a stored config is not trusted."""
-    return yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))["allowed_targets"]
+    """Read the allow-list of conf/config.yaml and the project; that of a stored config is not trusted."""
+    ours = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))["allowed_targets"]
+    return [*ours, *PROJECT.allowed_targets]
+
+
+def set_allowed_targets(cfg: DictConfig) -> None:
+    """Give a config that Hydra has composed its allow-list: what was typed, else that of `allowed_targets`.
+
+    No other file grants anything, wherever it lies.
+    """
+    words = HydraConfig.get().overrides.task
+    if not any(word.lstrip("+").startswith("allowed_targets=") for word in words):
+        OmegaConf.update(cfg, "allowed_targets", allowed_targets(), force_add=True)
 
 
 def to_plain(cfg: Any) -> dict[str, Any]:

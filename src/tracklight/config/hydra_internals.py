@@ -5,23 +5,25 @@ from whatever was composed, before any code of ours runs; here the nodes are che
 """
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
 import omegaconf
+from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
-from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from tracklight.errors import BadInput
-from tracklight.paths import CONF
+from tracklight.paths import CONF, PROJECT
 
 # What Hydra 1.3 has to be told, 1.4 warns of; the same of the name that OmegaConf has for a function.
 VERSION_BASE: dict[str, Any] = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
@@ -40,11 +42,10 @@ def run_hydra(
     `parser` parsed `args`; `check_nodes` takes the composed node `hydra` before Hydra acts on it,
     `job` a run's config.
     """
+    version.setbase(VERSION_BASE.get("version_base"))  # else Hydra 1.3 warns of its future
     name, overrides = args.config_name or "config", args.overrides
-    path = create_config_search_path(_folder("--config-path", args.config_path or str(CONF)))
-    if args.config_dir is not None:
-        further = _folder("--config-dir", args.config_dir)
-        path.prepend("command-line", f"file://{further}", SearchPathQuery(provider="schema"))
+    before = [] if args.config_dir is None else [_folder("--config-dir", args.config_dir)]
+    path = _search_path(_folder("--config-path", args.config_path or str(CONF)), before)
     app = Hydra.create_main_hydra2("train", path)
     try:
         mode, load = RunMode.MULTIRUN, app.config_loader.load_configuration
@@ -68,6 +69,24 @@ def run_hydra(
             app.run(name, job, overrides)
     finally:
         GlobalHydra.instance().clear()
+
+
+@contextmanager
+def initialize() -> Iterator[None]:
+    """Let `hydra.compose` read the project's conf/ and ours."""
+    with hydra.initialize_config_dir(str(CONF), **VERSION_BASE):
+        if PROJECT.conf:
+            GlobalHydra.instance().clear()
+            Hydra.create_main_hydra2("app", _search_path(str(CONF)))
+        yield
+
+
+def _search_path(main: str, before: Sequence[str] = ()) -> ConfigSearchPath:
+    """Return where config files are looked for: in `before`, in the project's conf/, then in `main`."""
+    path = create_config_search_path(main)
+    for folder in (*before, *([PROJECT.conf] if PROJECT.conf else [])):
+        path.prepend("tracklight", f"file://{folder}", SearchPathQuery(provider="main"))
+    return path
 
 
 def _folder(flag: str, value: str) -> str:

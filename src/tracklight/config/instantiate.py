@@ -18,7 +18,7 @@ from tracklight.config.hydra_internals import full_key
 from tracklight.config.rules import format_value
 from tracklight.config.types import describe, fits, misfit
 from tracklight.errors import BadInput
-from tracklight.paths import PACKAGE
+from tracklight.paths import ALLOW_LIST, PACKAGE
 
 DIRECTIVES = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
 PLUGINS = ("hydra_plugins", "hydra._internal.core_plugins", "hydra.experimental.callbacks")
@@ -244,5 +244,5 @@ def _check_allowed(got: str, name: str, allowed: Sequence[str]) -> None:
     if not any(name.startswith(f"{prefix.rstrip('.')}.") for prefix in allowed if prefix):
         raise BadInput(
             f"{got} is not on the allow-list; if you trust it, list "
-            f"{name.rpartition('.')[0]} under allowed_targets in conf/config.yaml"
+            f"{name.rpartition('.')[0]} under allowed_targets in {ALLOW_LIST}"
         )

@@ -20,7 +20,7 @@ from tracklight.config.hydra_internals import unresolved_root
 from tracklight.config.rules import OWNED, RULE_OF, mode_of, nested_items
 from tracklight.config.types import value_in_conf
 from tracklight.errors import BadInput
-from tracklight.paths import CONF
+from tracklight.paths import CONF, PROJECT, TRAIN, group_choices
 
 FUNCTIONS = ("interval", "range", "choice", "tag", "glob", "shuffle", "sort")  # of Hydra's grammar
 WITHOUT_CLASS = ("score", "tracking", "sweep")  # groups that no class takes as its arguments
@@ -42,7 +42,7 @@ ALIASES = {
 
 class _FlagsParser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise BadInput(f"{message}; `python train.py --help` shows what can be given")
+        raise BadInput(f"{message}; `{TRAIN} --help` shows what can be given")
 
 
 def flags_parser() -> ArgumentParser:
@@ -74,7 +74,7 @@ def parse_flags(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
             raise BadInput(f"{word}: keys take no dashes; write {word.lstrip('-')}")
     args = parser.parse_intermixed_args(list(argv))
     if args.experimental_rerun is not None:
-        raise BadInput("--experimental-rerun would run a pickle; use scripts/reproduce.py RUN_ID")
+        raise BadInput("--experimental-rerun would run a pickle; reproduce a run by its id instead")
     return args
 
 
@@ -108,7 +108,7 @@ def _check_deletion(word: str, key: str) -> None:
     group, _, name = key.partition(".")
     if name and group in BUILT:
         return
-    choices = sorted(file.stem for file in (CONF / key).glob("*.yaml"))
+    choices = group_choices(key)
     cure = f"can be {', '.join(choices)}" if choices else "can be set to a value, or to null"
     raise BadInput(f"{word}: {key} cannot be deleted, for every run reads it; it {cure}")
 
@@ -126,9 +126,9 @@ def _check_override(word: str, override: Override, key: str, multirun: bool) -> 
     if key.startswith("@"):
         raise BadInput(f"{word}: there is no group before @; write {key[1:]}={listed}")
     if not override.is_sweep_override():
-        if (CONF / key).is_dir() and ("${" in listed or not isinstance(override.value(), str | dict)):
-            choices = ", ".join(sorted(file.stem for file in (CONF / key).glob("*.yaml")))
-            raise BadInput(f"{word} names no file of conf/{key}; {key} can be {choices}")
+        choices = group_choices(key)
+        if choices and ("${" in listed or not isinstance(override.value(), str | dict)):
+            raise BadInput(f"{word} names no file of conf/{key}; {key} can be {', '.join(choices)}")
     elif not multirun and override.is_interval_sweep():
         raise BadInput(f"{word} is an interval; add -m to search it")
     elif not multirun:
@@ -148,9 +148,9 @@ def check_added(cfg: DictConfig, words: Iterable[str], groups: Iterable[str]) ->
         base = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
         name, known = key.partition(".")[0], [*base, *groups, "experiment"]
         if name in WITHOUT_CLASS:
-            trees = [
-                yaml.safe_load(path.read_text(encoding="utf-8")) for path in (CONF / name).glob("*.yaml")
-            ]
+            folders = [each / name for each in (PROJECT.conf, CONF) if each]
+            files = [path for folder in folders for path in folder.glob("*.yaml")]
+            trees = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in files]
             known = [f"{name}.{each}" for tree in (base.get(name), *trees) for each in tree or ()]
             name = ".".join(key.split(".")[:2])
         is_interpolated = re.search(rf"\$\{{{re.escape(name)}[.}}\[]", OmegaConf.to_yaml(cfg))
@@ -202,7 +202,7 @@ def split_for_resume(words: Sequence[str]) -> tuple[list[str], list[str]]:
     of_command = ("resume", "allow_changes", "allowed_targets", "tracking", "hydra")
     now = [word for word, key in keys.items() if key.partition(".")[0] in of_command]
     for word, key in keys.items():
-        if (CONF / key.partition("@")[0]).is_dir():
+        if group_choices(key.partition("@")[0]):
             raise BadInput(
                 f"{word} chooses a group, but resume={run_id} takes the run's own config; "
                 f"set single keys of it, {key}.KEY=VALUE, or start a new run without resume"
@@ -273,7 +273,7 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     hint = _nearest(key, [name for name in known if "_target_" not in name])
     addable = "." in key and key.partition(".")[0] not in WITHOUT_CLASS
     adds = f", +{key}=VALUE adds it" if addable else ""
-    return f"unknown key {key}{hint}; `python train.py --cfg job` shows all{adds}"
+    return f"unknown key {key}{hint}; `{TRAIN} --cfg job` shows all{adds}"
 
 
 def _nearest(word: str, candidates: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ import yaml
 from tracklight.config.compose import flatten, parse_stored
 from tracklight.config.rules import guess_mode
 from tracklight.errors import BadInput
-from tracklight.paths import ROOT, read_bounded
+from tracklight.paths import PROJECT, ROOT, read_bounded
 from tracklight.runs.leaderboard import difference, half_width, result_params
 from tracklight.runs.reader import RunFilter, RunReader, RunRecord, finite, latest_seeds
 from tracklight.runs.select import MAX_TEXT_BYTES, find_run, parse_mapping, read_text, select_id, trained_id
@@ -152,7 +152,8 @@ def _git_diff(a: RunRecord, b: RunRecord, *options: str) -> str:
     if commits[0] == commits[1] or not all(len(c) >= 40 and c.isalnum() for c in commits):
         return ""
     try:
-        return ask_git(ROOT, "diff", "--no-color", *options, *commits, "--", "src", "conf")
+        code = (".",) if PROJECT.package else ("src", "conf")
+        return ask_git(ROOT, "diff", "--no-color", *options, *commits, "--", *code)
     except GIT_ERRORS:
         return ""
 

@@ -14,7 +14,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
-from tracklight.config.compose import config_digest, resolve_composed, resolve_config, result_keys
+from tracklight.config.compose import (
+    config_digest,
+    resolve_composed,
+    resolve_config,
+    result_keys,
+    set_allowed_targets,
+)
 from tracklight.config.hardware import count_gpus, default_threads, num_devices
 from tracklight.config.hydra_internals import apply_parsed_overrides
 from tracklight.config.overrides import explaining
@@ -179,6 +185,7 @@ class Plan:
         composed = self._composed[groups]
         HydraConfig.instance().set_config(composed)
         cfg = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+        set_allowed_targets(cfg)
         OmegaConf.set_struct(cfg, True)
         return cfg
 

@@ -81,7 +81,7 @@ def run_in_worker(spec: TrialSpec, connection: Connection) -> None:
     _redirect_output(spec.log)
     if spec.num_gpus:
         _select_gpu(spec.worker, spec.num_gpus)
-    sys.argv[1:] = spec.overrides
+    sys.argv[1 + (sys.argv[1:2] == ["train"]) :] = spec.overrides  # after `tracklight train`
     try:
         threading.Thread(target=_die_with_parent, daemon=True).start()
         result = run_trial(spec, connection)

@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tracklight.paths import PACKAGE, PROJECT
 from tracklight.redact import redact
 from tracklight.tracking.tags import CODE_TAG, COMMAND_TAG, COMMIT_TAG, DIRTY_TAG, shorten
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-OWN_CODE = (_PACKAGE, _PACKAGE.parent / "hydra_plugins" / "tracklight")
+OWN_CODE = (PACKAGE, PACKAGE.parent / "hydra_plugins" / "tracklight")
+if PROJECT.package:
+    OWN_CODE += (PROJECT.sources / PROJECT.package,)
 
 _MAX_DIFF_BYTES = 1_000_000
 _MAX_UNTRACKED = 200

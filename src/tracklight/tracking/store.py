@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracklight.errors import BadInput, RunFailed
-from tracklight.paths import HOME, uri_setting
+from tracklight.paths import HOME, IN_CLONE, UI, uri_setting
 from tracklight.redact import redact, redact_text
 from tracklight.tracking.address import DATABASE, contact, is_server, resolve_uri, sqlite_path
 from tracklight.tracking.lock import LockHeld, RunLock, read_lock
@@ -116,10 +116,10 @@ class Store:
             page = f"experiments/{info.experiment_id}/runs/{info.run_id}"
             return f"{self.display_uri.rstrip('/')}/#/{page}"
         if self.database == HOME / DATABASE and self.directory == HOME:
-            return "make ui"
+            return "make ui" if IN_CLONE else UI
         if self.database == self.directory / DATABASE:
-            return f"python scripts/ui.py --dir {shlex.quote(str(self.directory))}"
-        return f"python scripts/ui.py --uri {shlex.quote(self.display_uri)}"
+            return f"{UI} --dir {shlex.quote(str(self.directory))}"
+        return f"{UI} --uri {shlex.quote(self.display_uri)}"
 
     def folder(self, run_id: str) -> Path:
         """Return the folder of a run, whose id a server or another user may have made up.
