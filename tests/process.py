@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -204,13 +206,36 @@ class TrialResult:
 
         return torch.load(self.checkpoints / f"{name}.ckpt", weights_only=True)
 
+    @cached_property
+    def logged(self) -> Counter[tuple[str, int]]:
+        """How many points of each metric and step the run's own log has.
+
+        MLflow keeps only one of several equal points of the same millisecond.
+        """
+        from tracklight.tracking.wal import Points, read_records
+
+        path = self.directory / "artifacts" / self.run_id / "points.wal"
+        records = (record for record, _ in read_records(path)) if path.exists() else ()
+        steps = ((each.key, each.steps) for each in records if isinstance(each, Points))
+        return Counter((key, step) for key, steps in steps for step in steps)
+
+    def _doubled(self, other: "TrialResult") -> list[tuple[str, int]]:
+        stored = Counter((key, step) for key, step, *_ in self.points)
+        wanted = other.logged or Counter(set(stored))
+        return list((stored | self.logged) - wanted)[:3]
+
+    def _further(self) -> list[str]:
+        """The files of other ModelCheckpoints."""
+        return sorted(path.name for path in self.checkpoints.glob("further/**/*"))
+
     def differences(self, other: "TrialResult") -> list[str]:
         """What this run, continued through faults, differs in from an undisturbed one."""
         found = []
         if [status for _, status in self.runs] != ["FINISHED"]:
             found.append(f"runs: {self.runs}")
         mine, whole = self.points, set(other.points)
-        found += [f"doubled: {key} at {step}" for key, step in _doubled(mine)]
+        found += [f"doubled: {key} at {step}" for key, step in self._doubled(other)]
+        found += [f"lost: one of {key} at {step}" for key, step in other.logged - self.logged][:3]
         found += [f"lost: {point[:3]}" for point in sorted(whole - set(mine))[:3]]
         found += [f"not in the other: {point[:3]}" for point in sorted(set(mine) - whole)[:3]]
         for name in ("last", "best"):
@@ -218,18 +243,13 @@ class TrialResult:
             for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
                 if not _equal(a.get(key), b.get(key)):
                     found.append(f"{name}.ckpt: {key}")
-        names = sorted(path.name for path in self.checkpoints.iterdir())
-        if names != [f"{n}.ckpt{end}" for n in ("best", "last") for end in ("", ".sha256.json")]:
-            found.append(f"left behind: {names}")
+        names = {path.name for path in self.checkpoints.iterdir()} - {"further"}
+        if names != {f"{n}.ckpt{end}" for n in ("best", "last") for end in ("", ".sha256.json")}:
+            found.append(f"left behind: {sorted(names)}")
+        if (names := self._further()) != (others := other._further()):
+            found.append(f"left behind: {names} instead of {others}")
         left = [path.name for path in self.directory.rglob("*") if _is_left_over(path)]
         return [*found, *(f"left behind: {name}" for name in left)]
-
-
-def _doubled(points: list[tuple[str, int, float, bool]]) -> list[tuple[str, int]]:
-    seen: dict[tuple[str, int], int] = {}
-    for key, step, *_ in points:
-        seen[key, step] = seen.get((key, step), 0) + 1
-    return [point for point, count in seen.items() if count > 1][:3]
 
 
 def _is_left_over(path: Path) -> bool:

@@ -232,7 +232,7 @@ def forget_epoch_order() -> None:
     from tracklight.engine import seeding
 
     put("tracklight.data.tensor_data:epoch_order", lambda n, seed, epoch: torch.randperm(n))
-    seeding.seed_epoch = lambda seed, epoch: None
+    seeding.seed_all = lambda *_: None
 
 
 def forget_step_seeding() -> None:
@@ -244,14 +244,7 @@ def forget_step_seeding() -> None:
 def forget_replay_filter() -> None:
     """Mutation: a continued run logs again what it logged before."""
 
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        def opened(self: Any, *args: Any) -> None:
-            original(self, *args)
-            self.highest.clear()
-
-        return opened
-
-    _patch("tracklight.tracking.wal:WriteAheadLog.__init__", wrap)
+    put("tracklight.tracking.wal:WriteAheadLog._expect", lambda *_: None)
 
 
 FAULTS: dict[str, Callable[..., None]] = {
@@ -285,7 +278,13 @@ def _warm_up() -> None:
 
 
 PRELOADED = (
-    *("foreign", "tracklight.experiment.train", "tracklight.config.overrides", "hydra.main"),
+    *(
+        "foreign",
+        "foreign_loaders",
+        "tracklight.experiment.train",
+        "tracklight.config.overrides",
+        "hydra.main",
+    ),
     *("mlflow.pytorch", "mlflow.pyfunc.loaders", "mlflow.store.tracking.sqlalchemy_store"),
     *("torch.export._trace", "torch._functorch.aot_autograd", "torch._export.non_strict_utils"),
 )

@@ -41,7 +41,10 @@ def find(owner: Any, path: str) -> Any:
     return owner
 
 
-@pytest.mark.parametrize("path", [*COUNTERS, "fit_loop._combined_loader", "_detect_anomaly"])
+RELOADS = ["fit_loop._last_train_dl_reload_epoch", f"{LOOP}.val_loop._last_val_dl_reload_epoch"]
+
+
+@pytest.mark.parametrize("path", [*COUNTERS, *RELOADS, "fit_loop._combined_loader", "_detect_anomaly"])
 def test_a_trainer_has_the_private_state_that_the_engine_uses(path):
     find(build_trainer(), path)
 

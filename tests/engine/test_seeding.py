@@ -1,23 +1,19 @@
 """Random numbers are pure functions of (seed, step) and (seed, epoch)."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
-import pytest
 import torch
-from fitting import Fit, OneByOne
 from hypothesis import given
 from hypothesis import strategies as st
-from pytorch_lightning import LightningDataModule
-from torch.utils.data import DataLoader, TensorDataset
 
-from foreign import Net, NoisyData
 from tracklight.engine.seeding import (
     EPOCHS,
     STEPS,
+    EpochSeeds,
     derive_seed,
-    reseed_epochs,
-    seed_epoch,
+    seed_all,
     seed_run,
     seed_step,
 )
@@ -58,10 +54,10 @@ def test_an_epoch_reseeds_every_library():
     def draw():
         return torch.rand(1).item(), np.random.rand(), random.random()
 
-    seed_epoch(1, 4)
+    seed_all(1, EPOCHS, 4)
     wanted = draw()
     draw()
-    seed_epoch(1, 4)
+    seed_all(1, EPOCHS, 4)
     assert draw() == wanted
     assert derive_seed(1, EPOCHS, 4) != derive_seed(1, STEPS, 4)
 
@@ -73,43 +69,30 @@ def test_the_seed_of_a_run_seeds_every_library():
     assert (torch.rand(1).item(), np.random.rand(), random.random()) == first
 
 
-class Ordered(LightningDataModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.orders: list[list[int]] = []
+def test_generators_of_a_users_objects_are_reseeded_by_their_own_seed_and_the_epoch():
+    def draw(first, epoch, seed=7):
+        data = SimpleNamespace(
+            torch=torch.Generator().manual_seed(first),
+            numpy=np.random.default_rng(first),
+            old=np.random.RandomState(first),
+            python=random.Random(first),
+            shared=torch.default_generator,
+        )
+        seeds = EpochSeeds(seed)
+        for each in (0, epoch):
+            seeds._renew([data], each)
+            drawn = [torch.rand(1, generator=data.torch).item(), data.numpy.random()]
+            drawn += [data.old.rand(), data.python.random()]
+        return drawn
 
-    def train_dataloader(self):
-        return {"a": DataLoader(TensorDataset(torch.arange(50)), 10, shuffle=True)}
-
-
-@pytest.mark.parametrize("start", [0, 1, 2])
-def test_the_order_of_foreign_loaders_depends_on_seed_and_epoch_alone(start):
-    class FakeTrainer:
-        current_epoch = 0
-
-    def orders(first):
-        data = Ordered()
-        reseed_epochs(data, 7)
-        data.trainer = FakeTrainer()
-        torch.manual_seed(first)  # where the generator stands must not matter
-        loader = data.train_dataloader()["a"]
-        found = []
-        for epoch in range(first, 4):
-            data.trainer.current_epoch = epoch
-            found.append([index for (batch,) in loader for index in batch.tolist()])
-        return found
-
-    assert orders(start) == orders(0)[start:]
-    assert len({tuple(order) for order in orders(0)}) == 4
+    assert draw(42, 3) == draw(42, 3, seed=8)  # theirs is the seed
+    for other in (draw(42, 4), draw(43, 3)):
+        assert all(a != b for a, b in zip(draw(42, 3), other, strict=True))
 
 
-def test_workers_draw_alike_each_time():
-    def losses(workers):
-        data = NoisyData(num_workers=workers)
-        reseed_epochs(data, 7)
-        seed_run(7)
-        fit = Fit(OneByOne(), module=Net(8, 4), data=data)
-        assert fit.error is None
-        return fit.logger.points["train_loss"]
-
-    assert losses(2) == losses(2)
+def test_a_global_generator_that_a_user_passes_on_is_left_to_the_run():
+    torch.manual_seed(5)
+    wanted = torch.rand(1)
+    torch.manual_seed(5)
+    EpochSeeds(7)._renew([SimpleNamespace(generator=torch.default_generator)], 3)
+    assert torch.equal(torch.rand(1), wanted)

@@ -1,7 +1,7 @@
 """The runs that the faults befall: small, quick, and of every kind that resuming can get wrong."""
 
 ALLOWED = "allowed_targets=[tracklight.models,tracklight.data,torch.optim,torch.nn," + (
-    "pytorch_lightning.callbacks,foreign]"
+    "pytorch_lightning.callbacks,foreign,foreign_loaders]"
 )
 QUICK = ("num_threads=1", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false", ALLOWED)
 BLOBS = (
@@ -35,6 +35,36 @@ CONFIGS = {
         *("callbacks.early_stopping.patience=2", "optimizer=adam", "optimizer.lr=0.1"),
     ),
     "foreign": NET,
+}
+
+
+def restless(kind: str, *more: str) -> tuple[str, ...]:
+    """A module that draws in every hook, on foreign data loaders of a kind."""
+    return (
+        *("model._target_=foreign_loaders.Restless", "~model.bias", "data._target_=foreign_loaders.Loaders"),
+        *(f"+data.kind={kind}", "data.batch_size=20", "score.metric=val_loss", "score.mode=min"),
+        *(f"~data.{key}" for key in ("seed", "slope", "intercept", "noise", "num_points")),
+        *("~data.num_features", *QUICK, *more),
+    )
+
+
+RATES = "+callbacks.rates={_target_: pytorch_lightning.callbacks.LearningRateMonitor}"
+EMA = "+callbacks.ema={_target_: pytorch_lightning.callbacks.EMAWeightAveraging, decay: 0.9}"
+TOP_3 = (
+    "+callbacks.top={_target_: pytorch_lightning.callbacks.ModelCheckpoint, monitor: val/loss, save_top_k: 3,"
+    " save_last: true}"
+)
+FURTHER_CONFIGS = {
+    "max_steps": (*DROPOUT_ADAM_COSINE, "trainer.max_steps=360"),  # ends amid the tenth epoch
+    "averaged": (*MLP, "optimizer=adam", EMA),
+    "two_checkpoints": (*MLP, "optimizer=adam", "optimizer.lr=0.003", TOP_3),
+    "double_precision": (*DROPOUT_ADAM_COSINE, "trainer.precision=64-true"),
+    "total": restless("workers", "+model.total=true"),
+    "manual": restless("dictionary", "+model.manual=true", RATES),
+    **{
+        kind: restless(kind, f"trainer.reload_dataloaders_every_n_epochs={2 * (kind == 'subsets')}")
+        for kind in ("persistent", "generator", "combined", "subsets", "stream", "numpy")
+    },
 }
 EPOCHS = "trainer.max_epochs=12"
 EACH_EPOCH = ["put", "tracklight.engine.checkpoints:INTERVAL_S", 0.0]

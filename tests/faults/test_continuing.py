@@ -5,7 +5,8 @@ import sqlite3
 from contextlib import closing
 
 import pytest
-from configs import ALLOWED, CONFIGS, EACH_EPOCH, EPOCHS, QUICK
+import torch
+from configs import ALLOWED, CONFIGS, EACH_EPOCH, EMA, EPOCHS, MLP, QUICK, TOP_3, restless
 
 from process import TrialResult
 
@@ -177,3 +178,51 @@ def test_data_changed_between_two_starts_are_refused(trainees, tmp_path, change)
     assert re.fullmatch(r"error: run .*data: digest \w{12} -> \w{12}.*\n", process.stderr)
     assert len(TrialResult(directory).runs) == 1
     assert max(TrialResult(directory).steps("train/loss")) == 3
+
+
+BRIEF = ("tracking.figures=false", "optimizer=adam")
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Log no model: it takes longer than the training of these tests."""
+    monkeypatch.setattr("tracklight.experiment.record.log_model", lambda *_, **__: None)
+
+
+def evaluated(weights, key="val/loss"):
+    """The loss on the validation part, by hand."""
+    from foreign import blobs
+
+    split = blobs(64, 2)
+    hidden = torch.relu(split.features @ weights["layers.1.weight"].T + weights["layers.1.bias"])
+    outputs = hidden @ weights["layers.3.weight"].T + weights["layers.3.bias"]
+    return torch.nn.functional.cross_entropy(outputs, split.targets).item()
+
+
+def test_the_best_checkpoint_holds_the_averaged_weights_that_were_scored(train, no_model):
+    run = train(*MLP, *BRIEF, EMA, "score.metric=val/loss", "score.mode=min", "trainer.max_epochs=3")
+    assert run.score == pytest.approx(min(value for _, value in run.history("val/loss")))
+    assert evaluated(run.checkpoint("best")["state_dict"]) == pytest.approx(run.score, rel=1e-5)
+
+
+def test_a_second_model_checkpoint_keeps_its_best_ones_among_the_artifacts_also_when_extended(
+    train, no_model
+):
+    command = (*MLP, *BRIEF, "optimizer.lr=0.03", TOP_3)
+    few = train(*command, "trainer.max_epochs=4")
+    run = train(f"resume={few.run.info.run_id}", "overrides=['trainer.max_epochs=8']", ALLOWED)
+    losses = {step: value for step, value in run.history("val/loss")}
+    best = sorted(losses, key=losses.__getitem__)[:3]
+    names = {f"epoch={step // 150 - 1}-step={step}.ckpt" for step in best} | {"last.ckpt"}
+    folder = run.folder / "checkpoints" / "further"
+    assert {path.name for path in folder.glob("*.ckpt")} == names
+    assert [path.name for path in run.folder.parent.iterdir() if path.is_dir()] == ["artifacts"]
+
+
+def test_a_model_checkpoint_that_a_module_brings_takes_no_place_but_its_own(train, no_model, capsys):
+    run = train(*restless("in_process", "+model.checkpoint=true", "trainer.max_epochs=3"))
+    losses = {step: value for step, value in run.history("val_loss")}
+    assert run.score == pytest.approx(min(losses.values()))
+    assert run.checkpoint("best")["global_step"] == min(losses, key=losses.__getitem__)
+    assert len([*(run.folder / "checkpoints" / "further").glob("*.ckpt")]) == 2
+    assert "best.ckpt holds the last weights" not in capsys.readouterr().out

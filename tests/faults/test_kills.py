@@ -1,7 +1,7 @@
 """Kill -9 at named points of a real run: the same command ends in an undisturbed one's bits."""
 
 import pytest
-from configs import CONFIGS, EACH_EPOCH, EPOCHS
+from configs import CONFIGS, EACH_EPOCH, EPOCHS, FURTHER_CONFIGS
 
 from process import TrialResult
 
@@ -55,7 +55,7 @@ QUICK = (
 
 def kill_at(trainees, directory, name, points, faults=()) -> None:
     """Start the same command again and again, killed at one point after the other; let it end."""
-    command = (*CONFIGS[name], EPOCHS, "resume=auto")
+    command = (*(CONFIGS | FURTHER_CONFIGS)[name], EPOCHS, "resume=auto")
     for point in points:
         target, call, after = POINTS[point]
         strike = ["strike", target, call, ["SIGKILL"], after]
@@ -69,6 +69,17 @@ def kill_at(trainees, directory, name, points, faults=()) -> None:
 def test_a_run_killed_at_named_points_ends_in_the_same_bits(trainees, undisturbed, tmp_path):
     kill_at(trainees, tmp_path / "runs", "blocks", QUICK)
     assert TrialResult(tmp_path / "runs").differences(undisturbed("blocks")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FURTHER_CONFIGS)
+def test_every_further_kind_of_run_killed_where_it_writes_ends_in_the_same_bits(
+    trainees, undisturbed, tmp_path, name
+):
+    points = ("after metrics are logged", "before a checkpoint's rename", "within the second epoch")
+    points += ("after a checkpoint's rename", "before the metrics are durable", "before the run is finished")
+    kill_at(trainees, tmp_path / "runs", name, points)
+    assert TrialResult(tmp_path / "runs").differences(undisturbed(name)) == []
 
 
 @pytest.mark.slow

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from configs import CONFIGS, EACH_EPOCH, EPOCHS
+from configs import CONFIGS, EACH_EPOCH, EPOCHS, FURTHER_CONFIGS
 from test_kills import POINTS, kill_at
 
 from process import Process, Trainees, TrialResult
 
 FAULTS = [["spare_model"], EACH_EPOCH]
+ALL = CONFIGS | FURTHER_CONFIGS
 MUTATIONS = ("forget_epoch_order", "forget_step_seeding", "forget_replay_filter")
 
 
@@ -104,9 +105,9 @@ def test_kills_at_every_named_point_change_nothing(trainees, undisturbed, tmp_pa
     assert TrialResult(tmp_path / "runs").differences(undisturbed(name)) == []
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ALL)
 def test_random_kills_change_nothing(trainees, tmp_path, name):
-    campaign = told(name, wage(trainees, tmp_path, CONFIGS[name], kills=14, seed=len(name)))
+    campaign = told(name, wage(trainees, tmp_path, ALL[name], kills=14, seed=len(name)))
     assert campaign.differences == []
 
 

@@ -208,7 +208,7 @@ def test_a_status_that_the_run_folder_cannot_take_is_told_to_mlflow_at_once(stor
     def full(*args, **kwargs):
         raise RunFailed("no room")
 
-    monkeypatch.setattr(run._wal, "_append", full)
+    monkeypatch.setattr(run.wal, "_append", full)
     run.finish("FAILED")
     assert store.client.get_run(run.run_id).info.status == "FAILED"
     assert not (run.folder / "run.lock").exists()

@@ -74,14 +74,58 @@ def test_a_damaged_file_opens_as_what_was_written_before_the_damage(tmp_path_fac
 
 def test_points_at_or_below_the_highest_step_of_their_key_are_skipped(tmp_path):
     path = tmp_path / "points.wal"
-    write(path, [("a", [(1, 0.1), (3, 0.3), (2, 0.2)]), ("b", [(9, 9.0)])])
+    write(path, [("a", [(1, 0.1), (2, 0.2), (3, 0.3)]), ("b", [(9, 9.0)])])
     wal = WriteAheadLog(path)
-    wal.add_points("a", [2, 3, 4, 5], [-1.0, -1.0, 0.4, 0.5])
-    wal.add_points("a", [1, 2, 3], [-1.0, -1.0, -1.0])
-    wal.add_points("b", [8, 10], [-1.0, 10.0])
+    wal.add_points("a", [1, 2, 3, 4], [-1.0, -1.0, -1.0, 0.4])
+    wal.add_points("a", [5], [0.5])
+    wal.add_points("b", [10], [10.0])
     wal.add_points("c", [1], [1.0])
     steps = [(key, steps) for key, steps, _ in content(path)][2:]
-    assert steps == [("a", (4, 5)), ("b", (10,)), ("c", (1,))]
+    assert steps == [("a", (4,)), ("a", (5,)), ("b", (10,)), ("c", (1,))]
+
+
+STREAM = st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 2)), max_size=30)
+
+
+@given(STREAM, st.data())
+def test_a_continued_run_logs_each_point_once_wherever_it_was_killed_and_however_many_share_a_step(
+    tmp_path_factory, stream, data
+):
+    steps, points = {"a": 0, "b": 0}, []
+    for index, (key, more) in enumerate(stream):  # as runs log them: no step before an earlier one's
+        steps[key] += more
+        points.append((key, steps[key], float(index)))
+    commit = data.draw(st.integers(0, len(points)))
+    kills = data.draw(st.lists(st.integers(commit, len(points)), max_size=3))
+    path = tmp_path_factory.mktemp("wal") / "points.wal"
+    position = None
+    for life, end in enumerate([*kills, len(points)]):
+        wal = WriteAheadLog(path)
+        wal.add_call("status", status="RUNNING")
+        if position is not None:
+            wal.replay_from(position)
+        for index, (key, step, value) in enumerate(points[: end + 1]):
+            if index == commit and life == 0:
+                position = wal.position
+            if index < end and (life == 0 or index >= commit):
+                wal.add_points(key, [step], [value])
+        if commit == len(points) and life == 0:
+            position = wal.position
+        wal.close()
+    logged = [(key, step[0], struct.unpack("<d", value[0])[0]) for key, step, value in content(path)]
+    assert logged == points
+
+
+def test_a_position_in_another_file_of_the_run_counts_for_nothing(tmp_path, monkeypatch):
+    clock = iter(range(1, 10**6, 1000))
+    monkeypatch.setattr(time, "time_ns", lambda: next(clock) * 1_000_000)
+    wals = [WriteAheadLog(tmp_path / name) for name in ("here.wal", "there.wal")]
+    for wal in wals:
+        wal.add_points("a", [1, 1], [0.1, 0.2])
+    there = WriteAheadLog(tmp_path / "there.wal")  # on another machine, from a checkpoint of here
+    there.replay_from(wals[0].position)
+    there.add_points("a", [1, 1, 1], [0.1, 0.2, 0.3])
+    assert [steps for _, steps, _ in content(there.path)] == [(1, 1), (1,)]
 
 
 def test_the_filter_stands_as_of_opening(tmp_path):
@@ -197,7 +241,7 @@ def test_a_record_that_is_whole_and_none_of_ours_ends_the_log(tmp_path, record):
     path.write_bytes((whole := path.read_bytes()) + record)
     (tmp_path / "points.sent").write_text("9" * 100_000)
     log = WriteAheadLog(path)
-    assert (log.end, log.highest, log.sent) == (len(whole), {"loss": 1}, 0)
+    assert (log.end, log.repeats, log.sent) == (len(whole), {"loss": (1, 1)}, 0)
     log.close()
     assert path.read_bytes() == whole
 

@@ -23,10 +23,12 @@ from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.serialization import MAP_LOCATION
 from typing_extensions import override
 
+from tracklight.engine.lightning_internals import begin_epoch_anew
 from tracklight.errors import BadInput, RunFailed
 from tracklight.paths import read_bounded, sync_folder
 
@@ -36,6 +38,8 @@ NUM_KEPT = 2
 PATTERN = "step-*.ckpt"
 LAST = "last.ckpt"
 MAX_EXPANDED = 2**28  # bytes of a tensor that repeats the few values stored
+UNNAMED = ".end.tmp"  # the last resume checkpoint, until all hooks of the training's end were called
+FURTHER = "further"  # the folder of ModelCheckpoints that name none
 RATES = {"lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "_last_lr"}  # in PyTorch's states
 
 
@@ -187,7 +191,12 @@ class DurableCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         if str(path).startswith(("http://", "https://")):
             raise BadInput(f"checkpoint {path} is remote; only local files are loaded: download it first")
-        return load_plain(Path(path), map_location or "cpu", damaged=RunFailed)
+        checkpoint = load_plain(Path(path), map_location or "cpu", damaged=RunFailed)
+        states = checkpoint.get("callbacks", {})
+        if not any(key.startswith("BestCheckpoint{") for key in states):  # of version 0.1
+            for key in [key for key in states if key.startswith("ModelCheckpoint{")]:
+                states[key.replace("Model", "Best", 1)] = states.pop(key)
+        return checkpoint
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -218,16 +227,22 @@ def remove_leftovers(folder: Path) -> None:
             file.unlink(missing_ok=True)
 
 
+def rename_checkpoint(checkpoint: Path, name: Path) -> None:
+    """Rename a checkpoint within its folder, its checksum first."""
+    digests = [*Checksum.of(checkpoint).sha256[:1], *Checksum.of(name).sha256[:1]]
+    write_checksum(name, Checksum(digests, Checksum.of(checkpoint).step))
+    sync_folder(name.parent)
+    checkpoint.replace(name)
+    sync_folder(name.parent)
+    checksum_path(checkpoint).unlink(missing_ok=True)
+
+
 def keep_last(folder: Path, io: DurableCheckpointIO) -> None:
     """Rename a finished run's newest resume checkpoint to `last.ckpt` and remove the others."""
     newest = newest_resume_checkpoint(folder)
     if newest is not None and newest.name != LAST:
         io.remove_checkpoint(folder / LAST)  # of an earlier end of this run
-        write_checksum(folder / LAST, Checksum.of(newest))
-        sync_folder(folder)
-        newest.replace(folder / LAST)
-        sync_folder(folder)
-        io.remove_checkpoint(newest)  # its checksum is left
+        rename_checkpoint(newest, folder / LAST)
     for path in folder.glob(PATTERN):
         io.remove_checkpoint(path)
 
@@ -235,24 +250,27 @@ def keep_last(folder: Path, io: DurableCheckpointIO) -> None:
 class BestCheckpoint(ModelCheckpoint):
     """Saves the weights with the best score so far, of the epochs that measured it and found a number.
 
-    Lightning keeps the value of an earlier epoch, and would take NaN for the worst number there is.
+    Lightning keeps the value of an earlier epoch, and would take NaN for the worst number there is. It lets
+    a ModelCheckpoint of a module's `configure_callbacks` replace those of its very class.
     """
 
     supports_blocks = True
 
     def __init__(self, metric: str | None, mode: str, within_epochs: bool):
         """Create it; `within_epochs` says that validation does not end with its epoch."""
-        at_end = not within_epochs or str(metric).startswith("train")
-        options: dict[str, Any] = {"save_weights_only": True, "enable_version_counter": False}
-        options["save_on_train_epoch_end"] = True if at_end else None
+        at_end = True if not within_epochs or str(metric).startswith("train") else None
+        options: dict[str, Any] = {"enable_version_counter": False, "save_on_train_epoch_end": at_end}
         super().__init__(filename="best", monitor=metric, mode=mode, **options)
         self.metric, self._before = metric or "", None
 
-    @property
     @override
-    def state_key(self) -> str:
-        """That of the runs which earlier versions saved."""
-        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+    def setup(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        super().setup(trainer, *args, **kwargs)
+        # A callback may save other weights than the module's, as averaging does: those were scored.
+        # Lightning asks it only for whole checkpoints.
+        self.save_weights_only = not any(
+            is_overridden("on_save_checkpoint", each, Callback) for each in trainer.callbacks
+        )
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
@@ -270,28 +288,36 @@ class ResumeCheckpoint(Callback):
     """Saves a resume checkpoint once an epoch is wholly over: as the next starts, or at the end.
 
     `on_train_epoch_end` comes before the epoch's train metrics are logged and the schedulers
-    stepped, so a run continued from there would lose both.
+    stepped, so a run continued from there would lose both. Among the first callbacks it saves the state
+    before the hooks of others change it, which a resumed run calls again: as an epoch starts, or for
+    good as training ends, where averaging replaces the weights.
     A run that `stops`, the settings that may end it early, have ended stays ended until they change.
     """
 
     def __init__(self, io: DurableCheckpointIO, stops: str = ""):
         self.folder: Any = None  # a Path, once the run's folder is known
+        self.wal: Any = None  # in rank zero the run's; a checkpoint remembers how far it had come
         self.io = io
         self.saved_at = time.monotonic()
         self.stops = self.stops_before = stops
         self.stopped_early = self.is_partial = False
         self.first_epoch = 0
         self.changed: Mapping[str, tuple[Any, Any]] = {}  # config keys, since the checkpoint
+        self.further: list[str] = []  # files of other ModelCheckpoints at the time of the checkpoint
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"stopped_early": self.stopped_early, "is_partial": self.is_partial, "stops": self.stops}
+        state = {"stopped_early": self.stopped_early, "is_partial": self.is_partial, "stops": self.stops}
+        return state | {"further": self._further(), "position": self.wal and self.wal.position}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.stopped_early = state_dict["stopped_early"]
         self.is_partial = state_dict.get("is_partial", False)
         self.stops_before = state_dict.get("stops", self.stops)
+        self.further = state_dict.get("further", [])
+        if self.wal and (position := state_dict.get("position")):  # older checkpoints have none
+            self.wal.replay_from(position)
 
     def check(self, checkpoint: Path | None) -> None:
         """Refuse a checkpoint of the middle of an epoch, unless what ended the run there still does."""
@@ -305,7 +331,7 @@ class ResumeCheckpoint(Callback):
     @override
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         apply_changes(self.changed, checkpoint)
-        relocate_best(self.folder, checkpoint)
+        relocate(self.folder, checkpoint)
         for each in trainer.callbacks:  # Lightning would restore this argument with the counts
             if isinstance(each, EarlyStopping) and (state := checkpoint["callbacks"].get(each.state_key)):
                 state["patience"] = each.patience
@@ -313,6 +339,13 @@ class ResumeCheckpoint(Callback):
     @override
     def setup(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         self.folder = trainer.strategy.broadcast(self.folder)  # known to rank zero alone
+        for each in trainer.checkpoint_callbacks:
+            if isinstance(each, ModelCheckpoint) and each.dirpath is None:
+                each.dirpath = str(self.folder / FURTHER)  # else beside the artifacts, under the run's name
+
+    def _further(self) -> list[str]:
+        """Return the names, within the folder, of the files of other ModelCheckpoints."""
+        return sorted(str(path.relative_to(self.folder)) for path in self.folder.glob(f"{FURTHER}/**/*.ckpt"))
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
@@ -332,26 +365,42 @@ class ResumeCheckpoint(Callback):
 
     @override
     def on_train_start(self, trainer: Any, *_: Any) -> None:
+        begin_epoch_anew(trainer)
         self.first_epoch = trainer.current_epoch
         # Lightning forgets it from one fit to the next.
         stopping = (each for each in trainer.callbacks if isinstance(each, EarlyStopping))
         holds = self.stops == self.stops_before or any(s.wait_count >= s.patience for s in stopping)
         self.stopped_early &= holds
         trainer.should_stop |= self.stopped_early
+        # Files of the epoch that a crash cut short would make others be named otherwise.
+        for name in set(self._further()) - set(self.further) if trainer.is_global_zero else ():
+            self.io.remove_checkpoint(self.folder / name)
 
     @override
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
         self.stopped_early = trainer.should_stop
         self.is_partial = not trainer.is_last_batch
-        self._commit(trainer)
+        trainer.save_checkpoint(self.folder / UNNAMED)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, *_: Any) -> None:
+        # Not before: a run that is resumed from the end calls no other callback's `on_train_end`.
+        if trainer.is_global_zero and (self.folder / UNNAMED).exists():
+            rename_checkpoint(self.folder / UNNAMED, self._path(trainer))
+        self._tidy(trainer)
+
+    def _path(self, trainer: Trainer) -> Path:
+        return self.folder / f"step-{trainer.global_step:09d}.ckpt"
 
     def _commit(self, trainer: Trainer) -> None:
-        path = self.folder / f"step-{trainer.global_step:09d}.ckpt"
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(self._path(trainer))
+        self._tidy(trainer)
+
+    def _tidy(self, trainer: Trainer) -> None:
         self.saved_at = time.monotonic()
         if trainer.is_global_zero:
             saved = {*self.folder.glob(PATTERN)}  # one of a later step was found damaged
-            kept = sorted(each for each in saved if each.name <= path.name)[-NUM_KEPT:]
+            kept = sorted(each for each in saved if each <= self._path(trainer))[-NUM_KEPT:]
             for old in saved - set(kept):
                 self.io.remove_checkpoint(old)
 
@@ -378,17 +427,21 @@ def apply_changes(changed: Mapping[str, tuple[Any, Any]], checkpoint: dict[str, 
                     state[name] = now
 
 
-def relocate_best(folder: Path, checkpoint: dict[str, Any]) -> None:
-    """Point ModelCheckpoint's stored state at `folder`; it forgets a best checkpoint that moved."""
+def relocate(folder: Path, checkpoint: dict[str, Any]) -> None:
+    """Point the stored states of ModelCheckpoints at `folder`, as far as BestCheckpoint's folder was meant.
 
-    def move(path: str, before: str) -> str:
+    They forget a checkpoint that moved.
+    """
+    callbacks = checkpoint["callbacks"]
+    best = [state for key, state in callbacks.items() if key.startswith("BestCheckpoint{")]
+    before = best[0]["dirpath"] if best else folder
+
+    def move(path: str) -> str:
         inside = path and Path(path).is_relative_to(before)
         return str(folder / Path(path).relative_to(before)) if inside else path
 
-    for state in checkpoint["callbacks"].values():
+    for state in callbacks.values():
         if isinstance(state, dict) and "best_k_models" in state:
-            before, state["dirpath"] = state["dirpath"], str(folder)
-            for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
-                state[key] = move(state[key], before)
-            best = state["best_k_models"]
-            state["best_k_models"] = {move(path, before): score for path, score in best.items()}
+            for key in ("dirpath", "best_model_path", "kth_best_model_path", "last_model_path"):
+                state[key] = move(state[key])
+            state["best_k_models"] = {move(path): score for path, score in state["best_k_models"].items()}

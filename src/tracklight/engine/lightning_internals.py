@@ -3,16 +3,12 @@
 `tests/engine/test_lightning_internals.py` fails if an upgrade moves any of it.
 """
 
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
-from pytorch_lightning import LightningDataModule, LightningModule
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 
@@ -80,23 +76,16 @@ def collect_step_values(trainer: Any, collected: dict[str, list[Tensor]], is_ste
         collected.clear()
 
 
-def call_before_iteration(owner: LightningModule | LightningDataModule, function: Callable[[], None]) -> None:
-    """Call a function whenever a training data loader of `owner` is iterated.
+def begin_epoch_anew(trainer: Any) -> None:
+    """Let a fit that is resumed between two epochs go on as one that was never interrupted.
 
-    Lightning has no hook there: it iterates a fit's first loader before `on_train_start`, and on
-    resume before the sampler learns the epoch (upstream #21938). The loaders get a subclass of
-    their own class, because Lightning rebuilds loaders by their class for distributed sampling.
+    Lightning keeps the iterators that it made before `on_train_epoch_start`, and under `max_steps` takes the
+    epoch for one that was interrupted: then it skips it, and steps no ReduceLROnPlateau after it.
     """
-    original: Callable[[], Any] = owner.train_dataloader
-
-    def wrap(loader: DataLoader) -> DataLoader:
-        kind = type(loader)
-
-        def iterate(self: DataLoader) -> Any:
-            function()
-            return kind.__iter__(self)
-
-        loader.__class__ = type(kind.__name__, (kind,), {"__iter__": iterate})
-        return loader
-
-    owner.train_dataloader = lambda: apply_to_collection(original(), DataLoader, wrap)
+    loop, period = trainer.fit_loop, trainer.reload_dataloaders_every_n_epochs
+    loop.epoch_loop.restarting = False  # and so the loops within
+    for each in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
+        each.on_iteration_done()
+    if period:
+        loaded = trainer.current_epoch - trainer.current_epoch % period
+        loop._last_train_dl_reload_epoch = loop.epoch_loop.val_loop._last_val_dl_reload_epoch = loaded

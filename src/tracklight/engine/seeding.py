@@ -4,16 +4,27 @@ Resuming at an epoch's boundary therefore needs no generator state, and dropout 
 how many steps are taken at a time.
 """
 
+import pickle
 import random
+import warnings
+import zlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
-from pytorch_lightning import LightningDataModule, LightningModule, seed_everything
+from pytorch_lightning import Callback, LightningModule, seed_everything
+from pytorch_lightning.utilities import CombinedLoader
+from pytorch_lightning.utilities.model_helpers import is_overridden
+from torch.utils.data import DataLoader
+from typing_extensions import override
 
-from tracklight.engine.lightning_internals import call_before_iteration
+from tracklight.engine.torch_internals import restart_workers
 
 MASK = (1 << 64) - 1
-STEPS, EPOCHS = 1, 2  # streams
+STEPS, EPOCHS, STARTS = 1, 2, 4  # streams; those of the steps of further ranks are odd
+LOADERS = {"train_dataloader": 6, "val_dataloader": 8}
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
 def derive_seed(seed: int, stream: int, index: int) -> int:
@@ -36,9 +47,9 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
         torch.cuda.manual_seed(derived)
 
 
-def seed_epoch(seed: int, epoch: int) -> None:
-    """Reseed every global generator at an epoch's start, before its first example is drawn."""
-    derived = derive_seed(seed, EPOCHS, epoch)
+def seed_all(seed: int, stream: int, index: int) -> None:
+    """Reseed every library's global generators."""
+    derived = derive_seed(seed, stream, index)
     torch.manual_seed(derived)
     np.random.seed(derived & 0xFFFFFFFF)
     random.seed(derived)
@@ -49,14 +60,77 @@ def seed_run(seed: int) -> None:
     seed_everything(seed, workers=True, verbose=False)
 
 
-def reseed_epochs(owner: LightningModule | LightningDataModule, seed: int) -> None:
-    """Make the order of foreign training data a pure function of (seed, epoch).
+class EpochSeeds(Callback):
+    """Seeds all generators wherever a fit or an epoch begins and before data loaders are built.
 
-    Samplers and workers draw from the global generators when a data loader is iterated.
+    Orders, subsets and augmentation are then pure functions of (seed, epoch). As the first callback it
+    precedes what others draw in the same hooks.
     """
 
-    def reseed() -> None:
-        assert owner.trainer is not None
-        seed_epoch(seed, owner.trainer.current_epoch)
+    supports_blocks = True
 
-    call_before_iteration(owner, reseed)
+    def __init__(self, seed: int):
+        self.seed = seed
+        self._own: dict[Any, int] = {}  # generators of foreign objects: their first seeds
+
+    @override
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        for owner in (pl_module, trainer.datamodule) if stage == "fit" else ():
+            for hook, stream in LOADERS.items():
+                if owner and is_overridden(hook, owner):
+                    load = getattr(owner, hook)  # a function, which copies of the module share
+                    setattr(owner, hook, lambda load=load, i=stream: self._load(trainer, load, i))
+
+    def _load(self, trainer: Any, load: Callable[[], Any], stream: int) -> Any:
+        """Load data in the epoch in which an uninterrupted run does so, whichever it is."""
+        progress, period = trainer.fit_loop.epoch_progress.current, trainer.reload_dataloaders_every_n_epochs
+        epoch = progress.completed
+        progress.completed = epoch - epoch % period if period else 0
+        try:
+            seed_all(self.seed, stream, progress.completed)
+            loaders = load()
+        finally:
+            progress.completed = epoch
+        self._renew(loaders, epoch)
+        return loaders
+
+    @override
+    def on_fit_start(self, *_: Any, **__: Any) -> None:
+        seed_all(self.seed, STARTS, 0)
+
+    on_train_start = on_fit_start  # a resumed fit comes here in another epoch
+
+    @override
+    def on_train_epoch_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        epoch = trainer.current_epoch
+        seed_all(self.seed, EPOCHS, epoch)
+        self._renew([trainer.train_dataloader, trainer.val_dataloaders, pl_module, trainer.datamodule], epoch)
+
+    def _renew(self, loaders: Any, epoch: int) -> None:
+        """Reseed the generators that data loaders and modules hold, and end persistent workers."""
+        loaders = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)
+        for loader in loaders.flattened:
+            parts = [loader]
+            if isinstance(loader, DataLoader):
+                batches = loader.batch_sampler
+                parts += [loader.dataset, loader.sampler, batches, getattr(batches, "sampler", None)]
+                if loader.persistent_workers:
+                    reason = "workers that outlive an epoch cannot be reseeded"
+                    warnings.warn(f"persistent_workers=True is ignored: {reason}", stacklevel=2)
+                    restart_workers(loader)
+            for each in (value for part in parts for value in getattr(part, "__dict__", {}).values()):
+                if isinstance(each, GENERATORS) and each is not torch.default_generator:
+                    self._reseed(each, epoch)
+
+    def _reseed(self, generator: Any, epoch: int) -> None:
+        is_torch = isinstance(generator, torch.Generator)
+        if generator not in self._own:
+            own = generator.initial_seed() if is_torch else zlib.crc32(pickle.dumps(generator))
+            self._own[generator] = own
+        derived = derive_seed(self._own[generator], EPOCHS, epoch)
+        if is_torch:
+            generator.manual_seed(derived)
+        elif isinstance(generator, np.random.Generator):
+            generator.bit_generator.state = type(generator.bit_generator)(derived).state
+        else:
+            generator.seed(derived & 0xFFFFFFFF)

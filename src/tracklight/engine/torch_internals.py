@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 __all__ = ["make_fx"]
 
@@ -32,6 +33,11 @@ def has_step_hooks(optimizer: Optimizer) -> bool:
 def is_compiled(module: nn.Module) -> bool:
     """Check whether `module.compile()` was called."""
     return module._compiled_call_impl is not None
+
+
+def restart_workers(loader: DataLoader) -> None:
+    """Have a data loader with persistent workers start new ones when it is next iterated."""
+    loader._iterator = None
 
 
 def skip_capture_check(optimizer: Optimizer) -> None:

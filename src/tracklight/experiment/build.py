@@ -38,7 +38,7 @@ from tracklight.engine.checkpoints import DurableCheckpointIO
 from tracklight.engine.lightning_internals import limit_waiting
 from tracklight.engine.monitors import GradientMonitor, SystemMetricsMonitor
 from tracklight.engine.progress import EpochLines, progress_callback
-from tracklight.engine.seeding import reseed_epochs, seed_run
+from tracklight.engine.seeding import seed_run
 from tracklight.errors import BadInput
 from tracklight.models.supervised import Supervised
 from tracklight.redact import redact
@@ -90,9 +90,6 @@ def build_model(cfg: DictConfig, data: LightningDataModule | None) -> LightningM
     if cfg.trainer.precision == "64-true":
         model.double()  # Lightning does so later: after it has loaded a checkpoint, rounded to float32
     _set_optimizer(cfg, model)
-    for owner in (model, data):
-        if not isinstance(owner, TensorData | None) and is_overridden("train_dataloader", owner):
-            reseed_epochs(owner, cfg.seed)
     if cfg.compile:
         model.compile()
     return model
@@ -285,11 +282,13 @@ def _config_callbacks(cfg: DictConfig) -> list[Callback]:
 def build_trainer(
     cfg: DictConfig,
     data: LightningDataModule | None,
+    first: Sequence[Callback],
     callbacks: Sequence[Callback],
-    saving: Sequence[Callback],
     io: DurableCheckpointIO,
 ) -> Trainer:
-    """Build Lightning's Trainer, without a logger yet; only a tracked run uses `saving` and `io`.
+    """Build Lightning's Trainer, without a logger yet; only a tracked run uses `io`.
+
+    Hooks of the callbacks `first` precede those of the config's, those of `callbacks` follow them.
 
     Raises:
         BadInput: Lightning refuses an argument, or the hardware is missing.
@@ -301,7 +300,7 @@ def build_trainer(
             " try trainer.strategy=ddp"
         )
     arguments = instantiate(cfg.trainer, cfg.allowed_targets)  # its profiler, strategy, plugins
-    callbacks = [*_config_callbacks(cfg), *callbacks]
+    callbacks = [*first, *_config_callbacks(cfg), *callbacks]
     if (progress := progress_callback(cfg.trainer.enable_progress_bar)) is not None:
         callbacks.append(progress)
         arguments["enable_progress_bar"] = not isinstance(progress, EpochLines)
@@ -317,7 +316,7 @@ def build_trainer(
     trainer = partial(
         Trainer,
         **arguments,
-        callbacks=[*callbacks, *saving] if tracked else callbacks,
+        callbacks=callbacks,
         plugins=[*([io] if tracked else []), distributed.cluster_environment(), *plugins],
         default_root_dir=cfg.tracking.dir,
         enable_checkpointing=tracked,

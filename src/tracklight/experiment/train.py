@@ -23,6 +23,7 @@ from tracklight.engine import checkpoints, distributed, progress
 from tracklight.engine.blocks import Blocks
 from tracklight.engine.lightning_internals import set_root_dir
 from tracklight.engine.monitors import ScoreMonitor
+from tracklight.engine.seeding import EpochSeeds
 from tracklight.engine.signals import SafeStop
 from tracklight.errors import RunFailed
 from tracklight.experiment.build import (
@@ -123,11 +124,13 @@ class Training:
         self.blocks = Blocks(cfg.seed)
         self.score = ScoreMonitor(cfg.score.metric)
         self.io = checkpoints.DurableCheckpointIO()
-        self.last = checkpoints.ResumeCheckpoint(self.io, early_stops(cfg))
         within_epochs = str(cfg.trainer.val_check_interval) not in ("None", "1.0")
+        self.last = checkpoints.ResumeCheckpoint(self.io, early_stops(cfg))
         self.best = checkpoints.BestCheckpoint(cfg.score.metric, cfg.score.mode, within_epochs)
-        callbacks, saving = [self.blocks, self.score, *callbacks], [self.last, self.best]
-        self.trainer: Any = build_trainer(cfg, data, callbacks, saving, self.io)
+        tracked = cfg.tracking.enabled
+        first = [EpochSeeds(cfg.seed), *([self.last] if tracked else [])]
+        callbacks = [self.blocks, self.score, *callbacks, *([self.best] if tracked else [])]
+        self.trainer: Any = build_trainer(cfg, data, first, callbacks, self.io)
 
     def track(self, run: Run | None, resumed: ResumedRun | None) -> Path | None:
         """Log to a run and save to its folder; return the checkpoint to resume from, if any."""
@@ -147,7 +150,7 @@ class Training:
         if not isinstance(profiler, PassThroughProfiler) and profiler.filename is None:
             profiler.dirpath, profiler.filename = str(run.artifacts), PROFILE
         self.best.dirpath = str(folder)
-        self.last.folder = folder
+        self.last.folder, self.last.wal = folder, run.wal
         if resumed is None:
             return None
         self.last.changed = resumed.changed

@@ -48,8 +48,8 @@ class Run(Logger):
         self._name: str = run.info.run_name
         self._params: dict[str, str] = dict(run.data.params)
         self._writer = sender.writer
-        self._wal = sender.writer.wal
-        self.now_ms = self._wal.now_ms
+        self.wal = sender.writer.wal
+        self.now_ms = self.wal.now_ms
         self._lock = lock
         self._finished = False
         self._sender = sender
@@ -90,12 +90,12 @@ class Run(Logger):
     def log_series(self, key: str, steps: Sequence[int], values: Sequence[float]) -> None:
         """Log values of one metric, each at its number of optimizer steps, by one file write."""
         check_key("metric", key)
-        self._wal.add_points(key, steps, values)
+        self.wal.add_points(key, steps, values)
 
     def logged_metrics(self) -> dict[str, tuple[list[int], list[float]]]:
         """Return the steps and values of each metric in this run's log."""
         metrics: dict[str, tuple[list[int], list[float]]] = {}
-        for record, _ in read_records(self._wal.path, 0, self._wal.end):
+        for record, _ in read_records(self.wal.path, 0, self.wal.end):
             if isinstance(record, Points):
                 steps, values = metrics.setdefault(record.key, ([], []))
                 steps += record.steps
@@ -104,7 +104,7 @@ class Run(Logger):
 
     def sync(self) -> None:
         """Return once everything logged is on the disk."""
-        self._wal.sync()
+        self.wal.sync()
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Do nothing: the whole config is logged, which includes a module's arguments."""
@@ -125,17 +125,17 @@ class Run(Logger):
                 )
         if new:
             self._params |= new
-            self._wal.add_call("params", values=new)
+            self.wal.add_call("params", values=new)
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags; the last value of a tag counts."""
-        self._wal.add_call("tags", values=_to_text("tag", tags, _MAX_TAG_CHARS))
+        self.wal.add_call("tags", values=_to_text("tag", tags, _MAX_TAG_CHARS))
 
     def log_input(self, name: str, digest: str, source: str, context: str) -> None:
         """Log a data set and its use (`context`, such as `train`); the digest is cut."""
         digest = digest[:_MAX_DIGEST_CHARS]
         name, source = redact(name), redact(source)
-        self._wal.add_call("input", name=name, digest=digest, source=source, context=context)
+        self.wal.add_call("input", name=name, digest=digest, source=source, context=context)
 
     def log_text(self, text: str, path: str) -> None:
         """Write an artifact, whole or not at all; `path` is relative to the run's artifacts."""
@@ -155,7 +155,7 @@ class Run(Logger):
         try:
             self._writer.upload_artifacts()
         except Exception:
-            self._wal.add_call("publish")
+            self.wal.add_call("publish")
 
     def flush(self, timeout_s: float) -> bool:
         """Return whether MLflow has everything logged, waiting while it makes progress."""
@@ -175,12 +175,12 @@ class Run(Logger):
         self._finished = True
         if self._send_status(status):
             self._sender.stop()
-            self._wal.close()
+            self.wal.close()
             self._lock.remove()
             return
-        waits = self._wal.last_status == status
+        waits = self.wal.last_status == status
         self.abandon()
-        fate = f"waits in {self._wal.path} for the next start" if waits else "is lost, as of a killed run"
+        fate = f"waits in {self.wal.path} for the next start" if waits else "is lost, as of a killed run"
         message = f"MLflow does not take the end of run {self.run_id}; it {fate}"
         # A server comes back; what ails a database beside the log may take the log, too.
         if status == "FINISHED" and not (waits and self._writer.is_remote):
@@ -191,7 +191,7 @@ class Run(Logger):
         end_ms = self.now_ms()
         try:
             self.upload_artifacts()
-            self._wal.add_call("status", status=status, end_ms=end_ms)
+            self.wal.add_call("status", status=status, end_ms=end_ms)
         except RunFailed:  # a full disk here need not be one where the store is
             if not self.flush(self.timeout_s):
                 return False
@@ -205,7 +205,7 @@ class Run(Logger):
         """Release the run as a killed process would: send nothing more, set no status."""
         self._finished = True
         self._sender.stop()
-        self._wal.close()
+        self.wal.close()
         self._lock.close()
 
 

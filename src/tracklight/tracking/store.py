@@ -3,6 +3,7 @@
 import errno
 import itertools
 import logging
+import math
 import os
 import shlex
 import shutil
@@ -249,7 +250,7 @@ class Store:
         if wal.damaged or wal.end == 0:  # then MLflow knows more than the file
             for key in run.data.metrics:
                 history = self.client.get_metric_history(run.info.run_id, key)
-                wal.highest[key] = max(metric.step for metric in history)
+                wal.repeats[key] = math.inf, max(metric.step for metric in history)
         if wal.end or run.info.status != "RUNNING":
             wal.add_call("status", status="RUNNING")
         writer = MlflowWriter(self.client, run, wal, self.database)

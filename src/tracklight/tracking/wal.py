@@ -51,7 +51,7 @@ class WriteAheadLog:
         sent: Bytes that MLflow has confirmed; after a crash at most those, since sending a point
             again with its own timestamp changes nothing.
         damaged: Whether MLflow had confirmed more than the file still holds.
-        highest: Highest step of each metric at opening; points up to it are skipped.
+        repeats: Of each metric, how many points a continued run will log again, and their highest step.
         last_status: Argument of the last `status` call, or None.
         last_ms: Timestamp of the last record at opening; when the run started if there is none.
     """
@@ -60,7 +60,7 @@ class WriteAheadLog:
         self.path = path
         self.end = 0
         self.sent = 0
-        self.highest: dict[str, int] = {}
+        self.repeats: dict[str, tuple[float, int]] = {}
         self.last_status: str | None = None
         self.last_ms = start_ms
         self._lock = threading.Lock()
@@ -76,25 +76,45 @@ class WriteAheadLog:
             if end == confirmed:
                 self.sent = end
             self.last_ms = max(self.last_ms, record.timestamp_ms)
-            if isinstance(record, Points):
-                step = max(record.steps)
-                self.highest[record.key] = max(step, self.highest.get(record.key, step))
-            elif record.name == "status":
+            self._expect(record)
+            if isinstance(record, Call) and record.name == "status":
                 self.last_status = record.arguments.get("status")
         self.damaged = confirmed > self.end
         self._zero_ms = max(self.last_ms, time.time_ns() // 1_000_000) - time.monotonic_ns() // 1_000_000
         if os.fstat(self._fd).st_size > self.end:
             os.ftruncate(self._fd, self.end)
 
-    def add_points(self, key: str, steps: Sequence[int], values: Sequence[float]) -> None:
-        """Append the points of a metric beyond its highest step at opening, bit for bit.
+    @property
+    def position(self) -> tuple[int, int]:
+        """When the file was begun, which tells it from another one of the same run, and its end so far."""
+        return next((record.timestamp_ms for record, _ in read_records(self.path)), 0), self.end
 
-        Where the disk does not take them, raise RunFailed; the file stays as it was.
+    def replay_from(self, position: tuple[int, int]) -> None:
+        """Expect only the points after a position again: those before it are in a checkpoint's past."""
+        began, start = position
+        if began == self.position[0] and not self.damaged:
+            self.repeats.clear()
+            for record, _ in read_records(self.path, start, self.end):
+                self._expect(record)
+
+    def _expect(self, record: Points | Call) -> None:
+        if isinstance(record, Points):
+            count, highest = self.repeats.get(record.key, (0, record.steps[0]))
+            self.repeats[record.key] = count + len(record.steps), max(highest, *record.steps)
+
+    def add_points(self, key: str, steps: Sequence[int], values: Sequence[float]) -> None:
+        """Append points of a metric, bit for bit, but those that the file has from before a crash.
+
+        They come again in the same order. Several points may share a step, so they are counted.
+        Where the disk does not take the others, raise RunFailed; the file stays as it was.
         """
-        highest = self.highest.get(key)
-        if highest is not None:
-            kept = [i for i, step in enumerate(steps) if step > highest]
-            steps, values = [steps[i] for i in kept], [values[i] for i in kept]
+        if key in self.repeats:
+            count, highest = self.repeats[key]
+            skipped = 0
+            while skipped < min(count, len(steps)) and steps[skipped] <= highest:
+                skipped += 1
+            self.repeats[key] = count - skipped, highest
+            steps, values = steps[skipped:], values[skipped:]
         if not (n := len(steps)):
             return
         name = key.encode()
