@@ -1,11 +1,16 @@
 """What a run prints while it trains."""
 
 import warnings
+from types import SimpleNamespace
 
+import pytest
+from fitting import Fit
 from pytorch_lightning import Trainer
+from rich.progress import Progress
 
 from foreign import Blobs
-from tracklight.engine.progress import EpochLines
+from tracklight.engine import progress
+from tracklight.engine.progress import EpochLines, RunLine, format_summary
 from tracklight.models.mlp import MLP
 
 
@@ -29,3 +34,50 @@ def test_an_epochs_line_has_what_the_module_logs_at_its_end(capsys):
     assert len(lines) == 3
     for number, line in enumerate(lines, 1):
         assert line.startswith(f"epoch {number}/3  ") and f"train/number {number}" in line
+
+
+# Of 13 minibatches an epoch.
+@pytest.mark.parametrize(
+    ("arguments", "first", "total"),
+    [({}, 13, 26), ({"accumulate_grad_batches": 2}, 7, 14), ({"max_steps": 20}, 13, 20)],
+)
+def test_one_line_on_a_terminal_counts_the_steps_of_the_whole_run_and_the_time_left(
+    monkeypatch, capsys, arguments, first, total
+):
+    drawn, line = [], RunLine("val/loss")
+
+    class Drawn(Progress):
+        def update(self, *arguments, **fields) -> None:
+            drawn.append((line.trainer.global_step, fields))
+            super().update(*arguments, **fields)
+
+    class Timed(RunLine):
+        def on_train_start(self, trainer, *_) -> None:
+            self.trainer = line.trainer = trainer
+            super().on_train_start(trainer)
+
+    # Ten seconds a step, so the time left is that of the steps left.
+    clock = SimpleNamespace(perf_counter=lambda: 10.0 * line.trainer.global_step, time=lambda: 0.0)
+    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(progress, "Progress", Drawn)
+    fit = Fit(Timed("val/loss"), max_epochs=2, **arguments)
+    assert (fit.reason is None) == (arguments == {})  # in blocks or not, the steps are those taken
+    assert fit.trainer.global_step == total
+    *running, (_, last) = drawn
+    assert all(fields["description"].endswith(f"/2  step {step}") for step, fields in running)
+    ends = {fields["description"]: fields["rest"] for _, fields in running}
+    minutes, seconds = divmod(10 * (total - first), 60)
+    assert ends[f"epoch 1/2  step {first}"].endswith(f"  0:{minutes:02}:{seconds:02} left")
+    assert ends[f"epoch 2/2  step {total}"].endswith("  0:00:00 left")
+    _, value = fit.logger.points["val/loss"][-1]
+    minutes, seconds = divmod(10 * total, 60)
+    assert last["rest"] == f"val/loss {value:.5g}  0:{minutes:02}:{seconds:02}"
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 1 and shown[0].startswith(f"epoch 2/2  step {total} ") and last["rest"] in shown[0]
+
+
+def test_the_time_in_the_summary_is_that_of_the_process(monkeypatch):
+    monkeypatch.setattr(progress.psutil, "Process", lambda: SimpleNamespace(create_time=lambda: 100.0))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(time=lambda: 112.5))
+    said = format_summary({}, "best", {}, 2.0, 50)
+    assert said == "time   2.0 s of training, 12.5 s since the process began, 25 examples/s"

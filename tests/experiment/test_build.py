@@ -80,3 +80,11 @@ def test_a_schedule_by_epochs_spans_the_epochs_that_begin(rates, overrides, epoc
 def test_a_finder_is_refused_with_the_search_that_records_what_it_finds(rates, name, instead):
     with pytest.raises(BadInput, match=f"callbacks.finder={name}.*{instead}"):
         rates(f"+callbacks.finder._target_=pytorch_lightning.callbacks.{name}")
+
+
+def test_a_progress_bar_of_ones_own_stands_in_for_ours(capsys):
+    own = "+callbacks.bar={_target_: pytorch_lightning.callbacks.TQDMProgressBar, refresh_rate: 0}"
+    for more, num_lines in (([], 2), ([own], 0)):
+        run(compose(["tracking=none", "trainer.max_epochs=2", "trainer.accelerator=cpu", *more]))
+        shown = capsys.readouterr().out
+        assert shown.count("epoch 1/2") + shown.count("epoch 2/2") == num_lines, shown

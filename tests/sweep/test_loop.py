@@ -24,7 +24,7 @@ def job(number, params, seed=0):
         "seed": seed,
         "num_threads": 1,
         "resume": None,
-        "trainer": {"enable_progress_bar": True},
+        "trainer": {"enable_progress_bar": True, "max_epochs": 9},
         "tracking": {"run_name": None},
     }
     key = f"{params['lr']}/{seed}"

@@ -1,8 +1,12 @@
+from types import SimpleNamespace
+
 import pytest
 
+from tracklight.config.compose import compose
 from tracklight.runs.leaderboard import TrialRun, rank_trials
 from tracklight.sweep.plan import format_params
 from tracklight.sweep.progress import Progress, format_duration
+from tracklight.sweep.trial import TrialResult
 
 
 @pytest.mark.parametrize(
@@ -17,6 +21,21 @@ def test_params_are_short_and_never_ambiguous():
         "lr=0.0012346 hidden=[64]"
     )
     assert format_params({"a.x": "1", "b.x": "2"}) == "a.x=1 b.x=2"
+
+
+def test_the_status_line_tells_the_epochs_of_runs_before_the_first_has_ended(monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    shown = Progress("val/loss", "min", 2)
+    jobs = [SimpleNamespace(key=key, name=key, cfg=compose(["trainer.max_epochs=9"])) for key in "ab"]
+    said = []
+    shown._status = SimpleNamespace(update=said.append, stop=lambda: None)
+    for job in jobs:
+        shown.started(job)
+    shown.epoch_ended(jobs[0], 3)
+    shown.epoch_ended(jobs[1], 1)
+    shown.ended(jobs[0], TrialResult("complete", 0.5), None)
+    assert said[2:4] == ["2 running (epoch 3/9)", "2 running (epoch 3/9, 1/9)"]
+    assert said[-1].startswith("1 complete, 1 running (epoch 1/9)")
 
 
 def test_the_closing_table_has_one_line_per_config(capsys):

@@ -1,20 +1,23 @@
-"""What a run prints: a bar on a terminal, one line an epoch elsewhere, a closing summary."""
+"""What a run prints: one line for all of it on a terminal, one line an epoch elsewhere, a closing summary."""
 
 import sys
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
+import psutil
 from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.callbacks import EarlyStopping, RichProgressBar
+from pytorch_lightning.callbacks import EarlyStopping
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from typing_extensions import override
 
+REDRAW_S = 0.1
 
-def progress_callback(enabled: bool) -> Callback | None:
-    """Return the callback that shows progress on this kind of screen."""
-    if not enabled:
-        return None
-    return RichProgressBar(leave=True) if sys.stdout.isatty() else EpochLines()
+
+def progress_callback(metric: str | None) -> Callback:
+    """Return the callback that shows progress on this kind of screen; `metric` is the score."""
+    return RunLine(metric) if sys.stdout.isatty() else EpochLines()
 
 
 class AfterEpoch(EarlyStopping):
@@ -64,6 +67,73 @@ class EpochLines(AfterEpoch):
             print(f"{epoch}  {metrics}  {seconds:.2f} s", flush=True)
 
 
+class RunLine(AfterEpoch):
+    """Shows one line for the whole run: its epoch, optimizer steps, score, and the time left for all."""
+
+    supports_blocks = True
+
+    def __init__(self, metric: str | None) -> None:
+        super().__init__()
+        self.metric = metric
+        self.score = ""
+        self.line: Progress | None = None  # only of the process that prints
+
+    @override
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        self.started_s = self.drawn_s = time.perf_counter()
+        self.done_before = self._share_done(trainer, 0)
+        columns = TextColumn("{task.description}"), BarColumn(16), TextColumn("{task.fields[rest]}")
+        # No thread redraws it: whoever forks a process meanwhile would copy a held lock.
+        self.line = Progress(*columns, auto_refresh=False, redirect_stderr=sys.stderr.isatty())
+        self.line.start()
+        self.line.console.show_cursor()  # a process that is killed could not bring it back
+        self.line.add_task("", total=1.0, rest="")
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._draw(trainer, batch_idx + 1)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self.line and (value := self.measured(trainer).get(self.metric or "")) is not None:
+            self.score = format_metrics({str(self.metric): value})
+        self._draw(trainer, trainer.num_training_batches)
+
+    def _share_done(self, trainer: Trainer, num_batches: float) -> float:
+        """Return the share of the run that is done after so many batches of the current epoch."""
+        of_epoch = num_batches / trainer.num_training_batches if num_batches else 0.0
+        by_epochs = (trainer.current_epoch + of_epoch) / (trainer.max_epochs or 1)
+        return max(by_epochs, trainer.global_step / trainer.max_steps)  # -1 is no limit
+
+    def _draw(self, trainer: Trainer, num_batches: float) -> None:
+        if self.line is None:
+            return
+        now_s, done, rest = time.perf_counter(), self._share_done(trainer, num_batches), self.score
+        if (trained := done - self.done_before) > 0:
+            left_s = (now_s - self.started_s) / trained * (1 - done)
+            rest = f"{rest}  {timedelta(seconds=round(left_s))} left".strip()
+        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  step {trainer.global_step:,}"
+        is_due = now_s - self.drawn_s > REDRAW_S
+        self.drawn_s = now_s if is_due else self.drawn_s
+        self.line.update(TaskID(0), completed=done, description=epoch, rest=rest, refresh=is_due)
+
+    @override
+    def on_train_end(self, *_: Any) -> None:
+        if self.line is not None:
+            lasted = timedelta(seconds=round(time.perf_counter() - self.started_s))
+            self.line.update(TaskID(0), rest=f"{self.score}  {lasted}".strip())
+            self.line.stop()
+            self.line = None
+
+    @override
+    def on_exception(self, *_: Any) -> None:
+        self.on_train_end()
+
+
 def format_metrics(metrics: Mapping[str, Any]) -> str:
     """Format metrics as one line, with five significant digits."""
     return "  ".join(f"{key} {float(value):.5g}" for key, value in sorted(metrics.items()))
@@ -73,21 +143,21 @@ def format_summary(
     score: Mapping[str, float],
     epoch: str,
     test: Mapping[str, float],
-    seconds: tuple[float, float],
+    training_s: float,
     num_examples: int,
     **lines: str,
 ) -> str:
     """Format the closing summary, one aligned line for each item that is not empty.
 
-    `score` is empty if none is monitored, else that of the best or last `epoch`; `seconds` are
-    those of training and in all; `num_examples`, 0 if unknown, were trained on in the former.
+    `score` is empty if none is monitored, else that of the best or last `epoch`; `num_examples`,
+    0 if unknown, were trained on in `training_s`.
     """
-    training_s, all_s = seconds
+    all_s = time.time() - psutil.Process().create_time()
     speed = f", {num_examples / training_s:,.0f} examples/s" if num_examples else ""
     items = {
         "score": score and f"{format_metrics(score)} ({epoch} epoch)",
         "test": format_metrics(test),
-        "time": f"{training_s:.1f} s of training, {all_s:.1f} s in all{speed}",
+        "time": f"{training_s:.1f} s of training, {all_s:.1f} s since the process began{speed}",
         **lines,
     }
     width = max(map(len, items))

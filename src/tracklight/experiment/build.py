@@ -37,7 +37,7 @@ from tracklight.engine import distributed
 from tracklight.engine.checkpoints import DurableCheckpointIO
 from tracklight.engine.lightning_internals import limit_waiting
 from tracklight.engine.monitors import GradientMonitor, SystemMetricsMonitor
-from tracklight.engine.progress import EpochLines, progress_callback
+from tracklight.engine.progress import progress_callback
 from tracklight.engine.seeding import seed_run
 from tracklight.errors import BadInput
 from tracklight.models.supervised import Supervised
@@ -301,9 +301,10 @@ def build_trainer(
         )
     arguments = instantiate(cfg.trainer, cfg.allowed_targets)  # its profiler, strategy, plugins
     callbacks = [*first, *_config_callbacks(cfg), *callbacks]
-    if (progress := progress_callback(cfg.trainer.enable_progress_bar)) is not None:
-        callbacks.append(progress)
-        arguments["enable_progress_bar"] = not isinstance(progress, EpochLines)
+    if cfg.trainer.enable_progress_bar:
+        is_own = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        callbacks += [] if is_own else [progress_callback(cfg.score.metric)]
+        arguments["enable_progress_bar"] = is_own
     if isinstance(data, TensorData):
         data.use_distributed_sampler = cfg.trainer.use_distributed_sampler
         if "val" not in data.splits:

@@ -89,7 +89,6 @@ def run(
         rehearse(cfg, model, data, training.trainer)
 
         # The run is opened last: what fails earlier leaves no empty run behind.
-        start_s = time.perf_counter()
         tracked = store and open_run(store, cfg, model, data, resumed, source, tags)
         with finish_run(tracked, model, training.trainer, cfg.tracking.figures), stop.converting_errors():
             if tracked:
@@ -106,7 +105,7 @@ def run(
                 checkpoints.keep_last(tracked.artifacts / CHECKPOINTS, training.io)
                 log_final(store, tracked, cfg, model, data, step, score, test)
         if not distributed.is_nonzero_rank():
-            print(training.summary(score, time.perf_counter() - start_s, tracked, reference))
+            print(training.summary(score, tracked, reference))
         return score
 
 
@@ -201,9 +200,7 @@ class Training:
         score = self.best.best_model_score
         return None if score is None else float(score), best["global_step"]
 
-    def summary(
-        self, score: float | None, total_s: float, run: Run | None, reference: Mapping[str, float]
-    ) -> str:
+    def summary(self, score: float | None, run: Run | None, reference: Mapping[str, float]) -> str:
         """Return the closing summary of the run; `reference` is what its model is compared with."""
         metrics = {key: float(value) for key, value in self.trainer.callback_metrics.items()}
         where = {}
@@ -220,7 +217,7 @@ class Training:
             score={} if score is None else {self.cfg.score.metric: score},
             epoch="best" if self.cfg.tracking.enabled else "last",
             test={key: value for key, value in metrics.items() if key.startswith("test/")},
-            seconds=(self.fit_s, total_s),
+            training_s=self.fit_s,
             num_examples=self.blocks.num_examples,
             exact=progress.format_metrics(reference),
             **where,

@@ -274,7 +274,7 @@ class SweepLoop:
             if self._decides(job):
                 prune = self.study.report(job.number, message.epoch, message.value)
                 self.executor.answer(job, prune)
-            self.progress.update()
+            self.progress.epoch_ended(job, message.epoch)
             return
         if message.kind == "stopped" and not self._is_over:
             message = replace(message, kind="failed", reason="stopped by a signal")

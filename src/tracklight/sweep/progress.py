@@ -37,6 +37,7 @@ class Progress:
         self._counts: Counter[str] = Counter()
         self._seconds: list[float] = []
         self._started_s: dict[str, float] = {}
+        self._epochs: dict[str, str] = {}  # of runs that have not ended
         self._best: tuple[float, str] | None = None
         self._num_remaining = 0
         is_terminal = sys.stdout.isatty()
@@ -63,6 +64,11 @@ class Progress:
         self._started_s[job.key] = time.monotonic()
         self.update()
 
+    def epoch_ended(self, job: Job, epoch: int) -> None:
+        """Note how far a run is."""
+        self._epochs[job.key] = f"{epoch}/{job.cfg.trainer.max_epochs}"
+        self.update()
+
     def finished_earlier(self, result: TrialResult) -> None:
         """Count a run that had ended before."""
         self._counts[result.kind] += 1
@@ -70,6 +76,7 @@ class Progress:
     def ended(self, job: Job, result: TrialResult, log: Path | None) -> None:
         """Count a run that has ended and print its result."""
         seconds = time.monotonic() - self._started_s.pop(job.key, time.monotonic())
+        self._epochs.pop(job.key, None)
         self._counts[result.kind] += 1
         if result.kind != "stopped":
             self._seconds.append(seconds)
@@ -110,7 +117,8 @@ class Progress:
     def _summary(self) -> str:
         states = ("complete", "pruned", "failed")
         parts = [f"{self._counts[state]} {state}" for state in states if self._counts[state]]
-        parts += [f"{len(self._started_s)} running"] if self._started_s else []
+        epochs = f" (epoch {', '.join(self._epochs.values())})" if self._epochs else ""
+        parts += [f"{len(self._started_s)} running{epochs}"] if self._started_s else []
         parts += [f"{self._num_remaining} to go"] if self._num_remaining else []
         if self._best:
             parts.append(f"best {self._best[0]:.5g} ({self._best[1]})")
