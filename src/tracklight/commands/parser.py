@@ -1,4 +1,4 @@
-"""The command lines of compare, evaluate, predict, reproduce and ui.
+"""The command lines of all commands but train.
 
 All of them are parsed here, without the imports that the commands themselves need, so that help
 and bad arguments are answered at once.
@@ -58,6 +58,9 @@ UI = """\
 It listens on this machine only, until Ctrl-C, and keeps a log in ui.log beside the runs.
 Exit codes: 0 done, 1 failed, 2 bad input."""
 
+INIT = """\
+Exit codes: 0 done, 2 bad input."""
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are `BadInput`."""
@@ -85,22 +88,28 @@ def main(command: str, argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    parser.add_argument("--uri", default=uri, help="of MLflow (default: mlflow.db in --dir)")
-    folder = f"where the runs' folders are (default: {HOME})"
-    parser.add_argument("--dir", type=Path, default=HOME, metavar="FOLDER", help=folder)
-    parser.add_argument("--experiment", metavar="NAME", help="only runs of this one (default: all)")
+    if command not in STORELESS:
+        _add_store(parser)
     add_arguments(parser)
     args = parser.parse_intermixed_args(argv)
     if command == "compare":
         _check_compare(args)
-    choose_temporary_folder(args.dir)
+    if command not in STORELESS:
+        choose_temporary_folder(args.dir)
     try:
         module = importlib.import_module(f"tracklight.commands.{command}")
     except ModuleNotFoundError as error:
         activate = "`source .venv/bin/activate` or `make train`" if IN_CLONE else f"pip install {error.name}"
         raise BadInput(f"no {error.name} here: {activate}") from error
     return module.run(args)
+
+
+def _add_store(parser: Parser) -> None:
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    parser.add_argument("--uri", default=uri, help="of MLflow (default: mlflow.db in --dir)")
+    folder = f"where the runs' folders are (default: {HOME})"
+    parser.add_argument("--dir", type=Path, default=HOME, metavar="FOLDER", help=folder)
+    parser.add_argument("--experiment", metavar="NAME", help="only runs of this one (default: all)")
 
 
 def _add_compare(parser: Parser) -> None:
@@ -158,10 +167,16 @@ def _add_ui(parser: Parser) -> None:
     parser.add_argument("--port", type=int, default=UI_PORT, help=f"default: {UI_PORT}")
 
 
+def _add_init(parser: Parser) -> None:
+    parser.add_argument("folder", type=Path, metavar="NAME", help="of the folder, and of the package in it")
+
+
+STORELESS = ("init",)  # commands that have nothing to do with runs
 COMMANDS = {
     "compare": ("Compare runs.", COMPARE, _add_compare),
     "evaluate": ("Test the best weights of a run again.", EVALUATE, _add_evaluate),
     "predict": ("Predict from files with the best weights of a run.", PREDICT, _add_predict),
     "reproduce": ("Train a run again and compare metrics and weights.", REPRODUCE, _add_reproduce),
     "ui": ("Show the runs in MLflow's UI.", UI, _add_ui),
+    "init": ("Make a project of your own: a model, data, config, a test.", INIT, _add_init),
 }

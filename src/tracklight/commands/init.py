@@ -1,0 +1,45 @@
+"""Makes a project: a model, data, their config, a preset and a test, ready to train.
+
+The files lie in template/, where `NAME` stands for the package and `dot-` for the dot of a hidden file;
+what a tool would take for a part of this repository has `.txt` behind its name.
+"""
+
+import importlib.util
+import keyword
+from argparse import Namespace
+from pathlib import Path
+
+from tracklight.errors import BadInput
+from tracklight.paths import PACKAGE
+
+TEMPLATE = PACKAGE / "commands" / "template"
+SAID = """\
+{folder} is a project. Next:
+  cd {folder}
+  make train    trains its preset, tracked in mlruns/
+  make test     its tests
+README.md says what else there is."""
+
+
+def run(args: Namespace) -> int:
+    """Make the project; return the exit code.
+
+    Raises:
+        BadInput: The name cannot be a package's, or the folder is there already.
+    """
+    folder: Path = args.folder
+    name = folder.name.replace("-", "_")
+    if not name.isidentifier() or keyword.iskeyword(name):
+        raise BadInput(f"{folder.name!r} cannot be the name of a package; take letters, digits and _")
+    if importlib.util.find_spec(name) is not None:
+        raise BadInput(f"there is a module {name} already, which the project would hide; take another name")
+    if folder.exists():
+        raise BadInput(f"{folder} is there already; take another name")
+    for path in TEMPLATE.rglob("*"):
+        if path.is_file():
+            to = str(path.relative_to(TEMPLATE)).replace("NAME", name).replace("dot-", ".")
+            target = folder / to.removesuffix(".txt")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(path.read_text(encoding="utf-8").replace("NAME", name), encoding="utf-8")
+    print(SAID.format(folder=folder))
+    return 0
