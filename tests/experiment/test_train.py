@@ -52,6 +52,11 @@ def test_an_untracked_run_tells_its_scores_and_leaves_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plain_run_takes_its_steps_in_blocks(train, capsys):
+    train("trainer.max_epochs=2", "tracking.figures=false", "trainer.accelerator=cpu")
+    assert "Steps are taken one by one" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("profiler", ["simple", "advanced"])
 def test_a_profiler_leaves_its_table_among_the_artifacts_and_says_where(train, capsys, profiler):
     finished = train("trainer.max_epochs=2", "tracking.figures=false", f"trainer.profiler={profiler}")

@@ -9,6 +9,7 @@ import random
 import warnings
 import zlib
 from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,8 @@ class EpochSeeds(Callback):
             for hook, stream in LOADERS.items():
                 if owner and is_overridden(hook, owner):
                     load = getattr(owner, hook)  # a function, which copies of the module share
-                    setattr(owner, hook, lambda load=load, i=stream: self._load(trainer, load, i))
+                    seeded = partial(self._load, trainer, load, stream)
+                    setattr(owner, hook, wraps(load)(seeded))  # Lightning sees whose hook it is
 
     def _load(self, trainer: Any, load: Callable[[], Any], stream: int) -> Any:
         """Load data in the epoch in which an uninterrupted run does so, whichever it is."""
