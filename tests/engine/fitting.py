@@ -51,7 +51,7 @@ class Fit:
     Args:
         *callbacks: Further callbacks.
         module: What to train; None for an MLP with dropout under Adam.
-        data: What on; None for 13 minibatches an epoch, the last one smaller.
+        data: What on; None for 13 minibatches an epoch, the last one smaller; False for the module's own.
         scheduler: Makes the optimizer's scheduler and its Lightning settings.
         **arguments: The Trainer's.
     """
@@ -70,7 +70,7 @@ class Fit:
         if hasattr(self.module, "optimizer_factory"):
             self.module.optimizer_factory = partial(torch.optim.Adam, lr=0.01)
             self.module.scheduler_factory = scheduler
-        self.data = data or Blobs(batch_size=16, seed=3, num_train=200)
+        self.data = Blobs(batch_size=16, seed=3, num_train=200) if data is None else data
         self.logger, reasons = Recorder(), []
         self.trainer = Trainer(
             **QUIET | {"accelerator": "cpu", "max_epochs": 2, "log_every_n_steps": 1} | arguments,
@@ -84,7 +84,7 @@ class Fit:
                 callback.logger = self.logger
         self.error: BaseException | None = None
         try:
-            self.trainer.fit(self.module, datamodule=self.data)
+            self.trainer.fit(self.module, datamodule=self.data or None)
         except Exception as error:
             self.error = error
         self.reason = reasons[0].partition(": ")[2] if reasons else None

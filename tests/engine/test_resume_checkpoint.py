@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from fitting import Fit, OneByOne
-from pytorch_lightning import Callback
+from pytorch_lightning import Callback, Trainer
 
 from foreign import Blobs
 from tracklight.engine import checkpoints as resume_checkpoint
 from tracklight.engine.checkpoints import (
     LAST,
+    BestCheckpoint,
     DurableCheckpointIO,
     ResumeCheckpoint,
     apply_changes,
@@ -160,6 +161,29 @@ def test_naming_the_last_one_survives_a_crash_at_every_call(tmp_path, monkeypatc
         remove_leftovers(tmp_path)
     assert names(tmp_path) == [LAST, checksum_path(tmp_path / LAST).name]
     assert torch.load(tmp_path / LAST, weights_only=True)["global_step"] == 39
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_one_of_version_0_1_whose_best_was_a_plain_model_checkpoint_is_continued(tmp_path, each_epoch):
+    def fit(epochs, path=None):
+        best = BestCheckpoint("val/loss", "min", within_epochs=False)
+        best.dirpath = str(tmp_path)
+        with pytest.MonkeyPatch.context() as patch:
+            original = Trainer.fit
+            patch.setattr(Trainer, "fit", lambda self, *a, **k: original(self, *a, ckpt_path=path, **k))
+            fit = Fit(resuming(tmp_path), best, max_epochs=epochs, plugins=[IO])
+        assert fit.error is None, fit.error
+        return fit, best
+
+    _, before = fit(2)
+    checkpoint = torch.load(newest_resume_checkpoint(tmp_path), weights_only=True)
+    states = checkpoint["callbacks"]
+    states[before.state_key.replace("Best", "Model")] = states.pop(before.state_key)
+    del states["ResumeCheckpoint"]["further"], states["ResumeCheckpoint"]["position"]
+    IO.save_checkpoint(checkpoint, tmp_path / "old.ckpt")
+    continued, best = fit(2, str(tmp_path / "old.ckpt"))  # trains no more
+    assert best.best_model_score == before.best_model_score and best.best_model_path
+    assert continued.trainer.global_step == checkpoint["global_step"]
 
 
 def test_a_damaged_one_of_a_later_step_makes_way_for_two_whole_ones(tmp_path, each_epoch):

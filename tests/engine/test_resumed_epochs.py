@@ -82,10 +82,28 @@ def test_a_resumed_epoch_draws_what_it_would_have_drawn(thrice, kind):
     assert continued.same_bits(whole)
 
 
-@pytest.mark.parametrize("kind", ["total", "manual"])
-def test_so_it_does_under_a_schedule_of_the_total_and_with_manual_optimization(thrice, kind):
-    make = partial(Restless, **{kind: True})
-    whole, continued, begun = thrice(make, partial(Loaders, "workers"), LearningRateMonitor)
+class Owner(Restless):
+    """Brings its data loaders itself."""
+
+    def train_dataloader(self):
+        return Loaders("in_process").train_dataloader()
+
+    def val_dataloader(self):
+        return Loaders("in_process").val_dataloader()
+
+
+def test_so_it_does_with_loaders_of_the_module_of_which_averaging_makes_a_copy(thrice, monkeypatch):
+    monkeypatch.setattr(Trainer, "__deepcopy__", lambda *_: pytest.fail("copied"), raising=False)
+    whole, continued, begun = thrice(Owner, bool, partial(EMAWeightAveraging, decay=0.9))
+    assert begun > 0 and tail(continued, "train_loss", begun) == tail(whole, "train_loss", begun)
+    assert continued.same_bits(whole)
+
+
+@pytest.mark.parametrize("kind", ["total", "manual", "accumulated"])
+def test_so_it_does_under_a_schedule_of_the_total_with_manual_optimization_and_accumulation(thrice, kind):
+    make = Restless if kind == "accumulated" else partial(Restless, **{kind: True})
+    accumulating = {"accumulate_grad_batches": 4 if kind == "accumulated" else 1}
+    whole, continued, begun = thrice(make, partial(Loaders, "workers"), LearningRateMonitor, **accumulating)
     assert begun > 0
     for key in ("train_loss", "val_drawn", "lr-Adam"):
         assert tail(continued, key, begun) == tail(whole, key, begun)

@@ -61,8 +61,9 @@ FURTHER_CONFIGS = {
     "double_precision": (*DROPOUT_ADAM_COSINE, "trainer.precision=64-true"),
     "total": restless("workers", "+model.total=true"),
     "manual": restless("dictionary", "+model.manual=true", RATES),
+    "accumulated": restless("workers", "trainer.accumulate_grad_batches=4", RATES),
     **{
-        kind: restless(kind, f"trainer.reload_dataloaders_every_n_epochs={2 * (kind == 'subsets')}")
+        kind: restless(kind, f"trainer.reload_dataloaders_every_n_epochs={int(kind == 'subsets')}")
         for kind in ("persistent", "generator", "combined", "subsets", "stream", "numpy")
     },
 }

@@ -208,7 +208,7 @@ def test_the_best_checkpoint_holds_the_averaged_weights_that_were_scored(train, 
 def test_a_second_model_checkpoint_keeps_its_best_ones_among_the_artifacts_also_when_extended(
     train, no_model
 ):
-    command = (*MLP, *BRIEF, "optimizer.lr=0.03", TOP_3)
+    command = (*MLP, *BRIEF, "optimizer.lr=0.03", TOP_3, "tracking.run_name=../../out")
     few = train(*command, "trainer.max_epochs=4")
     run = train(f"resume={few.run.info.run_id}", "overrides=['trainer.max_epochs=8']", ALLOWED)
     losses = {step: value for step, value in run.history("val/loss")}

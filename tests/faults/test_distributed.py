@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from configs import CONFIGS, EPOCHS
+from configs import ALLOWED, CONFIGS, EPOCHS
 
 from process import TESTS, TrialResult, free_port
 
@@ -131,14 +131,16 @@ def test_processes_that_torchrun_launched_are_one_run_too_and_resume_none(traine
     ]
     assert [process.wait() for process in both] == [0, 0], both[0].stderr
     assert TrialResult(directory).differences(whole) == []
-    with closing(sqlite3.connect(directory / "mlflow.db")) as connection, connection:
-        connection.execute("UPDATE runs SET status = 'KILLED'")
-    before = TrialResult(directory)
-    process = trainees.train(directory, *command, "resume=auto", env=torchrun(0, port))
-    assert process.exit_code == 2, process.stderr
-    assert process.stderr.startswith("error: processes launched from outside cannot be told which run")
-    after = TrialResult(directory)
-    assert (after.runs, after.points, after.tags) == (before.runs, before.points, before.tags)
+    by_id = (f"resume={TrialResult(directory).run_id}", "trainer.max_epochs=20", *TWO, ALLOWED)
+    for status, again in (("FINISHED", by_id), ("KILLED", (*command, "resume=auto"))):
+        with closing(sqlite3.connect(directory / "mlflow.db")) as connection, connection:
+            connection.execute("UPDATE runs SET status = ?", [status])
+        before = TrialResult(directory)
+        process = trainees.train(directory, *again, env=torchrun(0, port))
+        assert process.exit_code == 2, process.stderr
+        assert process.stderr.startswith("error: processes launched from outside cannot be told which run")
+        after = TrialResult(directory)
+        assert (after.runs, after.points, after.tags) == (before.runs, before.points, before.tags)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

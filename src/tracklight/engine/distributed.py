@@ -19,6 +19,10 @@ LAUNCHERS = {
     "torchrun": ("TORCHELASTIC_RUN_ID", "WORLD_SIZE"),
     "srun": ("SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"),
 }
+NOT_RESUMABLE = (
+    "processes launched from outside cannot be told which run to continue; drop resume, or let"
+    " trainer.devices launch them"
+)
 WAIT_S = 300.0  # for the other processes to start, and at each exchange with them
 
 
@@ -49,8 +53,10 @@ def _launch() -> tuple[str, int]:
     return "", 1
 
 
-def settle_ranks(devices: Any, num_nodes: int) -> None:
+def settle_ranks(devices: Any, num_nodes: int, resume: str | None = None) -> None:
     """Compare the processes that a config asks for with those launched; alone, this one is rank zero.
+
+    The config of a run to `resume` by its id is not yet known.
 
     Raises:
         BadInput: They differ: each process would train for itself, or wait for one that is not there.
@@ -58,6 +64,8 @@ def settle_ranks(devices: Any, num_nodes: int) -> None:
     per_node, (launcher, size) = num_devices(devices), _launch()
     wanted = None if per_node is None else per_node * num_nodes  # None: as many as there are
     if wanted not in (None, size) and (size > 1 or launcher == "torchrun"):
+        if resume not in (None, "auto"):
+            raise BadInput(NOT_RESUMABLE)
         raise BadInput(
             f"{launcher} launched {size} process{'es' * (size > 1)}, and trainer.devices={devices} times "
             f"trainer.num_nodes={num_nodes} is {wanted}; try trainer.devices={max(1, size // num_nodes)}, or "
@@ -95,10 +103,7 @@ def check_resumable(trainer: Any) -> None:
     if trainer.world_size > 1:
         outside |= trainer.strategy.cluster_environment.creates_processes_externally
     if outside:
-        raise BadInput(
-            "processes launched from outside cannot be told which run to continue; drop resume,"
-            " or let trainer.devices launch them"
-        )
+        raise BadInput(NOT_RESUMABLE)
 
 
 def export_rank_zero_run(strategy: Any, cfg: Mapping[str, Any], checkpoint: Path | None) -> None:

@@ -66,7 +66,7 @@ def run(
         Stopped: A signal ended the run.
     """
     with SafeStop().listening() as stop:
-        distributed.settle_ranks(cfg.trainer.devices, cfg.trainer.num_nodes)
+        distributed.settle_ranks(cfg.trainer.devices, cfg.trainer.num_nodes, cfg.resume)
         store = None
         if cfg.tracking.enabled and not distributed.is_nonzero_rank():
             store = open_store(cfg.tracking.uri, Path(cfg.tracking.dir), create=True)
