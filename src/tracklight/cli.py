@@ -99,6 +99,12 @@ def _train(cfg: Any) -> Any:
     return run(cfg)
 
 
+def check_project() -> None:
+    """Raise BadInput if what makes the project is not right."""
+    if PROJECT.problem:
+        raise BadInput(PROJECT.problem)
+
+
 def quiet() -> None:
     """Switch off usage reporting and advertising of every library, in child processes too."""
     for name, value in QUIET.items():
@@ -180,8 +186,7 @@ def _exit_codes() -> Iterator[None]:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
     with _safe_streams(), _exit_on_error():
-        if PROJECT.problem:
-            raise BadInput(PROJECT.problem)
+        check_project()
         check_ranks()
         yield
 
@@ -221,10 +226,16 @@ def _run(task: Task, argv: Sequence[str]) -> Any:
     args.overrides = check_overrides(args.overrides, multirun=multirun)
     if multirun or any(value not in (None, False) for value in flags.values()):
         return _run_through_hydra(task, args)
-    now, later = split_for_resume(args.overrides)
+    return task(compose_run(args.overrides))
+
+
+def compose_run(overrides: Sequence[str]) -> Any:
+    """Compose the config of a single run, and choose the folder of its temporary files."""
+    now, later = split_for_resume(overrides)
     cfg = compose(now)
     cfg.overrides = later
-    return _begin(task, cfg)
+    choose_temporary_folder(Path(cfg.tracking.dir))  # before anything is imported that asks for one
+    return cfg
 
 
 def _run_through_hydra(task: Task, args: Namespace) -> Any:
@@ -256,9 +267,7 @@ def _run_through_hydra(task: Task, args: Namespace) -> Any:
         print(redact(printed.getvalue()).replace("python train.py", TRAIN), end="")
     if composed and isinstance(composed[0], BadInput):
         raise composed[0]
-    return _begin(task, composed[0]) if composed else None
-
-
-def _begin(task: Task, cfg: Any) -> Any:
-    choose_temporary_folder(Path(cfg.tracking.dir))  # before anything is imported that asks for one
-    return task(cfg)
+    if not composed:
+        return None
+    choose_temporary_folder(Path(composed[0].tracking.dir))
+    return task(composed[0])

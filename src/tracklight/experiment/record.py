@@ -1,9 +1,11 @@
 """What a run records: its description at the start, its score and status at the end."""
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig
@@ -164,3 +166,22 @@ def log_final(
         columns, targets = data.feature_names, describe_inputs(data).get("target_names", ())
         names = (columns, targets) if columns and len(targets) == data.out_features else ()
         log_model(store.client, run.run_id, model, data.transform(rows), step, data.encoding, *names)
+
+
+def summarise(
+    run: Run | None, cfg: DictConfig, score: float | None, step: int, metrics: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what a run came to, for programs; a tracked run keeps it beside its config."""
+    values = {key: float(value) for key, value in metrics.items()}
+    values = {key: value if math.isfinite(value) else None for key, value in values.items()}
+    summary: dict[str, Any] = {
+        "metric": cfg.score.metric,
+        "mode": cfg.score.mode,
+        "score": score,
+        "step": step,
+    }
+    summary["metrics"] = values
+    if run is not None:
+        summary = {"id": run.run_id, "name": run.name, **summary, "folder": str(run.artifacts)}
+        run.log_text(json.dumps(summary, indent=1) + "\n", tags.SUMMARY)
+    return summary

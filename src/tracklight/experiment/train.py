@@ -34,7 +34,7 @@ from tracklight.experiment.build import (
     has_test,
     rehearse,
 )
-from tracklight.experiment.record import describe, finish_run, log_final, log_reference, open_run
+from tracklight.experiment.record import describe, finish_run, log_final, log_reference, open_run, summarise
 from tracklight.experiment.stored import ResumedRun, load_best_weights, open_store, resolve_resume
 from tracklight.paths import ROOT
 from tracklight.redact import redact_command
@@ -49,12 +49,13 @@ def run(
     callbacks: Sequence[Callback] = (),
     test: bool = True,
     run_id: str | None = None,
+    summary: dict[str, Any] | None = None,
 ) -> float | None:
     """Train what a config describes, track it, and test its best checkpoint once.
 
     `tags` and `callbacks` are further ones. Without `test`, as in trials of a sweep, the run is not
     tested and logs no model. `run_id` names a run of this very config to resume; `cfg.resume` is
-    then ignored.
+    then ignored. `summary` is filled with what summary.json holds.
 
     Returns:
         The best value of `score.metric`, or the last one if nothing is tracked; None if the metric
@@ -104,6 +105,9 @@ def run(
             if store and tracked:
                 checkpoints.keep_last(tracked.artifacts / CHECKPOINTS, training.io)
                 log_final(store, tracked, cfg, model, data, step, score, test)
+            ended = summarise(tracked, cfg, score, step, training.trainer.callback_metrics | reference)
+            if summary is not None:
+                summary |= ended
         if not distributed.is_nonzero_rank():
             print(training.summary(score, tracked, reference))
         return score

@@ -47,6 +47,7 @@ SCORE = "score"  # metric: the best value of the monitored one, of every run tha
 
 # Artifacts of a run.
 CONFIG = "config.yaml"  # its resolved config
+SUMMARY = "summary.json"  # what it came to, for programs
 INPUTS = "inputs.json"  # what its model takes
 CHECKPOINTS = "checkpoints"
 BEST = f"{CHECKPOINTS}/best.ckpt"
