@@ -9,7 +9,7 @@ import random
 import warnings
 import zlib
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -79,9 +79,10 @@ class EpochSeeds(Callback):
         for owner in (pl_module, trainer.datamodule) if stage == "fit" else ():
             for hook, stream in LOADERS.items():
                 if owner and is_overridden(hook, owner):
-                    load = getattr(owner, hook)  # a function, which copies of the module share
-                    seeded = partial(self._load, trainer, load, stream)
-                    setattr(owner, hook, wraps(load)(seeded))  # Lightning sees whose hook it is
+                    load = getattr(owner, hook)
+                    # Lightning sees whose hook it is; copies of a module share a function, and no more.
+                    seeded = wraps(load)(lambda load=load, i=stream: self._load(trainer, load, i))
+                    setattr(owner, hook, seeded)
 
     def _load(self, trainer: Any, load: Callable[[], Any], stream: int) -> Any:
         """Load data in the epoch in which an uninterrupted run does so, whichever it is."""
