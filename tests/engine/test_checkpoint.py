@@ -83,6 +83,26 @@ def test_content_is_on_disk_before_the_metrics_checksum_name_and_folder(path, mo
     ]
 
 
+def test_best_weights_of_short_epochs_wait_in_memory_for_what_builds_on_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "INTERVAL_S", 60.0)
+    io, weights = DurableCheckpointIO(), torch.zeros(2)
+    best, step = tmp_path / "best.ckpt", tmp_path / "step-000000004.ckpt"
+
+    def save(path: Path) -> None:
+        io.save_checkpoint({"state_dict": {"w": weights}, "global_step": int(weights[0])}, path)
+
+    for path in (best, best):
+        weights += 1
+        save(path)
+    assert load_weights(best)["w"].tolist() == [1, 1]
+    weights += 1  # training goes on, the best stays what it was
+    save(step)
+    assert load_weights(best)["w"].tolist() == [2, 2] and load_weights(step)["w"].tolist() == [3, 3]
+    save(best)
+    io.write_pending()
+    assert load_weights(best)["w"].tolist() == [3, 3] and is_intact(best)
+
+
 @pytest.mark.parametrize("failing", ["fsync", "write_checksum", "replace", "sync_folder"])
 def test_power_loss_while_writing_leaves_the_old_one_or_the_new_one(path, monkeypatch, failing):
     save(path, 1, 1.0)

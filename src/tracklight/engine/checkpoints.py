@@ -6,6 +6,7 @@ whatever has the final name can be verified.
 
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -36,7 +37,7 @@ CHECKSUM = ".sha256.json"
 INTERVAL_S = 1.0  # the least time between two resume checkpoints within a fit
 NUM_KEPT = 2
 PATTERN = "step-*.ckpt"
-LAST = "last.ckpt"
+BEST, LAST = "best.ckpt", "last.ckpt"
 MAX_EXPANDED = 2**28  # bytes of a tensor that repeats the few values stored
 UNNAMED = ".end.tmp"  # the last resume checkpoint, until all hooks of the training's end were called
 FURTHER = "further"  # the folder of ModelCheckpoints that name none
@@ -153,18 +154,39 @@ def _release(written: str) -> tuple[int, ...]:
 class DurableCheckpointIO(CheckpointIO):
     """Writes checkpoints so that power loss leaves the old one or the new one, never half.
 
+    Best weights that follow the last writing within `INTERVAL_S` are kept in memory, until something is
+    written that builds on them or `write_pending` is called: an epoch may take a millisecond.
     `before_commit` is called when the content is on disk and before it takes its name: what the
     checkpoint builds on (the metrics up to it) must be durable first.
     """
 
     def __init__(self, before_commit: Callable[[], None] = lambda: None):
         self.before_commit = before_commit
+        self._pending: tuple[dict[str, Any], Path] | None = None
+        self._written_at = -math.inf
 
     @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         final = Path(path)
+        if self._pending is not None and self._pending[1] != final:
+            self.write_pending()
+        self._pending = None
+        is_best = final.name == BEST and "optimizer_states" not in checkpoint
+        if is_best and time.monotonic() - self._written_at < INTERVAL_S:
+            weights = apply_to_collection(checkpoint["state_dict"], Tensor, Tensor.clone)
+            self._pending = checkpoint | {"state_dict": weights}, final
+        else:
+            self._write(checkpoint, final)
+
+    def write_pending(self) -> None:
+        """Write the best weights that are kept in memory, if any."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._write(*pending)
+
+    def _write(self, checkpoint: dict[str, Any], final: Path) -> None:
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = final.with_name(f".{final.name}.tmp")
         buffer = BytesIO()  # torch.save into a file would hide why a write failed
@@ -177,6 +199,7 @@ class DurableCheckpointIO(CheckpointIO):
             write_checksum(final, Checksum(digests, checkpoint.get("global_step", -1)))
             temporary.replace(final)
             sync_folder(final.parent)
+            self._written_at = time.monotonic()
         except OSError as error:
             num_bytes = temporary.stat().st_size if temporary.exists() else 0
             temporary.unlink(missing_ok=True)
@@ -375,6 +398,10 @@ class ResumeCheckpoint(Callback):
         # Files of the epoch that a crash cut short would make others be named otherwise.
         for name in set(self._further()) - set(self.further) if trainer.is_global_zero else ():
             self.io.remove_checkpoint(self.folder / name)
+
+    @override
+    def on_exception(self, *_: Any) -> None:
+        self.io.write_pending()
 
     @override
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
