@@ -51,8 +51,8 @@ class Section:
         ]
         claims = _table(["what", "measured", "95 % interval", "at most", "reached"], rows)
         rows = [[name, *_cells(interval)] for name, interval in self.times]
-        times = _table(["", self.time_unit, "95 % interval"], rows)
-        return "\n".join([self.title, "", *self.notes, "", claims, "", times, ""])
+        times = ["", _table(["", self.time_unit, "95 % interval"], rows)] if rows else []
+        return "\n".join([self.title, "", *self.notes, "", claims, *times, ""])
 
 
 def keep(section: Section, path: Path) -> None:
