@@ -165,3 +165,13 @@ def test_a_secret_planted_anywhere_appears_neither_in_the_store_nor_in_the_folde
     leaking = [p for p in tmp_path.rglob("*") if p.is_file() and secret.encode() in p.read_bytes()]
     assert leaking == []
     assert (tmp_path / "runs" / "mlflow.db").is_file()
+
+
+def test_where_one_stands_and_where_a_secret_lies_are_no_secrets(monkeypatch, tmp_path):
+    monkeypatch.setenv("PWD", str(tmp_path))
+    monkeypatch.setenv("OLDPWD", "/was/here")
+    monkeypatch.setenv("SSH_AUTH_SOCK", str(tmp_path))
+    text = f"data.path={tmp_path}/rows.csv /was/here/too"
+    assert redact({"text": text}) == {"text": text}
+    monkeypatch.setenv("DB_PASSWORD", "/hunter2/")
+    assert redact("is /hunter2/ it") == "is *** it"

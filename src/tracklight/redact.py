@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 STARS = "***"
@@ -78,7 +79,9 @@ def is_secret(key: str, value: Any = "") -> bool:
 
 
 def _secrets_of_environment() -> list[str]:
-    return [v for k, v in os.environ.items() if len(v) >= MIN_SECRET_CHARS and is_secret(k)]
+    """Return the values to redact anywhere; where a secret lies (`SSH_AUTH_SOCK`) and `PWD` are none."""
+    named = ((k, v) for k, v in os.environ.items() if len(v) >= MIN_SECRET_CHARS and is_secret(k))
+    return [v for k, v in named if k not in ("PWD", "OLDPWD") and not (v[0] == "/" and Path(v).exists())]
 
 
 def _redact(tree: Any, values: Sequence[str]) -> Any:

@@ -63,6 +63,8 @@ def copied(kept, tmp_path) -> Path:
     """The store in a place of its own, whose files may be changed."""
     directory = tmp_path / "copied"
     shutil.copytree(kept.directory, directory)
+    with pytest.warns(UserWarning, match="are now looked for here"):
+        connect(None, directory)
     return directory
 
 

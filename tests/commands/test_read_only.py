@@ -44,7 +44,7 @@ def contents(directory: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def test_on_a_store_that_is_only_read_nothing_is_recorded_and_that_is_said(kept, copied, monkeypatch, capsys):
-    monkeypatch.setattr(module, "_why_read_only", lambda store: "it cannot be written")
+    monkeypatch.setattr(module, "_why_read_only", lambda *_: "it cannot be written")
     before = contents(copied)
     where = ["--dir", str(copied)]
     assert main("evaluate", [kept.line, *where]) == 0
@@ -115,6 +115,7 @@ def test_evaluate_predict_reproduce_compare_and_ui_work_on_a_store_that_may_only
     directory, home = open_to_all, open_to_all.parent / "home"
     rows = home / "rows.csv"
     rows.write_text("x\n1\n")
+    (directory / "artifacts" / kept.line / "artifacts" / "here.txt").touch()  # the store was elsewhere before
     reader = as_reader(how, directory, STARTS_ANOTHER)
     before = contents(directory)
     env = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
@@ -144,6 +145,10 @@ def test_evaluate_predict_reproduce_compare_and_ui_work_on_a_store_that_may_only
             page = lines[1].split()[2].partition("/#")[0]
             with urllib.request.urlopen(f"{page}/ajax-api/2.0/mlflow/runs/get?run_id={kept.line}") as answer:
                 assert json.load(answer)["run"]["info"]["run_id"] == kept.line
+            with urllib.request.urlopen(
+                f"{page}/ajax-api/2.0/mlflow/artifacts/list?run_id={kept.line}"
+            ) as answer:
+                assert "here.txt" in {each["path"] for each in json.load(answer)["files"]}
         finally:
             process.terminate()
             process.wait(30)

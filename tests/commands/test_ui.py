@@ -18,7 +18,7 @@ RUNS = "runs?workflowType=machine_learning"
 def served(monkeypatch):
     """The page at which the UI would open."""
     pages = []
-    monkeypatch.setattr(ui, "_serve", lambda store, port, page: pages.append(page))
+    monkeypatch.setattr(ui, "_serve", lambda store, port, page, uri: pages.append(page))
     return pages
 
 
@@ -51,7 +51,7 @@ def test_a_port_that_is_taken_is_bad_input(store, served):
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(BadInput, match=f"--port {port} cannot be had .*PORT={port + 1}"):
+        with pytest.raises(BadInput, match=f"--port {port} cannot be had .*--port {port + 1}"):
             main("ui", ["--dir", str(store.directory), "--port", str(port)])
     assert not served
 

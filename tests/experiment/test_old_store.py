@@ -25,6 +25,8 @@ TRIALS = {
 }
 KILLED = "d43b4be0c1514c5f81b78b2054081e4d"
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*are now looked for here:UserWarning")
+
 
 @pytest.fixture
 def directory(tmp_path, monkeypatch) -> Path:

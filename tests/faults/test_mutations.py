@@ -166,7 +166,6 @@ def test_what_only_a_library_refuses_is_one_line_with_its_key(enter, directory):
             wrong.append((line, told, code, printed))
         if any("Traceback" in each or "usage" in each for each in others):
             wrong.append((line, printed))
-    __import__("pathlib").Path("/tmp/input-wrong.txt").write_text("\n".join(map(str, wrong)))
     assert not wrong, "\n\n".join(map(str, wrong))
     assert num_runs(directory) == 0
 

@@ -1,3 +1,4 @@
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -75,8 +76,11 @@ def test_what_is_no_mlflow_database_is_refused_at_once_in_one_line(tmp_path, tem
     assert "half made" in refused()
     path.unlink()
     path.mkdir()
-    assert "directory" in refused()
+    assert "no regular file" in refused()
     path.rmdir()
+    os.mkfifo(path)
+    assert "no regular file" in refused()
+    path.unlink()
     shutil.copy(template, path)
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = 'e5e5'")

@@ -1,6 +1,7 @@
 """Serves the runs in MLflow's own UI, opened at the newest of them."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +18,9 @@ from tracklight.commands.parser import UI_PORT
 from tracklight.errors import BadInput, RunFailed
 from tracklight.runs.select import select_run
 from tracklight.tracking.address import is_server
+from tracklight.tracking.sqlite_file import find_former_root, relocate_artifacts
 from tracklight.tracking.store import Store, connect
+from tracklight.tracking.tags import RUNS_FOLDER
 
 HOST = "127.0.0.1"
 LOG = "ui.log"  # in the folder of the runs
@@ -43,9 +46,22 @@ def run(args: Namespace) -> int:
     if is_server(store.uri):
         print(f"MLflow UI: {store.display_uri.rstrip('/')}{page} (served there)")
         return 0
-    with suppress(KeyboardInterrupt):  # the way to end it
-        _serve(store, args.port, page)
+    with suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as folder:  # Ctrl-C is the way to end it
+        _serve(store, args.port, page, _uri(store, Path(folder)))
     return 0
+
+
+def _uri(store: Store, folder: Path) -> str:
+    """Return the URI to serve; that of a copy in `folder` where a store that moved may only be read."""
+    if store.database is None or not store.why_read_only:
+        return store.uri
+    root = store.database.parent / RUNS_FOLDER
+    if not (former := find_former_root(store.database, root)):
+        return store.uri
+    copy = folder / store.database.name
+    shutil.copyfile(store.database, copy)
+    relocate_artifacts(copy, former, root)
+    return f"sqlite:///{copy}"
 
 
 def _check_port(port: int) -> None:
@@ -77,7 +93,7 @@ def _page(store: Store, experiment: str | None) -> str:
     return f"/#/experiments/{experiment_id}/runs?{WORKFLOW}"
 
 
-def _serve(store: Store, port: int, page: str) -> None:
+def _serve(store: Store, port: int, page: str, uri: str) -> None:
     print("MLflow's server starts; this takes some seconds", flush=True)
     options = f"--host {HOST} --port {port} --workers 1 --uvicorn-opts=--log-level=warning".split()
     options += ["--default-artifact-root", store.runs_folder.as_uri()]
@@ -85,7 +101,7 @@ def _serve(store: Store, port: int, page: str) -> None:
     env = {
         **os.environ,
         "PATH": os.pathsep.join((scripts, os.environ.get("PATH", os.defpath))),
-        "MLFLOW_BACKEND_STORE_URI": store.uri,  # its password would show in the command
+        "MLFLOW_BACKEND_STORE_URI": uri,  # its password would show in the command
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "PYTHONWARNINGS": "ignore",
     }

@@ -3,17 +3,20 @@
 import json
 import operator
 import os
+import re
 import sqlite3
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from tracklight.errors import BadInput
 from tracklight.paths import sync_folder
 from tracklight.tracking.lock import exclusive_lock
 from tracklight.tracking.mlflow_client import create_database, short_reason
-from tracklight.tracking.tags import SCORE
+from tracklight.tracking.tags import RUNS_FOLDER, SCORE
 from tracklight.tracking.wal import Points
 
 _BUSY_S = 20.0  # as MLflow's own sessions
@@ -27,6 +30,12 @@ _UPSERT = """
         step = excluded.step, is_nan = excluded.is_nan
     WHERE (excluded.step, excluded.timestamp, excluded.value)
         > (latest_metrics.step, latest_metrics.timestamp, latest_metrics.value)"""
+
+_LOCATIONS = (  # tables and columns that hold absolute addresses of artifacts
+    *(("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location")),
+    *(("model_versions", "source"), ("model_versions", "storage_location")),
+)
+_BELOW = "substr({} || '/', 1, ?) = ? || '/'"  # a prefix, and its length with the slash
 
 Row = tuple[str, float, int, int, bool]  # key, value, timestamp, step, is_nan
 _AGE = operator.itemgetter(3, 2, 1)
@@ -70,6 +79,8 @@ def ensure_database(path: Path, artifact_root: str, setting: str = "tracking.dir
 
 
 def _exists(path: Path, setting: str) -> bool:
+    if path.exists() and not path.is_file():  # as root, a device would be replaced
+        raise BadInput(f"{path} is no regular file; try another {setting}")
     try:
         with path.open("rb") as file:
             if not file.read(1):  # SQLite itself takes an empty file for a new database
@@ -88,6 +99,41 @@ def _exists(path: Path, setting: str) -> bool:
         cure = f"move it away, or try another {setting}"
         raise BadInput(f"{path} is no MLflow database, or was left half made; {cure}")
     return True
+
+
+def find_former_root(path: Path, root: Path) -> str:
+    """Return the URI that `root`, the folder of the runs, had elsewhere; "" for a store that did not move.
+
+    A store that is renamed, copied or mounted elsewhere keeps absolute addresses; that of the default
+    experiment, which no run of ours uses, tells where it was made.
+    """
+    with closing(_connect(path, "ro")) as connection:
+        row = connection.execute(
+            "SELECT artifact_location FROM experiments WHERE experiment_id = 0"
+        ).fetchone()
+        former = str(row[0] if row else "").removesuffix("/0")
+        if not re.fullmatch(f"file:///.*/{RUNS_FOLDER}", former) or former == root.as_uri():
+            return ""
+        newest = (
+            f"SELECT run_uuid FROM runs WHERE {_BELOW.format('artifact_uri')} ORDER BY rowid DESC LIMIT 20"
+        )
+        ids = [row[0] for row in connection.execute(newest, (len(former) + 1, former)).fetchall()]
+    with suppress(OSError):  # it is no longer there
+        if root.samefile(url2pathname(urlsplit(former).path)):  # by another name
+            return ""
+    return former if not ids or any((root / each).is_dir() for each in ids) else ""
+
+
+def relocate_artifacts(path: Path, former: str, root: Path) -> int:
+    """Let all addresses of artifacts below `former` lead to `root`; return how many were changed of runs."""
+    lock, size = exclusive_lock(path.with_name(f".{path.name}.lock")), len(former) + 1
+    with lock, closing(_connect(path)) as connection, connection:  # ends in COMMIT, or in ROLLBACK
+        connection.execute("BEGIN IMMEDIATE")
+        counts: dict[str, int] = {}
+        for table, column in _LOCATIONS:
+            change = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {_BELOW.format(column)}"
+            counts[table] = connection.execute(change, (root.as_uri(), size, size, former)).rowcount
+        return counts["runs"]
 
 
 class MetricTables:
@@ -136,10 +182,10 @@ class MetricTables:
         self._connection.close()
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def _connect(path: Path, mode: str = "rw") -> sqlite3.Connection:
     # Never creates the file; the sender's thread uses what another one may have opened.
     return sqlite3.connect(
-        f"{path.as_uri()}?mode=rw",
+        f"{path.as_uri()}?mode={mode}",
         uri=True,
         timeout=_BUSY_S,
         isolation_level=None,

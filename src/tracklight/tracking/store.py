@@ -7,10 +7,12 @@ import math
 import os
 import shlex
 import shutil
+import sqlite3
 import sys
 import tempfile
 import time
 import uuid
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,12 @@ from tracklight.tracking.lock import LockHeld, RunLock, read_lock
 from tracklight.tracking.mlflow_client import is_locked, is_transient, mlflow, retry, short_reason
 from tracklight.tracking.provenance import source_tags
 from tracklight.tracking.sender import MlflowWriter, Sender
-from tracklight.tracking.sqlite_file import creation_order, ensure_database
+from tracklight.tracking.sqlite_file import (
+    creation_order,
+    ensure_database,
+    find_former_root,
+    relocate_artifacts,
+)
 from tracklight.tracking.tags import IDENTITY_TAG, KEY_TAG, NEW_PREFIX, RUNS_FOLDER, WAL_FILE, is_run_id
 from tracklight.tracking.wal import WriteAheadLog
 
@@ -51,6 +58,8 @@ def connect(uri: str | None, directory: Path, *, reads_only: bool = False) -> "S
     if store.database is not None:
         setting = "tracking.dir" if uri is None else uri_setting(uri)
         ensure_database(store.database, store.runs_folder.as_uri(), setting)
+        if not store.why_read_only:
+            _follow_move(store.database)
     else:
         retry(lambda: contact(store.uri), _START_UP_S, when=lambda e: isinstance(e, BadInput))
 
@@ -66,6 +75,19 @@ def connect(uri: str | None, directory: Path, *, reads_only: bool = False) -> "S
         where, why = store.display_uri, short_reason(error)
         raise BadInput(f"cannot open {uri_setting(uri)}={where}: {why}") from None
     return store
+
+
+def _follow_move(database: Path) -> None:
+    """Put the addresses of artifacts right in a store that was renamed, copied or mounted elsewhere."""
+    root = database.parent / RUNS_FOLDER
+    try:
+        former = find_former_root(database, root)
+        if former and (count := relocate_artifacts(database, former, root)):
+            before = former.removeprefix("file://").removesuffix(f"/{RUNS_FOLDER}")
+            message = f"{database.parent} was {before}: the artifacts of {count} runs are now looked for here"
+            warnings.warn(message, stacklevel=2)
+    except sqlite3.Error:  # not a whole database, or busy: MLflow says what is the matter
+        return
 
 
 def _why_read_only(store: "Store", uri: str | None) -> str:
