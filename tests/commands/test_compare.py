@@ -44,7 +44,18 @@ def test_the_same_seed_again_is_no_new_evidence_and_other_data_another_place(add
     add(0.9, "one", 0, data="other", data_name="other")
     found = board(tmp_path)
     assert [place.scores for place in found.rows] == [[0.9], [0.6, 0.7]]
-    assert found.rows[1].flags == ["other data"]
+    assert [place.rank for place in found.rows] == [1, 1]  # on different data they are no rivals
+    assert found.columns == ["data"] and [place.params["data"] for place in found.rows] == ["other", "n"]
+
+
+def test_each_data_set_has_a_ranking_of_its_own_and_its_own_first_row(add, tmp_path):
+    for number, (name, score) in enumerate([("a", 0.9), ("b", 0.5), ("a", 0.8), ("b", 0.7)]):
+        tags = {"tracklight.code": "x" if name == "a" else "y"}
+        add(score, f"{number}", data=name, data_name=name, tags=tags)
+    found = [(row.params["data"], row.rank, row.score, row.flags) for row in board(tmp_path).rows]
+    assert found == [("b", 1, 0.7, []), ("b", 2, 0.5, []), ("a", 1, 0.9, []), ("a", 2, 0.8, [])]
+    assert [row.delta for row in board(tmp_path).rows][1::2] == pytest.approx([-0.2, -0.1])
+    assert [row.score for row in board(tmp_path, tags={"tracklight.data_name": "a"}).rows] == [0.9, 0.8]
 
 
 def test_other_data_read_by_the_same_setting_is_a_place_of_its_own_and_no_evidence(tmp_path, capsys):
@@ -60,8 +71,10 @@ def test_other_data_read_by_the_same_setting_is_a_place_of_its_own_and_no_eviden
         path.write_text("\n".join(["x,y", *(f"{x},{slope * x}" for x in range(40))]))
         made[slope] = {train(tmp_path, *words, f"seed={seed}") for seed in seeds}
     first, second = board(tmp_path).rows
-    assert ({*first.run_ids}, {*second.run_ids}) == (made[1], made[9])
-    assert (first.flags.count("other data"), second.flags.count("other data")) == (0, 1)
+    assert ({*first.run_ids}, {*second.run_ids}) == (made[9], made[1])  # the newest data first
+    assert (first.rank, second.rank) == (1, 1) and first.score > second.score
+    assert first.params["data"].split()[0] == second.params["data"].split()[0] == "table.csv"
+    assert first.params["data"] != second.params["data"]
     reader = open_reader(None, tmp_path)
     assert select_id(reader, "best") in made[9]  # as the newest, though the others score better
     main("compare", [*(min(made[slope]) for slope in (1, 9)), "--dir", str(tmp_path)])
@@ -83,7 +96,7 @@ def test_runs_scored_otherwise_are_counted_and_a_metric_is_a_filter(add, tmp_pat
     add(0.3, "other", params={"score.metric": "val/loss", "score.mode": "min"})
     add(0.5, "one", losses=[2.0])
     add(0.7, "two")
-    assert board(tmp_path).left_out == "1 runs scored by another metric left out"
+    assert board(tmp_path).left_out == "1 run scored by another metric left out"
     found = board(tmp_path, metric="train/loss_epoch")
     assert [place.scores for place in found.rows] == [[2.0]]
     main("compare", ["--dir", str(tmp_path), "--metric", "train/loss_epoch"])
@@ -185,7 +198,7 @@ def test_runs_scored_by_another_metric_are_left_out(add, tmp_path):
 def test_only_parameters_that_differ_are_columns_and_no_seed_among_them(add, tmp_path):
     same = {"model.hidden": "[8]", "data.seed": 3}
     for seed in range(2):
-        add(0.5, "a", seed, params={**same, "optimizer.lr": 0.1, "tracking.run_name": f"n{seed}"})
+        add(0.5, "a", seed, params={**same, "optimizer.lr": 0.1, "tracking.dir": f"n{seed}"})
         add(0.6, "b", seed, params={**same, "optimizer.lr": 0.2, "data.root": f"/{seed}"})
     found = board(tmp_path)
     assert found.columns == ["optimizer.lr"]
@@ -193,6 +206,46 @@ def test_only_parameters_that_differ_are_columns_and_no_seed_among_them(add, tmp
         {"optimizer.lr": "0.2"},
         {"optimizer.lr": "0.1"},
     ]
+
+
+def test_parameters_that_matter_come_first_and_names_that_were_given_show(add, tmp_path, answer, monkeypatch):
+    for number in range(9):
+        params = {
+            **{"num_threads": number % 2, "data.download": number % 2, "trainer.precision": number},
+            **{"data.batch_size": number, "optimizer.lr": number / 8, "other.thing": number},
+            **({"model.channels": number} if number % 3 == 0 else {}),
+            **({"tracking.run_name": f"n{number}"} if number > 6 else {}),
+        }
+        add(number / 10, f"{number}", params=params, name=f"n{number}")
+    columns = ["name", "model.channels", "optimizer.lr", "data.batch_size", "trainer.precision"]
+    assert board(tmp_path).columns == [*columns, "other.thing", "data.download", "num_threads"]
+    assert [row.params["name"] for row in board(tmp_path).rows] == ["n8", "n7", *[""] * 7]
+    for width, shown in ((160, 6), (70, 3), (60, 2)):
+        monkeypatch.setattr("tracklight.commands.compare.WIDTH", width)
+        head, *_, note = answer().split("\n\n")[0].strip().splitlines()
+        names = ["name", "channels", "lr", "batch_size", "precision", "thing"]
+        assert head.split() == ["#", "val/accuracy", "delta", *names[:shown], "loss", "run"], head  # unbroken
+    assert "further parameters that differ: optimizer.lr, data.batch_size" in " ".join(answer().split())
+    assert answer("--columns", "lr").split()[3:5] == ["lr", "loss"]
+
+
+def test_columns_time_and_data_are_chosen(add, store, answer):
+    old = add(0.9, "old", params={"optimizer.lr": 0.5, "model.hidden": "[8]"}, data_name="there")
+    new = add(0.8, "new", params={"optimizer.lr": 0.5, "model.hidden": "[8]"})
+    with closing(sqlite3.connect(store.database)) as connection, connection:
+        begin = "UPDATE runs SET start_time = strftime('%s', 'now', ?) * 1000 WHERE run_uuid = ?"
+        connection.execute(begin, ("-50 hours", old))
+
+    def found(*words):
+        return [place["runs"][0] for place in json.loads(answer("--json", *words))]
+
+    assert found() == [new, old]
+    assert found("--since", "2d") == found("--since", "49h") == [new]
+    assert found("--since", "51h") == found("--since", "2000-01-01") == [new, old]
+    assert found("--data", "there") == [old] and found("--data", "n") == [new]
+    (place,) = json.loads(answer("--json", "--data", "n", "--columns", "model.hidden,lr"))
+    assert place["params"] == {"model.hidden": "[8]", "optimizer.lr": "0.5"}
+    assert answer("--data", "n").splitlines()[-1] == "1 run of 1 setting, max first"
 
 
 def test_runs_without_a_score_come_last_with_their_status(add, tmp_path):
@@ -292,6 +345,10 @@ def test_long_series_keeps_its_ends():
         (["--sweep", "last"], "there is no sweep"),
         (["--sweep", "best"], "is no sweep"),
         (["--limit", "0"], "must be 1 or more"),
+        (["--since", "yesterday"], "must be a date, 2026-11-30, or an age"),
+        (["--since", "2999-01-01"], "leave a filter out"),
+        (["--columns", "score.mod"], "no run shown has it; the most similar are score.mode"),
+        (["--since", "1d", "last", "best"], "--since is of a leaderboard"),
         (["--experiment", "nowhere"], "leave a filter out"),
         (["--nonsense"], "unrecognized arguments"),
         (["--csv", "--json"], "not allowed with"),

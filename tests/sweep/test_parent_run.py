@@ -91,9 +91,9 @@ def test_the_last_score_is_logged_though_the_sweep_ends_within_the_second(monkey
     monkeypatch.setattr(parent, "_plot", lambda *_: None)
     parent.refresh(final=True)
     parent.refresh(final=True)
-    assert [point for point in logged if point[0] == "best/loss"] == [
-        ("best/loss", (12,), (0.5,)),
-        ("best/loss", (13,), (0.25,)),
+    assert [point for point in logged if point[0] == "score"] == [
+        ("score", (12,), (0.5,)),
+        ("score", (13,), (0.25,)),
     ]
 
 

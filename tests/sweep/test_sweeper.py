@@ -30,7 +30,7 @@ def test_a_grid_is_a_parent_with_a_child_a_point_and_its_leaderboard(commander, 
     assert [row["run_id"] for row in swept.csv()] == [child.run_id for child in ranked]
     assert swept.parent.tags["best.optimizer.lr"] == ranked[0].tags["optimizer.lr"]
     assert swept.parent.tags["best.run"] == ranked[0].run_id
-    assert swept.parent.metrics["best/train/loss"][-1][1] == ranked[0].score
+    assert swept.parent.metrics["score"][-1][1] == ranked[0].score
     assert "plotly" in (swept.artifacts / "plots.html").read_text()
 
 
@@ -129,7 +129,7 @@ def test_each_point_under_several_seeds_is_ranked_by_its_mean(commander, tmp_pat
         half = 4.302652729911275 * scores.std(ddof=1) / np.sqrt(3)  # t of 2 degrees, 97.5 %
         assert row["ci95_high"] - row["score"] == pytest.approx(half, rel=1e-8)
     assert table[0]["score"] <= table[1]["score"]
-    assert swept.parent.metrics["best/train/loss"][-1][1] == table[0]["score"]
+    assert swept.parent.metrics["score"][-1][1] == table[0]["score"]
 
 
 def test_only_the_winner_meets_the_test_set_and_only_once(commander, tmp_path):

@@ -6,9 +6,12 @@ Neither torch nor MLflow is imported here: they take longer than ranking ten tho
 import csv
 import json
 import math
+import re
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from rich.console import Console
@@ -18,10 +21,10 @@ from rich.text import Text
 from tracklight.commands.parser import LIMIT
 from tracklight.errors import BadInput
 from tracklight.runs.diff import diff_runs
-from tracklight.runs.leaderboard import Leaderboard, LeaderboardRow, rank_runs, short_names
+from tracklight.runs.leaderboard import Leaderboard, LeaderboardRow, count, rank_runs, short_names
 from tracklight.runs.reader import RunFilter, RunReader, batches, open_reader
 from tracklight.runs.select import select_id
-from tracklight.tracking.tags import PARENT_TAG, RUNS_FOLDER, SCORE, SWEEP_TAG
+from tracklight.tracking.tags import DATA_NAME_TAG, PARENT_TAG, RUNS_FOLDER, SCORE, SWEEP_TAG
 
 BARS = "▁▂▃▄▅▆▇█"
 SPARKLINE_WIDTH = 12
@@ -41,7 +44,8 @@ def run(args: Namespace) -> int:
         return 0
     folders = args.dir.absolute() / RUNS_FOLDER
     run_filter, limit = _parse_filter(reader, args), args.limit or LIMIT
-    board = rank_runs(reader, run_filter, args.metric, args.mode, limit, args.each, folders)
+    chosen = args.columns.split(",") if args.columns else []
+    board = rank_runs(reader, run_filter, args.metric, args.mode, limit, args.each, folders, chosen)
     if args.form == "json":
         print(json.dumps([_to_dict(board, row) for row in board.rows], indent=1))
     elif args.form == "csv":
@@ -50,7 +54,7 @@ def run(args: Namespace) -> int:
         writer.writeheader()
         writer.writerows(rows)
     else:
-        _print_table(board)
+        _print_table(board, len(board.columns) if chosen else MAX_COLUMNS)
     return 0
 
 
@@ -63,7 +67,19 @@ def _parse_filter(reader: RunReader, args: Namespace) -> RunFilter:
         tags[key] = value
     if args.sweep is not None:
         tags[PARENT_TAG] = _find_sweep(reader, args.sweep, args.experiment)
-    return RunFilter(args.experiment, tags)
+    if args.data is not None:
+        tags[DATA_NAME_TAG] = args.data
+    return RunFilter(args.experiment, tags, since_ms=_parse_time(args.since) if args.since else 0)
+
+
+def _parse_time(text: str) -> int:
+    """Return a date or an age in milliseconds since 1970."""
+    try:
+        if match := re.fullmatch(r"(\d{1,6})([dhm])", text):
+            return round((time.time() - int(match[1]) * {"d": 86400, "h": 3600, "m": 60}[match[2]]) * 1000)
+        return round(datetime.fromisoformat(text).timestamp() * 1000)
+    except (ValueError, OverflowError):
+        raise BadInput(f"--since {text} must be a date, 2026-11-30, or an age, 7d, 12h or 30m") from None
 
 
 def _find_sweep(reader: RunReader, word: str, experiment: str | None) -> str:
@@ -116,9 +132,26 @@ def _to_csv_row(board: Leaderboard, row: LeaderboardRow) -> dict[str, Any]:
     return {**first, **row.params, **last, "flags": "; ".join(row.flags)}
 
 
-def _print_table(board: Leaderboard) -> None:
-    """Print a leaderboard as a table, and below it what the table leaves out."""
-    columns, dropped = board.columns[:MAX_COLUMNS], board.columns[MAX_COLUMNS:]
+def _print_table(board: Leaderboard, num_columns: int) -> None:
+    """Print a leaderboard as a table, as wide as the screen, and below it what the table leaves out."""
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False, markup=False)
+    columns, unbounded = board.columns[:num_columns], console.options.update(max_width=10_000)
+    while console.measure(table := _make_table(board, columns), options=unbounded).minimum > console.width:
+        if not columns:
+            break
+        columns = columns[:-1]
+    note = f"{count(board.num_runs, 'run')} of {count(board.num_settings, 'setting')}, {board.mode} first"
+    if len(board.rows) < board.num_settings:
+        note += f", {len(board.rows)} shown (--limit)"
+    if board.left_out:
+        note += f"; {board.left_out}"
+    if dropped := board.columns[len(columns) :]:
+        note += f"; further parameters that differ: {', '.join(dropped)} (--columns, --csv, --json)"
+    console.print(table)
+    console.print(note, style="dim")
+
+
+def _make_table(board: Leaderboard, columns: Sequence[str]) -> Table:
     several_seeds = any(len(row.runs) > 1 for row in board.rows)
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("#", justify="right")
@@ -128,7 +161,7 @@ def _print_table(board: Leaderboard) -> None:
         table.add_column("seeds", justify="right")
     table.add_column("delta", justify="right", no_wrap=True)
     for name in short_names(columns):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", min_width=len(name))
     table.add_column("loss", no_wrap=True)
     table.add_column("run", no_wrap=True)
     if any(row.flags for row in board.rows):
@@ -147,17 +180,7 @@ def _print_table(board: Leaderboard) -> None:
         ]
         style = "bold green" if row.rank == 1 else None
         table.add_row(*(Text(cell) for cell in cells[: len(table.columns)]), style=style)
-    note = f"{board.num_runs:,} runs of {board.num_settings:,} settings, {board.mode} first"
-    if len(board.rows) < board.num_settings:
-        note += f", {len(board.rows)} shown (--limit)"
-    if board.left_out:
-        note += f"; {board.left_out}"
-    if dropped:
-        note += f"; further parameters that differ: {', '.join(dropped)} (--csv, --json)"
-    width = None if sys.stdout.isatty() else WIDTH
-    console = Console(width=width, highlight=False, markup=False)
-    console.print(table)
-    console.print(note, style="dim")
+    return table
 
 
 def _format_param(text: str) -> str:

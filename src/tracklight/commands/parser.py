@@ -22,9 +22,9 @@ RUN_HELP = "id of a run, a unique prefix of one, `last`, or `best` (of those lik
 COMPARE = """\
 Without RUNs, a leaderboard: configs that differ only in their seed share a row, ranked by the mean
 of their scores with its 95 % interval. Runs scored by another metric than the newest are left out;
---metric ranks all that have it. Reproductions add no evidence and are left out; pruned trials are
-listed without a rank and do not count in a mean. "other git", "other code" and "other data" are
-relative to the first row.
+--metric ranks all that have it. Each data set has a ranking of its own. Reproductions add no
+evidence and are left out; pruned trials are listed without a rank and do not count in a mean.
+"other git", "other code" and "other data" are relative to the first row of the ranking.
 With two RUNs, all that differs between them, and whether their scores differ by more than chance,
 if there are several seeds of each.
 
@@ -118,6 +118,9 @@ def _add_compare(parser: Parser) -> None:
     parser.add_argument("--metric", help="rank by its last value (default: each run's own score)")
     parser.add_argument("--mode", choices=("min", "max"), help="default: by the metric's name")
     parser.add_argument("--tag", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--since", metavar="TIME", help="started then or later: 2026-11-30, or 7d, 12h ago")
+    parser.add_argument("--data", metavar="NAME", help="only on this data set")
+    parser.add_argument("--columns", metavar="KEY,KEY", help="parameters to show, whether they differ or not")
     parser.add_argument("--limit", type=int, help=f"rows to show (default: {LIMIT})")
     parser.add_argument("--each", action="store_true", help="a row for each run, not each config")
     parser.add_argument("--diff", action="store_true", help="of two runs: show the code's patch")
@@ -133,7 +136,8 @@ def _check_compare(args: argparse.Namespace) -> None:
         raise BadInput("--csv is of a leaderboard; of two runs, --json tells all")
     if args.limit is not None and args.limit < 1:
         raise BadInput(f"--limit {args.limit} must be 1 or more")
-    for name in ("sweep", "metric", "mode", "tag", "limit", "each") if args.runs else ("diff",):
+    of_many = ("sweep", "metric", "mode", "tag", "since", "data", "columns", "limit", "each")
+    for name in of_many if args.runs else ("diff",):
         if getattr(args, name):
             subject = "a leaderboard" if args.runs else "two runs"
             raise BadInput(f"--{name} is of {subject}; leave it out")

@@ -83,7 +83,7 @@ class RunLine(AfterEpoch):
         if not trainer.is_global_zero:
             return
         self.started_s = self.drawn_s = time.perf_counter()
-        self.done_before = self._share_done(trainer, 0)
+        self.done_before = self._share_done(trainer, 0.0)
         columns = TextColumn("{task.description}"), BarColumn(16), TextColumn("{task.fields[rest]}")
         # No thread redraws it: whoever forks a process meanwhile would copy a held lock.
         self.line = Progress(*columns, auto_refresh=False, redirect_stderr=sys.stderr.isatty())
@@ -95,24 +95,23 @@ class RunLine(AfterEpoch):
     def on_train_batch_end(
         self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._draw(trainer, batch_idx + 1)
+        self._draw(trainer, (batch_idx + 1) / trainer.num_training_batches)  # 0 of infinitely many
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
         if self.line and (value := self.measured(trainer).get(self.metric or "")) is not None:
             self.score = format_metrics({str(self.metric): value})
-        self._draw(trainer, trainer.num_training_batches)
+        self._draw(trainer, 1.0)
 
-    def _share_done(self, trainer: Trainer, num_batches: float) -> float:
-        """Return the share of the run that is done after so many batches of the current epoch."""
-        of_epoch = num_batches / trainer.num_training_batches if num_batches else 0.0
+    def _share_done(self, trainer: Trainer, of_epoch: float) -> float:
+        """Return the share of the run that is done after a share of the current epoch."""
         by_epochs = (trainer.current_epoch + of_epoch) / (trainer.max_epochs or 1)
         return max(by_epochs, trainer.global_step / trainer.max_steps)  # -1 is no limit
 
-    def _draw(self, trainer: Trainer, num_batches: float) -> None:
+    def _draw(self, trainer: Trainer, of_epoch: float) -> None:
         if self.line is None:
             return
-        now_s, done, rest = time.perf_counter(), self._share_done(trainer, num_batches), self.score
+        now_s, done, rest = time.perf_counter(), self._share_done(trainer, of_epoch), self.score
         if (trained := done - self.done_before) > 0:
             left_s = (now_s - self.started_s) / trained * (1 - done)
             rest = f"{rest}  {timedelta(seconds=round(left_s))} left".strip()

@@ -15,7 +15,7 @@ from tracklight.config.compose import flatten, parse_stored
 from tracklight.config.rules import guess_mode
 from tracklight.errors import BadInput
 from tracklight.paths import PROJECT, ROOT, read_bounded
-from tracklight.runs.leaderboard import difference, half_width, result_params
+from tracklight.runs.leaderboard import count, difference, half_width, result_params
 from tracklight.runs.reader import RunFilter, RunReader, RunRecord, finite, latest_seeds
 from tracklight.runs.select import MAX_TEXT_BYTES, find_run, parse_mapping, read_text, select_id, trained_id
 from tracklight.tracking import tags
@@ -225,7 +225,7 @@ def _describe_scores(a: RunRecord, b: RunRecord, scores: list[Scores]) -> list[s
         half = half_width([*found.values()])
         spread = "" if half is None else f" ± {half:.2g}"
         mean = f"{statistics.fmean(found.values()):.6g}" if found else "none"
-        lines.append(f"{name}: {metric} {mean}{spread} over {len(found)} seeds of its setting")
+        lines.append(f"{name}: {metric} {mean}{spread} over {count(len(found), 'seed')} of its setting")
     if setting is not None and setting == b.tags.get(tags.SETTING_TAG):
         return [*lines[:1], "A and B are of one setting: what differs is chance, or the code"]
     found = difference(*scores)

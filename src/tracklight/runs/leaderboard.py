@@ -1,5 +1,6 @@
 """Ranks configs by the mean of their scores over seeds, and tells differences from chance."""
 
+import difflib
 import math
 import statistics
 from collections import Counter
@@ -16,6 +17,9 @@ from tracklight.tracking import tags
 from tracklight.tracking.lock import was_abandoned
 
 MIN_PAIRS = 3  # of two, the interval would be wider than what it compares, almost always
+# Groups by how much their parameters matter, and keys that hardly do: they are shown last.
+GROUPS = ("model.", "optimizer.", "scheduler.", "data.", "callbacks.", "trainer.")
+HARDLY = ("data.download", "data.fallback", "num_threads", "compile")
 LOSSES = ("train/loss_epoch", "train/loss", "val/loss", "train_loss", "val_loss", "loss")
 
 
@@ -32,6 +36,11 @@ class Difference:
     def is_significant(self) -> bool:
         """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
+
+
+def count(num: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless there is one."""
+    return f"{num:,} {noun}{'' if num == 1 else 's'}"
 
 
 def t_quantile(freedom: float) -> float:
@@ -158,15 +167,17 @@ def rank_runs(
     limit: int,
     each: bool = False,
     folders: Path | None = None,
+    chosen: Sequence[str] = (),
 ) -> Leaderboard:
     """Rank the training runs of a store, a row per setting or, with `each`, per run.
 
-    Without a metric, each run's own score counts, of those that share the newest run's
-    `score.metric`; without a mode, the metric decides it. The locks in the run folders tell which
-    runs died.
+    Each data set has a ranking of its own, that of the newest run first. The columns are the parameters
+    that differ, unless others are `chosen`. Without a metric, each run's own score counts, of those that
+    share the newest run's `score.metric`; without a mode, the metric decides it. The locks in the run
+    folders tell which runs died.
 
     Raises:
-        BadInput: There are no such runs.
+        BadInput: There are no such runs, or they have no such parameters.
     """
     scores = reader.search_scores(run_filter, metric or tags.SCORE)
     if not scores:
@@ -187,9 +198,9 @@ def rank_runs(
     shown_metric = metric or score_metric or tags.SCORE
     mode = mode or guess_mode(shown_metric) or "max"
     why = "scored by another metric" if metric is None else f"without a finite {metric}"
-    left_out = f"{num_all - len(scores):,} runs {why} left out" if len(scores) < num_all else ""
-    rows = rank_rows(_group_by_setting(scores, each), mode)
-    shown, columns = _fill_in(reader, rows[:limit], shown_metric, folders)
+    left_out = f"{count(num_all - len(scores), 'run')} {why} left out" if len(scores) < num_all else ""
+    rows = [row for group in _group_by_setting(scores, each) for row in rank_rows(group, mode)]
+    shown, columns = _fill_in(reader, rows[:limit], shown_metric, folders, chosen)
     return Leaderboard(shown_metric, mode, shown, columns, len(scores), len(rows), left_out)
 
 
@@ -203,29 +214,45 @@ def result_params(run: RunRecord) -> dict[str, str]:
     return {k: v for k, v in run.params.items() if k not in ignored and not k.startswith(below)}
 
 
-def _group_by_setting(scores: Sequence[RunScore], each: bool) -> list[LeaderboardRow]:
-    groups: dict[tuple[str, str], list[RunScore]] = {}
+def _group_by_setting(scores: Sequence[RunScore], each: bool) -> list[list[LeaderboardRow]]:
+    """Return a list of rows for each data set."""
+    groups: dict[str, dict[str, list[RunScore]]] = {}
     for run in scores:
-        groups.setdefault((run.run_id if each else run.setting, run.data), []).append(run)
+        settings = groups.setdefault(run.data, {})
+        settings.setdefault(run.run_id if each else run.setting, []).append(run)
     return [
-        LeaderboardRow([r.run_id for r in runs], [r.value for r in runs if r.value is not None])
-        for runs in map(latest_seeds, groups.values())
+        [
+            LeaderboardRow([r.run_id for r in runs], [r.value for r in runs if r.value is not None])
+            for runs in map(latest_seeds, settings.values())
+        ]
+        for settings in groups.values()
     ]
 
 
 def _fill_in(
-    reader: RunReader, rows: list[LeaderboardRow], metric: str, folders: Path | None
+    reader: RunReader,
+    rows: list[LeaderboardRow],
+    metric: str,
+    folders: Path | None,
+    chosen: Sequence[str],
 ) -> tuple[list[LeaderboardRow], list[str]]:
     """Fill in what a table shows of the rows; return those still there and their columns."""
     records = {run.run_id: run for run in reader.get_runs([i for row in rows for i in row.run_ids])}
+    for run in records.values():  # what is a column beside the parameters, if it differs
+        is_named = run.params.get("tracking.run_name", "null") != "null" and tags.PARENT_TAG not in run.tags
+        data = f"{run.tags.get(tags.DATA_NAME_TAG, '')} {run.tags.get(tags.DATA_SET_TAG, '')[:6]}"
+        run.params |= {"data": data.strip(), "name": run.name if is_named else ""}
     for row in rows:
         row.runs = [records[run_id] for run_id in row.run_ids if run_id in records]
     rows = [row for row in rows if row.runs]
-    columns = _differing_params([row.runs for row in rows])
+    groups, known = [row.runs for row in rows], dict.fromkeys(k for r in records.values() for k in r.params)
+    columns = [_find_param(name, [*known]) for name in chosen] or _differing_params(groups)
+    first: dict[str, list[RunRecord]] = {}
     losses = _read_losses(reader, [row.runs[0].run_id for row in rows], metric)
     for row in rows:
         row.params = {key: _joined_value(row.runs, key) for key in columns}
-        row.flags = _flag_differences(row.runs, rows[0].runs) + _flag_states(row.runs, folders)
+        leaders = first.setdefault(row.runs[0].params["data"], row.runs)
+        row.flags = _flag_differences(row.runs, leaders) + _flag_states(row.runs, folders)
         row.losses = losses.get(row.runs[0].run_id, [])
     return rows, columns
 
@@ -241,13 +268,27 @@ def _read_losses(reader: RunReader, ids: list[str], ranked_by: str) -> dict[str,
 
 
 def _differing_params(groups: list[list[RunRecord]]) -> list[str]:
-    """Return the parameters that differ between rows, those that most rows have first."""
-    keys = dict.fromkeys(key for runs in groups for key in result_params(runs[0]))
+    """Return the parameters that differ between rows, by how much they matter and how many rows have them."""
+    keys = dict.fromkeys(key for runs in groups for key in ("data", "name", *result_params(runs[0])))
     values = {key: [_joined_value(runs, key) for runs in groups] for key in keys}
     several = any(len(runs) > 1 for runs in groups)
     seeds = {key for key in values if key.endswith(".seed") or (several and key == "seed")}
     differing = [key for key, column in values.items() if len({*column}) > 1 and key not in seeds]
-    return sorted(differing, key=lambda key: values[key].count(""))
+
+    def weight(key: str) -> tuple[bool, int, int]:
+        group = next((i for i, name in enumerate(GROUPS) if key.startswith(name)), len(GROUPS))
+        return key in HARDLY, -1 if key in ("data", "name") else group, values[key].count("")
+
+    return sorted(differing, key=weight)
+
+
+def _find_param(name: str, known: Sequence[str]) -> str:
+    """Return the parameter of this dotted name, or the first whose last part it is."""
+    found = [key for key in known if key == name] or [key for key in known if key.endswith(f".{name}")]
+    if not found:
+        similar = ", ".join(difflib.get_close_matches(name, known, n=5, cutoff=0.0))
+        raise BadInput(f"--columns {name}: no run shown has it; the most similar are {similar}")
+    return found[0]
 
 
 def _joined_value(runs: list[RunRecord], key: str) -> str:

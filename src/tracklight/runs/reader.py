@@ -43,7 +43,7 @@ class RunScore:
     run_id: str
     setting: str  # digest of the config without its seeds; the run's id where it is not known
     identity: str  # digest of the config with its seeds
-    data: str  # name of the data set
+    data: str  # digest of the data set, or its name where that is unknown
     last: float | None  # last value of the metric, if finite
     start_ms: int
     is_pruned: bool
@@ -64,6 +64,7 @@ class RunFilter:
     experiment: str | None = None  # its name
     tags: dict[str, str] = field(default_factory=dict)
     params: dict[str, str] = field(default_factory=dict)
+    since_ms: int = 0  # of the start
 
 
 class RunReader(Protocol):
@@ -198,14 +199,14 @@ class SqliteReader(RunReader):
         if run_filter.experiment is not None:
             where.append("r.experiment_id = (SELECT experiment_id FROM experiments WHERE name = ?)")
             values.append(run_filter.experiment)
-        columns = (tags.SETTING_TAG, tags.IDENTITY_TAG, tags.DATA_NAME_TAG, tags.OUTCOME_TAG)
+        columns = (tags.SETTING_TAG, tags.IDENTITY_TAG, tags.DATA_SET_TAG, tags.DATA_NAME_TAG)
         rows = self._query(
-            f"SELECT r.run_uuid, coalesce({tag}, r.run_uuid), {tag}, coalesce({tag}, ''),"
+            f"SELECT r.run_uuid, coalesce({tag}, r.run_uuid), {tag}, coalesce({tag}, {tag}, ''),"
             f" CASE m.is_nan WHEN 0 THEN m.value END, r.start_time, {tag} FROM runs AS r"
             " LEFT JOIN latest_metrics AS m ON m.run_uuid = r.run_uuid AND m.key = ?"
             f" WHERE r.lifecycle_stage = 'active' AND {' AND '.join(where)}"
-            " ORDER BY r.rowid DESC",
-            (*columns, metric, *values),
+            " AND r.start_time >= ? ORDER BY r.rowid DESC",
+            (*columns, tags.OUTCOME_TAG, metric, *values, run_filter.since_ms),
         )
         return [
             RunScore(run_id, setting, identity, data, finite(value), start, outcome == tags.PRUNED)
@@ -282,13 +283,13 @@ class ClientReader(RunReader):
     def search_scores(self, run_filter: RunFilter, metric: str) -> list[RunScore]:
         query = [f"tags.`{key}` = '{_quoted(v)}'" for key, v in run_filter.tags.items()]
         query += [f"params.`{key}` = '{_quoted(v)}'" for key, v in run_filter.params.items()]
-        query.append(f"tags.`{tags.IDENTITY_TAG}` LIKE '%'")
+        query += [f"tags.`{tags.IDENTITY_TAG}` LIKE '%'", f"attributes.start_time >= {run_filter.since_ms}"]
         return [
             RunScore(
                 run.run_id,
                 run.tags.get(tags.SETTING_TAG, run.run_id),
                 run.tags[tags.IDENTITY_TAG],
-                run.tags.get(tags.DATA_NAME_TAG, ""),
+                next(iter(tags.same_data(run.tags).values()), ""),
                 finite(run.metrics.get(metric)),
                 run.start_ms,
                 tags.is_pruned(run.tags),

@@ -287,7 +287,7 @@ class ParentRun:
         metrics = {f"sweep/{state}": float(states.count(state)) for state in ("complete", "pruned", "failed")}
         best = rows[0] if rows and rows[0].rank == 1 else None
         if best is not None and best.score is not None:
-            best_id, key = best.run_ids[0], f"best/{self._plan.metric}"
+            best_id, key = best.run_ids[0], tags.SCORE  # as its trials: MLflow's charts show both in one
             values = {f"best.{name}": text for name, text in best.params.items()}
             values |= {tags.BEST_TAG: best_id, "best.score": repr(best.score)}
             if self._best_id not in (None, best_id):
