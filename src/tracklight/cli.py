@@ -4,6 +4,7 @@ import difflib
 import errno
 import gc
 import io
+import json
 import logging
 import os
 import signal
@@ -13,6 +14,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -46,8 +48,10 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENAME
 GC_THRESHOLDS = (50_000, 10, 10)
 
 
-def main(task: Task, argv: Sequence[str] | None = None) -> Any:
+def main(task: Task | None = None, argv: Sequence[str] | None = None) -> Any:
     """Compose the config that `argv`, or the command line, describes; return what the task returns for it.
+
+    The task is to train, unless another is given.
 
     Otherwise the process exits: 1 the run failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
     """
@@ -74,7 +78,7 @@ def tracklight() -> None:
 
     command, *words = sys.argv[1:] or ["--help"]
     if command == "train" or read_rank_zero_run() is not None:  # or a further process of a distributed run
-        main(_train, words)
+        main(argv=words)
     elif command in COMMANDS:
         enter(command, words)
     else:
@@ -93,10 +97,10 @@ def _help(command: str, commands: Mapping[str, tuple[Any, ...]]) -> None:
         print(f"  {name:<11} {description}")
 
 
-def _train(cfg: Any) -> Any:
+def _train(summary: dict[str, Any], cfg: Any) -> Any:
     from tracklight.experiment.train import run
 
-    return run(cfg)
+    return run(cfg, summary=summary)
 
 
 def check_project() -> None:
@@ -214,7 +218,9 @@ def _exit_on_error() -> Iterator[None]:
         sys.exit(1)
 
 
-def _run(task: Task, argv: Sequence[str]) -> Any:
+def _run(task: Task | None, argv: Sequence[str]) -> Any:
+    summary: dict[str, Any] = {}
+    task = task or partial(_train, summary)
     rank_zero = read_rank_zero_run()
     if rank_zero is not None:
         return task(resolve_config(OmegaConf.create(dict(rank_zero.cfg))))
@@ -224,9 +230,16 @@ def _run(task: Task, argv: Sequence[str]) -> Any:
     multirun = args.multirun or "hydra.mode=multirun" in map(str.lower, args.overrides)
     flags = {name: value for name, value in vars(args).items() if name != "overrides"}
     args.overrides = check_overrides(args.overrides, multirun=multirun)
-    if multirun or any(value not in (None, False) for value in flags.values()):
-        return _run_through_hydra(task, args)
-    return task(compose_run(args.overrides))
+    with redirect_stdout(sys.stderr) if flags.pop("json") else nullcontext():
+        if multirun or any(value not in (None, False) for value in flags.values()):
+            result = _run_through_hydra(task, args)
+        else:
+            result = task(compose_run(args.overrides))
+    if args.json:
+        if multirun:
+            from tracklight.sweep.sweeper import summary
+        print(json.dumps(summary, indent=1))
+    return result
 
 
 def compose_run(overrides: Sequence[str]) -> Any:

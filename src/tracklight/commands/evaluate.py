@@ -76,6 +76,7 @@ def run(args: Namespace) -> int:
         lines["logged"] = f"nothing: {store.why_read_only}"
     elif not args.no_log:
         lines["logged"] = _log(store, rebuilt, split, metrics, args.into_run)
+    args.emit({**lines, "run": trained.info.run_id, "split": split, "score": scores})
     width = max(map(len, lines))
     for name, text in lines.items():
         print(f"{name:<{width}}  {text}")

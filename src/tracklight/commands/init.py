@@ -41,5 +41,6 @@ def run(args: Namespace) -> int:
             target = folder / to.removesuffix(".txt")
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(path.read_text(encoding="utf-8").replace("NAME", name), encoding="utf-8")
+    args.emit({"folder": str(folder.absolute()), "package": name})
     print(SAID.format(folder=folder))
     return 0

@@ -6,9 +6,11 @@ and bad arguments are answered at once.
 
 import argparse
 import importlib
+import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import NoReturn
 
@@ -58,6 +60,9 @@ UI = """\
 It listens on this machine only, until Ctrl-C, and keeps a log in ui.log beside the runs.
 Exit codes: 0 done, 1 failed, 2 bad input."""
 
+COMPLETION = """\
+In ~/.bashrc, in the environment's activate script, or typed:  eval "$(tracklight completion)"
+"""
 INIT = """\
 Exit codes: 0 done, 2 bad input."""
 
@@ -90,6 +95,10 @@ def main(command: str, argv: Sequence[str]) -> int:
     )
     if command not in STORELESS:
         _add_store(parser)
+    if command not in OWN_JSON:
+        parser.add_argument(
+            "--json", action="store_true", help="print the result as JSON, all else on stderr"
+        )
     add_arguments(parser)
     args = parser.parse_intermixed_args(argv)
     if command == "compare":
@@ -101,7 +110,10 @@ def main(command: str, argv: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         activate = "`source .venv/bin/activate` or `make train`" if IN_CLONE else f"pip install {error.name}"
         raise BadInput(f"no {error.name} here: {activate}") from error
-    return module.run(args)
+    stdout, as_json = sys.stdout, command not in OWN_JSON and args.json
+    args.emit = lambda found: print(json.dumps(found, indent=1), file=stdout, flush=True) if as_json else None
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        return module.run(args)
 
 
 def _add_store(parser: Parser) -> None:
@@ -157,7 +169,9 @@ def _add_evaluate(parser: Parser) -> None:
 def _add_predict(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    parser.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    form.add_argument("--json", action="store_const", const="json", dest="format")
     invert = "whether images are dark on light (auto: by their border)"
     parser.add_argument("--invert", choices=("auto", "yes", "no"), default="auto", help=invert)
 
@@ -175,12 +189,14 @@ def _add_init(parser: Parser) -> None:
     parser.add_argument("folder", type=Path, metavar="NAME", help="of the folder, and of the package in it")
 
 
-STORELESS = ("init",)  # commands that have nothing to do with runs
+OWN_JSON = ("compare", "predict")  # commands that print a result of many rows in several forms
+STORELESS = ("completion", "init")  # commands that have nothing to do with runs
 COMMANDS = {
     "compare": ("Compare runs.", COMPARE, _add_compare),
     "evaluate": ("Test the best weights of a run again.", EVALUATE, _add_evaluate),
     "predict": ("Predict from files with the best weights of a run.", PREDICT, _add_predict),
     "reproduce": ("Train a run again and compare metrics and weights.", REPRODUCE, _add_reproduce),
     "ui": ("Show the runs in MLflow's UI.", UI, _add_ui),
+    "completion": ("Print the script that completes command lines in bash.", COMPLETION, lambda parser: None),
     "init": ("Make a project of your own: a model, data, config, a test.", INIT, _add_init),
 }

@@ -69,6 +69,9 @@ def run(args: Namespace) -> int:
         if not reproductions:
             raise RunFailed(f"the new run is not in {there.display_uri}")
         num_weights, num_points, differences = compare_runs((store, old), (there, reproductions[0]))
+    found = {"run": run_id, "new": reproductions[0].info.run_id, "identical": not differences}
+    found |= {"weights": num_weights, "points": num_points, "differences": differences, "known": reasons}
+    args.emit(found)
     if not differences:
         compared = f"{num_weights:,} final weights and {num_points:,} metric points"
         print(f"\nidentical: {compared} are the same to the bit")

@@ -44,10 +44,12 @@ def run(args: Namespace) -> int:
     store.recover()
     page = _page(store, args.experiment)
     if is_server(store.uri):
-        print(f"MLflow UI: {store.display_uri.rstrip('/')}{page} (served there)")
+        url = f"{store.display_uri.rstrip('/')}{page}"
+        args.emit({"url": url})
+        print(f"MLflow UI: {url} (served there)")
         return 0
     with suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as folder:  # Ctrl-C is the way to end it
-        _serve(store, args.port, page, _uri(store, Path(folder)))
+        _serve(store, args, page, _uri(store, Path(folder)))
     return 0
 
 
@@ -93,7 +95,8 @@ def _page(store: Store, experiment: str | None) -> str:
     return f"/#/experiments/{experiment_id}/runs?{WORKFLOW}"
 
 
-def _serve(store: Store, port: int, page: str, uri: str) -> None:
+def _serve(store: Store, args: Namespace, page: str, uri: str) -> None:
+    port, url = args.port, f"http://{HOST}:{args.port}{page}"
     print("MLflow's server starts; this takes some seconds", flush=True)
     options = f"--host {HOST} --port {port} --workers 1 --uvicorn-opts=--log-level=warning".split()
     options += ["--default-artifact-root", store.runs_folder.as_uri()]
@@ -118,7 +121,8 @@ def _serve(store: Store, port: int, page: str, uri: str) -> None:
         )
     try:
         if _wait_until_healthy(process, port):
-            print(f"MLflow UI: http://{HOST}:{port}{page} (Ctrl-C ends it)", flush=True)
+            args.emit({"url": url})
+            print(f"MLflow UI: {url} (Ctrl-C ends it)", flush=True)
             process.wait()
     finally:
         _stop(process)

@@ -32,6 +32,7 @@ from tracklight.config.rules import (
     mode_of,
     nested_items,
 )
+from tracklight.config.types import LOADER
 from tracklight.errors import BadInput
 from tracklight.paths import CONF, PROJECT, ROOT
 from tracklight.redact import redact
@@ -40,7 +41,6 @@ register_resolver("root", lambda path: str(ROOT / path), replace=True)
 
 OmegaConf.register_new_resolver("mode_of", mode_of, replace=True)
 
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 MAX_DEPTH = 32  # of a stored config
 
 # Keys on which the result of a run does not depend.

@@ -63,6 +63,7 @@ def flags_parser() -> ArgumentParser:
     add("--config-name", "-cn", help="a file in place of config.yaml")
     add("--config-dir", "-cd", help="a further folder of config files, before conf/")
     add("--experimental-rerun", help="refused: it would run a pickle")
+    add("--json", action="store_true", help="print what came of it as JSON, and all else on stderr")
     add("--info", "-i", const="all", nargs="?", choices=INFO, help="what Hydra found")
     return parser
 

@@ -7,7 +7,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -15,6 +15,7 @@ import yaml
 
 from tracklight.paths import CONF
 
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 SHIPPED = ("tracklight.", "torch.", "pytorch_lightning.")  # classes whose arguments in conf/ are ours
 LARGEST = 2**63 - 1  # what a 64-bit integer holds
 NAMES = {
@@ -91,16 +92,20 @@ def is_like(value: Any, example: Any) -> bool:
     return fits(value, type(example)) or isinstance(value, Mapping)
 
 
+def read_conf(*folders: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield the config files of folders, each with its values under their whole keys."""
+    for folder in folders:
+        for path in (*sorted(folder.glob("*/*.yaml")), *folder.glob("config.yaml")):
+            text = path.read_text(encoding="utf-8")
+            tree = yaml.load(text, LOADER) or {}
+            is_whole = path.parent == folder or text.startswith("# @package _global_")
+            yield path, tree if is_whole else {path.parent.name: tree}
+
+
 @functools.cache
 def _conf() -> Mapping[str, Any]:
     """The values in conf/, by key, or by class and argument."""
-    values: dict[str, Any] = {}
-    for path in (*sorted(CONF.glob("*/*.yaml")), CONF / "config.yaml"):
-        text = path.read_text(encoding="utf-8")
-        tree = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
-        is_whole = path.parent == CONF or text.startswith("# @package _global_")
-        values |= _leaves(tree if is_whole else {path.parent.name: tree}, "")
-    return values
+    return {key: value for _, tree in read_conf(CONF) for key, value in _leaves(tree, "")}
 
 
 def _leaves(tree: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:

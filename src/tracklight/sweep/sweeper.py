@@ -4,6 +4,7 @@ What takes seconds to import is imported inside functions: bad input is refused 
 the preflight runs meanwhile.
 """
 
+import json
 import os
 import signal
 import sys
@@ -23,7 +24,7 @@ from tracklight.sweep.executors import Executor, LauncherExecutor, ProcessExecut
 from tracklight.sweep.plan import Job, Plan, format_params, make_trial_spec
 from tracklight.sweep.trial import TrialResult
 from tracklight.tracking.address import call_in_thread
-from tracklight.tracking.tags import PARENT_TAG, POINT_TAG, TESTED_TAG
+from tracklight.tracking.tags import PARENT_TAG, POINT_TAG, SUMMARY, TESTED_TAG
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from tracklight.sweep.progress import Progress
     from tracklight.tracking.store import Store
 
+summary: dict[str, Any] = {}  # what the sweep of this process came to, for --json
 MAX_FAILURES = 3  # named in the error message
 MAX_REASON_CHARS = 80  # of each of them; the table has the whole reason
 
@@ -168,6 +170,10 @@ def _conclude(loop: "SweepLoop") -> float | None:
     winner = rows[0] if rows and rows[0].rank == 1 else None
     if parent and winner and loop.signum is None and not loop.halted:
         progress.note(test_winner(loop, parent, winner))
+    if parent and winner:
+        ended = {"id": parent.run.run_id, "metric": plan.metric, "mode": plan.mode, "score": winner.score}
+        summary.update(ended, trials=num, params=winner.params, runs=winner.run_ids)
+        parent.run.log_text(json.dumps(summary, indent=1) + "\n", SUMMARY)
     return winner.score if winner else None
 
 
