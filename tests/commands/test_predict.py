@@ -49,6 +49,16 @@ def test_a_run_that_failed_answers_with_a_warning(kept, copied, tmp_path, capsys
     assert "has failed; its best weights are used" in capsys.readouterr().err
 
 
+def test_a_doubtful_reading_is_said_beside_the_answer(answer, kept, digits, tmp_path):
+    image = np.asarray(Image.open(digits[7]))
+    small = np.zeros((28, 28), np.uint8)
+    small[:14, :14] = image[::2, ::2]
+    Image.fromarray(small).save(tmp_path / "small.png")
+    plain, doubtful = json.loads(answer(kept.mlp, digits[7], tmp_path / "small.png", "--format", "json").out)
+    assert "note" not in plain and doubtful["note"].startswith("doubtful: not centred as in training")
+    assert "doubtful: not" in answer(kept.mlp, tmp_path / "small.png").out
+
+
 def test_probabilities_are_the_models_on_the_very_image(kept, answer, digits):
     (found,) = json.loads(answer(kept.mlp, digits[7], "--format", "json").out)
     run = query.select_run(kept.store, kept.mlp)

@@ -4,6 +4,7 @@ Shapes: `H` rows and `W` columns.
 """
 
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,9 @@ NOISE_WIDTHS = 5  # standard deviations of the paper's noise by which ink stands
 INK_THRESHOLD = 0.4  # of the brightness of full ink
 MIN_INK_SIDE = 5  # pixels; no digit is legible in less
 SPECK = 0.02  # a piece of ink with less than this share of the largest one's mass is dust
+LARGE = 0.25  # a piece with this share of the largest one's mass may be a digit
+MOST_INK = 0.27  # of an image; 1 in 400 of MNIST's has more
+WIDEST = 1.25  # times as wide as high; 1 in 60 of MNIST's is wider
 SOFT_EDGE = 0.05  # of the ink's longer side: pixels this near to a stroke are its faint edge
 
 
@@ -65,6 +69,25 @@ def read_image(path: Path, shape: tuple[int, int], invert: str) -> DigitImage:
         is_digit = shape == (DIGIT_SIDE, DIGIT_SIDE)
         grey = _center(_separate_ink(grey, path)) if is_digit else _resize(grey, shape)
     return DigitImage(np.round(np.clip(grey, 0, 1) * 255).astype(np.uint8), notes)
+
+
+def doubts(pixels: np.ndarray) -> list[str]:
+    """Say why a digit may be misread: its pixels (H, W), as a model takes them, are unlike MNIST's."""
+    grey, found = pixels / 255, list[str]()
+    (box,) = ndimage.find_objects((grey > FAINT).astype(int)) or [(slice(0, 1),) * 2]
+    height, width = (part.stop - part.start for part in box)
+    shift = np.abs(np.array(ndimage.center_of_mass(grey)) - (DIGIT_SIDE - 1) / 2).max()
+    if not DIGIT_BOX - 2 <= max(height, width) <= DIGIT_BOX + 1 or shift > 1.5:
+        found.append("not centred as in training, which is done for images of any other size")
+    pieces, num_pieces = ndimage.label(grey > INK_THRESHOLD, np.ones((3, 3)))  # pyright: ignore
+    masses = ndimage.sum_labels(grey, pieces, np.arange(1, num_pieces + 1))
+    boxes = zip(ndimage.find_objects(pieces), masses, strict=True)
+    columns = sorted((box[1].start, box[1].stop) for box, mass in boxes if mass > LARGE * masses.max())
+    if width > WIDEST * height or any(a[1] <= b[0] for a, b in pairwise(columns)):
+        found.append("more than one digit?")
+    if grey.mean() > MOST_INK:
+        found.append("much ink, perhaps of what lies around the page")
+    return [f"doubtful: {', '.join(found)}"] if found else []
 
 
 def _decode(path: Path) -> tuple[np.ndarray, list[str]]:

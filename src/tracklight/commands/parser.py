@@ -45,7 +45,8 @@ Exit codes: 0 done, 1 failed, 2 bad input."""
 PREDICT = """\
 Images may have any size, depth and colour (PNG, JPEG, GIF, BMP, TIFF, WebP, PPM); of an animation
 the first frame is used. A table is a CSV file whose header names the columns the model was trained
-on; further columns are ignored. Of a sweep, the best trial predicts.
+on; further columns are ignored. Of a sweep, the best trial predicts. A digit unlike those of MNIST (not
+centred, several, with what lies around a page) is noted as doubtful beside the answer.
 
 A file that cannot be read is named on stderr and the others are still predicted. Exit codes: 0 all
 files were predicted, 1 some were not, 2 none was, or the run is not available."""

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from tracklight.commands.digit_image import read_image
+from tracklight.commands.digit_image import doubts, read_image
 from tracklight.data.csv_columns import read_features
 from tracklight.errors import BadInput
 from tracklight.experiment import stored
@@ -45,6 +45,7 @@ def run(args: Namespace) -> int:
         try:
             if takes_images:
                 pixels, notes = read_image(path, (shape[0], shape[1]), args.invert)
+                notes += doubts(pixels) if inputs["class_names"] == [*"0123456789"] else []
                 note = {"note": ", ".join(notes)} if notes else {}
                 features, labels = torch.from_numpy(pixels)[None], [{"file": str(path), **note}]
             else:
