@@ -6,6 +6,7 @@ what a tool would take for a part of this repository has `.txt` behind its name.
 
 import importlib.util
 import keyword
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def run(args: Namespace) -> int:
             target = folder / to.removesuffix(".txt")
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(path.read_text(encoding="utf-8").replace("NAME", name), encoding="utf-8")
+    shutil.copytree(PACKAGE / "schema", folder / ".schema")
     args.emit({"folder": str(folder.absolute()), "package": name})
     print(SAID.format(folder=folder))
     return 0
