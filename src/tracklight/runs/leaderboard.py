@@ -307,10 +307,7 @@ def _flag_differences(runs: Sequence[RunRecord], first: Sequence[RunRecord]) -> 
     # A seed may decide how the data are split: digests are compared seed by seed.
     all_runs = (*runs, *first)
     digests = {(run.params.get("seed"), run.tags.get(tags.DATA_TAG)) for run in all_runs}
-    known = [
-        {run.tags.get(tag) for run in all_runs} - {None} for tag in (tags.DATA_NAME_TAG, tags.DATA_SET_TAG)
-    ]
-    if any(len(each) > 1 for each in known) or len(digests) > len({seed for seed, _ in digests}):
+    if len(digests) > len({seed for seed, _ in digests}):
         flags.append("other data")
     if any(run.tags.get(tags.DIRTY_TAG) == "true" for run in runs):
         flags.append("uncommitted")
