@@ -8,9 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from pytorch_lightning import Callback, LightningModule
+from pytorch_lightning.callbacks import EarlyStopping
 
 from tracklight.config.compose import allowed_targets, check_config, compose, to_plain
-from tracklight.config.instantiate import instantiate
+from tracklight.config.instantiate import find_class, instantiate
 from tracklight.errors import BadInput
 
 ALLOWED = allowed_targets()
@@ -138,3 +140,25 @@ def test_a_group_without_a_target_builds_what_it_holds():
     assert built["early_stopping"].monitor == "train/loss"
     assert instantiate(compose().scheduler, ALLOWED) == {}
     assert instantiate(compose().trainer, ALLOWED) == to_plain(compose().trainer)
+
+
+def test_a_module_written_for_the_package_lightning_gives_what_our_trainer_takes(tmp_path, monkeypatch):
+    (tmp_path / "of_lightning.py").write_text(
+        "import lightning as L\n"
+        "import lightning.pytorch as pl\n"
+        "from lightning import Fabric, LightningDataModule, seed_everything\n"
+        "from lightning.fabric.utilities import rank_zero_only as zero\n"
+        "from lightning.pytorch.callbacks import EarlyStopping\n"
+        "from lightning.pytorch.utilities.types import STEP_OUTPUT\n"
+        "class Net(L.LightningModule):\n"
+        "    bases = (pl.LightningModule, L.pytorch.LightningModule)\n"
+        "class Stopping(EarlyStopping): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    net = instantiate({"_target_": "of_lightning.Net"}, ["of_lightning"], LightningModule)
+    assert net.bases == (LightningModule, LightningModule)
+    assert find_class("of_lightning.Stopping", ["of_lightning"], "x").__mro__[1] is EarlyStopping
+    node = {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "val_loss"}
+    assert type(instantiate(node, ["pytorch_lightning.callbacks"], Callback)) is EarlyStopping
+    with pytest.raises(BadInput, match="allow-list"):
+        instantiate({"_target_": "lightning.pytorch.Trainer"}, ["pytorch_lightning.callbacks"])

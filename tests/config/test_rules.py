@@ -78,9 +78,10 @@ def test_the_cure_that_a_rule_offers_is_allowed_by_it(rule):
 
 
 def test_the_keys_of_other_peoples_models_are_theirs():
-    foreign = changed("model.hidden", 128)
-    foreign["model"]["_target_"] = "my_package.Net"
-    check_values(foreign)
+    for key, value in {"model.hidden": 128, "model.dropout": 1.0, "data.batch_size": [4, 8]}.items():
+        foreign = changed(key, value)
+        foreign[key.partition(".")[0]]["_target_"] = "my_package.Net"
+        check_values(foreign)
 
 
 @pytest.mark.parametrize(

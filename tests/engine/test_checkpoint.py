@@ -5,12 +5,15 @@ import json
 import os
 import pickle
 import zipfile
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from tracklight.engine import checkpoints as module
 from tracklight.engine.checkpoints import (
@@ -19,11 +22,11 @@ from tracklight.engine.checkpoints import (
     checksum_path,
     is_intact,
     load_plain,
-    load_weights,
     newest_resume_checkpoint,
     remove_leftovers,
 )
 from tracklight.errors import BadInput, RunFailed
+from tracklight.experiment.stored import load_weights
 
 
 def content(step: int = 1, value: float = 1.0) -> dict:
@@ -94,13 +97,15 @@ def test_best_weights_of_short_epochs_wait_in_memory_for_what_builds_on_them(tmp
     for path in (best, best):
         weights += 1
         save(path)
-    assert load_weights(best)["w"].tolist() == [1, 1]
+    assert load_weights(best)["state_dict"]["w"].tolist() == [1, 1]
     weights += 1  # training goes on, the best stays what it was
     save(step)
-    assert load_weights(best)["w"].tolist() == [2, 2] and load_weights(step)["w"].tolist() == [3, 3]
+    assert load_weights(best)["state_dict"]["w"].tolist() == [2, 2] and load_weights(step)["state_dict"][
+        "w"
+    ].tolist() == [3, 3]
     save(best)
     io.write_pending()
-    assert load_weights(best)["w"].tolist() == [3, 3] and is_intact(best)
+    assert load_weights(best)["state_dict"]["w"].tolist() == [3, 3] and is_intact(best)
 
 
 @pytest.mark.parametrize("failing", ["fsync", "write_checksum", "replace", "sync_folder"])
@@ -295,7 +300,7 @@ def test_without_its_checksum_a_flipped_header_is_read_whole_or_refused(path, bi
     hurt[bit // 8] ^= 1 << bit % 8
     path.write_bytes(hurt)
     try:
-        weights = load_weights(path)
+        weights = load_weights(path)["state_dict"]
     except BadInput as error:
         assert "\n" not in str(error)
     else:
@@ -363,3 +368,57 @@ def test_a_checksum_file_of_any_content_is_read_or_counts_as_none(path, text):
     assert not is_intact(path)
     with pytest.warns(UserWarning, match="is damaged"), pytest.raises(RunFailed, match="no checkpoint"):
         newest_resume_checkpoint(path.parent)
+
+
+class Thing:
+    """What only code could rebuild."""
+
+
+PLAIN = {"width": 3, "name": "x", "rates": [0.1, 0.2], "nested": {"deep": None}, "weight": torch.ones(2)}
+OBJECTS = {
+    "net": torch.nn.ReLU(),
+    "factory": partial(torch.optim.Adam, lr=0.1),
+    "thing": Thing,
+    "mixed": [1, Thing()],
+    "path": Path("a/b"),
+}
+
+
+def test_of_hyperparameters_the_plain_ones_are_kept_and_objects_left_out(path):
+    turned = {
+        "rate": np.float64(0.5),
+        "shape": (1, 2),
+        "config": OmegaConf.create({"a": [1]}),
+    }
+    saved = content() | {
+        "hyper_parameters": PLAIN | OBJECTS | turned | {"within": {"net": torch.nn.ReLU(), "kept": 1}},
+        "datamodule_hyper_parameters": OmegaConf.create({"batch_size": 4, "sizes": [1, 2]}),
+        "datamodule_hparams_type": type(OmegaConf.create()),
+    }
+    DurableCheckpointIO().save_checkpoint(saved, path)
+    loaded = load_plain(path)
+    weight = loaded["hyper_parameters"].pop("weight")
+    assert torch.equal(weight, torch.ones(2))
+    assert loaded["hyper_parameters"] == {key: value for key, value in PLAIN.items() if key != "weight"} | {
+        "rate": 0.5,
+        "shape": [1, 2],
+        "config": {"a": [1]},
+        "within": {"kept": 1},
+    }
+    assert loaded["datamodule_hyper_parameters"] == {"batch_size": 4, "sizes": [1, 2]}
+    assert saved["hyper_parameters"]["thing"] is Thing  # the module's own are left alone
+
+
+def test_numbers_of_numpy_in_a_callbacks_state_are_numbers(path):
+    DurableCheckpointIO().save_checkpoint(
+        content() | {"callbacks": {"Mine": {"best": np.float64(0.5)}}}, path
+    )
+    assert load_plain(path)["callbacks"] == {"Mine": {"best": 0.5}}
+
+
+@pytest.mark.parametrize("where", ["callbacks", "of a hook"])
+def test_what_could_not_be_loaded_again_is_refused_when_it_is_saved(path, where):
+    save(path, value=1.0)
+    with pytest.raises(RunFailed, match="plain values and tensors, not .*test_checkpoint.Thing of"):
+        DurableCheckpointIO().save_checkpoint(content(value=2.0) | {where: {"mine": Thing()}}, path)
+    assert load_plain(path)["state_dict"]["weight"][0] == 1.0

@@ -2,13 +2,20 @@
 
 from types import SimpleNamespace
 
+from tracklight.tracking import sender
 from tracklight.tracking.sender import MlflowWriter, temporary_path
 
 
-def test_each_file_is_sent_once_and_again_when_it_changes_and_none_that_is_being_written(tmp_path):
+def test_each_file_is_sent_once_and_again_when_it_changes_and_none_that_is_being_written(
+    tmp_path, monkeypatch
+):
     sent = []
-    client = SimpleNamespace(log_artifact=lambda run_id, path, target: sent.append((path, target)))
-    info = SimpleNamespace(run_id="run", artifact_uri="mlflow-artifacts:/1/run/artifacts")
+    repository = SimpleNamespace(log_artifact=lambda path, target: sent.append((path, target)))
+    uri = "mlflow-artifacts:/1/run/artifacts"
+    found = {(uri, "http://host"): repository}
+    monkeypatch.setattr(sender, "get_artifact_repository", lambda uri, tracking_uri: found[uri, tracking_uri])
+    client = SimpleNamespace(tracking_uri="http://host")
+    info = SimpleNamespace(run_id="run", artifact_uri=uri)
     wal = SimpleNamespace(path=tmp_path / "points.wal")
     writer = MlflowWriter(client, SimpleNamespace(info=info), wal, None)
     whole, inside = writer.artifacts / "plots.html", writer.artifacts / "logs" / "0.tmp"

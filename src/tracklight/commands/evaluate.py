@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Trainer
+from pytorch_lightning.loggers.logger import DummyLogger
 
 from tracklight.config.compose import list_targets
 from tracklight.data.csv_columns import read_features
@@ -23,9 +24,10 @@ from tracklight.experiment.record import finish_run
 from tracklight.redact import redact_command
 from tracklight.runs.select import resolve_sweep, select_run
 from tracklight.tracking import tags
+from tracklight.tracking.api import logging_to
 from tracklight.tracking.mlflow_client import mlflow, retry, short_reason
 from tracklight.tracking.provenance import code_digest
-from tracklight.tracking.run import check_key
+from tracklight.tracking.run import to_key
 from tracklight.tracking.store import Store
 
 ROWS = "rows"  # the split that holds all rows of --table
@@ -49,7 +51,7 @@ def run(args: Namespace) -> int:
     selected = select_run(store, args.run, args.experiment)
     trained = resolve_sweep(store, selected)
     cfg = stored.load_config(store, trained, [*stored.ANY_HARDWARE, *args.overrides])
-    rebuilt = stored.rebuild(store, trained, cfg, read=args.table is None)
+    rebuilt = stored.rebuild(store, trained, cfg, read=args.table is None, load=False)
     if args.table is None:
         _check_overrides(rebuilt, args.overrides)
         split = _choose_split(rebuilt, args.split)
@@ -59,7 +61,7 @@ def run(args: Namespace) -> int:
         if store.why_read_only:
             raise BadInput(f"--into-run: {store.why_read_only}; leave it out")
         _check_into_run(rebuilt, split, args.overrides)
-    metrics = measure(rebuilt, split)
+    scores = measure(rebuilt, split)
     lines = {}
     if selected.info.run_id != trained.info.run_id:
         lines["sweep"] = f"{selected.info.run_id} ({selected.info.run_name})"
@@ -68,14 +70,13 @@ def run(args: Namespace) -> int:
     if isinstance(rebuilt.data, TensorData):
         num_examples = len(rebuilt.data.splits[split])
         lines["data"] = f"{split} of {rebuilt.data.name}, {num_examples:,} examples"
-    scores = {f"{split}/{name}": value for name, value in metrics.items()}
     lines["score"] = format_metrics(scores)
     if split == "test":
         lines |= _compare_with_recorded(rebuilt, scores)
     if store.why_read_only:
         lines["logged"] = f"nothing: {store.why_read_only}"
     elif not args.no_log:
-        lines["logged"] = _log(store, rebuilt, split, metrics, args.into_run)
+        lines["logged"] = _log(store, rebuilt, split, scores, args.into_run)
     args.emit({**lines, "run": trained.info.run_id, "split": split, "score": scores})
     width = max(map(len, lines))
     for name, text in lines.items():
@@ -134,7 +135,7 @@ def _read_rows(rebuilt: stored.RebuiltRun, inputs: dict[str, Any], path: Path) -
 
 
 def measure(rebuilt: stored.RebuiltRun, split: str) -> dict[str, float]:
-    """Return the metrics of the model on a split, computed as the run's own test computes them."""
+    """Return the metrics of the model on a split, computed and named as the run's own test does."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     trainer = Trainer(
@@ -142,7 +143,7 @@ def measure(rebuilt: stored.RebuiltRun, split: str) -> dict[str, float]:
         devices=1,
         precision=rebuilt.cfg.trainer.precision,
         plugins=cluster_environment(),
-        logger=False,
+        logger=DummyLogger(),
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -153,16 +154,19 @@ def measure(rebuilt: stored.RebuiltRun, split: str) -> dict[str, float]:
         rebuilt.data.splits = {**rebuilt.data.splits, "test": rebuilt.data.splits[split]}
     elif split == "val":
         stage, evaluate = "val", trainer.validate
-    results = evaluate(rebuilt.model, datamodule=rebuilt.data, verbose=False)
+    with logging_to(None):
+        results = evaluate(rebuilt.model, rebuilt.data, ckpt_path=rebuilt.checkpoint, verbose=False)
     return {
-        name.removeprefix(f"{stage}/"): float(value) for result in results for name, value in result.items()
+        name if split == stage else f"{split}/{name.removeprefix(f'{stage}/')}": value
+        for result in results
+        for name, value in result.items()
     }
 
 
 def _compare_with_recorded(rebuilt: stored.RebuiltRun, scores: dict[str, float]) -> dict[str, str]:
     """Describe whether the run's own test had the same metrics, if it recorded any."""
     recorded = rebuilt.run.data.metrics
-    gaps = [abs(value - recorded[key]) for key, value in scores.items() if key in recorded]
+    gaps = [abs(value - recorded[to_key(key)]) for key, value in scores.items() if to_key(key) in recorded]
     if not gaps:
         return {}
     if not _is_own_data(rebuilt):
@@ -197,7 +201,7 @@ def _check_into_run(rebuilt: stored.RebuiltRun, split: str, overrides: Sequence[
 
 
 def _log(
-    store: Store, rebuilt: stored.RebuiltRun, split: str, metrics: dict[str, float], into_run: bool
+    store: Store, rebuilt: stored.RebuiltRun, split: str, scores: dict[str, float], into_run: bool
 ) -> str:
     """Log metrics to the run, whose status stays as it is, or to a new child; describe where."""
     run, run_id = rebuilt.run, rebuilt.run.info.run_id
@@ -206,8 +210,9 @@ def _log(
     if into_run:
         now_ms = time.time_ns() // 1_000_000
         points = [
-            mlflow.entities.Metric(INTO_RUN_KEY.format(split, name), value, now_ms, step)
-            for name, value in metrics.items()
+            mlflow.entities.Metric(to_key(key), value, now_ms, step)
+            for name, value in scores.items()
+            for key in [INTO_RUN_KEY.format(split, name.removeprefix(f"{split}/"))]
         ]
         try:
             retry(lambda: store.client.log_batch(run_id, points), store.timeout_s)
@@ -221,13 +226,11 @@ def _log(
         tags.CODE_TAG: code_digest(list_targets(rebuilt.cfg)),
         tags.COMMAND_TAG: redact_command(sys.argv),
     }
-    for name in metrics:
-        check_key("metric", f"{split}/{name}")
     experiment = store.client.get_experiment(run.info.experiment_id).name
     child = store.create(experiment, f"evaluate-{split}", child_tags)
     with finish_run(child, rebuilt.model, None, figures=False):
-        for name, value in metrics.items():
-            child.log_series(f"{split}/{name}", (step,), (value,))
+        for name, value in scores.items():
+            child.log_value(name, step, value)
         if isinstance(data := rebuilt.data, TensorData):
             child.log_input(data.name, data.digest, data.source, split)
     return f"to {child.run_id}, a child of the run"

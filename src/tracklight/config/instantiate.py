@@ -5,11 +5,14 @@ A `_target_` names a class that is defined in an allowed module, or nothing is i
 
 import importlib
 import inspect
+import re
+import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial as bind
 from operator import attrgetter
+from types import ModuleType
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -148,10 +151,23 @@ def iter_values(tree: Any, where: str) -> Iterator[tuple[str, Any]]:
 def _check_target(target: Any, allowed: Sequence[str], key: str) -> None:
     if not isinstance(target, str) or not all(map(str.isidentifier, target.split("."))):
         raise BadInput(f"{key}={target} must be the dotted name of a class")
-    _check_allowed(f"{key}={target}", target, allowed)
+    _check_allowed(f"{key}={target}", re.sub(r"^lightning\.pytorch\.", "pytorch_lightning.", target), allowed)
+
+
+def _alias_lightning() -> None:
+    """Let `lightning` be pytorch_lightning: the same code in two packages, whose classes do not mix."""
+    importlib.import_module("pytorch_lightning.demos")  # which Lightning's examples take as L.pytorch.demos
+    for real, alias in (("pytorch_lightning", "lightning.pytorch"), ("lightning_fabric", "lightning.fabric")):
+        for name in [each for each in sys.modules if each.partition(".")[0] == real]:
+            sys.modules[name.replace(real, alias, 1)] = sys.modules[name]
+    pytorch, fabric = sys.modules["pytorch_lightning"], sys.modules["lightning_fabric"]
+    sys.modules["lightning"] = package = ModuleType("lightning")
+    vars(package).update({**vars(fabric), **vars(pytorch), "pytorch": pytorch, "fabric": fabric})
 
 
 def _import(target: str, key: str) -> Any:
+    if "pytorch_lightning" in sys.modules and "lightning" not in sys.modules:
+        _alias_lightning()
     parts = target.split(".")
     for length in range(len(parts) - 1, 0, -1):
         name = ".".join(parts[:length])
@@ -192,11 +208,11 @@ def build(factory: bind, where: str, is_partial: bool = False) -> Any:
     """Check the arguments of a class against its signature; return its object, or what makes it.
 
     Raises:
-        BadInput: They do not fit, or the class refuses them, now or, of a partial, when called.
+        BadInput: They do not fit, or the class refuses them.
     """
     _check_arguments(factory, is_partial, where)
-    call = naming(where or factory.func.__name__)(factory)
-    return call if is_partial else call()
+    with naming(where or factory.func.__name__):
+        return factory if is_partial else factory()  # a partial can be pickled, as Lightning asks
 
 
 @contextmanager

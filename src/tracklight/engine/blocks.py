@@ -71,6 +71,7 @@ class Blocks(Callback):
         self.accumulated = 0  # batches whose optimizer step is still to come
         self.step_values: dict[str, list[Tensor]] = {}  # what those batches logged
         self.num_examples = 0  # of a `TensorData`, trained on since the start of this process
+        self.example: Tensor | None = None  # inputs of the first batch taken one by one: (2, ...), CPU
 
     @property
     def mid_step(self) -> bool:
@@ -116,6 +117,9 @@ class Blocks(Callback):
             seed_step(self.seed, step, trainer.global_rank)
             if trainer.accumulate_grad_batches > 1:
                 lightning_internals.clear_step_values(trainer)
+            first = batch[0] if isinstance(batch, list | tuple) and batch else batch
+            if self.example is None and isinstance(first, Tensor):
+                self.example = first[:2].detach().cpu().clone()
         elif batch_idx == 0 and (found := signature(module)) != self.signature:
             self.signature = found
             self.step = make_step(module, trainer.optimizers[0])

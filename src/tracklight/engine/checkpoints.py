@@ -19,10 +19,11 @@ from operator import mul
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
-from pytorch_lightning import Callback, Trainer
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
@@ -38,9 +39,9 @@ INTERVAL_S = 1.0  # the least time between two resume checkpoints within a fit
 NUM_KEPT = 2
 PATTERN = "step-*.ckpt"
 BEST, LAST = "best.ckpt", "last.ckpt"
-MAX_EXPANDED = 2**28  # bytes of a tensor that repeats the few values stored
 UNNAMED = ".end.tmp"  # the last resume checkpoint, until all hooks of the training's end were called
 FURTHER = "further"  # the folder of ModelCheckpoints that name none
+PLAIN = (bool, int, float, str, bytes, Tensor, torch.nn.Parameter, torch.dtype, torch.device)
 RATES = {"lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "_last_lr"}  # in PyTorch's states
 
 
@@ -127,22 +128,33 @@ def load_plain(
     return loaded
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """Load the weights of a checkpoint, to start from.
+def _to_plain(value: Any) -> Any:
+    """Return a hyperparameter as numbers, text, lists, dicts and tensors; `...` if it needs anything else."""
+    if isinstance(value, Mapping):
+        return {key: plain for key, each in value.items() if (plain := _to_plain(each)) is not ...}
+    if isinstance(value, Sequence | set) and not isinstance(value, str | bytes):
+        items = list(map(_to_plain, value))
+        return ... if any(each is ... for each in items) else items
+    value = value.item() if isinstance(value, np.generic) else value
+    return value if value is None or type(value) in PLAIN else ...
 
-    Raises:
-        BadInput: As for `load_plain`, or a weight is not a finite number.
-    """
-    weights = load_plain(path)["state_dict"]
-    for name, tensor in weights.items():
-        if not isinstance(tensor, Tensor):
-            raise BadInput(f"checkpoint {path}: {str(name)[:80]} of its `state_dict` is no tensor")
-        is_dense = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized)
-        if not is_dense or tensor.nbytes > max(tensor.untyped_storage().nbytes(), MAX_EXPANDED):
-            raise BadInput(f"checkpoint {path}: {name} is a tensor of which the file has only a part")
-        if not tensor.isfinite().all():
-            raise BadInput(f"checkpoint {path}: {name} holds NaN or infinite values")
-    return weights
+
+def _serialize(checkpoint: dict[str, Any]) -> memoryview:
+    """Return the content of a checkpoint's file, with the plain hyperparameters alone."""
+    kept = dict(checkpoint)
+    for owner in (LightningModule, LightningDataModule):  # they are rebuilt from the config
+        kept.pop(owner.CHECKPOINT_HYPER_PARAMS_TYPE, None)  # a class
+        if (name := owner.CHECKPOINT_HYPER_PARAMS_KEY) in kept:
+            kept[name] = _to_plain(kept[name])
+    if "callbacks" in kept:  # numpy's numbers are easily mistaken for Python's
+        kept["callbacks"] = apply_to_collection(kept["callbacks"], np.generic, np.generic.item)
+    buffer = BytesIO()  # torch.save into a file would hide why a write failed
+    torch.save(kept, buffer)
+    buffer.seek(0)
+    if refused := torch.serialization.get_unsafe_globals_in_checkpoint(buffer):
+        names = ", ".join(sorted(refused))
+        raise RunFailed(f"a checkpoint holds plain values and tensors, not {names} of a module or callback")
+    return buffer.getbuffer()
 
 
 def _release(written: str) -> tuple[int, ...]:
@@ -169,6 +181,8 @@ class DurableCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
+        if storage_options is not None:
+            raise TypeError("storage_options cannot be obeyed: a checkpoint is a local file")
         final = Path(path)
         if self._pending is not None and self._pending[1] != final:
             self.write_pending()
@@ -189,9 +203,7 @@ class DurableCheckpointIO(CheckpointIO):
     def _write(self, checkpoint: dict[str, Any], final: Path) -> None:
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = final.with_name(f".{final.name}.tmp")
-        buffer = BytesIO()  # torch.save into a file would hide why a write failed
-        torch.save(checkpoint, buffer)
-        content = buffer.getbuffer()
+        content = _serialize(checkpoint)
         try:
             _write_synced(temporary, content)
             self.before_commit()
@@ -216,7 +228,8 @@ class DurableCheckpointIO(CheckpointIO):
             raise BadInput(f"checkpoint {path} is remote; only local files are loaded: download it first")
         checkpoint = load_plain(Path(path), map_location or "cpu", damaged=RunFailed)
         states = checkpoint.get("callbacks", {})
-        if not any(key.startswith("BestCheckpoint{") for key in states):  # of version 0.1
+        names = {key.partition("{")[0] for key in states}
+        if "ResumeCheckpoint" in names and "BestCheckpoint" not in names:  # of version 0.1
             for key in [key for key in states if key.startswith("ModelCheckpoint{")]:
                 states[key.replace("Model", "Best", 1)] = states.pop(key)
         return checkpoint

@@ -46,6 +46,11 @@ def set_root_dir(trainer: Any, folder: Path) -> None:
     trainer._default_root_dir = str(folder)
 
 
+def logging_step(trainer: Any) -> int:
+    """Return the step at which Lightning itself logs: batches that stepped, from zero."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
 def detects_anomaly(trainer: Any) -> bool:
     """Return the Trainer's argument `detect_anomaly`, which has no public attribute."""
     return trainer._detect_anomaly

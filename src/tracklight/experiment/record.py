@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+from torch import Tensor
 
 from tracklight.config.compose import config_digest, digest_without_seed, flatten, short_params, to_plain
 from tracklight.data.tensor_data import TensorData
@@ -151,21 +152,27 @@ def log_final(
     step: int,
     score: float | None,
     tested: bool,
+    inputs: Tensor | None,
 ) -> None:
     """Log the score, the figures and the model of a run that ends well.
 
     The model has its best weights, those of optimizer step `step`. Trials of a sweep are not tested
-    and log no model.
+    and log no model. `inputs` are an example of a foreign data set's.
     """
     if score is not None:
         run.log_series(tags.SCORE, (step,), (score,))
     if cfg.tracking.figures:
         draw_figures(model, data, run.logged_metrics(), run.artifacts / FOLDER, step, tested)
-    if tested and isinstance(data, TensorData):
-        rows = data.splits["train"].features[:2]
+    if not tested:
+        return
+    names, takes = (), ""
+    if isinstance(data, TensorData):
+        inputs, takes = data.transform(data.splits["train"].features[:2]), data.encoding
         columns, targets = data.feature_names, describe_inputs(data).get("target_names", ())
         names = (columns, targets) if columns and len(targets) == data.out_features else ()
-        log_model(store.client, run.run_id, model, data.transform(rows), step, data.encoding, *names)
+    elif isinstance(model.example_input_array, Tensor):  # what Lightning's own exports take
+        inputs = model.example_input_array
+    log_model(store.client, run.run_id, model, inputs, step, takes, *names)
 
 
 def summarise(

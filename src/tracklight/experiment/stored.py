@@ -11,12 +11,14 @@ import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import LightningDataModule, LightningModule
+from pytorch_lightning.callbacks import LambdaCallback
+from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from tracklight.config import compose
 from tracklight.config.rules import nested_items
 from tracklight.data.table import Table
 from tracklight.data.tensor_data import TensorData
-from tracklight.engine.checkpoints import load_weights, newest_resume_checkpoint
+from tracklight.engine.checkpoints import load_plain, newest_resume_checkpoint
 from tracklight.errors import BadInput
 from tracklight.experiment.build import build_data, build_model, depends_on_total
 from tracklight.runs.reader import open_reader
@@ -32,6 +34,7 @@ NEEDED = ("seed", "num_threads", "compile", "init_from", "score.metric", "score.
 NEEDED += ("data", "model", "optimizer", "scheduler", "callbacks", "trainer.devices", "trainer.accelerator")
 # Overrides for using a model on this machine, whatever it was trained on.
 ANY_HARDWARE = ("trainer.accelerator=auto", "trainer.devices=1", "trainer.num_nodes=1")
+MAX_EXPANDED = 2**28  # bytes of a tensor that repeats the few values stored
 
 
 def open_store(uri: str | None, directory: Path, *, create: bool = False) -> Store:
@@ -192,8 +195,38 @@ def _amend_config(
     return cfg
 
 
-def load_best_weights(model: LightningModule, store: Store | None, run_id: str) -> str:
+def load_weights(path: Path) -> dict[str, Any]:
+    """Load a checkpoint for its weights, to start from or to test.
+
+    Raises:
+        BadInput: As for `load_plain`, or a weight is not a finite number.
+    """
+    checkpoint = load_plain(path)
+    for name, tensor in checkpoint["state_dict"].items():
+        if not isinstance(tensor, torch.Tensor):
+            raise BadInput(f"checkpoint {path}: {str(name)[:80]} of its `state_dict` is no tensor")
+        is_dense = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized)
+        if not is_dense or tensor.nbytes > max(tensor.untyped_storage().nbytes(), MAX_EXPANDED):
+            raise BadInput(f"checkpoint {path}: {name} is a tensor of which the file has only a part")
+        if not tensor.isfinite().all():
+            raise BadInput(f"checkpoint {path}: {name} holds NaN or infinite values")
+    return checkpoint
+
+
+def restore_weights(model: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Load a checkpoint's weights as Lightning does: the module's hook first, as strictly as it asks."""
+    model.on_load_checkpoint(checkpoint)
+    model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)
+
+
+def _makes_layers_late(model: LightningModule) -> bool:
+    return is_overridden("setup", model) or is_overridden("configure_model", model)
+
+
+def load_best_weights(model: LightningModule, store: Store | None, run_id: str, callbacks: list) -> str:
     """Load the best weights of another run into a model and return that run's full id.
+
+    Where layers are made late, a callback that is added to `callbacks` loads them.
 
     Raises:
         BadInput: There is no such run, or its weights do not fit.
@@ -201,32 +234,38 @@ def load_best_weights(model: LightningModule, store: Store | None, run_id: str) 
     if store is None:
         raise BadInput(f"init_from={run_id} needs tracking=mlflow, where that run is")
     run = resolve_sweep(store, select_run(store, run_id))
-    weights = load_weights(fetch(store, run, tags.BEST))
+    checkpoint = load_weights(fetch(store, run, tags.BEST))
+    if _makes_layers_late(model):
+        callbacks.append(LambdaCallback(on_fit_start=lambda _, module: restore_weights(module, checkpoint)))
+        return run.info.run_id
     try:
-        model.load_state_dict(weights)
+        restore_weights(model, checkpoint)
     except RuntimeError as error:
         raise BadInput(f"init_from={run_id}: its weights do not fit this model: {error}") from None
     return run.info.run_id
 
 
 class RebuiltRun(NamedTuple):
-    """A run with its config, its data module and its model with the best weights."""
+    """A run with its config, its data module and its model; `checkpoint` holds its best weights."""
 
     run: Any
     cfg: DictConfig
     data: LightningDataModule | None
     model: LightningModule
+    checkpoint: Path
 
 
-def rebuild(store: Store, run: Any, cfg: DictConfig, *, read: bool) -> RebuiltRun:
+def rebuild(store: Store, run: Any, cfg: DictConfig, *, read: bool, load: bool = True) -> RebuiltRun:
     """Build a run's data module and its model, with the best weights.
 
-    A data module whose data are not read can only encode new examples.
+    A data module whose data are not read can only encode new examples. Without `load`, the weights of a
+    model whose layers are made late are left to Lightning's own test.
 
     Raises:
         BadInput: A part of the run is missing, or does not fit this checkout's code.
     """
-    weights = load_weights(fetch(store, run, tags.BEST))
+    path = fetch(store, run, tags.BEST)
+    checkpoint = load_weights(path)
     if cfg.num_threads:
         torch.set_num_threads(cfg.num_threads)
     data = build_data(cfg, read=read)
@@ -234,7 +273,12 @@ def rebuild(store: Store, run: Any, cfg: DictConfig, *, read: bool) -> RebuiltRu
         _restore_inputs(data, load_inputs(store, run))
     try:
         model = build_model(cfg, data)
-        model.load_state_dict(weights)
+        late = _makes_layers_late(model)
+        if load and late:
+            model.setup("predict")
+            model.configure_model()
+        if load or not late:
+            restore_weights(model, checkpoint)
     except (RuntimeError, TypeError, BadInput) as error:
         reason = " ".join(str(error).split())[:300]
         code = code_digest(compose.list_targets(cfg))
@@ -242,7 +286,7 @@ def rebuild(store: Store, run: Any, cfg: DictConfig, *, read: bool) -> RebuiltRu
             commit = run.data.tags.get(tags.COMMIT_TAG, "unknown")[:12]
             reason += f"; it was trained by other code, of commit {commit}"
         raise BadInput(f"run {run.info.run_id} does not fit this code: {reason}") from None
-    return RebuiltRun(run, cfg, data, model.eval())
+    return RebuiltRun(run, cfg, data, model.eval(), path)
 
 
 _INPUT_KEYS = ("name", "in_features", "out_features", "feature_names", "class_names")

@@ -21,7 +21,7 @@ from tracklight.config.compose import list_targets, to_plain
 from tracklight.config.hardware import default_threads, describe_machine
 from tracklight.engine import checkpoints, distributed, progress
 from tracklight.engine.blocks import Blocks
-from tracklight.engine.lightning_internals import set_root_dir
+from tracklight.engine.lightning_internals import logging_step, set_root_dir
 from tracklight.engine.monitors import ScoreMonitor
 from tracklight.engine.seeding import EpochSeeds
 from tracklight.engine.signals import SafeStop
@@ -35,10 +35,18 @@ from tracklight.experiment.build import (
     rehearse,
 )
 from tracklight.experiment.record import describe, finish_run, log_final, log_reference, open_run, summarise
-from tracklight.experiment.stored import ResumedRun, load_best_weights, open_store, resolve_resume
+from tracklight.experiment.stored import (
+    ResumedRun,
+    load_best_weights,
+    open_store,
+    resolve_resume,
+    restore_weights,
+)
+from tracklight.models.supervised import Supervised
 from tracklight.paths import ROOT
 from tracklight.redact import redact_command
 from tracklight.tracking import provenance
+from tracklight.tracking.api import logging_to
 from tracklight.tracking.run import Run
 from tracklight.tracking.tags import BEST, CHECKPOINTS, PROFILE
 
@@ -79,10 +87,10 @@ def run(
 
         data = build_data(cfg)
         model = build_model(cfg, data)
-        tags = dict(tags or {})
+        tags, callbacks = dict(tags or {}), [*callbacks, stop]
         if cfg.init_from is not None and not (resumed and resumed.find_checkpoint()):
-            tags["tracklight.init_from"] = load_best_weights(model, store, cfg.init_from)
-        training = Training(cfg, data, model, [*callbacks, stop])
+            tags["tracklight.init_from"] = load_best_weights(model, store, cfg.init_from, callbacks)
+        training = Training(cfg, data, model, callbacks)
         stop.has_company = training.trainer.world_size > 1
         if resumed:
             distributed.check_resumable(training.trainer)
@@ -91,7 +99,8 @@ def run(
 
         # The run is opened last: what fails earlier leaves no empty run behind.
         tracked = store and open_run(store, cfg, model, data, resumed, source, tags)
-        with finish_run(tracked, model, training.trainer, cfg.tracking.figures), stop.converting_errors():
+        finishing = finish_run(tracked, model, training.trainer, cfg.tracking.figures)
+        with finishing, stop.converting_errors(), logging_to(tracked):
             if tracked:
                 describe(tracked, cfg, model, data, source)
             training.fit(checkpoint=training.track(tracked, resumed))
@@ -100,11 +109,12 @@ def run(
             reference = log_reference(tracked, model, data) if tracked else {}
             score, step = training.load_best()
             if test and has_test(model, data) and not training.trainer.fast_dev_run:
-                training.trainer.test(model, datamodule=data, verbose=False)
+                for result in training.trainer.test(model, data, ckpt_path=training.best_path, verbose=False):
+                    training.tested |= result
                 stop.check()
             if store and tracked:
                 checkpoints.keep_last(tracked.artifacts / CHECKPOINTS, training.io)
-                log_final(store, tracked, cfg, model, data, step, score, test)
+                log_final(store, tracked, cfg, model, data, step, score, test, training.blocks.example)
             ended = summarise(tracked, cfg, score, step, training.trainer.callback_metrics | reference)
             if summary is not None:
                 summary |= ended
@@ -130,6 +140,8 @@ class Training:
         within_epochs = str(cfg.trainer.val_check_interval) not in ("None", "1.0")
         self.last = checkpoints.ResumeCheckpoint(self.io, early_stops(cfg))
         self.best = checkpoints.BestCheckpoint(cfg.score.metric, cfg.score.mode, within_epochs)
+        self.best_path: Path | None = None
+        self.tested: dict[str, float] = {}
         tracked = cfg.tracking.enabled
         first = [EpochSeeds(cfg.seed), *([self.last] if tracked else [])]
         callbacks = [self.blocks, self.score, *callbacks, *([self.best] if tracked else [])]
@@ -138,7 +150,8 @@ class Training:
     def track(self, run: Run | None, resumed: ResumedRun | None) -> Path | None:
         """Log to a run and save to its folder; return the checkpoint to resume from, if any."""
         if run is None:
-            if self.cfg.tracking.enabled:  # by rank zero
+            # Rank zero tracks, or nobody; a foreign module logs by its logger all the same.
+            if self.cfg.tracking.enabled or not isinstance(self.model, Supervised):
                 self.trainer.logger = DummyLogger()
             rank_zero = distributed.read_rank_zero_run()
             return Path(rank_zero.checkpoint) if rank_zero and rank_zero.checkpoint else None
@@ -146,6 +159,7 @@ class Training:
         checkpoints.remove_leftovers(folder)
         run.steps_completed = lambda: self.trainer.global_step
         run.mid_step = lambda: self.blocks.mid_step
+        run.lightning_step = lambda: logging_step(self.trainer)
         self.trainer.logger = self.blocks.logger = run
         set_root_dir(self.trainer, run.folder)
         self.io.before_commit = run.sync
@@ -192,7 +206,7 @@ class Training:
             self.score.check(has_score=False)
             score = self.trainer.callback_metrics.get(metric)
             return None if score is None else float(score), self.trainer.global_step
-        path = Path(self.best.dirpath or "") / "best.ckpt"
+        self.best_path = path = Path(self.best.dirpath or "") / "best.ckpt"
         self.score.check(has_score=path.exists())
         if not path.exists():
             if self.trainer.is_global_zero:
@@ -200,13 +214,12 @@ class Training:
                 print(f"{missing}; best.ckpt holds the last weights")
             self.trainer.save_checkpoint(path, weights_only=True)
         best = self.io.load_checkpoint(path)
-        self.model.load_state_dict(best["state_dict"])
+        restore_weights(self.model, best)
         score = self.best.best_model_score
         return None if score is None else float(score), best["global_step"]
 
     def summary(self, score: float | None, run: Run | None, reference: Mapping[str, float]) -> str:
         """Return the closing summary of the run; `reference` is what its model is compared with."""
-        metrics = {key: float(value) for key, value in self.trainer.callback_metrics.items()}
         where = {}
         if run is not None:
             best = str(run.artifacts / BEST)
@@ -220,7 +233,7 @@ class Training:
         return progress.format_summary(
             score={} if score is None else {self.cfg.score.metric: score},
             epoch="best" if self.cfg.tracking.enabled else "last",
-            test={key: value for key, value in metrics.items() if key.startswith("test/")},
+            test=self.tested,
             training_s=self.fit_s,
             num_examples=self.blocks.num_examples,
             exact=progress.format_metrics(reference),

@@ -24,7 +24,7 @@ class LinearRegression(Supervised):
 
     def __init__(self, in_features: int = 1, out_features: int = 1, bias: bool = True):
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # the config has them
         self.linear = nn.Linear(in_features, out_features, bias=bias)
 
     @override

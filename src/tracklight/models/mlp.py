@@ -38,7 +38,7 @@ class MLP(Supervised):
     ):
         super().__init__()
         hidden = list(hidden)
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # the config has them
         if activation not in ACTIVATIONS:
             allowed = ", ".join(ACTIVATIONS)
             raise ValueError(f"model.activation={activation} must be one of {allowed}")

@@ -32,7 +32,7 @@ def log_model(
     client: mlflow.MlflowClient,
     run_id: str,
     model: nn.Module,
-    example: Tensor,
+    example: Tensor | None,
     step: int = 0,
     takes: str = "",
     columns: Sequence[str] = (),
@@ -42,7 +42,7 @@ def log_model(
 
     Replaces a model logged to the run before. What cannot be exported or stored costs a warning.
     MLflow's active run and tracking URI stay as they were. `model` maps inputs (B, ...), of which
-    `example` holds a few, to one tensor (B, ...); `step` is the optimizer step of its weights.
+    `example` holds a few if any are known, to one tensor (B, ...); `step` is that of its weights.
     Weights of half precision are exported as float32.
 
     The signature names the `columns` and `targets` of a table's model; for any other it says in words
@@ -54,6 +54,8 @@ def log_model(
     with tempfile.TemporaryDirectory() as scratch, _quiet():
         folder = Path(scratch) / "model"
         try:
+            if example is None:
+                raise ValueError("its batches begin with no tensor; set its example_input_array")
             mlmodel = _export(model, example, folder)
             _describe(mlmodel, folder, takes, columns, targets)
             return _store(client, run_id, mlmodel, folder, step)
@@ -75,6 +77,8 @@ def _export(model: nn.Module, example: Tensor, folder: Path) -> Model:
     inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
     with torch.no_grad():
         outputs = twin(inputs)
+    if not isinstance(outputs, Tensor):
+        raise TypeError(f"it returns a {type(outputs).__name__}, where a tensor can be served")
     mlmodel = Model()
     with skip_requirements_check():
         flavor.save_model(

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import logging
 import os
 import re
@@ -11,6 +12,7 @@ import sqlite3
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,7 +41,9 @@ import mlflow.entities  # noqa: E402
 import mlflow.exceptions  # noqa: E402
 from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT  # noqa: E402
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository  # noqa: E402
+from mlflow.tracking._tracking_service import utils as _tracking  # noqa: E402
 from mlflow.utils import request_utils  # noqa: E402
+from mlflow.utils.async_logging.run_operations import RunOperations  # noqa: E402, F401
 
 # We report every failed call ourselves in one line; these two print a traceback each time.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
@@ -56,6 +60,7 @@ _WARN_AFTER_S = 5.0
 _PAUSE_S = 0.5
 _MAX_CHARS = 300
 _AWAY = re.compile(r"API request to (\w+://[^/\s]+)\S* failed with exception .*retries exceeded")
+_numbers = itertools.count()  # of the stores registered
 
 _SCHEMA = re.compile(r"Detected out-of-date database schema \(found version (\w+)")
 _MIGRATIONS = Path(mlflow.__file__).parent / "store" / "db_migrations" / "versions"
@@ -211,3 +216,24 @@ def skip_requirements_check() -> Iterator[None]:
     check = "mlflow.utils.environment.warn_dependency_requirement_mismatches"
     with mock.patch(check, lambda requirements: None):
         yield
+
+
+def register(store: Any, client: Any) -> tuple[str, Any]:
+    """Register a store; return the tracking URI by which MLflow finds it, and the store behind a client."""
+    scheme, found = f"tracklight{next(_numbers)}", weakref.proxy(store)  # MLflow keeps what it has found
+    _tracking._register(scheme, lambda store_uri, artifact_uri=None: found)
+    return f"{scheme}://", client._tracking_client.store
+
+
+@contextlib.contextmanager
+def use_store(store: Any, run_id: str) -> Iterator[None]:
+    """Let MLflow's fluent functions use a store; the model registry and other processes use the real one."""
+    with mock.patch.dict(os.environ), _tracking._use_tracking_uri(store.uri):
+        os.environ["MLFLOW_TRACKING_URI"] = store.real_uri
+        os.environ.setdefault("MLFLOW_REGISTRY_URI", store.real_uri)
+        try:
+            yield
+        finally:
+            while (active := mlflow.active_run()) and active.info.run_id == run_id:
+                mlflow.end_run()
+            _tracking._artifact_repos_cache.pop(run_id, None)  # else MLflow takes the run's folder for good

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.loggers import MLFlowLogger
 
 from tracklight.errors import BadInput, RunFailed
 from tracklight.redact import redact
+from tracklight.tracking.api import RunStore
 from tracklight.tracking.lock import RunLock
+from tracklight.tracking.mlflow_client import mlflow
 from tracklight.tracking.sender import Sender, temporary_path
 from tracklight.tracking.tags import MAX_PARAM_CHARS, shorten
 from tracklight.tracking.wal import Points, read_records
@@ -22,37 +24,48 @@ _log = logging.getLogger(__name__)
 _MAX_KEY_CHARS = 250
 _MAX_TAG_CHARS = 8000
 _MAX_DIGEST_CHARS = 36
-_KEY = re.compile(r"[\w.\- :]+(/[\w.\- :]+)*")
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the text of an object; another one in each process
 
 
-class Run(Logger):
-    """A run in progress, opened by `Store`.
+class Run(MLFlowLogger):
+    """A run in progress, opened by `Store`; an MLFlowLogger for whoever looks for one.
 
     Attributes:
-        steps_completed: Returns the optimizer steps so far; Lightning's own count starts at zero.
+        steps_completed: Returns the optimizer steps so far.
         mid_step: Returns whether gradients are being accumulated for the next step.
+        lightning_step: Returns Lightning's own count of steps, which starts at zero, if it trains.
         now_ms: Returns the time, in ms since 1970, by a clock that is never set back.
         ui_hint: The run's address in MLflow's UI, or the command for the UI.
         timeout_s: How long the end of the run waits for MLflow without any progress.
+        store: The run as a tracking store for MLflow's own API.
     """
 
+    # Attributes, in place of properties that would create a run.
+    run_id: str = ""  # pyright: ignore[reportIncompatibleVariableOverride]
+    experiment_id: str = ""  # pyright: ignore[reportIncompatibleVariableOverride]
+
     def __init__(self, run: Any, sender: Sender, lock: RunLock, ui_hint: str, timeout_s: float):
-        super().__init__()
-        self.run_id = sender.writer.run_id
+        self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
         self.folder = sender.writer.wal.path.parent
         self.artifacts = sender.writer.artifacts
         self.steps_completed: Callable[[], int] = lambda: 0
         self.mid_step: Callable[[], bool] = lambda: False
+        self.lightning_step: Callable[[], int | None] = lambda: None
         self.ui_hint = ui_hint
         self.timeout_s = timeout_s
         self._name: str = run.info.run_name
+        self._info = {**dict(run.info), "status": "RUNNING", "artifact_uri": self.artifacts.as_uri()}
         self._params: dict[str, str] = dict(run.data.params)
+        self._tags: dict[str, str] = dict(run.data.tags)
+        self._said: set[str] = set()
         self._writer = sender.writer
         self.wal = sender.writer.wal
         self.now_ms = self.wal.now_ms
         self._lock = lock
         self._finished = False
         self._sender = sender
+        self.store = RunStore(self, sender.writer.client)
+        super().__init__(tracking_uri=self.store.uri, run_id=run.info.run_id)
         sender.start()
 
     @property
@@ -75,22 +88,50 @@ class Run(Logger):
         """Whether params were logged."""
         return bool(self._params)
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log values at the number of optimizer steps completed.
+    @property
+    def experiment(self) -> Any:
+        """An MlflowClient, as Lightning's own MLflow logger has, whose calls for this run go through it."""
+        return mlflow.MlflowClient(self.store.uri, self.store.real_uri)
+
+    def entity(self) -> Any:
+        """Return the run as MLflow's entity, with all that was logged so far."""
+        of, logged = mlflow.entities, self.logged_metrics()
+        metrics = [of.Metric(key, values[-1], 0, steps[-1]) for key, (steps, values) in logged.items()]
+        params = [of.Param(*each) for each in self._params.items()]
+        tags = [of.RunTag(*each) for each in self._tags.items()]
+        return of.Run(of.RunInfo(**self._info), of.RunData(metrics, params, tags))
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Log values at `step`; those that Lightning logs, with the epoch, at the optimizer steps completed.
 
         Callbacks log at each batch; of those that make one step, only the first is heard.
         """
-        if self.mid_step():
+        is_now = step in (None, self.lightning_step())
+        if is_now and self.mid_step():
             return
-        completed = self.steps_completed()
+        if step is None or (is_now and "epoch" in metrics):
+            step = self.steps_completed()
         for key, value in metrics.items():
-            if key != "epoch":  # Lightning adds it to each call; the axis is steps
-                self.log_series(key, (completed,), (float(value),))
+            if key != "epoch":
+                self.log_value(key, int(step), value)
+
+    def log_value(self, key: str, step: int, value: Any) -> None:
+        """Log one value; say what is no number, and leave it out."""
+        try:
+            self.log_series(key, (step,), (float(value),))
+        except (TypeError, ValueError):
+            self._say_once(f"metric {key} is no number but a {type(value).__name__}: it is not logged")
 
     def log_series(self, key: str, steps: Sequence[int], values: Sequence[float]) -> None:
-        """Log values of one metric, each at its number of optimizer steps, by one file write."""
-        check_key("metric", key)
-        self.wal.add_points(key, steps, values)
+        """Log values of one metric, each at its step, by one file write; say if its name has to change."""
+        if (name := to_key(key)) != key:
+            self._say_once(f"metric {key!r} is logged as {name!r}: MLflow does not allow its name")
+        self.wal.add_points(name, steps, values)
+
+    def _say_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            _log.warning(message)
 
     def logged_metrics(self) -> dict[str, tuple[list[int], list[float]]]:
         """Return the steps and values of each metric in this run's log."""
@@ -106,8 +147,14 @@ class Run(Logger):
         """Return once everything logged is on the disk."""
         self.wal.sync()
 
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the whole config is logged, which includes a module's arguments."""
+    def log_new_params(self, params: Mapping[str, Any]) -> None:
+        """Log params of a module's, such as its hyperparameters; one that is there keeps its value."""
+        texts = {to_key(key): _ADDRESS.sub("", str(value)) for key, value in params.items()}
+        texts = _to_text("param", texts, MAX_PARAM_CHARS)
+        for key, text in texts.items():
+            if (old := self._params.get(key, text)) != text:
+                self._say_once(f"param {key} of this run is {old[:80]} and stays so, not {text[:80]}")
+        self.log_params({key: text for key, text in texts.items() if key not in self._params})
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log the flat config.
@@ -129,7 +176,9 @@ class Run(Logger):
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags; the last value of a tag counts."""
-        self.wal.add_call("tags", values=_to_text("tag", tags, _MAX_TAG_CHARS))
+        if texts := _to_text("tag", tags, _MAX_TAG_CHARS):
+            self._tags |= texts
+            self.wal.add_call("tags", values=texts)
 
     def log_input(self, name: str, digest: str, source: str, context: str) -> None:
         """Log a data set and its use (`context`, such as `train`); the digest is cut."""
@@ -209,14 +258,20 @@ class Run(Logger):
         self._lock.close()
 
 
-@functools.lru_cache
 def check_key(kind: str, key: str) -> None:
     """Raise BadInput for a name that MLflow does not allow; `kind` is metric, param or tag."""
-    if len(key) > _MAX_KEY_CHARS or not _KEY.fullmatch(key) or {".", ".."} & {*key.split("/")}:
+    if key != to_key(key):
         raise BadInput(
             f"{kind} {key[:80]!r}: a name is at most {_MAX_KEY_CHARS} letters, digits and any of "
             "'_-.: /', without an empty part between slashes"
         )
+
+
+@functools.lru_cache
+def to_key(name: str) -> str:
+    """Return a name as MLflow takes it: without other characters, and without empty parts between slashes."""
+    parts = [re.sub(r"[^\w.\- :]+", "", part) for part in str(name).split("/")]
+    return "/".join(part for part in parts if part not in ("", ".", ".."))[:_MAX_KEY_CHARS] or "unnamed"
 
 
 def _to_text(kind: str, values: Mapping[str, Any], limit: int) -> dict[str, str]:

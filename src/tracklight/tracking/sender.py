@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from tracklight.tracking.mlflow_client import is_transient, mlflow, short_reason
+from tracklight.tracking.mlflow_client import get_artifact_repository, is_transient, mlflow, short_reason
 from tracklight.tracking.sqlite_file import MetricTables, has_known_columns
 from tracklight.tracking.tags import ARTIFACTS_FOLDER
 from tracklight.tracking.wal import Call, Points, WriteAheadLog, read_records
@@ -35,7 +35,8 @@ class MlflowWriter:
         self.run_id: str = run.info.run_id
         self.wal = wal
         self.artifacts = wal.path.parent / ARTIFACTS_FOLDER
-        uri = urlsplit(run.info.artifact_uri)
+        self._artifact_uri: str = run.info.artifact_uri
+        uri = urlsplit(self._artifact_uri)
         is_local = uri.scheme in ("", "file") and Path(url2pathname(uri.path)) == self.artifacts
         self._needs_upload = not is_local
         self._uploaded: dict[Path, tuple[int, int]] = {}
@@ -113,13 +114,15 @@ class MlflowWriter:
         """Upload new and changed files, if the store keeps artifacts elsewhere."""
         if not self._needs_upload:
             return
+        # Not by the client, which remembers the run's folder as the place once a module has logged there.
+        repository = get_artifact_repository(self._artifact_uri, tracking_uri=self.client.tracking_uri)
         for path in sorted(self.artifacts.rglob("*")):
             if path.is_file() and not path.match(".*.tmp"):
                 stat = path.stat()
                 version = (stat.st_size, stat.st_mtime_ns)
                 if self._uploaded.get(path) != version:
                     folder = "/".join(path.relative_to(self.artifacts).parts[:-1]) or None
-                    self.client.log_artifact(self.run_id, str(path), folder)
+                    repository.log_artifact(str(path), folder)
                     self._uploaded[path] = version
 
     def close(self) -> None:
