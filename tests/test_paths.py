@@ -38,7 +38,10 @@ def test_elsewhere_it_is_the_repository_and_without_one_the_folder(tmp_path, mon
         ('[tool.tracklight]\nconf = "src"\n', "names no package; add package = "),
         ('[tool.tracklight]\npackage = "a.b"\n', "names no package"),
         ("[tool.tracklight]\npackage = 3\n", "names no package"),
-        ('[tool.tracklight]\npackage = "gone"\n', "no folder src/gone or gone beside it"),
+        (
+            '[tool.tracklight]\npackage = "gone"\n',
+            "names gone, but there is no folder src/gone or gone beside it",
+        ),
         (TABLE + 'config = "conf"\n', "has a key config; it takes package, conf, allowed_targets"),
         (TABLE + 'conf = "gone"\n', "conf = 'gone' is no folder"),
         (TABLE + 'allowed_targets = "timm"\n', "allowed_targets must be a list"),

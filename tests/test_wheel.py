@@ -155,12 +155,10 @@ def test_without_extras_it_says_what_to_install(wheel, tmp_path):
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     (hidden / "sitecustomize.py").write_text(
-        "import sys\n"
-        "class Hidden:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.partition('.')[0] in ('optuna', 'sklearn'):\n"
-        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
-        "sys.meta_path.insert(0, Hidden())\n"
+        "from importlib.machinery import PathFinder\n"
+        "find = PathFinder.find_spec\n"
+        "hidden = ('optuna', 'sklearn')\n"
+        "PathFinder.find_spec = lambda name, *rest: None if name in hidden else find(name, *rest)\n"
     )
     bare = Installed(tmp_path, wheel, hidden)
     for words, extra in ((["-m", "seed=1,2"], "sweep"), (["data=table"], "table")):

@@ -13,6 +13,7 @@ from tracklight.errors import BadInput
 from tracklight.paths import HOME
 from tracklight.runs.reader import RunFilter, batches, open_reader
 from tracklight.tracking import tags
+from tracklight.tracking.address import resolve_uri
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -71,7 +72,7 @@ def train(overrides: Sequence[str] = ()) -> TrainedRun:
     summary: dict[str, Any] = {}
     run(cfg, summary=summary)
     if "id" in summary:
-        return load(summary["id"], cfg.tracking.uri, cfg.tracking.dir)
+        return load(summary["id"], resolve_uri(cfg.tracking.uri, Path(cfg.tracking.dir)), cfg.tracking.dir)
     return TrainedRun(None, "", summary["score"], summary["metrics"], None)
 
 
@@ -92,23 +93,15 @@ def load(run: str = "last", uri: str | None = None, directory: str | Path = HOME
 def runs(experiment: str | None = None, uri: str | None = None, directory: str | Path = HOME) -> "DataFrame":
     """Return a row for each training run, newest first, its columns named as in `mlflow.search_runs`."""
     check_project()
-    from pandas import DataFrame, to_datetime
+    from pandas import json_normalize, to_datetime
 
     reader = open_reader(uri or os.environ.get("MLFLOW_TRACKING_URI"), Path(directory))
     ids = [score.run_id for score in reader.search_scores(RunFilter(experiment), tags.SCORE)]
-    rows = [
-        {"run_id": run.run_id, "name": run.name, "status": run.status, "start_time": run.start_ms}
-        | {"experiment": run.experiment, "score": run.metrics.get(tags.SCORE)}
-        | {
-            f"{kind}.{key}": v
-            for kind in ("params", "metrics", "tags")
-            for key, v in getattr(run, kind).items()
-        }
-        for batch in batches(ids)
-        for run in reader.get_runs(batch)
-    ]
-    frame = DataFrame(rows, columns=None if rows else ["run_id", "name", "status", "start_time", "score"])
-    return frame.assign(start_time=to_datetime(frame["start_time"], unit="ms")).set_index("run_id")
+    rows = [vars(run) for batch in batches(ids) for run in reader.get_runs(batch)]
+    frame = json_normalize(rows, max_level=1).rename(columns={f"metrics.{tags.SCORE}": "score"})
+    for name in ("start", "end") if rows else ():
+        frame[f"{name}_time"] = to_datetime(frame.pop(f"{name}_ms"), unit="ms")
+    return frame.set_index("run_id") if rows else frame
 
 
 # A room has this name, too: importing any of its files binds it, and this binds it again.

@@ -43,7 +43,7 @@ class Project(NamedTuple):
 
     root: Path
     package: str = ""
-    sources: Path = PACKAGE.parent  # the package's folder lies in it
+    sources: Path | None = None  # the package's folder lies in it
     conf: Path | None = None
     allowed_targets: tuple[str, ...] = ()
     problem: str = ""
@@ -65,25 +65,23 @@ def find_project(start: Path) -> Project:
     if not found:
         return Project(CLONE or start)
     (root, table), outer = found[0], found[1][0] if found[1:] else None
-    package, conf, targets = (table.get(key) for key in KEYS)
+    package, conf, targets = table.get("package", ""), table.get("conf"), table.get("allowed_targets", [])
     sources = next((each for each in (root / "src", root) if (each / str(package)).is_dir()), None)
-    folder = root / str(conf or "conf")
-    problem = ""
-    if unknown := table.keys() - {*KEYS}:
-        problem = table.get("") or f"has a key {min(unknown)}; it takes {', '.join(KEYS)}"
-    elif not (isinstance(package, str) and package.isidentifier()):
-        problem = 'names no package; add package = "NAME", of the folder src/NAME or NAME beside it'
-    elif sources is None:
-        problem = f"names the package {package}, but there is no folder src/{package} or {package} beside it"
-    elif conf is not None and not folder.is_dir():
-        problem = f"conf = {conf!r} is no folder"
-    elif not (isinstance(targets or [], list) and all(isinstance(each, str) for each in targets or ())):
-        problem = "allowed_targets must be a list of modules' names"
-    if problem or sources is None:
-        where = f"[tool.tracklight] in {root / 'pyproject.toml'}"
-        return Project(root, problem=f"{where} {problem}", outer=outer)
-    own = folder if folder.is_dir() else None
-    return Project(root, str(package), sources, own, (str(package), *(targets or ())), "", outer)
+    unknown, folder = table.keys() - {*KEYS}, root / str(conf or "conf")
+    is_name = isinstance(package, str) and package.isidentifier()
+    is_list = isinstance(targets, list) and all(isinstance(each, str) for each in targets)
+    for is_wrong, problem in (
+        (unknown, table.get("") or f"has a key {min(unknown, default='')}; it takes {', '.join(KEYS)}"),
+        (not is_name, 'names no package; add package = "NAME", of the folder src/NAME or NAME beside it'),
+        (sources is None, f"names {package}, but there is no folder src/{package} or {package} beside it"),
+        (conf and not folder.is_dir(), f"conf = {conf!r} is no folder"),
+        (not is_list, "allowed_targets must be a list of modules' names"),
+    ):
+        if is_wrong:
+            return Project(root, problem=f"[tool.tracklight] in {root / 'pyproject.toml'} {problem}")
+    return Project(
+        root, package, sources, folder if folder.is_dir() else None, (package, *targets), "", outer
+    )
 
 
 def _read_table(folder: Path) -> dict[str, Any] | None:
@@ -141,6 +139,6 @@ TRAIN = "python train.py" if IN_CLONE else "tracklight train"
 UI = "python scripts/ui.py" if IN_CLONE else "tracklight ui"
 
 # After the standard library, which nothing in the project shall shadow, and before what is installed.
-if PROJECT.package and str(PROJECT.sources) not in sys.path:
+if PROJECT.sources and str(PROJECT.sources) not in sys.path:
     installed = (i for i, path in enumerate(sys.path) if path.endswith("-packages"))
     sys.path.insert(next(installed, len(sys.path)), str(PROJECT.sources))

@@ -23,7 +23,7 @@ from tracklight.redact import redact
 from tracklight.tracking.tags import CODE_TAG, COMMAND_TAG, COMMIT_TAG, DIRTY_TAG, shorten
 
 OWN_CODE = (PACKAGE, PACKAGE.parent / "hydra_plugins" / "tracklight")
-if PROJECT.package:
+if PROJECT.sources:
     OWN_CODE += (PROJECT.sources / PROJECT.package,)
 
 _MAX_DIFF_BYTES = 1_000_000
