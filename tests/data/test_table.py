@@ -1,4 +1,3 @@
-import sys
 from hashlib import sha256
 from pathlib import Path
 
@@ -156,12 +155,6 @@ def test_the_builtin_table_is_split_and_standardised_alike_on_every_machine():
     splits = table().splits
     assert sha256(splits["train"].features.numpy()).hexdigest()[:16] == "effc7ac0e44f92e2"
     assert splits["test"].targets[:5, 0].tolist() == [151, 97, 97, 68, 184]
-
-
-def test_without_scikit_learn_the_extra_to_install_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(BadInput, match=r"pip install 'tracklight\[table\]'"):
-        table().setup()
 
 
 def test_a_constant_feature_is_refused_unless_nothing_is_standardised(tmp_path):

@@ -33,8 +33,7 @@ def choose_columns(
 ) -> Columns:
     """Choose the feature and the target columns of a table; features of None are all others.
 
-    Raises:
-        BadInput: A column does not exist, is named twice, or serves as both.
+    A column that does not exist, is named twice, or serves as both, is refused.
     """
     if not targets:
         raise BadInput(f"{where}: data.target is missing; name one of {_format(header)}")

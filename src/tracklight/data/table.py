@@ -24,19 +24,8 @@ class Table(TensorData):
 
     Features are standardised by mean and standard deviation of the training part alone; targets
     stay in their own unit. Sums are exactly rounded, so the digest is the same on every machine.
-    A feature that is constant in the training part cannot be standardised and is refused.
-
-    Args:
-        batch_size: Rows in a minibatch; None takes the whole training part.
-        seed: Seed of the split and of the epochs' orders.
-        path: CSV file with a header; None takes the diabetes table.
-        target: Column, or list of columns, to predict; None only with the diabetes table.
-        features: Columns to predict from; None takes all others.
-        num_val: Validation rows: a count, or a fraction of all rows below 1. 0 for no such part.
-        num_test: Test rows, likewise; drawn first, so they do not depend on `num_val`.
-        standardise: Whether features are standardised.
-        delimiter: The one character between the cells of the file; a blank for any white space.
-        decimal: The decimal point of its numbers, "." or ",".
+    A feature that is constant in the training part cannot be standardised and is refused. Test rows
+    are drawn first, so they do not depend on `num_val`. `conf/data/table.yaml` describes the arguments.
     """
 
     def __init__(
@@ -142,13 +131,8 @@ class Table(TensorData):
             path = Path(self.path).expanduser()
             self.name, self.source = path.name, str(path.absolute())
             return read_columns(path, self.target, self.features, self.delimiter, self.decimal)
-        try:
-            from sklearn.datasets import load_diabetes  # optional, and seconds to import
-        except ImportError:
-            raise BadInput(
-                "data.path=null takes the diabetes table from scikit-learn, which is not "
-                "installed: pip install 'tracklight[table]', or give a CSV file with data.path"
-            ) from None
+        from sklearn.datasets import load_diabetes  # comes with MLflow, and takes seconds to import
+
         self.name, self.source = "diabetes", "scikit-learn"
         table: Any = load_diabetes(scaled=False)
         header = [*table.feature_names, "target"]
