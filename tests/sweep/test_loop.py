@@ -103,11 +103,6 @@ def ended(status, outcome=None, **metrics):
     )
 
 
-@pytest.fixture(autouse=True)
-def keep_keys(monkeypatch):
-    monkeypatch.setattr(loop_module, "with_num_threads", lambda job, _: job)
-
-
 def plan(seeds, **attributes):
     settings = {"seeds": seeds, "on_failure": "continue"}
     return SimpleNamespace(settings=settings, num_threads=1, prunes=False, **attributes)
@@ -116,12 +111,12 @@ def plan(seeds, **attributes):
 def search(seeds=1, refuses=False):
     """Return the plan of a search; if it refuses some configs, lr=2 is invalid."""
 
-    def compose(number, params, offset):
+    def compose_jobs(number, params, num_seeds):
         if refuses and params["lr"] == "2":
             raise BadInput("lr=2 is odd")
-        return job(number, params, offset)
+        return [job(number, params, seed) for seed in range(num_seeds)]
 
-    return plan(seeds, is_search=True, compose=compose)
+    return plan(seeds, is_search=True, compose_jobs=compose_jobs)
 
 
 def grid(seeds=1):

@@ -17,30 +17,13 @@ from tracklight.experiment.stored import is_unfinished
 from tracklight.runs.leaderboard import TrialRun
 from tracklight.sweep.executors import Executor
 from tracklight.sweep.parent_run import ParentRun
-from tracklight.sweep.plan import (
-    Job,
-    Plan,
-    format_params,
-    json_digest,
-    make_trial_spec,
-    with_num_threads,
-)
+from tracklight.sweep.plan import Job, Plan, format_params, json_digest, make_trial_spec
 from tracklight.sweep.progress import Progress
 from tracklight.sweep.study import INVALID_ATTR, OUTAGE_S, RUN_KEYS_ATTR, OptunaStudy, TrialRequest
 from tracklight.sweep.trial import EpochReport, TrialResult
 from tracklight.tracking import tags
 
 WAIT_S = 0.25  # the delay until a signal is noticed
-
-
-def compose_jobs(plan: Plan, number: int, params: Mapping[str, str], num_seeds: int) -> list[Job]:
-    """Compose the jobs of a trial, one per seed.
-
-    Raises:
-        BadInput: Its config is invalid.
-    """
-    jobs = [plan.compose(number, params, offset) for offset in range(num_seeds)]
-    return [with_num_threads(job, plan.num_threads) for job in jobs]
 
 
 @dataclass
@@ -176,8 +159,7 @@ class SweepLoop:
             if following is None:
                 return None
             request, jobs = following
-            if request.error:
-                self._fail_invalid(request)
+            if not jobs:
                 continue
             keys = [job.key for job in jobs]
             if request.has_ended:
@@ -191,7 +173,7 @@ class SweepLoop:
         return self._queue.popleft()
 
     def _request_trial(self) -> tuple[TrialRequest, list[Job]] | None:
-        """Return the next trial and its jobs, none if its config is invalid; None at the end."""
+        """Return the next trial and its jobs; none if its config is invalid, which is recorded."""
         if self._grid:
             jobs = self._grid.popleft()
             request = self.study.ask_config(jobs[0].params)
@@ -200,13 +182,13 @@ class SweepLoop:
         if request is None:
             return None
         try:
-            return request, compose_jobs(self.plan, request.number, request.params, self._num_seeds)
+            return request, self.plan.compose_jobs(request.number, request.params, self._num_seeds)
         except BadInput as error:
-            return replace(request, error=str(error)), []
+            self._fail_invalid(request.number, request.params, str(error))
+            return request, []
 
-    def _fail_invalid(self, request: TrialRequest) -> None:
+    def _fail_invalid(self, number: int, params: dict[str, str], reason: str) -> None:
         """Record a trial whose config is invalid as failed."""
-        number, params, reason = request.number, request.params, request.error
         self.failures[number] = reason
         self.halted |= self._stops_on_failure
         if self.parent:

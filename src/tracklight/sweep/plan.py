@@ -156,11 +156,7 @@ class Plan:
             self.optuna_settings.check(self.space.distributions() if self.is_search else {})
 
     def compose(self, number: int, params: Mapping[str, str], seed_offset: int = 0) -> Job:
-        """Compose and check the config of a trial, `seed_offset` added to its seed.
-
-        Raises:
-            BadInput: The config is not valid.
-        """
+        """Compose the config of a trial, `seed_offset` added to its seed; refuse one that is not valid."""
         overrides = self.space.overrides(params)
         pairs = list(zip(overrides, self._is_group, strict=True))
         groups = tuple(override for override, is_group in pairs if is_group)
@@ -176,6 +172,11 @@ class Plan:
         self._checked.add(groups)
         key = _job_key(cfg, params)
         return Job(number, dict(params), cfg, [*self.space.fixed, *overrides], key)
+
+    def compose_jobs(self, number: int, params: Mapping[str, str], num_seeds: int) -> list[Job]:
+        """Compose and check the configs of a trial, one per seed, with the number of threads."""
+        jobs = [self.compose(number, params, offset) for offset in range(num_seeds)]
+        return [with_num_threads(job, self.num_threads) for job in jobs]
 
     def _compose_groups(self, groups: tuple[str, ...]) -> DictConfig:
         """Return a copy of the config with the fixed overrides and these group choices."""

@@ -48,11 +48,7 @@ class Axis:
         self.texts, self.num_given = tuple(self._choices), len(values)
 
     def check(self, is_search: bool) -> None:
-        """Check that there are values to choose from.
-
-        Raises:
-            BadInput: The axis is empty, or the bounds of its interval are invalid.
-        """
+        """Refuse an axis without values, or an interval whose bounds are invalid."""
         key, assignment = self.name, f"{self.name}={self.expression}"
         if not self.is_interval:
             if not self.texts:
@@ -148,11 +144,7 @@ class Space:
 
 
 def read_space(overrides: Sequence[str], preset: Mapping[str, str], loader: ConfigLoader | None) -> Space:
-    """Parse overrides with Hydra's grammar; those of the command line win over `sweep.space`.
-
-    Raises:
-        BadInput: An override of the preset cannot be parsed.
-    """
+    """Parse overrides with Hydra's grammar; those of the command line win over `sweep.space`."""
     parser = OverridesParser.create(config_loader=loader)
     parsed = dict(zip(overrides, parser.parse_overrides(list(overrides)), strict=True))
     typed = {override.get_key_element().lstrip("+~") for override in parsed.values()}

@@ -55,11 +55,7 @@ DIRECTIONS: dict[str, Literal["minimize", "maximize"]] = {"min": "minimize", "ma
 MAX_JOURNAL_BYTES = 1_000_000_000
 STORAGE_TIMEOUT_S = 15.0  # not every driver has its own
 OUTAGE_S = 300.0  # a store that does not answer for longer ends the sweep
-OUTAGES = (
-    exc.OperationalError,
-    exc.InterfaceError,
-    exc.PendingRollbackError,
-)  # SQLAlchemy's, of a store away
+OUTAGES = (exc.OperationalError, exc.InterfaceError, exc.PendingRollbackError)  # of a database away
 
 # User attributes of a trial.
 PARAMS_ATTR = "point"  # of a grid's trial: its params as text
@@ -86,11 +82,7 @@ class OptunaSettings:
     warmup_epochs: float = 0
 
     def check(self, distributions: Mapping[str, Any]) -> None:
-        """Check the options by sampling and pruning a trial in memory.
-
-        Raises:
-            BadInput: An option or the space is not valid for the sampler or the pruner.
-        """
+        """Refuse options or a space not valid for the sampler or the pruner: try them in memory."""
         sampler = self.build_sampler(0, distributions) if distributions else None
         study = optuna.create_study(sampler=sampler, pruner=self.build_pruner())
         with _option_errors("sampler", self.sampler, self.sampler_options):
@@ -180,11 +172,7 @@ def _option_errors(kind: str, name: str, options: Mapping[str, Any]) -> Iterator
 
 
 def open_storage(url: str | None, journal: Path | None) -> BaseStorage:
-    """Open Optuna's storage: a database, else a journal file, else memory.
-
-    Raises:
-        BadInput: The database does not answer, or its driver is missing.
-    """
+    """Open Optuna's storage: a database, which must answer, else a journal file, else memory."""
     if url is None:
         return _open_journal(journal) if journal else optuna.storages.InMemoryStorage()
     try:
@@ -211,18 +199,14 @@ def _open_journal(path: Path) -> JournalStorage:
         # The kernel releases this lock when a process is killed; Optuna's own would last 30 s.
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         descriptor = os.open(path.with_suffix(".lock"), flags, 0o666)
-        return _journal_storage(path, descriptor)
+        lock: Any = SimpleNamespace(
+            acquire=partial(fcntl.flock, descriptor, fcntl.LOCK_EX),
+            release=partial(fcntl.flock, descriptor, fcntl.LOCK_UN),
+        )
+        return JournalStorage(JournalFileBackend(str(path), lock))
     except Exception as error:  # Optuna checks nothing of what it reads
         reason = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
         raise BadInput(f"{path} is no journal of a sweep ({reason}); sweep.fresh=true starts over") from None
-
-
-def _journal_storage(path: Path, descriptor: int) -> JournalStorage:
-    lock: Any = SimpleNamespace(
-        acquire=partial(fcntl.flock, descriptor, fcntl.LOCK_EX),
-        release=partial(fcntl.flock, descriptor, fcntl.LOCK_UN),
-    )
-    return JournalStorage(JournalFileBackend(str(path), lock))
 
 
 class PatientStorage:
@@ -259,7 +243,6 @@ class TrialRequest:
     number: int  # of a retry, that of the trial it replaces
     params: dict[str, str]  # name of each axis to its value as text
     has_ended: bool = False  # finished by an earlier command
-    error: str = ""  # why it cannot run
 
 
 class OptunaStudy:

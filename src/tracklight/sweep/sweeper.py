@@ -219,11 +219,9 @@ def _run_tests(
     loop: "SweepLoop", parent: "ParentRun", winner: LeaderboardRow, untested: Mapping[str, Any]
 ) -> None:
     """Test runs of the winner, given by job key."""
-    from tracklight.sweep.loop import compose_jobs
-
     plan, executor = loop.plan, loop.executor
     num_seeds = max(plan.settings["seeds"], len(winner.run_ids))
-    jobs = compose_jobs(plan, winner.trial, winner.params, num_seeds)
+    jobs = plan.compose_jobs(winner.trial, winner.params, num_seeds)
     waiting = [job for job in jobs if job.key in untested]
     for key in untested.keys() - {job.key for job in waiting}:
         raise RunFailed(
