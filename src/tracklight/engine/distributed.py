@@ -27,15 +27,10 @@ WAIT_S = 300.0  # for the other processes to start, and at each exchange with th
 
 
 class RankZeroRun(NamedTuple):
-    """What rank zero runs, for the processes that it launches.
+    """What rank zero runs, for the processes that it launches; their own command line is not read again."""
 
-    Args:
-        cfg: The config as plain values: their own command line is not read again.
-        checkpoint: To continue from; None for a new run.
-    """
-
-    cfg: Mapping[str, Any]
-    checkpoint: str | None = None
+    cfg: Mapping[str, Any]  # plain values
+    checkpoint: str | None = None  # to continue from; None for a new run
 
 
 def check_ranks() -> None:
@@ -54,12 +49,10 @@ def _launch() -> tuple[str, int]:
 
 
 def settle_ranks(devices: Any, num_nodes: int, resume: str | None = None) -> None:
-    """Compare the processes that a config asks for with those launched; alone, this one is rank zero.
+    """Refuse to go on if others than the processes asked for were launched; alone, this one is rank zero.
 
-    The config of a run to `resume` by its id is not yet known.
-
-    Raises:
-        BadInput: They differ: each process would train for itself, or wait for one that is not there.
+    Each would train for itself, or wait for one that is not there. The config of a run to `resume` by
+    its id is not yet known.
     """
     per_node, (launcher, size) = num_devices(devices), _launch()
     wanted = None if per_node is None else per_node * num_nodes  # None: as many as there are
@@ -107,13 +100,7 @@ def check_resumable(trainer: Any) -> None:
 
 
 def export_rank_zero_run(strategy: Any, cfg: Mapping[str, Any], checkpoint: Path | None) -> None:
-    """Pass the config and checkpoint on to the processes that a Lightning strategy will launch.
-
-    Args:
-        strategy: Of the trainer.
-        cfg: As plain values.
-        checkpoint: That this process continues from; None for a new run.
-    """
+    """Pass the config and checkpoint on to the processes that the trainer's strategy will launch."""
     nodes = cfg["trainer"]["num_nodes"]
     if nodes > 1 and (environment := strategy.cluster_environment).local_rank() == 0:
         rank, place = environment.node_rank(), f"MASTER_ADDR={environment.main_address}"

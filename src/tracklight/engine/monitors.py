@@ -114,12 +114,7 @@ class SystemMetricsMonitor(Callback):
 
 def _collectors() -> list[Any]:
     """Return MLflow's collectors for what this machine has."""
-    from mlflow.system_metrics.metrics import (
-        cpu_monitor,
-        disk_monitor,
-        gpu_monitor,
-        network_monitor,
-    )
+    from mlflow.system_metrics.metrics import cpu_monitor, disk_monitor, gpu_monitor, network_monitor
 
     monitors = cpu_monitor.CPUMonitor, disk_monitor.DiskMonitor, network_monitor.NetworkMonitor
     collectors: list[Any] = [monitor() for monitor in monitors]
@@ -173,12 +168,8 @@ class ScoreMonitor(AfterEpoch):
 class PruningCallback(AfterEpoch):
     """Reports the score after each epoch, stops a pruned trial, and tags its run.
 
-    The report precedes the epoch's checkpoint: the pruner has seen every epoch of a checkpoint.
-
-    Args:
-        metric: `score.metric`.
-        report: Takes the epoch, counted from 1, and the score; returns whether to prune the trial.
-        one_epoch: Whether to stop after the first epoch, as a preflight does.
+    The report precedes the epoch's checkpoint: the pruner has seen every epoch of a checkpoint. `report`
+    takes the epoch, counted from 1, and the value of `metric`, and returns whether to prune the trial.
     """
 
     supports_blocks = True
@@ -187,7 +178,7 @@ class PruningCallback(AfterEpoch):
         super().__init__()
         self.metric = metric
         self.report = report
-        self.one_epoch = one_epoch
+        self.one_epoch = one_epoch  # as in a preflight
         self.pruned = False
         self.run_id: str | None = None
         self.metrics: set[str] = set()

@@ -90,11 +90,7 @@ class RunReader(Protocol):
 
 
 def open_reader(uri: str | None, directory: Path) -> RunReader:
-    """Open a store for reading; a missing one is not created.
-
-    Raises:
-        BadInput: There is no such store.
-    """
+    """Open a store for reading; a missing one is refused, not created."""
     path = address.sqlite_path(address.resolve_uri(uri, directory.absolute()))
     if path is None:
         from tracklight.tracking.store import connect  # imports MLflow, which takes seconds
@@ -151,11 +147,7 @@ def _newest_first(runs: Iterable[RunRecord]) -> list[RunRecord]:
 
 
 class SqliteReader(RunReader):
-    """Reads MLflow's SQLite file without importing MLflow.
-
-    Raises:
-        BadInput: The file is not MLflow's.
-    """
+    """Reads MLflow's SQLite file without importing MLflow; any other file is refused."""
 
     def __init__(self, path: Path):
         self.display_uri = f"sqlite:///{path}"
