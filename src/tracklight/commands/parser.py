@@ -64,6 +64,21 @@ Exit codes: 0 done, 1 failed, 2 bad input."""
 COMPLETION = """\
 In ~/.bashrc, in the environment's activate script, or typed:  eval "$(tracklight completion)"
 """
+PUSH = """\
+TARGET is a server (http://HOST:PORT), a database (sqlite:////PATH/mlflow.db) or a folder of runs. Params,
+metrics, tags, data sets, artifacts and models are copied; with a sweep its trials, with a run its
+evaluations; each once: what is there already is left, and the same command goes on after an end in the
+middle. A copy has an id of its own; its tag tracklight.pushed_from names the first.
+
+  tracklight push /mnt/team/mlruns                      all runs
+  tracklight push http://tracking:5000 best
+Exit codes: 0 done, 1 a store does not answer, 2 bad input."""
+GC = """\
+Without --delete it only says how much each kind holds. What is deleted is gone for good, from MLflow too.
+A sweep's trials are superseded by those of the same sweep alone; a reproduction never is.
+
+  tracklight gc --delete deleted superseded
+Exit codes: 0 done, 2 bad input."""
 INIT = """\
 Exit codes: 0 done, 2 bad input."""
 
@@ -186,6 +201,18 @@ def _add_ui(parser: Parser) -> None:
     parser.add_argument("--port", type=int, default=UI_PORT, help=f"default: {UI_PORT}")
 
 
+def _add_push(parser: Parser) -> None:
+    parser.add_argument("target", metavar="TARGET")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=f"default: all; {RUN_HELP}")
+
+
+def _add_gc(parser: Parser) -> None:
+    kinds = ("deleted", "failed", "superseded")
+    parser.add_argument(
+        "--delete", nargs="+", choices=kinds, default=[], metavar="KIND", help=", ".join(kinds)
+    )
+
+
 def _add_init(parser: Parser) -> None:
     parser.add_argument("folder", type=Path, metavar="NAME", help="of the folder, and of the package in it")
 
@@ -199,5 +226,7 @@ COMMANDS = {
     "reproduce": ("Train a run again and compare metrics and weights.", REPRODUCE, _add_reproduce),
     "ui": ("Show the runs in MLflow's UI.", UI, _add_ui),
     "completion": ("Print the script that completes command lines in bash.", COMPLETION, lambda parser: None),
+    "push": ("Copy runs to another store.", PUSH, _add_push),
+    "gc": ("Free the disk of runs that nobody needs.", GC, _add_gc),
     "init": ("Make a project of your own: a model, data, config, a test.", INIT, _add_init),
 }

@@ -58,7 +58,7 @@ def log_model(
                 raise ValueError("its batches begin with no tensor; set its example_input_array")
             mlmodel = _export(model, example, folder)
             _describe(mlmodel, folder, takes, columns, targets)
-            return _store(client, run_id, mlmodel, folder, step)
+            return store_model(client, run_id, mlmodel, folder, step)
         except Exception as error:  # noqa: BLE001, an arbitrary module or server fails as it likes
             reason = short_reason(error)
     _log.warning("%s was not logged as an MLflow model: %s", type(model).__name__, reason)
@@ -121,7 +121,7 @@ def _describe(mlmodel: Any, folder: Path, takes: str, columns: Sequence[str], ta
         )
 
 
-def _store(client: mlflow.MlflowClient, run_id: str, mlmodel: Model, folder: Path, step: int) -> str:
+def store_model(client: mlflow.MlflowClient, run_id: str, mlmodel: Model, folder: Path, step: int) -> str:
     """Upload the folder as a logged model of the run, then delete the one it replaces."""
     experiment = client.get_run(run_id).info.experiment_id
     query = f"name = '{_NAME}' AND source_run_id = '{run_id}'"

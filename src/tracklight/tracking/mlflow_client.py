@@ -207,6 +207,16 @@ def create_database(path: Path, artifact_root: str) -> None:
     SqlAlchemyStore(f"sqlite:///{path}", artifact_root).engine.dispose()
 
 
+def hard_delete(client: Any, *, run_id: str | None = None, model_id: str | None = None) -> None:
+    """Delete a run or a logged model from a database for good, as `mlflow gc` does, if it is there."""
+    database = client._tracking_client.store
+    with contextlib.suppress(mlflow.exceptions.MlflowException):
+        if model_id is not None:
+            database._hard_delete_logged_model(model_id)
+        if run_id is not None:
+            database._hard_delete_run(run_id)
+
+
 @contextlib.contextmanager
 def skip_requirements_check() -> Iterator[None]:
     """Let `save_model` trust its `pip_requirements`; MLflow has no setting for this.

@@ -173,7 +173,7 @@ class Store:
             raise BadInput(f"cannot write {folder.parent}: {error.strerror}") from None
         try:
             tags = source_tags(sys.argv[0]) | redact(tags) | {KEY_TAG: key}
-            run = self._create_once(self._experiment_id(experiment), redact(name), tags)
+            run = self.create_once(experiment, redact(name), tags)
         except Exception as error:
             lock.close()
             if self.database is not None:  # a server may yet create the run
@@ -213,15 +213,18 @@ class Store:
             raise BadInput(f"tracking.experiment={name} is deleted; restore it, or try another")
         return experiment.experiment_id
 
-    def _create_once(self, experiment_id: str, name: str | None, tags: dict[str, str]) -> Any:
+    def create_once(
+        self, experiment: str, name: str | None, tags: dict[str, str], start_ms: int | None = None
+    ) -> Any:
         """Create one MLflow run, however often the request has to be repeated."""
+        experiment_id = self._experiment_id(experiment)
         query = f"tags.`{KEY_TAG}` = '{tags[KEY_TAG]}'"
         attempts = itertools.count()
 
         def create() -> Any:
             if next(attempts) and (found := self.search(query)):  # only the answer was lost
                 return found[0]
-            return self.client.create_run(experiment_id, tags=tags, run_name=name)
+            return self.client.create_run(experiment_id, start_ms, tags, name)
 
         run = retry(create, self.timeout_s)
         if is_server(self.uri):  # MLflow's client repeats the request by itself, too
@@ -287,13 +290,17 @@ class Store:
         """Return the runs whose tag `tracklight.identity` is this config digest, newest first."""
         return self.search(f"tags.`{IDENTITY_TAG}` = '{identity}'")
 
-    def search(self, filter_string: str, timeout_s: float | None = None) -> list[Any]:
-        """Return the active runs of all experiments that pass MLflow's filter, newest first."""
+    def search(
+        self, filter_string: str, timeout_s: float | None = None, *, deleted: bool = False
+    ) -> list[Any]:
+        """Return the active (or deleted) runs of all experiments that pass MLflow's filter, newest first."""
+        views = mlflow.entities.ViewType
+        view = views.DELETED_ONLY if deleted else views.ACTIVE_ONLY
 
         def search() -> list[Any]:
             ids = [each.experiment_id for each in _all_pages(self.client.search_experiments)]
             newest = ["attributes.start_time DESC"]
-            return _all_pages(self.client.search_runs, ids, filter_string, order_by=newest)
+            return _all_pages(self.client.search_runs, ids, filter_string, view, order_by=newest)
 
         runs = retry(search, self.timeout_s if timeout_s is None else timeout_s)
         if self.database is not None and len(runs) > 1:  # between two, the clock may have been set back

@@ -1,0 +1,107 @@
+"""Frees the disk of runs that are deleted, failed or replaced by a later one; first it only says how much."""
+
+import shutil
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tracklight.errors import BadInput
+from tracklight.tracking import tags
+from tracklight.tracking.lock import LockHeld, RunLock
+from tracklight.tracking.mlflow_client import hard_delete
+from tracklight.tracking.store import Store, connect
+
+MODELS = "models"  # beside the runs' folders: one a logged model
+ENDED = ("FINISHED", "FAILED", "KILLED")
+
+
+def run(args: Namespace) -> int:
+    """Say what each kind of run holds, delete the kinds asked for, and return the exit code.
+
+    Raises:
+        BadInput: The runs lie on a server, or cannot be deleted.
+    """
+    store = connect(args.uri, args.dir, reads_only=not args.delete)
+    if store.database is None:
+        raise BadInput(f"the runs are on {store.display_uri}, whose disk `mlflow gc` there frees")
+    store.recover()
+    kinds = _kinds(store)
+    freed = 0
+    for kind, found in kinds.items():
+        size = sum(_size(path) for paths in found.values() for path in paths)
+        print(f"{kind:<10}  {len(found):>5}  {size / 1e6:>9,.1f} MB  {_MEANING[kind]}")
+        if kind in args.delete:
+            freed += size
+            _delete(store, found)
+    if args.delete:
+        print(f"freed {freed / 1e6:,.1f} MB")
+    else:
+        print(f"nothing was deleted; to delete: --delete {' '.join(kinds)}, or some of them")
+    args.emit({"bytes_freed": freed} | {kind: [*found] for kind, found in kinds.items()})
+    return 0
+
+
+_MEANING = {
+    "deleted": "runs deleted in MLflow, and what `mlflow gc` leaves of runs and their models",
+    "failed": "runs that FAILED",
+    "superseded": "runs of which a later one with the same config, seed, code and data is FINISHED",
+}
+
+
+def _kinds(store: Store) -> dict[str, dict[str, list[Path]]]:
+    """Return, by kind, the ids of runs with their folders on this disk."""
+    deleted, active = (store.search("", deleted=is_deleted) for is_deleted in (True, False))
+    models = {run.info.run_id: _models(store, run) for run in (*deleted, *active)}
+    kinds: dict[str, dict[str, list[Path]]] = {kind: {} for kind in _MEANING}
+    for each in deleted:
+        kinds["deleted"][each.info.run_id] = [store.folder(each.info.run_id), *models[each.info.run_id]]
+    kinds["deleted"] |= {path.name: [path] for path in _orphans(store, models)}
+    later: set[tuple[str | None, ...]] = set()
+    for each in active:  # newest first
+        run_id, run_tags = each.info.run_id, each.data.tags
+        key = tuple(map(run_tags.get, (tags.IDENTITY_TAG, tags.CODE_TAG, tags.DATA_TAG, tags.PARENT_TAG)))
+        paths = [store.folder(run_id), *models[run_id]]
+        if key[0] is None or tags.REPRODUCES_TAG in run_tags or each.info.status not in ENDED:
+            continue
+        if each.info.status == "FAILED":
+            kinds["failed"][run_id] = paths
+        elif key in later:
+            kinds["superseded"][run_id] = paths
+        elif each.info.status == "FINISHED":
+            later.add(key)
+    return kinds
+
+
+def _models(store: Store, run: Any) -> list[Path]:
+    outputs = run.outputs.model_outputs if run.outputs else ()
+    return [store.runs_folder / MODELS / each.model_id for each in outputs]
+
+
+def _orphans(store: Store, models: Mapping[str, Sequence[Path]]) -> Iterator[Path]:
+    """Yield the folders of runs that MLflow no longer knows, and of models that belong to no run."""
+    known = {path for paths in models.values() for path in paths}
+    yield from (p for p in store.runs_folder.iterdir() if tags.is_run_id(p.name) and p.name not in models)
+    yield from (p for p in (store.runs_folder / MODELS).glob("m-*") if p not in known)
+
+
+def _size(path: Path) -> int:
+    return sum(each.lstat().st_size for each in path.rglob("*") if not each.is_dir())
+
+
+def _delete(store: Store, found: Mapping[str, Sequence[Path]]) -> None:
+    """Delete runs for good: their folders and models first, so that what is cut short is found again."""
+    for name, paths in found.items():
+        folder = store.folder(name) if tags.is_run_id(name) else None
+        try:
+            lock = RunLock(folder, content={}) if folder and folder.is_dir() else None
+        except LockHeld:  # somebody has just resumed it
+            continue
+        for path in paths:
+            if path.name.startswith("m-"):
+                hard_delete(store.client, model_id=path.name)
+            shutil.rmtree(path, ignore_errors=True)
+        if folder:
+            hard_delete(store.client, run_id=name)
+        if lock:
+            lock.close()

@@ -1,0 +1,47 @@
+"""The disk is freed of runs that nobody needs, after it was said how much they hold."""
+
+import json
+
+import pytest
+from small_runs import train
+
+from tracklight.commands.parser import main
+from tracklight.tracking.mlflow_client import hard_delete
+from tracklight.tracking.store import connect
+from tracklight.tracking.tags import IDENTITY_TAG
+
+
+def folders(directory):
+    runs = {path.name for path in (directory / "artifacts").iterdir() if path.name != "models"}
+    return runs | {path.name for path in (directory / "artifacts" / "models").iterdir()}
+
+
+@pytest.mark.filterwarnings("ignore:.*filesystem tracking backend")
+def test_what_each_kind_holds_is_said_and_only_what_is_asked_for_is_deleted(directory, capsys):
+    old, gone, orphan, other = (train(directory, "trainer.max_epochs=1", f"seed={s}") for s in (0, 1, 2, 3))
+    new = train(directory, "trainer.max_epochs=2")  # other epochs, the same identity as `old`
+    store = connect(None, directory)
+    failed = store.create("tracklight", None, {IDENTITY_TAG: "x"})
+    (failed.folder / "log").write_bytes(bytes(10_000))
+    failed.finish("FAILED")
+    models = {run: store.client.get_run(run).outputs.model_outputs[0].model_id for run in (old, gone, orphan)}
+    store.client.delete_run(gone)
+    hard_delete(store.client, run_id=orphan)  # as `mlflow gc` does, which leaves its folder and its model
+    before, where = folders(directory), ["--dir", str(directory)]
+    capsys.readouterr()
+    assert main("gc", ["--json", *where]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["bytes_freed"] == 0 and folders(directory) == before
+    assert {*said["deleted"]} == {gone, orphan, models[orphan]}
+    assert (said["failed"], said["superseded"]) == ([failed.run_id], [old])
+    assert main("gc", ["--delete", "deleted", *where]) == 0
+    assert "freed " in capsys.readouterr().out
+    assert before - folders(directory) == {gone, orphan, models[gone], models[orphan]}
+    with pytest.raises(Exception, match="not found"):
+        store.client.get_logged_model(models[orphan])
+    assert main("gc", ["--delete", "failed", "superseded", *where]) == 0
+    assert folders(directory) >= {new, other} and not folders(directory) & {old, models[old], failed.run_id}
+    assert {run.info.run_id for run in store.search("")} == {new, other}
+    assert store.search("", deleted=True) == []
+    assert main("evaluate", [new, *where]) == 0
+    assert main("gc", ["--json", *where]) == 0

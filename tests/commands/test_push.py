@@ -1,0 +1,131 @@
+"""Runs copied to another store: whole, once, and linked to the first."""
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from made_runs import add_run
+from process import Trainees, free_port
+from tracklight.commands.parser import main
+from tracklight.errors import BadInput
+from tracklight.paths import ROOT
+from tracklight.tracking.store import Store, connect
+from tracklight.tracking.tags import KEY_TAG, PARENT_TAG, PUSHED_TAG
+
+PUSH = "import sys; from tracklight.cli import enter; enter('push', sys.argv[1:])"
+
+
+def contents(store: Store, scratch: Path) -> dict[str, dict]:
+    """All of a store by the runs' keys, ids of runs replaced by keys."""
+    runs = store.search("")
+    keys = {run.info.run_id: run.data.tags.get(KEY_TAG, run.info.run_id) for run in runs}
+    found = {}
+    for run in runs:
+        run_id = run.info.run_id
+        (scratch / run_id).mkdir(parents=True)
+        files = Path(store.client.download_artifacts(run_id, "", str(scratch / run_id)))
+        tags = {k: keys.get(v, v) for k, v in run.data.tags.items() if k != PUSHED_TAG}
+        points = {key: store.client.get_metric_history(run_id, key) for key in run.data.metrics}
+        models = run.outputs.model_outputs if run.outputs else []
+        found[keys[run_id]] = {
+            "about": (run.info.run_name, run.info.status, run.info.start_time, run.info.end_time),
+            "params": run.data.params,
+            "tags": tags | {KEY_TAG: ""},
+            "points": {k: sorted((p.step, p.value, p.timestamp) for p in v) for k, v in points.items()},
+            "data": [(each.dataset.name, each.dataset.digest) for each in run.inputs.dataset_inputs],
+            "files": {
+                str(path.relative_to(files)): hashlib.sha256(path.read_bytes()).hexdigest()
+                for path in files.rglob("*")
+                if path.is_file()
+            },
+            "models": [(each.step, store.client.get_logged_model(each.model_id).name) for each in models],
+        }
+    return found
+
+
+def test_what_is_pushed_is_the_same_and_pushed_again_is_left(kept, tmp_path, capsys):
+    target = tmp_path / "there"
+    assert main("push", [str(target), kept.line, *kept.dir]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"2 copied to sqlite:///{target}/mlflow.db"
+    assert main("push", [str(target), kept.table, kept.line, *kept.dir]) == 0
+    assert "\n1 copied to sqlite" in capsys.readouterr().out
+    copy = connect(None, target)
+    before, after = contents(kept.store, tmp_path / "a"), contents(copy, tmp_path / "b")
+    assert len(after) == 3 and {key: before[key] for key in after} == after
+    by_source = {run.data.tags[PUSHED_TAG]: run for run in copy.search("")}
+    assert {*by_source} == {kept.sweep, kept.line, kept.table}
+    sweep, line = by_source[kept.sweep], by_source[kept.line]
+    assert line.data.tags[PARENT_TAG] == sweep.info.run_id != kept.sweep
+    assert sweep.data.tags["best.run"] == line.info.run_id
+    assert main("evaluate", [by_source[kept.table].info.run_id, "--dir", str(target)]) == 0
+    assert "the same to the bit" in capsys.readouterr().out
+    assert main("push", [str(target), kept.table, kept.line, *kept.dir]) == 0
+    assert capsys.readouterr().out == f"0 copied to sqlite:///{target}/mlflow.db, 3 there already\n"
+
+
+def test_two_stores_are_merged_and_what_came_from_there_does_not_come_back(directory, tmp_path, capsys):
+    here, there = connect(None, tmp_path / "here"), connect(None, tmp_path / "there")
+    add_run(here, 0.5)
+    add_run(there, 0.25)
+    running = here.create("mine", None, {})
+    assert main("push", [str(there.directory), "--dir", str(here.directory)]) == 0
+    assert "1 in progress, left out" in capsys.readouterr().out
+    running.finish("FINISHED")
+    for source, target in ((here, there), (there, here), (here, there)):
+        assert main("push", [str(target.directory), "--dir", str(source.directory)]) == 0
+    assert "0 copied" in capsys.readouterr().out.splitlines()[-1]
+    assert contents(here, tmp_path / "a") == contents(there, tmp_path / "b") and len(here.search("")) == 3
+
+
+def test_a_store_is_not_pushed_to_itself_and_no_unknown_run(store, tmp_path):
+    (tmp_path / "link").symlink_to(store.directory)
+    for name in (store.directory, tmp_path / "link", f"sqlite:///{store.database}"):
+        with pytest.raises(BadInput, match="is the store that the runs are in"):
+            main("push", [str(name), "--dir", str(store.directory)])
+    with pytest.raises(BadInput, match="no run begins with abcd"):
+        main("push", [str(tmp_path / "there"), "abcd", "--dir", str(store.directory)])
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_a_sweep_pushed_to_a_server_and_killed_five_times_arrives_once(tmp_path, tmp_path_factory):
+    directory = tmp_path / "runs"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+    environment |= {"PYTHONPATH": str(ROOT / "src")}
+    words = ("-m", "seed=range(0,20)", "trainer.max_epochs=100")
+    train = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *words,
+        f"tracking.dir={directory}",
+        "tracking.figures=false",
+    ]
+    subprocess.run(train, env=environment, check=True, capture_output=True)
+    trainees, port = Trainees(tmp_path_factory.mktemp("template")), free_port()
+    server = trainees.serve(tmp_path / "server", port)
+    try:
+        uri, chance = f"http://127.0.0.1:{port}", random.Random(0)
+        push = [sys.executable, "-c", PUSH, uri, "--dir", str(directory)]
+        for _ in range(5):
+            process = subprocess.Popen(push, env=environment, stdout=subprocess.PIPE, text=True)
+            assert process.stdout is not None
+            process.stdout.readline()  # it copies
+            time.sleep(chance.uniform(0, 1.5))
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+        done = subprocess.run(push, env=environment, check=True, capture_output=True, text=True)
+        assert not done.stderr
+        again = subprocess.run(push, env=environment, check=True, capture_output=True, text=True).stdout
+        assert again == f"0 copied to {uri}, 21 there already\n"
+        copy = contents(connect(uri, tmp_path / "nothing"), tmp_path / "b")
+        assert copy == contents(connect(None, directory), tmp_path / "a") and len(copy) == 21
+    finally:
+        server.send(signal.SIGKILL, group=True)
+        trainees.close()
