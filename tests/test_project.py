@@ -126,9 +126,14 @@ def test_the_program_lists_its_commands_and_names_the_nearest(tmp_path):
 def test_sweeps_and_ranks_of_a_project_train_its_own_model(project):
     import sqlite3
 
-    words = ["train", "model=net", "trainer.max_epochs=2", "trainer.accelerator=cpu"]
-    assert run(project / "deep", *PROGRAM, *words, "-m", "seed=1,2").returncode == 0
-    ended = run(project / "deep", *PROGRAM, *words, "trainer.devices=2", "data.num_points=8")
+    script = project / "program"  # as pip writes it: ranks and trials are started with it, too
+    script.write_text(
+        "from tracklight.cli import tracklight\n\nif __name__ == '__main__':\n    tracklight()\n"
+    )
+    words = [sys.executable, str(script), "train", "model=net", "trainer.max_epochs=2"]
+    ended = run(project / "deep", *words, "-m", "seed=1,2")
+    assert ended.returncode == 0, ended.stderr
+    ended = run(project / "deep", *words, "trainer.accelerator=cpu", "trainer.devices=2", "data.num_points=8")
     assert ended.returncode == 0, ended.stderr
     with sqlite3.connect(project / "mlruns" / "mlflow.db") as database:
         values = database.execute("SELECT value FROM params WHERE key = 'model._target_'").fetchall()
