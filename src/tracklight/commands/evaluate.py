@@ -24,7 +24,7 @@ from tracklight.experiment.record import finish_run
 from tracklight.redact import redact_command
 from tracklight.runs.select import resolve_sweep, select_run
 from tracklight.tracking import tags
-from tracklight.tracking.api import logging_to
+from tracklight.tracking.mlflow_api import logging_to
 from tracklight.tracking.mlflow_client import mlflow, retry, short_reason
 from tracklight.tracking.provenance import code_digest
 from tracklight.tracking.run import to_key

@@ -46,7 +46,7 @@ from tracklight.models.supervised import Supervised
 from tracklight.paths import ROOT
 from tracklight.redact import redact_command
 from tracklight.tracking import provenance
-from tracklight.tracking.api import logging_to
+from tracklight.tracking.mlflow_api import logging_to
 from tracklight.tracking.run import Run
 from tracklight.tracking.tags import BEST, CHECKPOINTS, PROFILE
 

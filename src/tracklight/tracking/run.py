@@ -11,8 +11,8 @@ from pytorch_lightning.loggers import MLFlowLogger
 
 from tracklight.errors import BadInput, RunFailed
 from tracklight.redact import redact
-from tracklight.tracking.api import RunStore
 from tracklight.tracking.lock import RunLock
+from tracklight.tracking.mlflow_api import RunStore
 from tracklight.tracking.mlflow_client import mlflow
 from tracklight.tracking.sender import Sender, temporary_path
 from tracklight.tracking.tags import MAX_PARAM_CHARS, shorten

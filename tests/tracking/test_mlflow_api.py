@@ -16,7 +16,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.demos.boring_classes import BoringModel
 from pytorch_lightning.loggers import MLFlowLogger
 
-from tracklight.tracking.api import logging_to
+from tracklight.tracking.mlflow_api import logging_to
 from tracklight.tracking.mlflow_client import mlflow
 from tracklight.tracking.sender import MlflowWriter
 from tracklight.tracking.store import connect
