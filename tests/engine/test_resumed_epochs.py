@@ -70,9 +70,11 @@ def tail(fit, key, begun):
     return [point for point in fit.logger.points[key] if point[0] > begun]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_epoch_draws_what_it_would_have_drawn(thrice, kind):
-    reload = {"reload_dataloaders_every_n_epochs": 2 if kind == "subsets" else 0}
+@pytest.mark.parametrize(
+    ("kind", "period"), [*((kind, 0) for kind in KINDS), *(("subsets", n) for n in (1, 2))]
+)
+def test_a_resumed_epoch_draws_what_it_would_have_drawn(thrice, kind, period):
+    reload = {"reload_dataloaders_every_n_epochs": period}
     told = pytest.warns(UserWarning, match="persistent_workers=True is ignored")
     with told if kind == "persistent" else nullcontext():
         whole, continued, begun = thrice(Restless, partial(Loaders, kind), **reload)

@@ -55,7 +55,7 @@ TOP_3 = (
     " save_last: true}"
 )
 FURTHER_CONFIGS = {
-    "max_steps": (*DROPOUT_ADAM_COSINE, "trainer.max_steps=360"),  # ends amid the tenth epoch
+    "max_steps": (*DROPOUT_ADAM_COSINE, "trainer.max_steps=1400"),  # ends amid the tenth epoch
     "averaged": (*MLP, "optimizer=adam", EMA),
     "two_checkpoints": (*MLP, "optimizer=adam", "optimizer.lr=0.003", TOP_3),
     "double_precision": (*DROPOUT_ADAM_COSINE, "trainer.precision=64-true"),

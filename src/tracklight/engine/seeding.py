@@ -17,6 +17,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, seed_everything
 from pytorch_lightning.utilities import CombinedLoader
 from pytorch_lightning.utilities.model_helpers import is_overridden
+from pytorch_lightning.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -85,13 +86,14 @@ class EpochSeeds(Callback):
                     setattr(owner, hook, seeded)
 
     def _load(self, trainer: Any, load: Callable[[], Any], stream: int) -> Any:
-        """Load data in the epoch in which an uninterrupted run does so, whichever it is."""
+        """Load data as in the epoch in which an uninterrupted run does so; what follows draws as ever."""
         progress, period = trainer.fit_loop.epoch_progress.current, trainer.reload_dataloaders_every_n_epochs
         epoch = progress.completed
         progress.completed = epoch - epoch % period if period else 0
         try:
-            seed_all(self.seed, stream, progress.completed)
-            loaders = load()
+            with isolate_rng(include_cuda=torch.cuda.is_initialized()):
+                seed_all(self.seed, stream, progress.completed)
+                loaders = load()
         finally:
             progress.completed = epoch
         self._renew(loaders, epoch)
