@@ -213,6 +213,7 @@ class Training:
                 missing = f"{metric} was not measured at the end of an epoch"
                 print(f"{missing}; best.ckpt holds the last weights")
             self.trainer.save_checkpoint(path, weights_only=True)
+            self.io.write_pending()
         best = self.io.load_checkpoint(path)
         restore_weights(self.model, best)
         score = self.best.best_model_score
