@@ -137,7 +137,7 @@ def test_words_stay_inside_the_figure_and_those_above_a_panel_cover_no_curve():
     series[f"train/{name}_epoch"] = ([2], [-2e-05])
     series["train/a"] = ([1, 2], values)  # the widest legend is at the right edge
     figure = plots.learning_curves(series, best_step=2)
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     assert len(figure.axes[1].get_legend().get_texts()) == 5
     left_of_next = figure.axes[1].get_window_extent().x0
     for axes, right in zip(figure.axes, (left_of_next, figure.bbox.x1), strict=True):

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
@@ -191,7 +190,6 @@ def _subplots(
 ) -> Any:
     """Return a figure and each of its axes; sizes, and margins (left to top), are in inches."""
     figure = Figure(figsize=(width, height), dpi=110)
-    FigureCanvasAgg(figure)
     (grid,) = figure.subplots(squeeze=False, **options)
     left, right, bottom, top = margins
     figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height)

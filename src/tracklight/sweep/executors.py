@@ -50,7 +50,8 @@ class ProcessExecutor:
     def __init__(self, num_workers: int, num_gpus: int = 0):
         self._workers: dict[Connection, _Worker] = {}
         self._num_workers = num_workers
-        self._num_gpus = num_gpus
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num_gpus)))
+        self._gpus = [name.strip() for name in visible.split(",")] if num_gpus else [None]
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
 
@@ -68,7 +69,7 @@ class ProcessExecutor:
         """Start a trial; its messages are yielded with the job."""
         number = min({*range(self._num_workers)} - {each.number for each in self._workers.values()})
         ours, theirs = self._context.Pipe()
-        spec = replace(spec, worker=number, num_gpus=self._num_gpus)
+        spec = replace(spec, gpu=self._gpus[number % len(self._gpus)])
         process = self._context.Process(target=run_in_worker, args=(spec, theirs))
         try:
             process.start()

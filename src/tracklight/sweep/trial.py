@@ -47,8 +47,7 @@ class TrialSpec:
     test: bool = False
     preflight: bool = False
     log: Path | None = None  # file for the trial's output
-    worker: int = 0  # selects the GPU
-    num_gpus: int = 0  # that the workers share; 0 on the CPU
+    gpu: str | None = None  # its index, or its UUID; None on the CPU
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,8 @@ def run_in_worker(spec: TrialSpec, connection: Connection) -> None:
     """Run a trial in a process of its own and send its reports and its result to the sweep."""
     os.setsid()  # the sweep's process handles Ctrl-C in the terminal
     _redirect_output(spec.log)
-    if spec.num_gpus:
-        _select_gpu(spec.worker, spec.num_gpus)
+    if spec.gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = spec.gpu
     sys.argv[1 + (sys.argv[1:2] == ["train"]) :] = spec.overrides  # after `tracklight train`
     try:
         threading.Thread(target=_die_with_parent, daemon=True).start()
@@ -165,9 +164,3 @@ def _redirect_output(log: Path | None) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-
-
-def _select_gpu(worker: int, num_gpus: int) -> None:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else [str(index) for index in range(num_gpus)]
-    os.environ["CUDA_VISIBLE_DEVICES"] = names[worker % len(names)].strip()
