@@ -7,8 +7,9 @@ import pytest
 import torch
 from sklearn.linear_model import LinearRegression
 
-from tracklight.config.compose import compose
-from tracklight.errors import RunFailed
+from tracklight.config.compose import check_config, compose
+from tracklight.config.overrides import check_overrides
+from tracklight.errors import BadInput, RunFailed
 from tracklight.experiment.build import build_data
 from tracklight.experiment.train import run
 from tracklight.models.mlp import MLP
@@ -50,6 +51,16 @@ def test_an_untracked_run_tells_its_scores_and_leaves_nothing(tmp_path, capsys):
     told = capsys.readouterr().out
     assert f"val/accuracy {score:.5g} (last epoch)" in told and "test/accuracy" in told
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_note_and_tags_of_ones_own_are_the_runs(train):
+    words = ["tracking.tags.project=x", "tracking.tags.a.b=3", "tracking.note='with new data'"]
+    finished = train("trainer.max_epochs=1", "tracking.figures=false", *check_overrides(words, multirun=False))
+    own = {"project": "x", "a.b": "3", "mlflow.note.content": "with new data"}
+    assert own.items() <= finished.run.data.tags.items()
+    for word in ("tracking.tags.mlflow.user=me", "tracking.tags={tracklight: 1}", "tracking.tags=3"):
+        with pytest.raises(BadInput, match="mlflow and tracklight are taken"):
+            check_config(compose(check_overrides([word], multirun=False)))
 
 
 def test_a_plain_run_takes_its_steps_in_blocks(train, capsys):

@@ -97,6 +97,13 @@ def _is_devices(value: Any) -> bool:
 
 COUNT = _integer(1)
 MAPPING = Values(lambda value: isinstance(value, Mapping), "a mapping, {KEY: VALUE}")
+TAGS = Values(
+    lambda value: (
+        isinstance(value, Mapping)
+        and all(re.fullmatch(r"(?!(mlflow|tracklight)(\.|$))[\w.\- ]{1,250}", str(key)) for key in value)
+    ),
+    "a mapping; names are letters, digits, blanks and any of _.-, and mlflow and tracklight are taken",
+)
 POSITIVE = _number(lambda v: v > 0, "a finite number above 0")
 NOT_NEGATIVE = _number(lambda v: v >= 0, "a finite number, 0 or more")
 FRACTION = _number(lambda v: 0 <= v < 1, "a number from 0 to below 1")
@@ -168,7 +175,8 @@ RULES = (
     Rule("tracking.uri", _or_null(STORE, " for SQLite in tracking.dir"), "null"),
     Rule("tracking.dir", NAME, "mlruns"),
     Rule("tracking.experiment", NAME, "tracklight"),
-    Rule("tracking.run_name", _or_null(NAME), "first"),
+    Rule("tracking.run_name tracking.note", _or_null(NAME), "first"),
+    Rule("tracking.tags", TAGS, "{project: x}"),
     Rule("sweep.trials", _or_null(COUNT), "20"),
     Rule("sweep.seeds", COUNT, "5"),
     Rule("sweep.sampler", _one_of("tpe", "random", "qmc", "grid", "cmaes", "gp"), "tpe"),

@@ -46,6 +46,7 @@ def open_run(
     data_name = getattr(data, "name", None) or type(data).__name__
     source_digest = data.source_digest if isinstance(data, TensorData) else None
     run_tags = {
+        **tags.own_tags(flatten(cfg.tracking.tags), redact(cfg.tracking.note)),
         **provenance.tags(),
         tags.IDENTITY_TAG: config_digest(cfg),
         tags.SETTING_TAG: digest_without_seed(cfg, source_digest),

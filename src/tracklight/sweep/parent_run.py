@@ -15,7 +15,7 @@ from tracklight.config.compose import flatten, list_targets
 from tracklight.config.hardware import describe_machine
 from tracklight.errors import BadInput, RunFailed
 from tracklight.paths import ROOT
-from tracklight.redact import redact_command
+from tracklight.redact import redact, redact_command
 from tracklight.runs.leaderboard import LeaderboardRow, rank_trials, read_trial_run, short_names
 from tracklight.runs.select import restore_command
 from tracklight.sweep.plan import Plan
@@ -29,7 +29,6 @@ from tracklight.tracking.store import Store
 LOCK = ".sweeps.lock"  # in the tracking directory
 TABLE = "leaderboard.json"
 SHOWN_TABLES_TAG = "mlflow.loggedArtifacts"  # makes MLflow's UI show an artifact as a table
-NOTE_TAG = "mlflow.note.content"  # the description that MLflow's UI shows as Markdown
 NOTE_ROWS = 20
 REFRESH_S = 2.0
 PLOTS_S = 30.0
@@ -105,7 +104,10 @@ def _tags(plan: Plan) -> dict[str, str]:
     command = redact_command(sys.argv)
     facts = provenance.collect(ROOT, command, provenance.code_digest(), describe_machine())
     own = {"tracklight.kind": "sweep", tags.THREADS_TAG: str(plan.num_threads)}
-    return facts.tags() | settings | space | own
+    tracking = plan.first_cfg.tracking
+    return (
+        tags.own_tags(flatten(tracking.tags), redact(tracking.note)) | facts.tags() | settings | space | own
+    )
 
 
 def _check_unchanged(plan: Plan, children: Iterable[Any], data: str | None) -> None:
@@ -279,7 +281,9 @@ class ParentRun:
         csv.writer(text).writerows([columns, *data])
         self.run.log_text(text.getvalue(), "leaderboard.csv")
         shown = json.dumps([{"path": TABLE, "type": "table"}])
-        self.run.set_tags({SHOWN_TABLES_TAG: shown, NOTE_TAG: _to_markdown(names, data)})
+        note = redact(self._plan.first_cfg.tracking.note)
+        description = "\n\n".join(filter(None, [note, _to_markdown(names, data)]))
+        self.run.set_tags({SHOWN_TABLES_TAG: shown, tags.NOTE_TAG: description})
 
     def _log_best(self, rows: Sequence[LeaderboardRow]) -> None:
         """Log how many trials ended how, and the best trial, as metrics and tags."""

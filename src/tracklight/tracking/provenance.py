@@ -20,7 +20,7 @@ from typing import Any
 
 from tracklight.paths import PACKAGE, PROJECT
 from tracklight.redact import redact
-from tracklight.tracking.tags import CODE_TAG, COMMAND_TAG, COMMIT_TAG, DIRTY_TAG, shorten
+from tracklight.tracking.tags import CODE_TAG, COMMAND_TAG, COMMIT_TAG, DIRTY_TAG, MAX_TAG_CHARS, shorten
 
 OWN_CODE = (PACKAGE, PACKAGE.parent / "hydra_plugins" / "tracklight")
 if PROJECT.sources:
@@ -28,7 +28,6 @@ if PROJECT.sources:
 
 _MAX_DIFF_BYTES = 1_000_000
 _MAX_UNTRACKED = 200
-_MAX_TAG_CHARS = 5000  # MLflow takes 8000; nobody reads a longer command line
 _GIT_TIMEOUT_S = 5.0
 GIT_ERRORS = (OSError, subprocess.SubprocessError)  # not installed, no repository, no answer
 
@@ -64,7 +63,7 @@ class Provenance:
             "mlflow.source.git.branch": self.git.branch,
             DIRTY_TAG: None if self.git.dirty is None else str(self.git.dirty).lower(),
         }
-        return {key: shorten(value, _MAX_TAG_CHARS) for key, value in tags.items() if value}
+        return {key: shorten(value, MAX_TAG_CHARS) for key, value in tags.items() if value}
 
     def texts(self) -> dict[str, str]:
         """Return what is too long for a tag, as artifact path and content."""

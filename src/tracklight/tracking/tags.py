@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Mapping
+from typing import Any
 
 RUNS_FOLDER = "artifacts"  # in the tracking directory: one folder a run
 NEW_PREFIX = ".new-"  # of a run's folder until the store has answered with the run's id
@@ -43,6 +44,8 @@ TESTED_TAG = "tracklight.tested"  # of the winner, once it met the test set
 NEVER_BEGAN_TAG = "tracklight.never_began"  # of a failed run that holds nothing to continue
 THREADS_TAG = "tracklight.threads"
 
+NOTE_TAG = "mlflow.note.content"  # the description that MLflow's UI shows as Markdown
+MAX_TAG_CHARS = 5000  # MLflow takes 8000; nobody reads a longer one
 MAX_PARAM_CHARS = 6000  # MLflow's own, see mlflow.utils.validation
 SCORE = "score"  # metric: the best value of the monitored one, of every run that ended well
 
@@ -62,6 +65,12 @@ def shorten(text: str, limit: int) -> str:
         return text
     ending = f"... sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     return text[: limit - len(ending)] + ending
+
+
+def own_tags(flat: Mapping[str, Any], note: str | None) -> dict[str, str]:
+    """Return the tags that a config gives its runs, the note among them; `flat` has dotted keys."""
+    own = {key: str(value) for key, value in flat.items()} | ({NOTE_TAG: note} if note else {})
+    return {key: shorten(value, MAX_TAG_CHARS) for key, value in own.items()}
 
 
 def same_data(tags: Mapping[str, str]) -> dict[str, str]:
