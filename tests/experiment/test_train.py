@@ -55,7 +55,9 @@ def test_an_untracked_run_tells_its_scores_and_leaves_nothing(tmp_path, capsys):
 
 def test_a_note_and_tags_of_ones_own_are_the_runs(train):
     words = ["tracking.tags.project=x", "tracking.tags.a.b=3", "tracking.note='with new data'"]
-    finished = train("trainer.max_epochs=1", "tracking.figures=false", *check_overrides(words, multirun=False))
+    finished = train(
+        "trainer.max_epochs=1", "tracking.figures=false", *check_overrides(words, multirun=False)
+    )
     own = {"project": "x", "a.b": "3", "mlflow.note.content": "with new data"}
     assert own.items() <= finished.run.data.tags.items()
     for word in ("tracking.tags.mlflow.user=me", "tracking.tags={tracklight: 1}", "tracking.tags=3"):

@@ -117,7 +117,7 @@ def set_allowed_targets(cfg: DictConfig) -> None:
 
     No other file grants anything, wherever it lies.
     """
-    words = HydraConfig.get().overrides.task
+    words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)  # unresolved
     if not any(word.lstrip("+").startswith("allowed_targets=") for word in words):
         OmegaConf.update(cfg, "allowed_targets", allowed_targets(), force_add=True)
 

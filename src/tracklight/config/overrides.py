@@ -292,7 +292,7 @@ def _nearest(word: str, candidates: Sequence[str]) -> str:
 def _quote_run_id(word: str) -> str:
     """Return a word as Hydra should read it."""
     key, _, value = word.partition("=")
-    if key.startswith("tracking.tags."):  # any name of a tag will do
+    if re.fullmatch(r"tracking\.tags(\..*)?", key):  # any name of a tag will do
         return f"++{word}"
     return f"{key}='{value}'" if key in RUN_KEYS and re.fullmatch(r"[0-9a-f]+", value) else word
 
