@@ -103,6 +103,11 @@ def ended(status, outcome=None, **metrics):
     )
 
 
+@pytest.fixture(autouse=True)
+def keep_keys(monkeypatch):
+    monkeypatch.setattr(loop_module, "with_num_threads", lambda job, _: job)
+
+
 def plan(seeds, **attributes):
     settings = {"seeds": seeds, "on_failure": "continue"}
     return SimpleNamespace(settings=settings, num_threads=1, prunes=False, **attributes)

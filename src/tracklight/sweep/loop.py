@@ -17,7 +17,7 @@ from tracklight.experiment.stored import is_unfinished
 from tracklight.runs.leaderboard import TrialRun
 from tracklight.sweep.executors import Executor
 from tracklight.sweep.parent_run import ParentRun
-from tracklight.sweep.plan import Job, Plan, format_params, json_digest, make_trial_spec
+from tracklight.sweep.plan import Job, Plan, format_params, json_digest, make_trial_spec, with_num_threads
 from tracklight.sweep.progress import Progress
 from tracklight.sweep.study import INVALID_ATTR, OUTAGE_S, RUN_KEYS_ATTR, OptunaStudy, TrialRequest
 from tracklight.sweep.trial import EpochReport, TrialResult
@@ -175,7 +175,7 @@ class SweepLoop:
     def _request_trial(self) -> tuple[TrialRequest, list[Job]] | None:
         """Return the next trial and its jobs; none if its config is invalid, which is recorded."""
         if self._grid:
-            jobs = self._grid.popleft()
+            jobs = [with_num_threads(job, self.plan.num_threads) for job in self._grid.popleft()]
             request = self.study.ask_config(jobs[0].params)
             return request, [replace(job, number=request.number) for job in jobs]
         request = self.study.ask() if self.plan.is_search else None

@@ -72,7 +72,7 @@ def format_number(text: str) -> str:
 
 
 def with_num_threads(job: Job, num_threads: int) -> Job:
-    """Set the number of threads in a job's config, unless the user has set it."""
+    """Set the number of threads, which changes results, in a job's config, unless the user has."""
     if job.cfg.num_threads is None:
         job.cfg.num_threads = num_threads
     return replace(job, key=_job_key(job.cfg, job.params))
@@ -263,10 +263,6 @@ class Plan:
                     "of numbers at least, and no lists"
                 )
         return notes
-
-    def apply_num_threads(self) -> None:
-        """Write the number of threads into the configs, since it changes results."""
-        self.configs = [[with_num_threads(job, self.num_threads) for job in c] for c in self.configs]
 
     def describe(self) -> str:
         """List what would run."""

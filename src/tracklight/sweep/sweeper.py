@@ -99,7 +99,6 @@ def _run(
     progress = Progress(plan.metric, plan.mode, plan.settings["workers"])
     status = "FAILED"
     try:
-        plan.apply_num_threads()
         loop = _build_loop(plan, executor, parent, storage, progress)
         loop.run()
         if loop.signum is not None:
