@@ -10,7 +10,7 @@ import re
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -33,11 +33,7 @@ WIDTH = 160  # of the table if the output is no terminal
 
 
 def run(args: Namespace) -> int:
-    """Print the leaderboard, or the report on two runs; return the exit code.
-
-    Raises:
-        BadInput: There are no such runs.
-    """
+    """Print the leaderboard, or the report on two runs; return the exit code."""
     reader = open_reader(args.uri, args.dir)
     if args.runs:
         print(diff_runs(reader, args), end="")
@@ -136,10 +132,10 @@ def _print_table(board: Leaderboard, num_columns: int) -> None:
     """Print a leaderboard as a table, as wide as the screen, and below it what the table leaves out."""
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False, markup=False)
     columns, unbounded = board.columns[:num_columns], console.options.update(max_width=10_000)
-    while console.measure(table := _make_table(board, columns), options=unbounded).minimum > console.width:
-        if not columns:
-            break
+    table = _make_table(board, columns)
+    while columns and console.measure(table, options=unbounded).minimum > console.width:
         columns = columns[:-1]
+        table = _make_table(board, columns)
     note = f"{count(board.num_runs, 'run')} of {count(board.num_settings, 'setting')}, {board.mode} first"
     if len(board.rows) < board.num_settings:
         note += f", {len(board.rows)} shown (--limit)"
@@ -151,35 +147,31 @@ def _print_table(board: Leaderboard, num_columns: int) -> None:
     console.print(note, style="dim")
 
 
-def _make_table(board: Leaderboard, columns: Sequence[str]) -> Table:
-    several_seeds = any(len(row.runs) > 1 for row in board.rows)
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("#", justify="right")
-    table.add_column(board.metric, justify="right", no_wrap=True)
-    if several_seeds:
-        table.add_column("± 95 %", justify="right", no_wrap=True)
-        table.add_column("seeds", justify="right")
-    table.add_column("delta", justify="right", no_wrap=True)
-    for name in short_names(columns):
-        table.add_column(name, overflow="fold", min_width=len(name))
-    table.add_column("loss", no_wrap=True)
-    table.add_column("run", no_wrap=True)
-    if any(row.flags for row in board.rows):
-        table.add_column("flags", style="yellow", overflow="fold")
-    for row in board.rows:
-        half = "" if row.half_width is None else f"±{row.half_width:.2g}"
-        cells = [
-            str(row.rank or "-"),
-            "-" if row.score is None else f"{row.score:.5g}",
-            *([half, str(len(row.runs))] if several_seeds else []),
-            "" if row.delta is None else f"{row.delta:+.3g}",
-            *(_format_param(row.params[key]) for key in columns),
-            sparkline(row.losses),
-            row.run_ids[0][:8],
-            ", ".join(row.flags),
+def _make_table(board: Leaderboard, params: Sequence[str]) -> Table:
+    right, whole = {"justify": "right", "no_wrap": True}, {"no_wrap": True}
+    columns: list[tuple[str, dict[str, Any], Callable[[LeaderboardRow], str]]] = [
+        ("#", right, lambda row: str(row.rank or "-")),
+        (board.metric, right, lambda row: "-" if row.score is None else f"{row.score:.5g}"),
+    ]
+    if any(len(row.runs) > 1 for row in board.rows):
+        columns += [
+            ("± 95 %", right, lambda row: "" if row.half_width is None else f"±{row.half_width:.2g}"),
+            ("seeds", right, lambda row: str(len(row.runs))),
         ]
-        style = "bold green" if row.rank == 1 else None
-        table.add_row(*(Text(cell) for cell in cells[: len(table.columns)]), style=style)
+    columns.append(("delta", right, lambda row: "" if row.delta is None else f"{row.delta:+.3g}"))
+    for key, name in zip(params, short_names(params), strict=True):
+        fold = {"overflow": "fold", "min_width": len(name)}
+        columns.append((name, fold, lambda row, key=key: _format_param(row.params[key])))
+    columns.append(("loss", whole, lambda row: sparkline(row.losses)))
+    columns.append(("run", whole, lambda row: row.run_ids[0][:8]))
+    if any(row.flags for row in board.rows):
+        columns.append(("flags", {"style": "yellow", "overflow": "fold"}, lambda row: ", ".join(row.flags)))
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name, options, _ in columns:
+        table.add_column(name, **options)
+    for row in board.rows:
+        cells = (Text(cell(row)) for _, _, cell in columns)
+        table.add_row(*cells, style="bold green" if row.rank == 1 else None)
     return table
 
 

@@ -6,7 +6,7 @@ Shapes: `H` rows and `W` columns.
 import warnings
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -57,7 +57,7 @@ def read_image(path: Path, shape: tuple[int, int], invert: str) -> DigitImage:
     """
     grey, notes = _decode(path)
     low, high = float(grey.min()), float(grey.max())
-    if high <= low or high - low < MIN_CONTRAST * max(abs(low), abs(high)):
+    if high - low <= MIN_CONTRAST * max(abs(low), abs(high)):
         raise BadInput(f"{path}: blank, its pixels differ by less than those of paper do")
     grey = (grey - low) / (high - low)
     border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
@@ -79,10 +79,9 @@ def doubts(pixels: np.ndarray) -> list[str]:
     shift = np.abs(np.array(ndimage.center_of_mass(grey)) - (DIGIT_SIDE - 1) / 2).max()
     if not DIGIT_BOX - 2 <= max(height, width) <= DIGIT_BOX + 1 or shift > 1.5:
         found.append("not centred as in training, which is done for images of any other size")
-    pieces, num_pieces = ndimage.label(grey > INK_THRESHOLD, np.ones((3, 3)))  # pyright: ignore
-    masses = ndimage.sum_labels(grey, pieces, np.arange(1, num_pieces + 1))
-    boxes = zip(ndimage.find_objects(pieces), masses, strict=True)
-    columns = sorted((box[1].start, box[1].stop) for box, mass in boxes if mass > LARGE * masses.max())
+    _, boxes, masses = _find_pieces(grey, INK_THRESHOLD)
+    large = (boxes[i] for i in np.flatnonzero(masses > LARGE * masses.max(initial=0)))
+    columns = sorted((box[1].start, box[1].stop) for box in large)
     if width > WIDEST * height or any(a[1] <= b[0] for a, b in pairwise(columns)):
         found.append("more than one digit?")
     if grey.mean() > MOST_INK:
@@ -95,13 +94,12 @@ def _decode(path: Path) -> tuple[np.ndarray, list[str]]:
     if not path.is_file():  # opening a named pipe may block for ever
         other = "no regular file" if path.exists() else "there is no such file"
         raise BadInput(f"{path}: {'a directory; name its files' if path.is_dir() else other}")
-    too_large = f"is more than the {MAX_PIXELS:,} that are decoded; make it smaller"
     notes = []
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
             width, height = image.size  # so far only the header was read
             if width * height > MAX_PIXELS:
-                raise BadInput(f"{path}: {width} x {height} pixels {too_large}")
+                raise Image.DecompressionBombError(f"{width} x {height} pixels")
             if (num_frames := getattr(image, "n_frames", 1)) > 1:
                 notes.append(f"first of {num_frames} frames")
                 image.seek(0)
@@ -109,12 +107,11 @@ def _decode(path: Path) -> tuple[np.ndarray, list[str]]:
             return _brightness(ImageOps.exif_transpose(image)), notes
     except Image.DecompressionBombError as error:
         size = str(error).partition(" exceeds")[0]
+        too_large = f"is more than the {MAX_PIXELS:,} that are decoded; make it smaller"
         raise BadInput(f"{path}: {size} {too_large}") from None
     except Image.UnidentifiedImageError:
         found = "empty" if path.stat().st_size == 0 else "no image"
         raise BadInput(f"{path}: {found}; give one of {', '.join(FORMATS)}") from None
-    except BadInput:
-        raise
     except Exception as error:  # Pillow raises errors of any kind for damaged files
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise BadInput(f"{path}: cannot be read, {reason or type(error).__name__}") from None
@@ -127,9 +124,8 @@ def _brightness(image: Image.Image) -> np.ndarray:
             raise ValueError("some of its pixels are inf or nan")
         return values
     if image.has_transparency_data:
-        colour = image.convert("RGBA")
-        alpha = np.asarray(colour.getchannel("A"), dtype=np.float64) / 255
-        grey = np.asarray(colour.convert("L"), dtype=np.float64)
+        grey, alpha = np.array(image.convert("RGBA").convert("LA"), dtype=np.float64).transpose(2, 0, 1)
+        alpha /= 255
         ink = grey[alpha > 0.5]
         paper = 255.0 if not len(ink) or ink.mean() < 128 else 0.0  # dark ink is shown on white
         return grey * alpha + paper * (1 - alpha)
@@ -144,12 +140,10 @@ def _separate_ink(grey: np.ndarray, path: Path) -> np.ndarray:
     noise = 1.4826 * float(np.median(-ink[ink <= 0])) if (ink <= 0).any() else 0.0
     faint = max(FAINT, NOISE_WIDTHS * noise)
     full = float(np.percentile(ink[ink > faint], 90)) if (ink > faint).any() else 0.0
-    pieces, _ = ndimage.label(ink > max(faint, INK_THRESHOLD * full), np.ones((3, 3)))  # pyright: ignore
-    boxes = ndimage.find_objects(pieces)
+    pieces, boxes, masses = _find_pieces(ink, max(faint, INK_THRESHOLD * full))
     sides = np.array([max(part.stop - part.start for part in box) for box in boxes])
-    masses = ndimage.sum_labels(ink, pieces, np.arange(1, len(boxes) + 1))
-    masses = np.where(sides >= MIN_INK_SIDE, masses, 0) if boxes else np.zeros(1)
-    if masses.max() == 0:
+    masses = masses * (sides >= MIN_INK_SIDE)
+    if not masses.any():
         raise BadInput(f"{path}: blank, nothing on it is larger than dust")
     written = np.isin(pieces, 1 + np.flatnonzero(masses >= SPECK * masses.max()))
     edge = max(2, round(SOFT_EDGE * sides[masses.argmax()]))
@@ -157,6 +151,13 @@ def _separate_ink(grey: np.ndarray, path: Path) -> np.ndarray:
     if not background.any() and not (ink[np.logical_not(written)] > faint).any():
         return ink  # a clean page keeps its faintest strokes
     return np.where(written, ink, 0).clip(0, 1)
+
+
+def _find_pieces(grey: np.ndarray, threshold: float) -> tuple[np.ndarray, list[Any], np.ndarray]:
+    """Return the connected pieces of ink: their numbers (H, W), from 1, their boxes and their masses."""
+    pieces, num_pieces = ndimage.label(grey > threshold, np.ones((3, 3)))  # pyright: ignore
+    masses = ndimage.sum_labels(grey, pieces, np.arange(1, num_pieces + 1))
+    return pieces, ndimage.find_objects(pieces), np.asarray(masses)
 
 
 def _background(grey: np.ndarray) -> np.ndarray:
@@ -176,13 +177,10 @@ def _center(ink: np.ndarray) -> np.ndarray:
     """Fit ink (H, W) into MNIST's box and centre it by its mass."""
     (box,) = ndimage.find_objects((ink > FAINT).astype(int))
     small = _rescale(ink[box], DIGIT_BOX / max(ink[box].shape))
-    place = []
-    for center, side in zip(ndimage.center_of_mass(small), small.shape, strict=True):
-        start = round((DIGIT_SIDE - 1) / 2 - float(center))
-        start = min(max(start, 0), DIGIT_SIDE - side)
-        place.append(slice(start, start + side))
+    starts = np.round((DIGIT_SIDE - 1) / 2 - np.array(ndimage.center_of_mass(small))).astype(int)
+    top, left = starts.clip(0, DIGIT_SIDE - np.array(small.shape))
     page = np.zeros((DIGIT_SIDE, DIGIT_SIDE))
-    page[tuple(place)] = small / small.max()
+    page[top : top + small.shape[0], left : left + small.shape[1]] = small / small.max()
     return page
 
 
@@ -191,8 +189,6 @@ def _rescale(grey: np.ndarray, scale: float) -> np.ndarray:
 
 
 def _resize(grey: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    if grey.shape == shape:
-        return grey
     way = Image.Resampling.BOX if max(grey.shape) > max(shape) else Image.Resampling.BILINEAR
     image = Image.fromarray(grey.astype(np.float32)).resize((shape[1], shape[0]), way)
     return np.asarray(image, dtype=np.float64)

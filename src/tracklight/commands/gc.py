@@ -2,7 +2,7 @@
 
 import shutil
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,7 @@ ENDED = ("FINISHED", "FAILED", "KILLED")
 
 
 def run(args: Namespace) -> int:
-    """Say what each kind of run holds, delete the kinds asked for, and return the exit code.
-
-    Raises:
-        BadInput: The runs lie on a server, or cannot be deleted.
-    """
+    """Say what each kind of run holds, delete the kinds asked for, and return the exit code."""
     store = connect(args.uri, args.dir, reads_only=not args.delete)
     if store.database is None:
         raise BadInput(f"the runs are on {store.display_uri}, whose disk `mlflow gc` there frees")
@@ -52,37 +48,32 @@ _MEANING = {
 def _kinds(store: Store) -> dict[str, dict[str, list[Path]]]:
     """Return, by kind, the ids of runs with their folders on this disk."""
     deleted, active = (store.search("", deleted=is_deleted) for is_deleted in (True, False))
-    models = {run.info.run_id: _models(store, run) for run in (*deleted, *active)}
+    folders = {run.info.run_id: _folders(store, run) for run in (*deleted, *active)}
+    known = {path for paths in folders.values() for path in paths}
+    runs = (path for path in store.runs_folder.iterdir() if tags.is_run_id(path.name))
+    models = (store.runs_folder / MODELS).glob("m-*")
     kinds: dict[str, dict[str, list[Path]]] = {kind: {} for kind in _MEANING}
-    for each in deleted:
-        kinds["deleted"][each.info.run_id] = [store.folder(each.info.run_id), *models[each.info.run_id]]
-    kinds["deleted"] |= {path.name: [path] for path in _orphans(store, models)}
+    kinds["deleted"] = {run.info.run_id: folders[run.info.run_id] for run in deleted}
+    kinds["deleted"] |= {path.name: [path] for path in (*runs, *models) if path not in known}
     later: set[tuple[str | None, ...]] = set()
     for each in active:  # newest first
         run_id, run_tags = each.info.run_id, each.data.tags
         key = tuple(map(run_tags.get, (tags.IDENTITY_TAG, tags.CODE_TAG, tags.DATA_TAG, tags.PARENT_TAG)))
-        paths = [store.folder(run_id), *models[run_id]]
         if key[0] is None or tags.REPRODUCES_TAG in run_tags or each.info.status not in ENDED:
             continue
         if each.info.status == "FAILED":
-            kinds["failed"][run_id] = paths
+            kinds["failed"][run_id] = folders[run_id]
         elif key in later:
-            kinds["superseded"][run_id] = paths
+            kinds["superseded"][run_id] = folders[run_id]
         elif each.info.status == "FINISHED":
             later.add(key)
     return kinds
 
 
-def _models(store: Store, run: Any) -> list[Path]:
+def _folders(store: Store, run: Any) -> list[Path]:
+    """Return the folders of a run and of its models."""
     outputs = run.outputs.model_outputs if run.outputs else ()
-    return [store.runs_folder / MODELS / each.model_id for each in outputs]
-
-
-def _orphans(store: Store, models: Mapping[str, Sequence[Path]]) -> Iterator[Path]:
-    """Yield the folders of runs that MLflow no longer knows, and of models that belong to no run."""
-    known = {path for paths in models.values() for path in paths}
-    yield from (p for p in store.runs_folder.iterdir() if tags.is_run_id(p.name) and p.name not in models)
-    yield from (p for p in (store.runs_folder / MODELS).glob("m-*") if p not in known)
+    return [store.folder(run.info.run_id), *(store.runs_folder / MODELS / each.model_id for each in outputs)]
 
 
 def _size(path: Path) -> int:

@@ -23,11 +23,7 @@ README.md says what else there is."""
 
 
 def run(args: Namespace) -> int:
-    """Make the project; return the exit code.
-
-    Raises:
-        BadInput: The name cannot be a package's, or the folder is there already.
-    """
+    """Make the project; return the exit code."""
     folder: Path = args.folder
     name = folder.name.replace("-", "_")
     if not name.isidentifier() or keyword.iskeyword(name):

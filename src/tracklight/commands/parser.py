@@ -97,7 +97,9 @@ def main(command: str, argv: Sequence[str]) -> int:
     The command is a module of this package that has `run(args) -> int`.
 
     Raises:
-        BadInput: The arguments do not parse or do not fit each other, or a package is missing.
+        BadInput: The arguments do not parse or do not fit each other, name what is not there or cannot
+            be used, or a package is missing.
+        RunFailed: What the command began has failed.
     """
     description, epilog, add_arguments = COMMANDS[command]
     script = f"python {sys.argv[0]}"

@@ -23,11 +23,7 @@ Prediction = dict[str, Any]
 
 
 def run(args: Namespace) -> int:
-    """Print a prediction for each image or row; return the exit code.
-
-    Raises:
-        BadInput: The run or its files do not exist, or the model does not take files.
-    """
+    """Print a prediction for each image or row; return the exit code."""
     store = stored.open_store(args.uri, args.dir)
     trained = resolve_sweep(store, select_run(store, args.run, args.experiment))
     if trained.info.status == "FAILED":

@@ -2,7 +2,8 @@
 
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,11 @@ from tracklight.tracking.logged_model import store_model
 from tracklight.tracking.mlflow_client import mlflow, retry, short_reason
 from tracklight.tracking.store import Store, connect
 
-MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1000, 100, 100  # of one request, as MLflow allows
+MAX_ITEMS = {"metrics": 1000, "params": 100, "tags": 100}  # of one request, as MLflow allows
 
 
 def run(args: Namespace) -> int:
-    """Copy the runs, print what was copied and return the exit code.
-
-    Raises:
-        BadInput: A run or the target does not exist, or the target is the store itself.
-        RunFailed: A store does not answer; the same command goes on from there.
-    """
+    """Copy the runs, print what was copied and return the exit code."""
     source = connect(args.uri, args.dir, reads_only=True)
     source.recover()
     target = _open_target(args.target)
@@ -71,16 +67,13 @@ def _with_relatives(runs: Sequence[Any], chosen: Sequence[str]) -> list[Any]:
     """Return the chosen runs, those above them and all below; all if none is chosen."""
     above = {each.info.run_id: each.data.tags.get(tags.PARENT_TAG) for each in runs}
     wanted = {*chosen}
-    for run_id in chosen:
-        parent = above.get(run_id)
-        while parent is not None:
-            wanted.add(parent)
-            parent = above.get(parent)
-    below = {*chosen}
     for run_id, parent in above.items():  # a parent comes before its children
-        if parent in below:
-            below.add(run_id)
-    return [each for each in runs if not chosen or each.info.run_id in wanted | below]
+        if parent in wanted:
+            wanted.add(run_id)
+    for run_id in chosen:
+        while run_id := above.get(run_id):
+            wanted.add(run_id)
+    return [each for each in runs if not chosen or each.info.run_id in wanted]
 
 
 def _key(run: Any) -> str:
@@ -98,17 +91,19 @@ def _create(source: Store, target: Store, run: Any) -> Any:
 def _copy(source: Store, target: Store, run: Any, ids: Mapping[str, str]) -> None:
     """Fill the copy of a run, whatever of it is there; `ids` are those of the copies of all runs."""
     copied_id = ids[run.info.run_id]
-    run_tags = [RunTag(name, ids.get(value, value)) for name, value in run.data.tags.items()]
     client = target.client
-    for batch in _batches([Param(key, value) for key, value in run.data.params.items()], MAX_PARAMS):
-        retry(lambda batch=batch: client.log_batch(copied_id, params=batch), target.timeout_s)
+
+    def log(kind: str, items: Sequence[Any]) -> None:
+        for at in range(0, len(items), MAX_ITEMS[kind]):
+            batch = {kind: items[at : at + MAX_ITEMS[kind]]}
+            retry(partial(client.log_batch, copied_id, **batch), target.timeout_s)
+
+    log("params", [Param(key, value) for key, value in run.data.params.items()])
     for name in run.data.metrics:
         points = source.client.get_metric_history(run.info.run_id, name)
-        metrics = [Metric(name, each.value, each.timestamp, each.step) for each in points]
-        for batch in _batches(metrics, MAX_METRICS):
-            retry(lambda batch=batch: client.log_batch(copied_id, metrics=batch), target.timeout_s)
-    for batch in _batches([tag for tag in run_tags if tag.key != tags.PUSHED_TAG], MAX_TAGS):
-        retry(lambda batch=batch: client.log_batch(copied_id, tags=batch), target.timeout_s)
+        log("metrics", [Metric(name, each.value, each.timestamp, each.step) for each in points])
+    others = {name: value for name, value in run.data.tags.items() if name != tags.PUSHED_TAG}
+    log("tags", [RunTag(name, ids.get(value, value)) for name, value in others.items()])
     if inputs := [DatasetInput(each.dataset, each.tags) for each in run.inputs.dataset_inputs]:
         client.log_inputs(copied_id, inputs)
     with tempfile.TemporaryDirectory() as scratch:
@@ -129,7 +124,3 @@ def _copy_model(source: Store, target: Store, output: Any, run_id: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = download_artifacts(logged.artifact_location, dst_path=scratch, tracking_uri=source.uri)
         store_model(target.client, run_id, Model.load(folder), Path(folder), output.step)
-
-
-def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (items[at : at + size] for at in range(0, len(items), size))

@@ -34,11 +34,7 @@ LOGGED_AT_END = re.compile(r"test|score|ols")  # a run given more epochs has a p
 
 
 def run(args: Namespace) -> int:
-    """Train a run again, compare, and print the result; return the exit code.
-
-    Raises:
-        BadInput: The run does not exist or did not finish, or an override changes its result.
-    """
+    """Train a run again, compare, and print the result; return the exit code."""
     store = open_store(args.uri, args.dir)
     old = resolve_sweep(store, select_run(store, args.run, args.experiment))
     run_id, run_tags = old.info.run_id, old.data.tags
@@ -132,10 +128,8 @@ def _diff_weights(path: str, before: dict[str, Tensor], after: dict[str, Tensor]
             lines.append(f"{path}: {name} has another shape, or is there only once")
         elif not torch.equal(one, other):
             gap = (one.double() - other.double()).abs()
-            lines.append(
-                f"{path}: {name} differs in {int((gap > 0).sum()):,} of {gap.numel():,} values, "
-                f"by up to {gap.max():.3g}"
-            )
+            number = f"{int((gap > 0).sum()):,} of {gap.numel():,} values"
+            lines.append(f"{path}: {name} differs in {number}, by up to {gap.max():.3g}")
     return lines
 
 

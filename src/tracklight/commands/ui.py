@@ -30,12 +30,7 @@ STOP_TIMEOUT_S = 10.0
 
 
 def run(args: Namespace) -> int:
-    """Serve the UI until Ctrl-C, or print its address on a server; return the exit code.
-
-    Raises:
-        BadInput: The port is not free, or the folder or the experiment does not exist.
-        RunFailed: MLflow's server did not start, or ended by itself.
-    """
+    """Serve the UI until Ctrl-C, or print its address on a server; return the exit code."""
     _check_port(args.port)
     if not args.dir.is_dir():
         raise BadInput(f"--dir {args.dir} is no folder")
