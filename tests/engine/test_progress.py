@@ -10,7 +10,7 @@ from rich.progress import Progress
 
 from foreign import Blobs
 from tracklight.engine import progress
-from tracklight.engine.progress import EpochLines, RunLine, format_summary
+from tracklight.engine.progress import EpochLines, RunLine, align_lines, format_time
 from tracklight.models.mlp import MLP
 
 
@@ -79,5 +79,9 @@ def test_one_line_on_a_terminal_counts_the_steps_of_the_whole_run_and_the_time_l
 def test_the_time_in_the_summary_is_that_of_the_process(monkeypatch):
     monkeypatch.setattr(progress.psutil, "Process", lambda: SimpleNamespace(create_time=lambda: 100.0))
     monkeypatch.setattr(progress, "time", SimpleNamespace(time=lambda: 112.5))
-    said = format_summary({}, "best", {}, 2.0, 50)
-    assert said == "time   2.0 s of training, 12.5 s since the process began, 25 examples/s"
+    assert format_time(2.0, 50) == "2.0 s of training, 12.5 s since the process began, 25 examples/s"
+    assert format_time(2.0, 0) == "2.0 s of training, 12.5 s since the process began"
+
+
+def test_lines_are_aligned_and_empty_ones_left_out():
+    assert align_lines({"a": "one", "bcd": "two", "longer": ""}) == "a       one\nbcd     two"

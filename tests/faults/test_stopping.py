@@ -10,7 +10,7 @@ from process import TrialResult
 
 BATCH_END = "tracklight.engine.blocks:Blocks.on_train_batch_end"
 PLACES = {
-    "before the run exists": ("tracklight.experiment.train:build_model", 1),
+    "before the run exists": ("tracklight.experiment.build:build_model", 1),
     "before training": ("tracklight.tracking.run:Run.log_params", 1),
     "in an epoch": (BATCH_END, 5),
     "in validation": ("tracklight.models.supervised:Supervised.validation_step", 3),

@@ -71,7 +71,7 @@ def test_the_interval_of_a_mean_is_students():
     scores = [1.0, 2.0, 3.0, 4.0, 5.0]
     runs = [replace(ROW, seed=seed, score=score) for seed, score in enumerate(scores)]
     (found,) = rank_trials(runs, "max", 5)
-    assert found.std == pytest.approx(np.std(scores, ddof=1), rel=1e-12)
+    assert found.to_dict()["std"] == pytest.approx(np.std(scores, ddof=1), rel=1e-12)
     half = 2.776445105 * np.sqrt(2.5 / 5)
     assert found.interval == pytest.approx((3 - half, 3 + half), rel=1e-8)
 

@@ -16,7 +16,7 @@ from tracklight.data.csv_columns import read_features
 from tracklight.data.table import Table
 from tracklight.data.tensor_data import Split, TensorData
 from tracklight.engine.distributed import cluster_environment
-from tracklight.engine.progress import format_metrics
+from tracklight.engine.progress import align_lines, format_metrics
 from tracklight.errors import BadInput, RunFailed
 from tracklight.experiment import stored
 from tracklight.experiment.build import has_test
@@ -36,12 +36,7 @@ LOCATION_KEYS = ("data.root", "data.path", "data.download", "data.fallback", "da
 
 
 def run(args: Namespace) -> int:
-    """Test the model of a run, log the metrics and print them; return the exit code.
-
-    Raises:
-        BadInput: The run, its files, the split or the data do not exist, or --into-run finds
-            metrics of this split.
-    """
+    """Test the model of a run, log the metrics and print them; return the exit code."""
     wrong = [word for word in args.overrides if not word.startswith("data.")]
     if wrong:
         raise BadInput(f"{wrong[0]}: only the data can be changed, data.KEY=VALUE")
@@ -78,9 +73,7 @@ def run(args: Namespace) -> int:
     elif not args.no_log:
         lines["logged"] = _log(store, rebuilt, split, scores, args.into_run)
     args.emit({**lines, "run": trained.info.run_id, "split": split, "score": scores})
-    width = max(map(len, lines))
-    for name, text in lines.items():
-        print(f"{name:<{width}}  {text}")
+    print(align_lines(lines))
     return 0
 
 
@@ -90,17 +83,13 @@ def _choose_split(rebuilt: stored.RebuiltRun, wanted: str | None) -> str:
         if wanted == "train":
             raise BadInput("--split train needs a tracklight data set (TensorData)")
         if wanted != "val" and not has_test(rebuilt.model, rebuilt.data):
-            raise BadInput(
-                f"{type(rebuilt.model).__name__} has no test_step, or its data no test_dataloader; "
-                "try --split val"
-            )
+            name = type(rebuilt.model).__name__
+            raise BadInput(f"{name} has no test_step, or its data no test_dataloader; try --split val")
         return wanted or "test"
     available = list(rebuilt.data.splits)
     if wanted is not None and wanted not in available:
-        raise BadInput(
-            f"--split {wanted}: {rebuilt.data.name}, on which run {rebuilt.run.info.run_id} was "
-            f"trained, has only {', '.join(available)}"
-        )
+        data = f"{rebuilt.data.name}, on which run {rebuilt.run.info.run_id} was trained"
+        raise BadInput(f"--split {wanted}: {data}, has only {', '.join(available)}")
     return wanted or available[-1]
 
 
@@ -111,15 +100,11 @@ def _check_overrides(rebuilt: stored.RebuiltRun, overrides: Sequence[str]) -> No
     words = {word.partition("=")[0].lstrip("+~"): word for word in overrides}
     for key, word in words.items():
         if key not in LOCATION_KEYS:
-            raise BadInput(
-                f"{word} would prepare or split the data otherwise than for training; what can be "
-                f"changed is {', '.join(LOCATION_KEYS)}"
-            )
-    if "data.path" in words and not _is_own_data(rebuilt):
-        raise BadInput(
-            f"{words['data.path']} holds other rows than the run's; --table "
-            f"{words['data.path'].partition('=')[2]} tests all of them, standardised as in training"
-        )
+            allowed = f"what can be changed is {', '.join(LOCATION_KEYS)}"
+            raise BadInput(f"{word} would prepare or split the data otherwise than for training; {allowed}")
+    if (word := words.get("data.path")) and not _is_own_data(rebuilt):
+        instead = f"--table {word.partition('=')[2]} tests all of them, standardised as in training"
+        raise BadInput(f"{word} holds other rows than the run's; {instead}")
 
 
 def _read_rows(rebuilt: stored.RebuiltRun, inputs: dict[str, Any], path: Path) -> str:
@@ -184,20 +169,15 @@ def _compare_with_recorded(rebuilt: stored.RebuiltRun, scores: dict[str, float])
 def _check_into_run(rebuilt: stored.RebuiltRun, split: str, overrides: Sequence[str]) -> None:
     """Refuse to log to a run in progress, or metrics of other data or that it already has."""
     run_id, metrics = rebuilt.run.info.run_id, rebuilt.run.data.metrics
+    instead = "leave --into-run out to log to a child of it"
     if not _is_own_data(rebuilt) or (overrides and not isinstance(rebuilt.data, TensorData)):
-        raise BadInput(
-            "--into-run: this is not the run's own data; leave --into-run out to log to a child of"
-            " it, which names its data"
-        )
+        raise BadInput(f"--into-run: this is not the run's own data; {instead}, which names its data")
     if rebuilt.run.info.status == "RUNNING":
         raise BadInput(f"--into-run: run {run_id} is RUNNING; leave --into-run out")
     prefix = INTO_RUN_KEY.format(split, "")
     logged = [f"{key} {metrics[key]:.6g}" for key in sorted(metrics) if key.startswith(prefix)]
     if logged:
-        raise BadInput(
-            f"--into-run: run {run_id} has {', '.join(logged)} already; "
-            "leave --into-run out to log to a child of it"
-        )
+        raise BadInput(f"--into-run: run {run_id} has {', '.join(logged)} already; {instead}")
 
 
 def _log(
@@ -205,15 +185,12 @@ def _log(
 ) -> str:
     """Log metrics to the run, whose status stays as it is, or to a new child; describe where."""
     run, run_id = rebuilt.run, rebuilt.run.info.run_id
-    history = store.client.get_metric_history(run_id, tags.SCORE)
-    step = max((point.step for point in history), default=0)
+    step = max((each.step for each in store.client.get_metric_history(run_id, tags.SCORE)), default=0)
     if into_run:
         now_ms = time.time_ns() // 1_000_000
-        points = [
-            mlflow.entities.Metric(to_key(key), value, now_ms, step)
-            for name, value in scores.items()
-            for key in [INTO_RUN_KEY.format(split, name.removeprefix(f"{split}/"))]
-        ]
+        names = {key: INTO_RUN_KEY.format(split, key.removeprefix(f"{split}/")) for key in scores}
+        metric = mlflow.entities.Metric
+        points = [metric(to_key(names[key]), value, now_ms, step) for key, value in scores.items()]
         try:
             retry(lambda: store.client.log_batch(run_id, points), store.timeout_s)
         except mlflow.exceptions.MlflowException as error:

@@ -90,10 +90,9 @@ class Blocks(Callback):
                 warnings.filterwarnings("ignore", "When using `Trainer.accumulate_grad", UserWarning)
         if isinstance(data, TensorData):
             self.data = data
-            limits = [
-                each.max_steps_per_block for each in trainer.callbacks if hasattr(each, "max_steps_per_block")
-            ]
-            data.steps_per_block = min([steps_per_block(data.batch_size), *limits]) if self.uses_blocks else 1
+            most = steps_per_block(data.batch_size)
+            limits = [getattr(each, "max_steps_per_block", most) for each in trainer.callbacks]
+            data.steps_per_block = min([most, *limits]) if self.uses_blocks else 1
         if self.uses_blocks:
             lightning_internals.reload_train_dataloader(trainer)
             self.signature: Any = None

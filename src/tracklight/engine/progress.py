@@ -138,26 +138,14 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
     return "  ".join(f"{key} {float(value):.5g}" for key, value in sorted(metrics.items()))
 
 
-def format_summary(
-    score: Mapping[str, float],
-    epoch: str,
-    test: Mapping[str, float],
-    training_s: float,
-    num_examples: int,
-    **lines: str,
-) -> str:
-    """Format the closing summary, one aligned line for each item that is not empty.
-
-    `score` is empty if none is monitored, else that of the best or last `epoch`; `num_examples`,
-    0 if unknown, were trained on in `training_s`.
-    """
+def format_time(training_s: float, num_examples: int) -> str:
+    """Format how long the run took; `num_examples`, 0 if unknown, were trained on in `training_s`."""
     all_s = time.time() - psutil.Process().create_time()
     speed = f", {num_examples / training_s:,.0f} examples/s" if num_examples else ""
-    items = {
-        "score": score and f"{format_metrics(score)} ({epoch} epoch)",
-        "test": format_metrics(test),
-        "time": f"{training_s:.1f} s of training, {all_s:.1f} s since the process began{speed}",
-        **lines,
-    }
+    return f"{training_s:.1f} s of training, {all_s:.1f} s since the process began{speed}"
+
+
+def align_lines(items: Mapping[str, str]) -> str:
+    """Format named texts, one aligned line for each that is not empty."""
     width = max(map(len, items))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in items.items() if text)

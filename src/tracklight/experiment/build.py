@@ -67,10 +67,8 @@ def build_data(cfg: DictConfig, read: bool = True) -> LightningDataModule | None
             data.setup()
         metric = str(cfg.score.metric)
         if metric.startswith("val/") and "val" not in data.splits:
-            raise BadInput(
-                f"score.metric={metric}: {data.name} has no validation part here;"
-                " try score.metric=train/loss_epoch score.mode=min, or data.num_val=500"
-            )
+            cure = "try score.metric=train/loss_epoch score.mode=min, or data.num_val=500"
+            raise BadInput(f"score.metric={metric}: {data.name} has no validation part here; {cure}")
     return data
 
 
@@ -101,10 +99,8 @@ def _set_optimizer(cfg: DictConfig, model: Any) -> None:
         if is_overridden("configure_optimizers", model):
             used = re.compile(rf"\+*({'|'.join(OPTIMIZER_KEYS)})[@.=]")
             if ignored := [word for word in sys.argv[1:] if used.match(word)]:
-                warnings.warn(
-                    f"{type(model).__name__} configures its own optimizer: ignored {', '.join(ignored)}",
-                    stacklevel=2,
-                )
+                own = f"{type(model).__name__} configures its own optimizer"
+                warnings.warn(f"{own}: ignored {', '.join(ignored)}", stacklevel=2)
             return
         # Lightning asks only the module for its optimizer; LightningCLI sets this method, too.
         model.configure_optimizers = MethodType(Supervised.configure_optimizers, model)
@@ -156,10 +152,9 @@ def rehearse(cfg: DictConfig, model: Any, data: LightningDataModule | None, trai
         interval = getattr(trainer, "val_check_interval", None)
         most = num_batches if trainer.check_val_every_n_epoch else math.inf
         if type(interval) is int and not 0 < interval <= most:
-            raise BadInput(
-                f"trainer.val_check_interval={interval} must be from 1 to {num_batches}, the batches of an "
-                "epoch; try 1.0, or trainer.check_val_every_n_epoch=null to count on through the epochs"
-            )
+            cure = "try 1.0, or trainer.check_val_every_n_epoch=null to count on through the epochs"
+            limits = f"must be from 1 to {num_batches}, the batches of an epoch; {cure}"
+            raise BadInput(f"trainer.val_check_interval={interval} {limits}")
         # A model with steps or hooks of its own may log anything in them.
         hooks = [name for name in dir(Supervised) if re.match("on_.*|.*_step$", name)]
         hooks = [name for name in hooks if inspect.isfunction(getattr(Supervised, name))]
@@ -229,10 +224,8 @@ def _run_length(trainer: Any, interval: str, known: int | None) -> int:
     """
     if known is None:
         _ = trainer.estimated_stepping_batches  # loads the training data
-    max_epochs, num_batches = (
-        trainer.max_epochs or 0,
-        trainer.num_training_batches if known is None else known,
-    )
+    num_batches: float = trainer.num_training_batches if known is None else known
+    max_epochs = trainer.max_epochs or 0
     max_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
     epochs, steps = max_epochs, max_steps
     if num_batches < math.inf:
@@ -268,10 +261,8 @@ def _config_callbacks(cfg: DictConfig) -> list[Callback]:
     callbacks = [instantiate(node, cfg.allowed_targets, Callback) for node in nodes.values()]
     for key, callback in zip(nodes, callbacks, strict=True):
         if instead := next((text for kind, text in FINDERS.items() if isinstance(callback, kind)), None):
-            raise BadInput(
-                f"callbacks.{key}={type(callback).__name__} would train with values that are not recorded;"
-                f" leave it out and search with {instead}"
-            )
+            name, cure = type(callback).__name__, f"leave it out and search with {instead}"
+            raise BadInput(f"callbacks.{key}={name} would train with values that are not recorded; {cure}")
     if cfg.tracking.enabled and cfg.tracking.gradients:
         callbacks.append(GradientMonitor())
     if cfg.tracking.enabled and cfg.tracking.system_metrics:
@@ -295,10 +286,8 @@ def build_trainer(
     """
     tracked = cfg.tracking.enabled
     if str(strategy := cfg.trainer.get("strategy")).endswith(FORKING):
-        raise BadInput(
-            f"trainer.strategy={strategy} copies a process that writes to MLflow already;"
-            " try trainer.strategy=ddp"
-        )
+        why = "copies a process that writes to MLflow already; try trainer.strategy=ddp"
+        raise BadInput(f"trainer.strategy={strategy} {why}")
     arguments = instantiate(cfg.trainer, cfg.allowed_targets)  # its profiler, strategy, plugins
     callbacks = [*first, *_config_callbacks(cfg), *callbacks]
     if cfg.trainer.enable_progress_bar:

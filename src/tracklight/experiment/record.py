@@ -1,7 +1,6 @@
 """What a run records: its description at the start, its score and status at the end."""
 
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,6 +21,7 @@ from tracklight.experiment.stored import COMMAND_KEYS, ResumedRun, describe_inpu
 from tracklight.figures.choose import FOLDER, draw_figures
 from tracklight.models.linear_regression import LinearRegression
 from tracklight.redact import redact
+from tracklight.runs.reader import finite
 from tracklight.tracking import tags
 from tracklight.tracking.logged_model import log_model
 from tracklight.tracking.provenance import Provenance
@@ -67,10 +67,8 @@ def open_run(
         if before != now:
             changes.append(f"{tag.partition('.')[2]}: digest {before[:12]} -> {now[:12]}")
     if changes and not cfg.allow_changes:
-        raise BadInput(
-            f"run {run_id} was started otherwise ({'; '.join(changes)});"
-            " allow_changes=true continues all the same and records it"
-        )
+        how = "allow_changes=true continues all the same and records it"
+        raise BadInput(f"run {run_id} was started otherwise ({'; '.join(changes)}); {how}")
     if changes:
         run_tags[tags.CHANGES_TAG] = "; ".join(changes)
     run = store.reopen(run_id)
@@ -180,15 +178,13 @@ def summarise(
     run: Run | None, cfg: DictConfig, score: float | None, step: int, metrics: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return what a run came to, for programs; a tracked run keeps it beside its config."""
-    values = {key: float(value) for key, value in metrics.items()}
-    values = {key: value if math.isfinite(value) else None for key, value in values.items()}
     summary: dict[str, Any] = {
         "metric": cfg.score.metric,
         "mode": cfg.score.mode,
         "score": score,
         "step": step,
+        "metrics": {key: finite(float(value)) for key, value in metrics.items()},
     }
-    summary["metrics"] = values
     if run is not None:
         summary = {"id": run.run_id, "name": run.name, **summary, "folder": str(run.artifacts)}
         run.log_text(json.dumps(summary, indent=1) + "\n", tags.SUMMARY)

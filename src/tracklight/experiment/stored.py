@@ -22,7 +22,7 @@ from tracklight.engine.checkpoints import load_plain, newest_resume_checkpoint
 from tracklight.errors import BadInput
 from tracklight.experiment.build import build_data, build_model, depends_on_total
 from tracklight.runs.reader import open_reader
-from tracklight.runs.select import WORDS, fetch, find_run, read_json, read_text, resolve_sweep, select_run
+from tracklight.runs.select import WORDS, fetch, find_run, parse_mapping, read_text, resolve_sweep, select_run
 from tracklight.tracking import tags
 from tracklight.tracking.provenance import code_digest
 from tracklight.tracking.store import Store, connect
@@ -131,10 +131,9 @@ def _resume_by_id(cfg: DictConfig, store: Store) -> tuple[DictConfig, ResumedRun
     amended = _amend_config(stored, cfg.overrides, cfg)
     before, now = stored["trainer"]["max_epochs"], amended.trainer.max_epochs
     if now != before and depends_on_total(amended.scheduler) and not amended.allow_changes:
-        raise BadInput(
-            f"trainer.max_epochs={now}: the schedule of run {run_id} spans its {before}"
-            " epochs and would change for the epochs already trained; start a new run"
-        )
+        why = f"the schedule of run {run_id} spans its {before} epochs"
+        cure = "would change for the epochs already trained; start a new run"
+        raise BadInput(f"trainer.max_epochs={now}: {why} and {cure}")
     old, new = compose.result_keys(stored), compose.result_keys(amended)
     changed = {key: (old[key], new[key]) for key in old.keys() & new.keys() if old[key] != new[key]}
     changes = compose.diff_configs(old, new)
@@ -290,14 +289,10 @@ def rebuild(store: Store, run: Any, cfg: DictConfig, *, read: bool, load: bool =
 
 
 _INPUT_KEYS = ("name", "in_features", "out_features", "feature_names", "class_names")
-
-
-_INPUT_KINDS = dict.fromkeys((*_INPUT_KEYS, "target_names"), (str,)) | {
-    "in_features": (int,),
-    "out_features": (int,),
-    "shape": (int,),
-    "mean": (int, float),
-    "std": (int, float),
+_INPUT_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys((*_INPUT_KEYS, "target_names"), (str,)),
+    **dict.fromkeys(("in_features", "out_features", "shape"), (int,)),
+    **dict.fromkeys(("mean", "std"), (int, float)),
 }
 MAX_RAW = 2**27  # values of one raw example
 
@@ -320,7 +315,7 @@ def load_inputs(store: Store, run: Any) -> dict[str, Any]:
         BadInput: The run did not record it.
     """
     try:
-        inputs = read_json(store, run, tags.INPUTS)
+        inputs = parse_mapping(read_text(store, run, tags.INPUTS))
     except BadInput as error:
         raise BadInput(f"{error}; a run on a data set of one's own (no TensorData) has none") from None
     if "name" not in inputs:

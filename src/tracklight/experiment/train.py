@@ -26,22 +26,8 @@ from tracklight.engine.monitors import ScoreMonitor
 from tracklight.engine.seeding import EpochSeeds
 from tracklight.engine.signals import SafeStop
 from tracklight.errors import RunFailed
-from tracklight.experiment.build import (
-    build_data,
-    build_model,
-    build_trainer,
-    early_stops,
-    has_test,
-    rehearse,
-)
+from tracklight.experiment import build, stored
 from tracklight.experiment.record import describe, finish_run, log_final, log_reference, open_run, summarise
-from tracklight.experiment.stored import (
-    ResumedRun,
-    load_best_weights,
-    open_store,
-    resolve_resume,
-    restore_weights,
-)
 from tracklight.models.supervised import Supervised
 from tracklight.paths import ROOT
 from tracklight.redact import redact_command
@@ -78,24 +64,24 @@ def run(
         distributed.settle_ranks(cfg.trainer.devices, cfg.trainer.num_nodes, cfg.resume)
         store = None
         if cfg.tracking.enabled and not distributed.is_nonzero_rank():
-            store = open_store(cfg.tracking.uri, Path(cfg.tracking.dir), create=True)
+            store = stored.open_store(cfg.tracking.uri, Path(cfg.tracking.dir), create=True)
         _set_num_threads(cfg)  # part of the digest by which resume=auto finds its run
-        cfg, resumed = resolve_resume(cfg, store, run_id)
+        cfg, resumed = stored.resolve_resume(cfg, store, run_id)
         _set_num_threads(cfg)  # a stored config has its own number
         code = provenance.code_digest(list_targets(cfg))
         source = provenance.collect(ROOT, redact_command(sys.argv), code, describe_machine())
 
-        data = build_data(cfg)
-        model = build_model(cfg, data)
+        data = build.build_data(cfg)
+        model = build.build_model(cfg, data)
         tags, callbacks = dict(tags or {}), [*callbacks, stop]
         if cfg.init_from is not None and not (resumed and resumed.find_checkpoint()):
-            tags["tracklight.init_from"] = load_best_weights(model, store, cfg.init_from, callbacks)
+            tags["tracklight.init_from"] = stored.load_best_weights(model, store, cfg.init_from, callbacks)
         training = Training(cfg, data, model, callbacks)
         stop.has_company = training.trainer.world_size > 1
         if resumed:
             distributed.check_resumable(training.trainer)
             training.last.check(resumed.find_checkpoint())
-        rehearse(cfg, model, data, training.trainer)
+        build.rehearse(cfg, model, data, training.trainer)
 
         # The run is opened last: what fails earlier leaves no empty run behind.
         tracked = store and open_run(store, cfg, model, data, resumed, source, tags)
@@ -108,7 +94,7 @@ def run(
 
             reference = log_reference(tracked, model, data) if tracked else {}
             score, step = training.load_best()
-            if test and has_test(model, data) and not training.trainer.fast_dev_run:
+            if test and build.has_test(model, data) and not training.trainer.fast_dev_run:
                 for result in training.trainer.test(model, data, ckpt_path=training.best_path, verbose=False):
                     training.tested |= result
                 stop.check()
@@ -138,16 +124,16 @@ class Training:
         self.score = ScoreMonitor(cfg.score.metric)
         self.io = checkpoints.DurableCheckpointIO()
         within_epochs = str(cfg.trainer.val_check_interval) not in ("None", "1.0")
-        self.last = checkpoints.ResumeCheckpoint(self.io, early_stops(cfg))
+        self.last = checkpoints.ResumeCheckpoint(self.io, build.early_stops(cfg))
         self.best = checkpoints.BestCheckpoint(cfg.score.metric, cfg.score.mode, within_epochs)
         self.best_path: Path | None = None
         self.tested: dict[str, float] = {}
         tracked = cfg.tracking.enabled
         first = [EpochSeeds(cfg.seed), *([self.last] if tracked else [])]
         callbacks = [self.blocks, self.score, *callbacks, *([self.best] if tracked else [])]
-        self.trainer: Any = build_trainer(cfg, data, first, callbacks, self.io)
+        self.trainer: Any = build.build_trainer(cfg, data, first, callbacks, self.io)
 
-    def track(self, run: Run | None, resumed: ResumedRun | None) -> Path | None:
+    def track(self, run: Run | None, resumed: stored.ResumedRun | None) -> Path | None:
         """Log to a run and save to its folder; return the checkpoint to resume from, if any."""
         if run is None:
             # Rank zero tracks, or nobody; a foreign module logs by its logger all the same.
@@ -210,36 +196,30 @@ class Training:
         self.score.check(has_score=path.exists())
         if not path.exists():
             if self.trainer.is_global_zero:
-                missing = f"{metric} was not measured at the end of an epoch"
-                print(f"{missing}; best.ckpt holds the last weights")
+                print(f"{metric} was not measured at the end of an epoch; best.ckpt holds the last weights")
             self.trainer.save_checkpoint(path, weights_only=True)
             self.io.write_pending()
         best = self.io.load_checkpoint(path)
-        restore_weights(self.model, best)
+        stored.restore_weights(self.model, best)
         score = self.best.best_model_score
         return None if score is None else float(score), best["global_step"]
 
     def summary(self, score: float | None, run: Run | None, reference: Mapping[str, float]) -> str:
         """Return the closing summary of the run; `reference` is what its model is compared with."""
-        where = {}
+        epoch = "best" if self.cfg.tracking.enabled else "last"
+        score_text = "" if score is None else progress.format_metrics({self.cfg.score.metric: score})
+        items = {
+            "score": score_text and f"{score_text} ({epoch} epoch)",
+            "test": progress.format_metrics(self.tested),
+            "time": progress.format_time(self.fit_s, self.blocks.num_examples),
+            "exact": progress.format_metrics(reference),
+        }
         if run is not None:
-            best = str(run.artifacts / BEST)
-            profiles = ", ".join(map(str, sorted(run.artifacts.glob(f"*-{PROFILE}*"))))
-            where = {
-                "run": f"{run.run_id} ({run.name})",
-                "best": best,
-                "profile": profiles,
-                "look": run.ui_hint,
-            }
-        return progress.format_summary(
-            score={} if score is None else {self.cfg.score.metric: score},
-            epoch="best" if self.cfg.tracking.enabled else "last",
-            test=self.tested,
-            training_s=self.fit_s,
-            num_examples=self.blocks.num_examples,
-            exact=progress.format_metrics(reference),
-            **where,
-        )
+            items["run"] = f"{run.run_id} ({run.name})"
+            items["best"] = str(run.artifacts / BEST)
+            items["profile"] = ", ".join(map(str, sorted(run.artifacts.glob(f"*-{PROFILE}*"))))
+            items["look"] = run.ui_hint
+        return progress.align_lines(items)
 
 
 def _set_num_threads(cfg: DictConfig) -> None:

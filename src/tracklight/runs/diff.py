@@ -51,7 +51,7 @@ def diff_environments(before: Texts, after: Texts) -> dict[str, list[str] | None
 
 
 def read_environment(uri: str | None, directory: Path, run_id: str) -> Texts:
-    """Read a run's environment from its folder or, if it lies elsewhere, by MLflow."""
+    """Read what is there of a run's environment."""
     found = {path: _read_artifact(uri, directory, run_id, path) for path in (*ENVIRONMENT.values(), PATCH)}
     return {path: text for path, text in found.items() if text is not None}
 
@@ -90,10 +90,11 @@ def diff_runs(reader: RunReader, args: Any) -> str:
     a, b = (_trained_run(reader, select_id(reader, w, args.experiment)) for w in args.runs)
     texts = [read_environment(args.uri, args.dir, run.run_id) for run in (a, b)]
     scores = [_scores_by_seed(reader, run) for run in (a, b)]
+    data = {run.tags.get(tags.DATA_TAG, "unknown") for run in (a, b)}
     sections: dict[str, Any] = {
         "config": diff_values(*(_whole_params(args.uri, args.dir, run) for run in (a, b))),
         "code": _diff_tags(a, b, CODE_TAGS) + _git_diff(a, b, "--stat").splitlines(),
-        "data": _diff_tags(a, b, {"digest": tags.DATA_TAG}) if _knows_data(a) or _knows_data(b) else None,
+        "data": _diff_tags(a, b, {"digest": tags.DATA_TAG}) if data != {"unknown"} else None,
         **diff_environments(*texts),
     }
     if args.form == "json":
@@ -136,14 +137,10 @@ def _parse_packages(text: str) -> dict[str, str]:
 
 
 def _diff_tags(a: RunRecord, b: RunRecord, names: Mapping[str, str]) -> list[str]:
-    def short(run: RunRecord) -> dict[str, str]:
-        return {name: run.tags.get(tag, "unknown")[:12] for name, tag in names.items()}
-
-    return diff_values(short(a), short(b))
-
-
-def _knows_data(run: RunRecord) -> bool:
-    return run.tags.get(tags.DATA_TAG, "unknown") != "unknown"
+    before, after = (
+        {name: run.tags.get(tag, "unknown")[:12] for name, tag in names.items()} for run in (a, b)
+    )
+    return diff_values(before, after)
 
 
 def _git_diff(a: RunRecord, b: RunRecord, *options: str) -> str:

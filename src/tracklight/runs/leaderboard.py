@@ -108,11 +108,6 @@ class LeaderboardRow:
         return statistics.fmean(self.scores) if self.scores else None
 
     @property
-    def std(self) -> float | None:
-        """The standard deviation over the seeds."""
-        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
-
-    @property
     def half_width(self) -> float | None:
         """Half the width of the mean's 95 % interval."""
         return half_width(self.scores)
@@ -129,7 +124,8 @@ class LeaderboardRow:
         cells: dict[str, Any] = {"rank": self.rank, "trial": self.trial, **self.params}
         cells["score"] = self.score
         if num > 1:
-            cells |= {"std": self.std, "ci95_low": low, "ci95_high": high, "seeds": num}
+            std = statistics.stdev(self.scores) if len(self.scores) > 1 else None
+            cells |= {"std": std, "ci95_low": low, "ci95_high": high, "seeds": num}
         cells |= {"state": self.state, "epochs": self.epochs, "seconds": round(self.seconds, 2)}
         return cells | {"reason": self.reason, "run_id": " ".join(self.run_ids)}
 
@@ -216,17 +212,15 @@ def result_params(run: RunRecord) -> dict[str, str]:
 
 def _group_by_setting(scores: Sequence[RunScore], each: bool) -> list[list[LeaderboardRow]]:
     """Return a list of rows for each data set."""
-    groups: dict[str, dict[str, list[RunScore]]] = {}
+    settings: dict[tuple[str, str], list[RunScore]] = {}
     for run in scores:
-        settings = groups.setdefault(run.data, {})
-        settings.setdefault(run.run_id if each else run.setting, []).append(run)
-    return [
-        [
-            LeaderboardRow([r.run_id for r in runs], [r.value for r in runs if r.value is not None])
-            for runs in map(latest_seeds, settings.values())
-        ]
-        for settings in groups.values()
-    ]
+        settings.setdefault((run.data, run.run_id if each else run.setting), []).append(run)
+    groups: dict[str, list[LeaderboardRow]] = {}
+    for (data, _), all_runs in settings.items():
+        runs = latest_seeds(all_runs)
+        values = [run.value for run in runs if run.value is not None]
+        groups.setdefault(data, []).append(LeaderboardRow([run.run_id for run in runs], values))
+    return [*groups.values()]
 
 
 def _fill_in(

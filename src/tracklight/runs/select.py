@@ -144,10 +144,8 @@ def fetch(store: "Store", run: Any, path: str) -> Path:
                 raise BadInput(f"run {run_id}: {path} is no file of its own folder {folder}")
             size = local.stat().st_size
         else:
-            above, found = path.rpartition("/")[0], store.client.list_artifacts
-            size = next(
-                f.file_size or 0 for f in found(run_id, above or None) if f.path == path and not f.is_dir
-            )
+            listed = store.client.list_artifacts(run_id, path.rpartition("/")[0] or None)
+            size = next(each.file_size or 0 for each in listed if each.path == path and not each.is_dir)
         if size > max_bytes:
             hint = f"; {MAX_CHECKPOINT_VARIABLE}=N allows N GB" if path.endswith(".ckpt") else ""
             raise BadInput(f"run {run_id}: {path} has {size:,} bytes, more than {max_bytes:,}{hint}")
@@ -182,11 +180,6 @@ def read_text(store: "Store", run: Any, path: str) -> str:
         return read_bounded(local, MAX_TEXT_BYTES)
     except (OSError, ValueError) as error:
         raise BadInput(f"run {run.info.run_id}: {path} cannot be read: {error}") from None
-
-
-def read_json(store: "Store", run: Any, path: str) -> dict[str, Any]:
-    """Return a run's JSON artifact, fetched as `fetch` does; one that is no mapping counts as empty."""
-    return parse_mapping(read_text(store, run, path))
 
 
 def parse_mapping(text: str) -> dict[str, Any]:
