@@ -9,7 +9,7 @@ CHECKPOINT = "tracklight.engine.checkpoints"
 IO = f"{CHECKPOINT}:DurableCheckpointIO"
 TRACKING = "tracklight.tracking"
 DURING = {
-    "after the run is created": ("tracklight.tracking.store:Store._create_once", 1, True),
+    "after the run is created": ("tracklight.tracking.store:Store.create_once", 1, True),
     "before its config is logged": ("tracklight.tracking.run:Run.log_params", 1, False),
     "before the first epoch": ("tracklight.engine.blocks:Blocks.on_fit_start", 1, True),
     "within the first epoch": ("tracklight.engine.blocks:Blocks.on_train_batch_end", 2, False),

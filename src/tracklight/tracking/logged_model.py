@@ -19,7 +19,7 @@ from tracklight.tracking.mlflow_client import mlflow, short_reason, skip_require
 # isort: split
 from mlflow import pytorch as flavor
 from mlflow.entities import LoggedModelOutput
-from mlflow.models import Model, ModelSignature, infer_signature
+from mlflow.models import Model, infer_signature
 from mlflow.types import ColSpec, Schema, TensorSpec
 
 _NAME = "model"
@@ -107,18 +107,14 @@ def _describe(mlmodel: Any, folder: Path, takes: str, columns: Sequence[str], ta
     mlmodel.flavors["python_function"] |= {"loader_module": loader, "config": {"targets": [*targets]}}
     mlmodel.metadata = {"takes": takes}
     if columns:
-        inputs, outputs = (
-            Schema([ColSpec("double", each) for each in names]) for names in (columns, targets)
-        )
-        mlmodel.signature = ModelSignature(inputs, outputs)
+        signature.inputs = Schema([ColSpec("double", each) for each in columns])
+        signature.outputs = Schema([ColSpec("double", each) for each in targets])
         mlmodel.saved_input_example_info = None  # an array, which has no names
         for name in _EXAMPLES:
             (folder / name).unlink(missing_ok=True)
     elif takes:
         (spec,) = signature.inputs.inputs
-        mlmodel.signature = ModelSignature(
-            Schema([TensorSpec(spec.type, spec.shape, takes)]), signature.outputs
-        )
+        signature.inputs = Schema([TensorSpec(spec.type, spec.shape, takes)])
 
 
 def store_model(client: mlflow.MlflowClient, run_id: str, mlmodel: Model, folder: Path, step: int) -> str:

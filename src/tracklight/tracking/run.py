@@ -74,11 +74,6 @@ class Run(MLFlowLogger):
         return self._name
 
     @property
-    def version(self) -> str:
-        """The run's id, for Lightning."""
-        return self.run_id
-
-    @property
     def save_dir(self) -> str:
         """The run's folder, for Lightning."""
         return str(self.folder)
@@ -166,10 +161,8 @@ class Run(MLFlowLogger):
         for key in [key for key in new if key in self._params]:
             old, text = self._params[key], new.pop(key)
             if old != text:
-                raise BadInput(
-                    f"param {key} of run {self.run_id} is {old} and cannot become {text}: "
-                    "MLflow's params are for good; try a new run"
-                )
+                why = "MLflow's params are for good; try a new run"
+                raise BadInput(f"param {key} of run {self.run_id} is {old} and cannot become {text}: {why}")
         if new:
             self._params |= new
             self.wal.add_call("params", values=new)
@@ -261,10 +254,8 @@ class Run(MLFlowLogger):
 def check_key(kind: str, key: str) -> None:
     """Raise BadInput for a name that MLflow does not allow; `kind` is metric, param or tag."""
     if key != to_key(key):
-        raise BadInput(
-            f"{kind} {key[:80]!r}: a name is at most {_MAX_KEY_CHARS} letters, digits and any of "
-            "'_-.: /', without an empty part between slashes"
-        )
+        allowed = f"at most {_MAX_KEY_CHARS} letters, digits and any of '_-.: /'"
+        raise BadInput(f"{kind} {key[:80]!r}: a name is {allowed}, without an empty part between slashes")
 
 
 @functools.lru_cache

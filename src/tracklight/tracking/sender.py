@@ -163,10 +163,9 @@ class Sender(threading.Thread):
                 self._is_lasting = not is_transient(error)
                 if not self._failing:
                     self._failing = True
-                    _log.warning(
-                        f"MLflow at {self._display_uri} takes nothing now ({short_reason(error)}); "
-                        f"training goes on, points wait in {self.writer.wal.path}"
-                    )
+                    now = f"training goes on, points wait in {self.writer.wal.path}"
+                    reason = short_reason(error)
+                    _log.warning(f"MLflow at {self._display_uri} takes nothing now ({reason}); {now}")
                 pause_s = _DRAIN_PERIOD_S if self._draining else min(2 * pause_s, _MAX_BACK_OFF_S)
 
     def drain(self, timeout_s: float) -> bool:
@@ -174,8 +173,8 @@ class Sender(threading.Thread):
         self._draining, self._is_lasting = True, False
         self._wake.set()
         self._progress_s = time.monotonic()
-        while self.writer.pending and time.monotonic() < self._progress_s + timeout_s * (
-            not self._is_lasting
+        while (
+            self.writer.pending and not self._is_lasting and time.monotonic() < self._progress_s + timeout_s
         ):
             time.sleep(_POLL_S)
         self._draining = False

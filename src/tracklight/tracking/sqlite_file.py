@@ -108,15 +108,13 @@ def find_former_root(path: Path, root: Path) -> str:
     experiment, which no run of ours uses, tells where it was made.
     """
     with closing(_connect(path, "ro")) as connection:
-        row = connection.execute(
-            "SELECT artifact_location FROM experiments WHERE experiment_id = 0"
-        ).fetchone()
+        query = "SELECT artifact_location FROM experiments WHERE experiment_id = 0"
+        row = connection.execute(query).fetchone()
         former = str(row[0] if row else "").removesuffix("/0")
         if not re.fullmatch(f"file:///.*/{RUNS_FOLDER}", former) or former == root.as_uri():
             return ""
-        newest = (
-            f"SELECT run_uuid FROM runs WHERE {_BELOW.format('artifact_uri')} ORDER BY rowid DESC LIMIT 20"
-        )
+        is_below = _BELOW.format("artifact_uri")
+        newest = f"SELECT run_uuid FROM runs WHERE {is_below} ORDER BY rowid DESC LIMIT 20"
         ids = [row[0] for row in connection.execute(newest, (len(former) + 1, former)).fetchall()]
     with suppress(OSError):  # it is no longer there
         if root.samefile(url2pathname(urlsplit(former).path)):  # by another name

@@ -14,23 +14,19 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracklight.errors import BadInput, RunFailed
 from tracklight.paths import HOME, IN_CLONE, UI, uri_setting
 from tracklight.redact import redact, redact_text
+from tracklight.tracking import sqlite_file
 from tracklight.tracking.address import DATABASE, contact, is_server, resolve_uri, sqlite_path
 from tracklight.tracking.lock import LockHeld, RunLock, read_lock
 from tracklight.tracking.mlflow_client import is_locked, is_transient, mlflow, retry, short_reason
 from tracklight.tracking.provenance import source_tags
 from tracklight.tracking.sender import MlflowWriter, Sender
-from tracklight.tracking.sqlite_file import (
-    creation_order,
-    ensure_database,
-    find_former_root,
-    relocate_artifacts,
-)
 from tracklight.tracking.tags import IDENTITY_TAG, KEY_TAG, NEW_PREFIX, RUNS_FOLDER, WAL_FILE, is_run_id
 from tracklight.tracking.wal import WriteAheadLog
 
@@ -57,7 +53,7 @@ def connect(uri: str | None, directory: Path, *, reads_only: bool = False) -> "S
         raise BadInput(f"{store.why_read_only}; try another")
     if store.database is not None:
         setting = "tracking.dir" if uri is None else uri_setting(uri)
-        ensure_database(store.database, store.runs_folder.as_uri(), setting)
+        sqlite_file.ensure_database(store.database, store.runs_folder.as_uri(), setting)
         if not store.why_read_only:
             _follow_move(store.database)
     else:
@@ -81,8 +77,8 @@ def _follow_move(database: Path) -> None:
     """Put the addresses of artifacts right in a store that was renamed, copied or mounted elsewhere."""
     root = database.parent / RUNS_FOLDER
     try:
-        former = find_former_root(database, root)
-        if former and (count := relocate_artifacts(database, former, root)):
+        former = sqlite_file.find_former_root(database, root)
+        if former and (count := sqlite_file.relocate_artifacts(database, former, root)):
             before = former.removeprefix("file://").removesuffix(f"/{RUNS_FOLDER}")
             message = f"{database.parent} was {before}: the artifacts of {count} runs are now looked for here"
             warnings.warn(message, stacklevel=2)
@@ -182,12 +178,7 @@ class Store:
                 raise
             reason = short_reason(error)
             raise RunFailed(f"cannot make a run at {self.display_uri}: {reason}") from None
-        try:
-            lock.rename_folder(self.folder(run.info.run_id))
-            return self._open(run, lock)
-        except BaseException:
-            lock.close()
-            raise
+        return self._open(run, lock, is_new=True)
 
     def _experiment_id(self, name: str) -> str:
         """Return the id of the experiment of this name, created if there is none."""
@@ -258,33 +249,34 @@ class Store:
             raise BadInput(f"run {run_id} is in progress (pid {held.pid})") from None
         except OSError as error:
             raise BadInput(f"cannot write run folder {folder}: {error.strerror}") from None
-        try:
-            return self._open(run, lock)
-        except BaseException:
-            lock.close()
-            raise
+        return self._open(run, lock)
 
-    def _open(self, run: Any, lock: RunLock) -> "Run":
+    def _open(self, run: Any, lock: RunLock, is_new: bool = False) -> "Run":
         from tracklight.tracking.run import Run  # imports Lightning: seconds that readers spare
 
-        folder = self.folder(run.info.run_id)
-        try:
-            wal = WriteAheadLog(folder / WAL_FILE, run.info.start_time)
-        except OSError as error:
-            raise BadInput(f"cannot write run folder {folder}: {error.strerror}") from None
-        if wal.damaged or wal.end == 0:  # then MLflow knows more than the file
-            for key in run.data.metrics:
-                history = self.client.get_metric_history(run.info.run_id, key)
-                wal.repeats[key] = math.inf, max(metric.step for metric in history)
-        if wal.end or run.info.status != "RUNNING":
-            wal.add_call("status", status="RUNNING")
-        writer = MlflowWriter(self.client, run, wal, self.database)
-        sender = Sender(writer, self.display_uri)
-        opened = Run(run, sender, lock, self.ui_hint(run.info), self.timeout_s)
-        if not opened.flush(self.timeout_s):
-            opened.abandon()
-            raise RunFailed(f"{self.display_uri} does not take what run {opened.run_id} left")
-        return opened
+        with ExitStack() as on_error:
+            on_error.callback(lock.close)
+            folder = self.folder(run.info.run_id)
+            if is_new:
+                lock.rename_folder(folder)
+            try:
+                wal = WriteAheadLog(folder / WAL_FILE, run.info.start_time)
+            except OSError as error:
+                raise BadInput(f"cannot write run folder {folder}: {error.strerror}") from None
+            if wal.damaged or wal.end == 0:  # then MLflow knows more than the file
+                for key in run.data.metrics:
+                    history = self.client.get_metric_history(run.info.run_id, key)
+                    wal.repeats[key] = math.inf, max(metric.step for metric in history)
+            if wal.end or run.info.status != "RUNNING":
+                wal.add_call("status", status="RUNNING")
+            writer = MlflowWriter(self.client, run, wal, self.database)
+            sender = Sender(writer, self.display_uri)
+            opened = Run(run, sender, lock, self.ui_hint(run.info), self.timeout_s)
+            if not opened.flush(self.timeout_s):
+                opened.abandon()
+                raise RunFailed(f"{self.display_uri} does not take what run {opened.run_id} left")
+            on_error.pop_all()
+            return opened
 
     def find(self, identity: str) -> list[Any]:
         """Return the runs whose tag `tracklight.identity` is this config digest, newest first."""
@@ -304,7 +296,7 @@ class Store:
 
         runs = retry(search, self.timeout_s if timeout_s is None else timeout_s)
         if self.database is not None and len(runs) > 1:  # between two, the clock may have been set back
-            order = creation_order(self.database, [run.info.run_id for run in runs])
+            order = sqlite_file.creation_order(self.database, [run.info.run_id for run in runs])
             runs.sort(key=lambda run: order.get(run.info.run_id, 0), reverse=True)
         return runs
 
