@@ -1,6 +1,8 @@
 """Models and data that tracklight does not know, as a user might bring them; and small data."""
 
+import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningDataModule, LightningModule
@@ -182,3 +184,15 @@ class Scripted(LinearRegression):
         value = float(self.told[min(self.validations, len(self.told) - 1)])
         self.log("val/told", value)
         self.validations += 1
+
+
+class Client(Callback):
+    """A callback that takes anything, logs it, and may fail with it in its message."""
+
+    def __init__(self, fails: bool = False, **arguments: Any):
+        self.fails, self.arguments = fails, arguments
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        logging.getLogger("client").error("calls with %s", self.arguments)
+        if self.fails:
+            raise RuntimeError(f"cannot log in with {self.arguments}")

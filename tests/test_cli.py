@@ -13,7 +13,7 @@ import pytest
 
 from tracklight import cli
 from tracklight.errors import BadInput, RunFailed
-from tracklight.paths import ROOT
+from tracklight.paths import PACKAGE, ROOT
 
 TRAIN = ROOT / "train.py"
 HEAVY = {"torch", "pytorch_lightning", "mlflow", "optuna", "numpy", "pandas", "sqlalchemy"}
@@ -247,7 +247,7 @@ def test_the_library_still_prints_its_tips_where_they_are_filtered():
 def test_a_warning_is_a_line_and_ours_names_no_place_in_the_code(monkeypatch):
     monkeypatch.setattr(warnings, "formatwarning", None)
     cli.quiet()
-    place = (UserWarning, f"{cli.PACKAGE}/data/mnist.py", 136)
+    place = (UserWarning, f"{PACKAGE}/data/mnist.py", 136)
     assert warnings.formatwarning("no MNIST", *place) == "warning: no MNIST\n"
     place = (FutureWarning, "/somewhere/lib.py", 7)
     said = warnings.formatwarning("is deprecated", *place, "call()")

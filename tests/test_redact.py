@@ -1,11 +1,17 @@
 """No secret leaves: not from structure, not from text, not from the environment."""
 
+import io
+import logging
+import shlex
+import time
+import warnings
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pytorch_lightning import Callback
 
-from tracklight.redact import is_secret, redact, redact_command
+from tracklight.config.overrides import parse_overrides, redact_command
+from tracklight.redact import is_secret, redact, redact_messages
 from tracklight.tracking.provenance import git_state
 
 
@@ -33,16 +39,26 @@ KEYS = (
     *("api_key", "apiKey", "API-KEY", "access_token", "client_secret", "AWS_SECRET_ACCESS_KEY"),
     *("auth", "authorization", "cookie", "sas", "access_key", "account_key", "private_key"),
     *("aws_access_key_id", "token", "hf_token", "credentials", "storage.password"),
+    *("auth.value", "credentials.value", "password.x.y", "api.key", "pass", "db_pass", "userpass", "creds"),
+    *("accesstoken", "clientsecret", "secretkey", "privatekey", "hftoken", "SharedAccessSignature"),
+    *("storage_key", "wandb_key", "master_key", "callbacks.u.pass"),
 )
 FORMS = (
     *("{key}={value}", "{key}: {value}", '"{key}": "{value}"', "'{key}': '{value}, and more'"),
     *("--{key} {value}", "--{key}={value}", "x --{key} '{value} b' y", '{key} = "{value} \\" b"'),
     *("+data.db={{{key}: {value}}}", "{{a: 1, {key}: '{value}', b: 2}}", "{key}=[{value},b]"),
+    *("{key} => '{value}'", "{key} := {value}", '{{\\"{key}\\": \\"{value}\\"}}', "{key}=a,{value}"),
+    *("a: 1\n{key}: |\n  x\n  {value}\nb: 2", "\n{key}:\n- a\n- {value}", "\n{key}: my long {value}\nb: 1"),
+    *("{{'a': '***', '{key}': {{'b': [{{'c': '{value}'}}]}}}}", "{key}: [a, [b, {value}]]"),
+    *("{{{key}: my long {value}}}", "{{'name': '{key}', 'value': '{value}'}}", "['--{key}', '{value}']"),
+    *("{{{key}: {{a: '{value}", "name={key}, value={value}"),
     *("https://host/p?a=1&{key}={value}&b=2", "+    {key} = '{value}'", "{key}={{a: {value}, b: 1}}"),
 )
 SHAPES = (
     *("Authorization: Bearer {value}", "authorization: Basic {value}==", "user:{value}@host:5432/db"),
     *("postgresql://me:{value}@host/db", "https://{value}@host", "https://x.net/?sig={value}&se=1"),
+    *("user:pa/{value}@host", "postgresql://me:p {value}@host/db", "Cookie: a=1; b={value}"),
+    "Authorization: AWS4-HMAC-SHA256 Credential=x, Signature={value}",
     *("https://x?X-Amz-Signature={value}", "https://x?X-Amz-Credential={value}", "https://x?key={value}"),
 )
 
@@ -61,6 +77,8 @@ def test_a_secret_of_a_telling_shape_is_starred_out(value, shape):
     "value",
     [
         *("AKIA" + "Z" * 16, "ghp_" + "a" * 36, "glpat-" + "a" * 20, "hf_" + "a" * 34),
+        *("sk_live_" + "a" * 24, "SG." + "a" * 22 + "." + "b" * 43, "ya29." + "a" * 30, "pypi-" + "A" * 40),
+        *("https://hooks.slack.com/services/T0/B0/x", "https://discord.com/api/webhooks/1/x"),
         *("sk-" + "a" * 24, "xoxb-" + "1" * 12, "AIza" + "b" * 35),
         "eyJhbGciOiJI." + "eyJzdWIiOiIx" + ".c2ln",
         "-----BEGIN RSA PRIVATE KEY-----\nabc\n-----END RSA PRIVATE KEY-----",
@@ -90,6 +108,13 @@ def test_no_word_of_a_command_shows_a_secret(value, key):
         *("max_tokens=5", "keyboard=de", "monkey=1", "key=value", "tokenizer=bert", "author=me"),
         *("optimizer.lr=0.1", "token=5", "num_tokens: 7", "bypass=3", "compass: 1", "secretary=1"),
         *("trial 1: lr=0.1", "2026-11-25 20:10:00", "C:/x", "error: data.root=x: cannot"),
+        *(
+            "passes: 3",
+            "low_pass=0.3",
+            "num_tokens=7",
+            "tokens=[1,2]",
+            "data.keys=[a]",
+        ),
         "experiment=seed_mlp sets trainer.max_epochs, which this config does not have",
     ],
 )
@@ -97,7 +122,9 @@ def test_what_is_no_secret_stays(text):
     assert redact(text) == text
 
 
-@pytest.mark.parametrize("key", ["max_tokens", "keyboard", "monkey", "author", "tokenizer", "key"])
+@pytest.mark.parametrize(
+    "key", ["max_tokens", "bypass", "compass", "passes", "keyboard", "monkey", "author", "tokenizer", "key"]
+)
 def test_a_key_that_only_looks_telling_names_no_secret(key):
     assert not is_secret(key, "value")
 
@@ -137,34 +164,63 @@ def test_the_patch_of_a_work_tree_shows_no_secret(tmp_path, git):
     assert "pl4nt3d" not in diff
 
 
-class Uploader(Callback):
-    """One of a user's own that takes secrets."""
+@given(SECRETS, st.sampled_from(KEYS))
+def test_a_telling_pair_as_data_hides_its_value_and_a_key_of_a_mapping_may_be_a_secret(value, key):
+    tree = [{"name": key, "value": value}, [f"--{key}", value], {f"https://me:{value}@host": None}]
+    assert redact(tree) == [{"name": key, "value": "***"}, [f"--{key}", "***"], {"https://***@host": None}]
+    assert value not in redact(str(tree))
 
-    def __init__(self, db_password: str, api_key: str, auth: dict, url: str):
-        self.arguments = (db_password, api_key, auth, url)
 
-
-def test_a_secret_planted_anywhere_appears_neither_in_the_store_nor_in_the_folder(
-    train, tmp_path, monkeypatch, capsys
-):
-    secret = "".join(["pl4nt", "3dZq", "s3cr3t"])
+@given(SECRETS, st.sampled_from(KEYS))
+def test_the_overrides_of_a_command_are_redacted_as_the_trees_that_they_are(value, key):
+    nested = f"+callbacks.u={{a: 1, b: {{{key}: {{user: {{deep: {value}}}}}}}, c: 'x y'}}"
     words = [
-        f"allowed_targets=[tracklight.models,tracklight.data,torch.optim,{__name__}]",
-        f"+callbacks.uploader={{_target_: {__name__}.Uploader}}",
-        f"+callbacks.uploader.db_password={secret}",
-        f"+callbacks.uploader.api_key={secret}",
-        f"+callbacks.uploader.auth={{user: me, deep: [{secret}]}}",
-        f"+callbacks.uploader.url='https://me:{secret}@host/x?sig={secret}'",
-        f"tracking.run_name='run token={secret}'",
-        "trainer.max_epochs=1",
+        "train.py",
+        nested,
+        f"+u.list=[a,{{{key}: my long {value}}}]",
+        f"-p{value}",
+        f"--{key}",
+        f"-{value}",
     ]
-    monkeypatch.setattr("sys.argv", ["train.py", *words, "--password", secret])
-    train(*words)
-    shown = capsys.readouterr()
-    assert secret not in shown.out + shown.err
-    leaking = [p for p in tmp_path.rglob("*") if p.is_file() and secret.encode() in p.read_bytes()]
-    assert leaking == []
-    assert (tmp_path / "runs" / "mlflow.db").is_file()
+    command = redact_command(words)
+    assert value not in command
+    assert len(shlex.split(command)) == len(words)
+    assert parse_overrides([shlex.split(command)[1]])[0].value() == {"a": 1, "b": {key: "***"}, "c": "x y"}
+
+
+def test_a_text_of_any_shape_is_redacted_in_time_that_grows_with_its_length():
+    start_s = time.process_time()
+    for text in ("x", "-", "a-", "a_", "u:p", "{", "password: {", "://u:p ", "password:\n", "password: '"):
+        redact(text * (100_000 // len(text)))
+    assert time.process_time() - start_s < 20  # a quadratic one takes minutes
+
+
+def test_what_libraries_log_and_warn_of_is_redacted(capsys):
+    factory, format_warning = logging.getLogRecordFactory(), warnings.formatwarning
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    logger = logging.getLogger("of.a.library")
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        redact_messages()
+        logger.error("login with %s, password=%s", {"db": {"auth": {"a": "pl4nt3d"}}}, "pl4nt3d")
+        try:
+            raise RuntimeError("password=pl4nt3d")
+        except RuntimeError:
+            logger.exception("no login")
+        said = warnings.formatwarning("login with password=pl4nt3d", UserWarning, "a.py", 1)
+        logger.error("%d", "no number")  # logging itself says so
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = True
+        logging.setLogRecordFactory(factory)
+        warnings.formatwarning = format_warning
+    assert "pl4nt3d" not in stream.getvalue() + said
+    assert "login with {'db': {'auth': ***}}, password=***" in stream.getvalue()
+    assert "RuntimeError: password=***" in stream.getvalue()
+    assert said == "warning: login with password=*** (UserWarning at a.py:1)\n"
+    assert "Logging error" in capsys.readouterr().err
 
 
 def test_where_one_stands_and_where_a_secret_lies_are_no_secrets(monkeypatch, tmp_path):

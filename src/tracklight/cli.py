@@ -29,8 +29,8 @@ from tracklight.config.instantiate import check_hydra_nodes
 from tracklight.config.overrides import check_overrides, explain, flags_parser, parse_flags, split_for_resume
 from tracklight.engine.distributed import check_ranks, read_rank_zero_run
 from tracklight.errors import BadInput, RunFailed
-from tracklight.paths import PACKAGE, PROJECT, TRAIN
-from tracklight.redact import redact
+from tracklight.paths import PROJECT, TRAIN
+from tracklight.redact import redact, redact_messages
 
 Task = Callable[[Any], Any]
 
@@ -126,16 +126,7 @@ def quiet() -> None:
     lightning = logging.getLogger("pytorch_lightning.utilities.rank_zero")
     lightning.addFilter(lambda record: not record.getMessage().startswith("💡 Tip:"))
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home that cannot be written
-    warnings.formatwarning = _format_warning
-
-
-def _format_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None
-) -> str:
-    """Format a warning as one line; ours speak to the user, and need no place in the code."""
-    ours = Path(filename).resolve().is_relative_to(PACKAGE)
-    place = "" if ours else f" ({category.__name__} at {filename}:{lineno})"
-    return f"warning: {message}{place}\n"
+    redact_messages()
 
 
 class _SafeStream:

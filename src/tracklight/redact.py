@@ -1,45 +1,56 @@
 """Redact secrets in whatever is shown, logged or stored.
 
-Structure comes first: the keys of a mapping, the words of a command line. Text comes last: URLs,
-`name=value` in its many spellings, headers, and the shapes that well-known services give their keys
-(gitleaks and detect-secrets look for the same). What an environment variable with the name of a
-secret holds is redacted anywhere.
+Structure comes first: the keys of a mapping, the words of a list (`config.overrides` parses a command
+line). Text comes last: URLs, `name=value` in its many spellings, headers, and the shapes that well-known
+services give their keys (gitleaks and detect-secrets look for the same). What an environment variable
+with the name of a secret holds is redacted anywhere.
 """
 
+import logging
 import os
 import re
-import shlex
+import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 STARS = "***"
 MIN_SECRET_CHARS = 6  # a shorter value of the environment may be part of any word
+PACKAGE = Path(__file__).resolve().parent
 
-# Words of a key whose value is secret. `tokens` is not one of them: it counts something.
-WORDS = {
-    *("password", "passwords", "passwd", "passphrase", "passcode", "pwd", "pw", "secret", "secrets"),
-    *("token", "credential", "credentials", "auth", "authorization", "bearer", "cookie", "cookies"),
-    *("sas", "apikey", "accesskey", "jwt"),
-}
-KEYS_OF = {"api", "access", "account", "private", "secret", "signing", "encryption", "ssh"}
-URL_ONLY = {"key", "sig", "signature"}  # secret as parameters of a URL, plain words elsewhere
-
-_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-_QUOTED = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'"
-_NAME = r"[A-Za-z_][\w.\-]*"
-_USER_IN_URL = re.compile(r"(?<=://)[^\s'\"<>]*@")
-_USER_AT_HOST = re.compile(r"(?<![\w/.])[\w.+-]+:[^\s@/:'\"]+@(?=[\w-])")
-_PARAMETER = re.compile(rf"([?&;]({_NAME})=)[^\s&;'\"<>]+")
-_PAIR = re.compile(
-    rf"((?P<quote>[\"']?)(?P<name>{_NAME})(?P=quote)\s*(?:=|:(?!//))\s*)"
-    rf"(?P<value>{_QUOTED}|\{{[^{{}}]*\}}|\[[^\[\]]*\]|[^\s,;&'\"{{}}\[\]()]+)"
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|\.")
+# In a dotted key, its words in lower case with underscores between: what says that the value is secret.
+_SECRET = re.compile(
+    r"(?:\b|_)(?:passwords|passcode|pwd|pw|secrets|credentials?|creds|auth|authorization|bearer|cookies?"
+    r"|sas|jwt)(?:_|\b)|(?:password|passwd|passphrase|secret|token)(?:_|\b)"
+    r"|(?:api|access|account|private|secret|signing|encryption|ssh|storage|master|license|deploy|auth|hf|aws"
+    r"|azure|openai|anthropic|wandb|comet|neptune)[._]*(?:keys?|signature|tokens)(?:_|\b)"
+    r"|(?:\b|_)(?:db|user|root|admin|my|pg|sql|ssh|ftp|smtp|mail|proxy)_?pass\b|\b(?:pass|tokens)$"
 )
-_OPTION = re.compile(rf"(--?(?P<name>{_NAME})[ =])(?P<value>{_QUOTED}|[^\s'\"]+)")
+_COUNTED = re.compile(r"(?:_|\b)(?:tokens?|pass)$")  # of these, a number counts something
+URL_ONLY = {"key", "sig", "signature"}  # secret as parameters of a URL, plain words elsewhere
+LINES = {"authorization", "cookie", "cookies"}  # headers, whose value is the rest of the line
+
+_NAME = r"\w[\w.\-]{0,200}"
+_QUOTED = r"\\\".*?\\\"|\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'"
+_USER_IN_URL = re.compile(r"(?<=://)(?:[^\s'\"<>]*|[^\s/:@'\"<>]+:(?!\d+[\s/])[^\n@'\"<>]*)@")
+_USER_AT_HOST = re.compile(r"(?<![\w/.])[\w.+-]{1,64}:(?!//)[^\s@'\"]{1,256}@(?=[\w-])")
+_PARAMETER = re.compile(rf"([?&;]({_NAME})=)[^\s&;'\"<>]+")
+_NAMED = re.compile(
+    rf"(?<![\w.])(?:[\"']?name[\"']?[:=] *[\"']?(?P<told>{_NAME})[\"']?, *[\"']?value[\"']?[:=] *"
+    rf"|(?P<quote>\\?[\"'])?(?P<name>{_NAME})(?(quote)(?P=quote))[ \t]*(?:=>|:=|=|(?P<colon>:)(?!//))[ \t]*"
+    rf"|--?(?P<option>{_NAME})(?: |[\"'], *))"
+)
+_VALUE = re.compile(rf"{_QUOTED}|[^\s;&]*[^\s;&,)}}\]\"']")
+_VALUE_IN_BRACES = re.compile(rf"{_QUOTED}|[^,}}\]\n]+")
+_BRACKET = re.compile(rf"{_QUOTED}|[{{}}\[\]()]")
 _SCHEME = re.compile(r"\b(Bearer|Basic|Digest|Token) +[\w.~+/=:\-]{4,}")
 _SHAPES = re.compile(
     r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bgh[pousr]_\w{30,}|\bgithub_pat_\w{30,}|\bglpat-[\w-]{20,}|\bhf_\w{30,}"
     r"|\bsk-[\w-]{20,}|\bxox[abeoprs]-[\w-]{10,}|\bAIza[\w-]{35}|\bdapi[0-9a-f]{32}\b|\bnpm_\w{36}"
+    r"|\b[rs]k_(?:live|test)_\w{10,}|\bSG\.[\w-]{10,}\.[\w-]{10,}|\bya29\.[\w-]{10,}|\bpypi-[\w-]{16,}"
+    r"|\bhttps://(?:hooks\.slack\.com/services|discord(?:app)?\.com/api/webhooks)/[^\s'\"]+"
     r"|\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
 )
@@ -50,32 +61,20 @@ def redact(tree: Any) -> Any:
     return _redact(tree, _secrets_of_environment())
 
 
-def redact_command(argv: Sequence[str]) -> str:
-    """Return a command line as one would type it, secrets redacted: `argv` are its words."""
-    values, words, is_secret_next = _secrets_of_environment(), [], False
-    for word in argv:
-        name, equals, _ = word.partition("=")
-        if is_secret_next and not word.startswith("-"):
-            words.append(STARS)
-        elif equals and is_secret(name.lstrip("+~-")):
-            words.append(f"{name}={STARS}")
-        else:
-            words.append(_redact(word, values))
-        is_secret_next = not equals and word.startswith("-") and is_secret(word.lstrip("-"))
-    return shlex.join(words).replace(shlex.quote(STARS), STARS)
+def redact_messages() -> None:
+    """Redact whatever is warned of or logged in this process, by libraries too."""
+    logging.setLogRecordFactory(_make_record)
+    warnings.formatwarning = _format_warning
 
 
 def is_secret(key: str, value: Any = "") -> bool:
-    """Return whether a key names a secret, as `db_password` and `apiKey` do and `monkey` does not."""
+    """Return whether a dotted key names a secret, as `db_password` and `auth.x` do, `monkey` not."""
     if value is None or isinstance(value, bool):
         return False
-    words = [word.lower() for word in _WORD.findall(key.rpartition(".")[2])]
-    if words and words[-1] == "token" and isinstance(value, int | float):
-        return False  # it counts something
-    pairs = zip(words, words[1:], strict=False)
-    return any(word in WORDS or word.endswith(("password", "passwd", "passphrase")) for word in words) or any(
-        second in ("key", "keys") and first in KEYS_OF for first, second in pairs
-    )
+    words = "_".join(_WORD.findall(key)).lower().replace("_._", ".")
+    numbers = value if isinstance(value, list | tuple) and value else [value]
+    is_count = _COUNTED.search(words) and all(isinstance(each, int | float) for each in numbers)
+    return not is_count and _SECRET.search(words) is not None
 
 
 def _secrets_of_environment() -> list[str]:
@@ -88,11 +87,18 @@ def _redact(tree: Any, values: Sequence[str]) -> Any:
     if isinstance(tree, str):
         return redact_text(tree, values)
     if isinstance(tree, Mapping):
-        return {
-            key: STARS if is_secret(str(key), value) else _redact(value, values)
-            for key, value in tree.items()
-        }
-    return [_redact(value, values) for value in tree] if isinstance(tree, list | tuple) else tree
+        name, safe = tree.get("name"), {}  # as in {name: password, value: ...}
+        for key, value in tree.items():
+            hides = is_secret(str(name if key == "value" else key), value) or is_secret(str(key), value)
+            safe[redact_text(key, values) if isinstance(key, str) else key] = (
+                STARS if hides else _redact(value, values)
+            )
+        return safe
+    if not isinstance(tree, list | tuple):
+        return tree
+    before = ["", *map(str, tree)]  # as in [--password, ...]
+    options = [word[:1] == "-" and "=" not in word and is_secret(word) for word in before]
+    return [STARS if hides else _redact(each, values) for hides, each in zip(options, tree, strict=False)]
 
 
 def redact_text(text: str, values: Sequence[str] = ()) -> str:
@@ -102,7 +108,20 @@ def redact_text(text: str, values: Sequence[str] = ()) -> str:
     text = _SHAPES.sub(STARS, _USER_IN_URL.sub(f"{STARS}@", text))
     text = _SCHEME.sub(rf"\1 {STARS}", _USER_AT_HOST.sub(f"{STARS}@", text))
     text = _PARAMETER.sub(_star_parameter, text)
-    return _OPTION.sub(_star_pair, _PAIR.sub(_star_pair, text))
+    parts, done = list[str](), 0
+    for found in _NAMED.finditer(text):
+        start = found.end()
+        name = found["told"] or found["name"] or found["option"]
+        if start < done or not is_secret(name):
+            continue
+        end = _end_of_value(text, found)
+        value = text[start:end]
+        number = 0 if re.fullmatch(r"[\d., \[\]]+", value) else value
+        if value not in ("", "null", "None", "true", "false", STARS) and is_secret(name, number):
+            quote = (re.match(r"\\?[\"']", value) or [""])[0]
+            parts += text[done:start], quote, STARS, quote
+            done = end
+    return "".join([*parts, text[done:]])
 
 
 def _star_parameter(found: re.Match[str]) -> str:
@@ -110,13 +129,55 @@ def _star_parameter(found: re.Match[str]) -> str:
     return f"{found[1]}{STARS}" if words & URL_ONLY or is_secret(found[2]) else found[0]
 
 
-def _star_pair(found: re.Match[str]) -> str:
-    value = found["value"]
-    number = float(value) if re.fullmatch(r"\d+(\.\d+)?", value) else value
-    if value in ("null", "None", "true", "false", STARS):
-        return found[0]
-    if not is_secret(found["name"], number):  # something in it may be
-        inner = _PAIR.sub(_star_pair, value[1:-1]) if value[0] in "{[\"'" else value[1:-1]
-        return f"{found[1]}{value[0]}{inner}{value[-1]}" if len(value) > 1 else found[0]
-    quote = value[0] if value[0] in "\"'" else ""
-    return f"{found[1]}{quote}{STARS}{quote}"
+def _end_of_value(text: str, found: re.Match[str]) -> int:
+    """Return where the value ends whose name is found: at its quote or bracket, of its line or its word."""
+    start, depth = found.end(), 0
+    if text[start : start + 1] in ("{", "[", "("):
+        for bracket in _BRACKET.finditer(text, start):
+            depth += (bracket[0] in "{[(") - (bracket[0] in ")]}")
+            if depth == 0:
+                return bracket.end()
+        return len(text)  # cut off
+    before = text[text.rfind("\n", 0, found.start()) + 1 : found.start()]
+    end_of_line = _end_of_line(text, start)
+    line = text[start:end_of_line]
+    is_yaml = found["colon"] and not before.strip(" +-") and "\n" in text
+    if is_yaml and re.fullmatch(r"[|>]?[\d+-]*\s*", line):  # a block: lines indented more, or a list
+        while end_of_line < len(text):
+            end = _end_of_line(text, end_of_line + 1)
+            line = text[end_of_line + 1 : end]
+            if line.strip() and len(line) - len(line.lstrip(" +-")) <= len(before):
+                break
+            end_of_line = end
+        return end_of_line
+    is_inside = found["colon"] and before.rstrip()[-1:] in ("{", ",")
+    is_header = not is_inside and LINES & {*_WORD.findall(str(found["name"]).lower())}
+    if line[:1] not in ("'", '"', "\\") and (is_yaml or is_header):
+        return end_of_line
+    value = (_VALUE_IN_BRACES if is_inside else _VALUE).match(text, start)
+    return value.end() if value else start
+
+
+def _end_of_line(text: str, start: int) -> int:
+    end = text.find("\n", start)
+    return len(text) if end < 0 else end
+
+
+def _make_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    record = logging.LogRecord(*args, **kwargs)
+    try:
+        record.msg, record.args = redact(record.getMessage()), ()
+    except (TypeError, ValueError):  # arguments that do not fit: logging says so
+        return record
+    if record.exc_info and record.exc_info[0]:
+        record.exc_text = redact("".join(traceback.format_exception(*record.exc_info))).rstrip()
+    return record
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None
+) -> str:
+    """Format a warning as one line; ours speak to the user, and need no place in the code."""
+    ours = Path(filename).resolve().is_relative_to(PACKAGE)
+    place = "" if ours else f" ({category.__name__} at {filename}:{lineno})"
+    return redact(f"warning: {message}{place}\n")

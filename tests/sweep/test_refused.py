@@ -66,6 +66,11 @@ BAD = {
     ),
     "function": (("optimizer.lr=intervall(0,1)",), "did you mean interval?"),
     "two scores": (("model=linear,mlp",), "scored by different metrics"),
+    "a secret": (("+callbacks.u.password=S-A,S-B",), "callbacks.u.password is secret and cannot vary"),
+    "a secret of a search": (("+optimizer.auth.x=S-A,S-B", "sweep.trials=2"), "optimizer.auth.x is secret"),
+    "secrets within": (("+callbacks.db={password: S-A},{password: S-B}",), "callbacks.db is secret"),
+    "secrets in the space": (("sweep.space={+callbacks.u.api_key: 'S-A,S-B'}",), "callbacks.u.api_key is se"),
+    "a secret of a URL": (("+data.path='http://u:S-A@h','http://u:S-B@h'",), "data.path is secret"),
     "seeds": (("seed=1,2", "sweep.seeds=3"), "seed varies already"),
     "resume": (("seed=1,2", "resume=0123abcd"), "resume=0123abcd is one run"),
     "walk": (

@@ -12,6 +12,7 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.loggers.logger import DummyLogger
 
 from tracklight.config.compose import list_targets
+from tracklight.config.overrides import redact_command
 from tracklight.data.csv_columns import read_features
 from tracklight.data.table import Table
 from tracklight.data.tensor_data import Split, TensorData
@@ -21,7 +22,6 @@ from tracklight.errors import BadInput, RunFailed
 from tracklight.experiment import stored
 from tracklight.experiment.build import has_test
 from tracklight.experiment.record import finish_run
-from tracklight.redact import redact_command
 from tracklight.runs.select import resolve_sweep, select_run
 from tracklight.tracking import tags
 from tracklight.tracking.mlflow_api import logging_to

@@ -6,12 +6,12 @@ import shlex
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Sweep
+from hydra.core.override_parser.types import Override, Sweep, Transformer
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,6 +21,7 @@ from tracklight.config.rules import OWNED, RULE_OF, mode_of, nested_items
 from tracklight.config.types import value_in_conf
 from tracklight.errors import BadInput
 from tracklight.paths import CONF, PROJECT, TRAIN, group_choices
+from tracklight.redact import STARS, redact
 
 FUNCTIONS = ("interval", "range", "choice", "tag", "glob", "shuffle", "sort")  # of Hydra's grammar
 WITHOUT_CLASS = ("score", "tracking", "sweep")  # groups that no class takes as its arguments
@@ -183,6 +184,29 @@ def explaining(words: Sequence[str] = ()) -> Iterator[None]:
         raise
     except Exception as error:
         raise BadInput(explain(error, words)) from error
+
+
+def redact_command(argv: Sequence[str]) -> str:
+    """Return a command line as one would type it, secrets redacted: `argv` are its words."""
+    words = redact([_redact_override(word) for word in argv])
+    return shlex.join(words).replace(shlex.quote(STARS), STARS)
+
+
+def _redact_override(word: str) -> str:
+    """Redact an override, parsed if it is one, and an option such as `-pPASSWORD`."""
+    key, equals, text = word.partition("=")
+    if not equals:
+        return re.sub("^(-p).+", rf"\1{STARS}", word)
+    value: Any = text
+    with suppress(HydraException):
+        override = OverridesParser.create().parse_override(word)
+        if text[:1] in ("{", "[") and not override.is_sweep_override():
+            value = override.value()
+    safe = redact({key: value})
+    ((name, text),) = safe.items()
+    return (
+        word if safe == {key: value} else f"{name}={text if isinstance(text, str) else Transformer.str(text)}"
+    )
 
 
 def split_for_resume(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -19,6 +19,7 @@ from torch.distributed import DistError
 
 from tracklight.config.compose import list_targets, to_plain
 from tracklight.config.hardware import default_threads, describe_machine
+from tracklight.config.overrides import redact_command
 from tracklight.engine import checkpoints, distributed, progress
 from tracklight.engine.blocks import Blocks
 from tracklight.engine.lightning_internals import logging_step, set_root_dir
@@ -30,7 +31,6 @@ from tracklight.experiment import build, stored
 from tracklight.experiment.record import describe, finish_run, log_final, log_reference, open_run, summarise
 from tracklight.models.supervised import Supervised
 from tracklight.paths import ROOT
-from tracklight.redact import redact_command
 from tracklight.tracking import provenance
 from tracklight.tracking.mlflow_api import logging_to
 from tracklight.tracking.run import Run

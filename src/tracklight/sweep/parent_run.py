@@ -13,9 +13,10 @@ from typing import Any
 
 from tracklight.config.compose import flatten, list_targets
 from tracklight.config.hardware import describe_machine
+from tracklight.config.overrides import redact_command
 from tracklight.errors import BadInput, RunFailed
 from tracklight.paths import ROOT
-from tracklight.redact import redact, redact_command
+from tracklight.redact import redact
 from tracklight.runs.leaderboard import LeaderboardRow, rank_trials, read_trial_run, short_names
 from tracklight.runs.select import restore_command
 from tracklight.sweep.plan import Plan

@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 from tracklight.config.instantiate import check_plain
 from tracklight.config.overrides import check_no_nested_sweep, parse_overrides
 from tracklight.errors import BadInput
+from tracklight.redact import redact
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -48,7 +49,10 @@ class Axis:
         self.texts, self.num_given = tuple(self._choices), len(values)
 
     def check(self, is_search: bool) -> None:
-        """Refuse an axis without values, or an interval whose bounds are invalid."""
+        """Refuse an axis that is secret or without values, or an interval whose bounds are invalid."""
+        given = [{self.name: value} for value in self._choices.values() or [0.5]]
+        if redact(given) != given:
+            raise BadInput(f"{self.name} is secret and cannot vary: no sweep remembers it; give it one value")
         key, assignment = self.name, f"{self.name}={self.expression}"
         if not self.is_interval:
             if not self.texts:

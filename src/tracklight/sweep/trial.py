@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tracklight.errors import BadInput, RunFailed
-from tracklight.redact import redact
+from tracklight.redact import redact, redact_messages
 
 PACKAGE = Path(__file__).resolve().parents[1]
 MAX_REASON_CHARS = 500
@@ -82,10 +82,11 @@ def run_in_worker(spec: TrialSpec, connection: Connection) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = spec.gpu
     sys.argv[1 + (sys.argv[1:2] == ["train"]) :] = spec.overrides  # after `tracklight train`
     try:
+        redact_messages()
         threading.Thread(target=_die_with_parent, daemon=True).start()
         result = run_trial(spec, connection)
     except Exception as error:  # a broken installation, or no thread to be had
-        traceback.print_exc()
+        print(redact(traceback.format_exc()))
         result = TrialResult("failed", reason=describe_error(error))
     connection.send(result)
     sys.stdout.flush()
@@ -128,7 +129,7 @@ def run_trial(spec: TrialSpec, connection: Connection | None = None) -> TrialRes
             result = TrialResult("stopped")
         except Exception as error:
             if not isinstance(error, BadInput | RunFailed):
-                traceback.print_exc()
+                print(redact(traceback.format_exc()))
             is_input = isinstance(error, BadInput)
             result = TrialResult("failed", reason=describe_error(error), is_input=is_input)
     if result.reason:
