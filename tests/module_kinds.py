@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningDataModule, LightningModule
+from pytorch_lightning.callbacks import BaseFinetuning, BasePredictionWriter
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
@@ -183,6 +184,18 @@ class Fluent(Plain):
         mlflow.log_metric("fluent", float(self.current_epoch), step=self.global_step)
 
 
+class Talkative(OddNames):
+    """Logs in all of these ways, in each of its processes, and a name that MLflow refuses in validation."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.log("val_acc@1", (self(batch[0]).argmax(1) == batch[1]).float().mean(), sync_dist=True)
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        Fluent.on_train_epoch_end(self)
+
+
 class Autologged(Plain):
     """Switches MLflow's autologging on."""
 
@@ -191,6 +204,47 @@ class Autologged(Plain):
 
         super().__init__(width)
         mlflow.pytorch.autolog(log_models=False, checkpoint=False)
+
+
+class Backbone(Plain):
+    """A network that is finetuned: its optimizer takes the weights that are not frozen."""
+
+    def make_layers(self) -> None:
+        self.backbone = nn.Sequential(nn.Linear(FEATURES, self.width), nn.BatchNorm1d(self.width))
+        self.head = nn.Linear(self.width, CLASSES)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(torch.relu(self.backbone(inputs)))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([each for each in self.parameters() if each.requires_grad], self.lr)
+
+
+class Gradual(BaseFinetuning):
+    """Trains the backbone from the third epoch on."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.backbone)
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 2:
+            self.unfreeze_and_add_param_group(pl_module.backbone, optimizer)
+
+
+class Writer(BasePredictionWriter):
+    """Would write what `Trainer.predict` gives."""
+
+    def write_on_batch_end(self, *_: Any) -> None:
+        raise AssertionError("nothing is predicted in training")
+
+
+class Shrink:
+    """What a LambdaCallback calls: takes a hundredth off all weights."""
+
+    def __call__(self, trainer: Any, module: Any) -> None:
+        with torch.no_grad():
+            for weight in module.parameters():
+                weight.mul_(0.99)
 
 
 class Stop(Callback):

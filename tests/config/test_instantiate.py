@@ -117,6 +117,16 @@ def test_a_class_of_another_kind_is_refused():
         instantiate(compose().optimizer, ALLOWED, torch.nn.Module, partial=True)
 
 
+def test_a_class_of_ones_own_over_the_arguments_of_another_is_sent_to_a_file_of_its_own():
+    said = (
+        "^model: got an unexpected keyword argument 'in_features'; Plain takes width, lr; write those to "
+        "conf/model/NAME.yaml, its _target_ too, and choose model=NAME$"
+    )
+    node = {"_target_": "module_kinds.Plain", "in_features": None, "bias": True}
+    with pytest.raises(BadInput, match=said):
+        instantiate(node, ["module_kinds"], where="model")
+
+
 def test_an_argument_that_is_not_taken_is_named_with_those_that_are():
     with pytest.raises(BadInput, match="unexpected keyword argument 'no_such'.*SGD takes params, lr"):
         instantiate({"_target_": "torch.optim.SGD", "no_such": 1}, ALLOWED, partial=True)

@@ -75,11 +75,17 @@ def test_a_schedule_by_epochs_spans_the_epochs_that_begin(rates, overrides, epoc
 
 
 @pytest.mark.parametrize(
-    ("name", "instead"), [("BatchSizeFinder", "-m data.batch_size="), ("LearningRateFinder", "-m sweep=lr")]
+    ("name", "instead"),
+    [
+        ("BatchSizeFinder", "-m data.batch_size="),
+        ("LearningRateFinder", "-m sweep=lr"),
+        ("OnExceptionCheckpoint", "resume=auto"),
+    ],
 )
 def test_a_finder_is_refused_with_the_search_that_records_what_it_finds(rates, name, instead):
     with pytest.raises(BadInput, match=f"callbacks.finder={name}.*{instead}"):
-        rates(f"+callbacks.finder._target_=pytorch_lightning.callbacks.{name}")
+        where = ", dirpath: a" * (name == "OnExceptionCheckpoint")
+        rates(f"+callbacks.finder={{_target_: pytorch_lightning.callbacks.{name}{where}}}")
 
 
 def test_a_progress_bar_of_ones_own_stands_in_for_ours(capsys):

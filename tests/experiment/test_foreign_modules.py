@@ -84,7 +84,7 @@ def project(monkeypatch, tmp_path_factory) -> None:
 
 def weights(checkpoint) -> dict[str, torch.Tensor]:
     kept = checkpoint.get("mine", checkpoint["state_dict"])
-    return {key.rstrip("!"): value.clone() for key, value in kept.items()}
+    return {key.rstrip("!"): kept[key].clone() for key in sorted(kept)}
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -153,22 +153,72 @@ def test_stopped_in_an_epoch_and_continued_it_ends_in_the_same_bits_with_each_po
         assert continued.history(key) == whole.history(key), key
 
 
-@slow
-@pytest.mark.parametrize("name", COMMANDS)
-def test_it_sweeps(name, tmp_path):
-    write_own(tmp_path / "conf")
-    command = (*COMMANDS[name], "trainer.max_epochs=2", "seed=1,2", f"tracking.dir={tmp_path / 'runs'}")
+def by_command(folder: Path, *words: str) -> list[str]:
+    """Run train.py with the config files in `folder`, tracked there; return the statuses of its runs."""
+    write_own(folder / "conf")
     process = subprocess.run(
-        [sys.executable, str(TESTS.parent / "train.py"), "-m", "--config-dir", tmp_path / "conf", *command],
+        [
+            *(sys.executable, str(TESTS.parent / "train.py"), "--config-dir", str(folder / "conf"), *words),
+            f"tracking.dir={folder / 'runs'}",
+        ],
         env={**os.environ, "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS}"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=300,
     )
     assert process.returncode == 0, process.stderr
-    with closing(sqlite3.connect(tmp_path / "runs" / "mlflow.db")) as connection:
-        statuses = connection.execute("SELECT status FROM runs").fetchall()
-    assert statuses == [("FINISHED",)] * 3
+    with closing(sqlite3.connect(folder / "runs" / "mlflow.db")) as connection:
+        return [status for (status,) in connection.execute("SELECT status FROM runs")]
+
+
+@slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_it_sweeps(name, tmp_path):
+    statuses = by_command(tmp_path, "-m", *COMMANDS[name], "trainer.max_epochs=2", "seed=1,2")
+    assert statuses == ["FINISHED"] * 3
+
+
+@slow
+def test_in_two_processes_the_first_alone_logs_whatever_way_a_module_takes(tmp_path):
+    two = ("trainer.devices=2", "trainer.strategy=ddp", "trainer.max_epochs=2")
+    assert by_command(tmp_path, *words("module_kinds.Talkative"), *two) == ["FINISHED"]
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    (run,) = client.search_runs(["1"])
+    for key, steps in (("fluent", [2, 4]), ("val_acc1", [2, 4]), ("train_loss", [1, 2, 3, 4])):
+        points = client.get_metric_history(run.info.run_id, key)
+        assert [point.step for point in points] == steps, key  # 64 rows in two halves, in batches of 16
+    folder = tmp_path / "runs" / "artifacts" / run.info.run_id / "artifacts"
+    assert sorted(path.name for path in (folder / "notes").iterdir()) == ["0.txt", "1.txt"]
+
+
+def test_a_score_under_a_name_that_mlflow_refuses_is_the_score_under_the_name_that_it_takes(train, caplog):
+    command = words("module_kinds.Talkative", metric="val_acc@1", mode="max")
+    with caplog.at_level(logging.WARNING, "tracklight"):
+        finished = train(*command, "trainer.max_epochs=2")
+    assert finished.score == max(value for _, value in finished.history("val_acc1"))
+    assert finished.run.data.metrics["score"] == finished.score
+    assert caplog.text.count("'val_acc@1' is logged as 'val_acc1'") == 1
+
+
+def test_checkpoints_that_lightning_left_for_a_job_of_slurm_are_not_read(train, tmp_path, monkeypatch):
+    variables = (
+        "JOB_ID=77",
+        "STEP_ID=0",
+        "STEP_NUM_TASKS=1",
+        "NTASKS=1",
+        "PROCID=0",
+        "LOCALID=0",
+        "NODEID=0",
+    )
+    for name, _, value in (each.partition("=") for each in variables):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    (tmp_path / "runs").mkdir()
+    for name in ("hpc_ckpt_1.ckpt", "hpc_ckpt_2.ckpt.sha256.json"):
+        (tmp_path / "runs" / name).write_bytes(b"another run's")
+    finished = train(*COMMANDS["Plain"], "trainer.max_epochs=1")
+    assert [step for step, _ in finished.history("train_loss")] == [1, 2, 3, 4]
+    here = ("tracking=none", f"tracking.dir={tmp_path / 'runs'}", "trainer.enable_progress_bar=false")
+    assert run(compose([*COMMANDS["Plain"], "trainer.max_epochs=1", *here])) == finished.score
 
 
 @slow

@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -139,7 +140,8 @@ def measure(rebuilt: stored.RebuiltRun, split: str) -> dict[str, float]:
         rebuilt.data.splits = {**rebuilt.data.splits, "test": rebuilt.data.splits[split]}
     elif split == "val":
         stage, evaluate = "val", trainer.validate
-    with logging_to(None):
+    with logging_to(None), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*add the following callbacks")  # their weights are all it needs
         results = evaluate(rebuilt.model, rebuilt.data, ckpt_path=rebuilt.checkpoint, verbose=False)
     return {
         name if split == stage else f"{split}/{name.removeprefix(f'{stage}/')}": value

@@ -18,6 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from tracklight.config.hydra_internals import full_key
+from tracklight.config.overrides import BUILT
 from tracklight.config.rules import format_value
 from tracklight.config.types import describe, fits, misfit
 from tracklight.errors import BadInput
@@ -249,7 +250,9 @@ def _check_arguments(factory: bind, is_partial: bool, where: str) -> None:
         fit(*factory.args, **factory.keywords)
     except TypeError as error:
         name, parameters = factory.func.__name__, ", ".join(signature.parameters)
-        raise BadInput(f"{where or name}: {error}; {name} takes {parameters}") from error
+        own = f"; write those to conf/{where}/NAME.yaml, its _target_ too, and choose {where}=NAME"
+        hint = own if where in BUILT and not factory.func.__module__.startswith("tracklight.") else ""
+        raise BadInput(f"{where or name}: {error}; {name} takes {parameters}{hint}") from error
 
 
 def _join(where: str, name: str) -> str:

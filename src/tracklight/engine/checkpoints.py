@@ -24,7 +24,7 @@ import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.callbacks import BaseFinetuning, EarlyStopping, ModelCheckpoint, ModelPruning
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.serialization import MAP_LOCATION
@@ -249,8 +249,7 @@ def newest_resume_checkpoint(folder: Path) -> Path | None:
     paths = sorted([*folder.glob(PATTERN), *folder.glob(LAST)])
     intact = {path: Checksum.of(path).step for path in paths if is_intact(path)}
     for path in sorted(set(paths) - set(intact)):
-        message = f"checkpoint {path} is damaged (checksum differs); using another"
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(f"checkpoint {path} is damaged (checksum differs); using another", stacklevel=2)
     if paths and not intact:
         raise RunFailed(f"no checkpoint in {folder} is intact; not starting afresh")
     return max(intact, key=lambda path: intact[path], default=None)
@@ -355,8 +354,14 @@ class ResumeCheckpoint(Callback):
         if self.wal and (position := state_dict.get("position")):  # older checkpoints have none
             self.wal.replay_from(position)
 
-    def check(self, checkpoint: Path | None) -> None:
-        """Refuse a checkpoint of the middle of an epoch, unless what ended the run there still does."""
+    def check(self, checkpoint: Path | None, callbacks: Sequence[Callback]) -> None:
+        """Refuse a checkpoint of the middle of an epoch whose end no longer holds, or of a lossy callback."""
+        lossy = [type(c).__name__ for c in callbacks if isinstance(c, BaseFinetuning | ModelPruning)]
+        if checkpoint and lossy:
+            raise BadInput(
+                f"a run with {lossy[0]} cannot be continued: Lightning saves nowhere what is frozen or"
+                " pruned; start it anew, without resume="
+            )
         state = {} if checkpoint is None else load_plain(checkpoint)["callbacks"].get(self.state_key, {})
         if state.get("is_partial") and state.get("stops", self.stops) != self.stops:
             raise BadInput(

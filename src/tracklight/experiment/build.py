@@ -23,6 +23,7 @@ from pytorch_lightning.callbacks import (
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
+    OnExceptionCheckpoint,
     ProgressBar,
     Timer,
 )
@@ -45,6 +46,7 @@ from tracklight.redact import redact
 
 TOTALS = ("T_max", "total_steps", "total_iters")  # scheduler arguments that mean the whole run
 FINDERS = {BatchSizeFinder: "-m data.batch_size=32,64,128", LearningRateFinder: "-m sweep=lr"}  # and instead
+FINDERS[OnExceptionCheckpoint] = "resume=auto: it would start any run from another's weights"
 STEPS = {"train": "training_step", "val": "validation_step", "test": "test_step"}
 FORKING = ("_spawn", "_fork", "_notebook")  # name endings of the Lightning strategies that fork
 OPTIMIZER_KEYS = ("optimizer", "scheduler")  # not used by a model that configures its own
@@ -225,9 +227,8 @@ def _run_length(trainer: Any, interval: str, known: int | None) -> int:
     if known is None:
         _ = trainer.estimated_stepping_batches  # loads the training data
     num_batches: float = trainer.num_training_batches if known is None else known
-    max_epochs = trainer.max_epochs or 0
-    max_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
-    epochs, steps = max_epochs, max_steps
+    epochs = max_epochs = trainer.max_epochs or 0
+    steps = max_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
     if num_batches < math.inf:
         by_epoch = [each for each in trainer.callbacks if isinstance(each, GradientAccumulationScheduler)]
         groups = [trainer.accumulate_grad_batches] * max_epochs
@@ -261,12 +262,10 @@ def _config_callbacks(cfg: DictConfig) -> list[Callback]:
     callbacks = [instantiate(node, cfg.allowed_targets, Callback) for node in nodes.values()]
     for key, callback in zip(nodes, callbacks, strict=True):
         if instead := next((text for kind, text in FINDERS.items() if isinstance(callback, kind)), None):
-            name, cure = type(callback).__name__, f"leave it out and search with {instead}"
+            name, cure = type(callback).__name__, f"leave it out and use {instead}"
             raise BadInput(f"callbacks.{key}={name} would train with values that are not recorded; {cure}")
-    if cfg.tracking.enabled and cfg.tracking.gradients:
-        callbacks.append(GradientMonitor())
-    if cfg.tracking.enabled and cfg.tracking.system_metrics:
-        callbacks.append(SystemMetricsMonitor())
+    callbacks += [GradientMonitor()] if cfg.tracking.enabled and cfg.tracking.gradients else []
+    callbacks += [SystemMetricsMonitor()] if cfg.tracking.enabled and cfg.tracking.system_metrics else []
     return callbacks
 
 
@@ -299,8 +298,7 @@ def build_trainer(
         if "val" not in data.splits:
             arguments["limit_val_batches"] = 0
     plugins = arguments.pop("plugins", None) or []
-    if not isinstance(plugins, list):
-        plugins = [plugins]
+    plugins = plugins if isinstance(plugins, list) else [plugins]
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     trainer = partial(
@@ -308,7 +306,7 @@ def build_trainer(
         **arguments,
         callbacks=callbacks,
         plugins=[*([io] if tracked else []), distributed.cluster_environment(), *plugins],
-        default_root_dir=cfg.tracking.dir,
+        default_root_dir=f"{cfg.tracking.dir}/artifacts",  # above it, another job's checkpoints may lie
         enable_checkpointing=tracked,
         logger=False,
     )

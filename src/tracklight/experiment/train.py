@@ -13,6 +13,7 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from pytorch_lightning import Callback, LightningDataModule, LightningModule
+from pytorch_lightning.callbacks import LambdaCallback
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.profilers import PassThroughProfiler
 from torch.distributed import DistError
@@ -80,7 +81,7 @@ def run(
         stop.has_company = training.trainer.world_size > 1
         if resumed:
             distributed.check_resumable(training.trainer)
-            training.last.check(resumed.find_checkpoint())
+            training.last.check(resumed.find_checkpoint(), training.trainer.callbacks)
         build.rehearse(cfg, model, data, training.trainer)
 
         # The run is opened last: what fails earlier leaves no empty run behind.
@@ -95,7 +96,7 @@ def run(
             reference = log_reference(tracked, model, data) if tracked else {}
             score, step = training.load_best()
             if test and build.has_test(model, data) and not training.trainer.fast_dev_run:
-                for result in training.trainer.test(model, data, ckpt_path=training.best_path, verbose=False):
+                for result in training.trainer.test(model, data, verbose=False):
                     training.tested |= result
                 stop.check()
             if store and tracked:
@@ -126,7 +127,6 @@ class Training:
         within_epochs = str(cfg.trainer.val_check_interval) not in ("None", "1.0")
         self.last = checkpoints.ResumeCheckpoint(self.io, build.early_stops(cfg))
         self.best = checkpoints.BestCheckpoint(cfg.score.metric, cfg.score.mode, within_epochs)
-        self.best_path: Path | None = None
         self.tested: dict[str, float] = {}
         tracked = cfg.tracking.enabled
         first = [EpochSeeds(cfg.seed), *([self.last] if tracked else [])]
@@ -170,8 +170,9 @@ class Training:
                 # The folder of a resumed run holds its checkpoints.
                 warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
                 # Where validation is rarer than epochs; `load_best` tells of a metric that never came.
-                warnings.filterwarnings("ignore", ".*could not find the monitored key")
-                warnings.filterwarnings("ignore", "ReduceLROnPlateau conditioned on metric .* not available")
+                warnings.filterwarnings(
+                    "ignore", ".*could not find the monitored key|ReduceLRO.* not available"
+                )
                 warnings.filterwarnings("ignore", ".*add the following callbacks: ..Timer..")  # max_time=null
                 self.trainer.fit(self.model, datamodule=self.data, ckpt_path=checkpoint)
         except Exception as error:
@@ -192,7 +193,7 @@ class Training:
             self.score.check(has_score=False)
             score = self.trainer.callback_metrics.get(metric)
             return None if score is None else float(score), self.trainer.global_step
-        self.best_path = path = Path(self.best.dirpath or "") / "best.ckpt"
+        path = Path(self.best.dirpath or "") / "best.ckpt"
         self.score.check(has_score=path.exists())
         if not path.exists():
             if self.trainer.is_global_zero:
@@ -201,6 +202,9 @@ class Training:
             self.io.write_pending()
         best = self.io.load_checkpoint(path)
         stored.restore_weights(self.model, best)
+        # Once `setup` is through, which may make layers; given the path, averaging would test other weights.
+        load, load_weights = self.io.load_checkpoint, stored.restore_weights
+        self.trainer.callbacks.append(LambdaCallback(on_test_start=lambda _, m: load_weights(m, load(path))))
         score = self.best.best_model_score
         return None if score is None else float(score), best["global_step"]
 
