@@ -88,10 +88,9 @@ def is_intact(checkpoint: Path) -> bool:
     """Check a checkpoint's content against its checksum."""
     try:
         with checkpoint.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest() in Checksum.of(checkpoint).sha256
     except OSError:
         return False
-    return digest in Checksum.of(checkpoint).sha256
 
 
 def load_plain(
@@ -358,10 +357,8 @@ class ResumeCheckpoint(Callback):
         """Refuse a checkpoint of the middle of an epoch whose end no longer holds, or of a lossy callback."""
         lossy = [type(c).__name__ for c in callbacks if isinstance(c, BaseFinetuning | ModelPruning)]
         if checkpoint and lossy:
-            raise BadInput(
-                f"a run with {lossy[0]} cannot be continued: Lightning saves nowhere what is frozen or"
-                " pruned; start it anew, without resume="
-            )
+            why = "Lightning saves nowhere what is frozen or pruned; start it anew, without resume="
+            raise BadInput(f"a run with {lossy[0]} cannot be continued: {why}")
         state = {} if checkpoint is None else load_plain(checkpoint)["callbacks"].get(self.state_key, {})
         if state.get("is_partial") and state.get("stops", self.stops) != self.stops:
             raise BadInput(
@@ -478,8 +475,7 @@ def relocate(folder: Path, checkpoint: dict[str, Any]) -> None:
     They forget a checkpoint that moved.
     """
     callbacks = checkpoint["callbacks"]
-    best = [state for key, state in callbacks.items() if key.startswith("BestCheckpoint{")]
-    before = best[0]["dirpath"] if best else folder
+    before = next((s["dirpath"] for key, s in callbacks.items() if key.startswith("BestCheckpoint{")), folder)
 
     def move(path: str) -> str:
         inside = path and Path(path).is_relative_to(before)

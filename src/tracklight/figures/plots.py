@@ -146,11 +146,7 @@ def worst_mistakes(probabilities: np.ndarray, targets: np.ndarray, count: int = 
 
 
 def mistakes(
-    images: np.ndarray,
-    probabilities: np.ndarray,
-    targets: np.ndarray,
-    class_names: Sequence[str],
-    split: str,
+    images: np.ndarray, probabilities: np.ndarray, targets: np.ndarray, class_names: Sequence[str], split: str
 ) -> Figure:
     """Draw the images (N, H, W) of the most confident mistakes in probabilities (N, K)."""
     rows = worst_mistakes(probabilities, targets)

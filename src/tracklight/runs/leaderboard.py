@@ -224,11 +224,7 @@ def _group_by_setting(scores: Sequence[RunScore], each: bool) -> list[list[Leade
 
 
 def _fill_in(
-    reader: RunReader,
-    rows: list[LeaderboardRow],
-    metric: str,
-    folders: Path | None,
-    chosen: Sequence[str],
+    reader: RunReader, rows: list[LeaderboardRow], metric: str, folders: Path | None, chosen: Sequence[str]
 ) -> tuple[list[LeaderboardRow], list[str]]:
     """Fill in what a table shows of the rows; return those still there and their columns."""
     records = {run.run_id: run for run in reader.get_runs([i for row in rows for i in row.run_ids])}
