@@ -201,6 +201,7 @@ WRITERS = {
     "callbacks.kept.dirpath": ("ModelCheckpoint", {"dirpath": "{out}"}),
     "callbacks.kept.filename": ("ModelCheckpoint", {"filename": "../../{name}"}),
     "callbacks.relative.dirpath": ("ModelCheckpoint", {"dirpath": "out"}),
+    "callbacks.listed._args_": ("ModelCheckpoint", {"_args_": ["out", "name"]}),
     "callbacks.failed.dirpath": ("OnExceptionCheckpoint", {"dirpath": "{out}"}),
     "callbacks.remote.dirpath": ("ModelCheckpoint", {"dirpath": "memory://out"}),
     "trainer.profiler.dirpath": ("SimpleProfiler", {"dirpath": "{out}", "filename": "profile"}),
@@ -213,7 +214,10 @@ def test_a_stored_config_writes_nowhere_but_into_the_runs_folder(kept, copied, t
     monkeypatch.chdir(tmp_path)
     name, arguments = WRITERS[key]
     section, name_of_node, last = key.split(".")
-    values = {k: v and v.format(out=tmp_path / "out", name="out") for k, v in arguments.items()}
+    values = {
+        k: v.format(out=tmp_path / "out", name="out") if isinstance(v, str) else v
+        for k, v in arguments.items()
+    }
     kind = "callbacks" if section == "callbacks" else "profilers"
     config = copied / "artifacts" / kept.line / "artifacts" / "config.yaml"
     tree = yaml.safe_load(config.read_text())
@@ -221,7 +225,7 @@ def test_a_stored_config_writes_nowhere_but_into_the_runs_folder(kept, copied, t
     config.write_text(yaml.safe_dump(tree))
     before = {*tmp_path.iterdir()}
     for command in ("reproduce", "resume"):
-        assert_one_line(command, kept.line, copied, says=f"{key}=.* of the stored config may write outside")
+        assert_one_line(command, kept.line, copied, says=f"{key}.*=.* of the stored config may write outside")
     assert main("evaluate", [kept.line, "--no-log", "--dir", str(copied)]) == 0  # it makes none of them
     assert {*tmp_path.iterdir()} == before
     if key == "callbacks.kept.dirpath":

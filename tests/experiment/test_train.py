@@ -53,6 +53,14 @@ def test_an_untracked_run_tells_its_scores_and_leaves_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_librarys_callback_lacks_is_one_line(train):
+    node = "+callbacks.a={_target_:pytorch_lightning.callbacks.BackboneFinetuning}"
+    with pytest.raises(
+        RunFailed, match="AttributeError: 'LinearRegression' object has no attribute 'backbone'"
+    ):
+        train(node, "trainer.max_epochs=1", "tracking.figures=false")
+
+
 def test_a_note_and_tags_of_ones_own_are_the_runs(train):
     words = ["tracking.tags.project=x", "tracking.tags.a.b=3", "tracking.note='with new data'"]
     finished = train(

@@ -131,6 +131,8 @@ KNOWN = {
     "callbacks=early_stopping callbacks.early_stopping.patience=x": "must be a whole number; try .*=3",
     "callbacks=early_stopping callbacks.early_stopping.monitor=x": "EarlyStopping.monitor=x is never logged",
     "callbacks=${oc.select:seed}": "names no file of conf/callbacks",
+    "+optimizer._args_=5": "optimizer._args_=5 must be a list",
+    "+optimizer._partial_=maybe": "optimizer._partial_=maybe must be a bool",
     "callbacks={m: {_target_: pytorch_lightning.callbacks.Timer}}": "callbacks.m; .*\\+callbacks.m=",
     "~callbacks": "~callbacks: callbacks cannot be deleted, .*; it can be early_stopping, none",
     "~scheduler": "~scheduler: scheduler cannot be deleted, .*; it can be cosine,",

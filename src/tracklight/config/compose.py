@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -180,8 +181,8 @@ def check_stored_paths(stored: Mapping[str, Any], overrides: Sequence[str], fold
 
 
 def _leads_out(key: str, value: str, folder: Path) -> bool:
-    path = Path(value)
-    is_folder = key.endswith(("dir", "path", "folder", "root"))  # relative to where one stands
+    path, name = Path(value), re.sub(r"\[\d+\]", "", key)
+    is_folder = name.endswith(("dir", "path", "folder", "root", "_args_"))  # relative to where one stands
     if ".." in path.parts or value.startswith("~") or "://" in value:
         return True
     return (path.is_absolute() or is_folder) and not path.resolve().is_relative_to(folder.resolve())

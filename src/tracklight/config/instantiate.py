@@ -24,6 +24,7 @@ from tracklight.config.types import describe, fits, misfit
 from tracklight.errors import BadInput
 from tracklight.paths import ALLOW_LIST, PACKAGE
 
+_KINDS = {"_args_": list, "_partial_": bool, "_recursive_": bool}
 DIRECTIVES = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
 PLUGINS = ("hydra_plugins", "hydra._internal.core_plugins", "hydra.experimental.callbacks")
 HYDRA_INSTANTIATES = ("callbacks", "launcher", "sweeper")
@@ -91,6 +92,10 @@ def check_targets(tree: Any, allowed: Sequence[str], where: str = "") -> None:
     """Refuse every `_target_` that is not below an allowed module; nothing is imported for that."""
     for key, target in iter_targets(tree, where):
         _check_target(target, allowed, _join(key, "_target_"))
+    for key, value in iter_values(tree, where):
+        kind = _KINDS.get(key.rpartition(".")[2])
+        if kind is not None and not isinstance(value, kind):
+            raise BadInput(f"{key}={value} must be a {kind.__name__}")
 
 
 def check_hydra_nodes(hydra: DictConfig, allowed: list[str]) -> None:

@@ -165,16 +165,19 @@ def rehearse(cfg: DictConfig, model: Any, data: LightningDataModule | None, trai
             _check_monitored(cfg, trainer, _logged_names(model, data))
     if not hasattr(model, "optimizer_factory"):
         return
-    weight = torch.nn.Parameter(torch.ones(1, 1, device=trainer.strategy.root_device))
-    optimizer = model.optimizer_factory([weight])
+    with naming("trainer.strategy"):
+        weight = torch.nn.Parameter(torch.ones(1, 1, device=trainer.strategy.root_device))
     weight.grad, closure = torch.ones_like(weight), cast(Any, weight.sum)
     make: Any = model.scheduler_factory
     can_make = make and (isinstance(data, TensorData) or not depends_on_total(cfg.scheduler))
-    scheduler = make(optimizer, num_batches)["scheduler"] if can_make else None
+    with naming("optimizer"):
+        optimizer = model.optimizer_factory([weight])
+    with naming("scheduler"):
+        scheduler = make(optimizer, num_batches)["scheduler"] if can_make else None
     with naming("optimizer"):
         optimizer.step(closure)
-    if scheduler is not None:
-        with naming("scheduler"):
+    with naming("scheduler"):
+        if scheduler is not None:
             scheduler.step(*[0.0] * isinstance(scheduler, ReduceLROnPlateau))
 
 

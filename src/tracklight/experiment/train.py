@@ -31,7 +31,7 @@ from tracklight.errors import RunFailed
 from tracklight.experiment import build, stored
 from tracklight.experiment.record import describe, finish_run, log_final, log_reference, open_run, summarise
 from tracklight.models.supervised import Supervised
-from tracklight.paths import ROOT
+from tracklight.paths import PACKAGE, ROOT
 from tracklight.tracking import provenance
 from tracklight.tracking.mlflow_api import logging_to
 from tracklight.tracking.run import Run
@@ -241,10 +241,13 @@ def _explain(error: Exception, cfg: DictConfig, num_processes: int) -> str | Non
     on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     if on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError):
         return f"out of memory; make data.batch_size={cfg.data.get('batch_size')} smaller first"
-    last = traceback.extract_tb(error.__traceback__)[-1].filename
-    if isinstance(error, MisconfigurationException) or "pytorch_lightning" in Path(last).parts:
-        return " ".join(str(error).split())
     if num_processes > 1 and (isinstance(error, DistError) or "gloo" in str(error) or "NCCL" in str(error)):
         silence = f"is gone, or has not answered for {distributed.WAIT_S:.0f} s"
         return f"another of the {num_processes} processes of this run {silence}; resume=auto continues it"
-    return None
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)[1:]]
+    text = " ".join(str(error).split())
+    if isinstance(error, MisconfigurationException) or "pytorch_lightning" in Path(files[-1]).parts:
+        return text
+    # Of a library's own callback, say, which asks for what the model does not have.
+    in_libraries = all("lib/python" in each and not each.startswith(str(PACKAGE)) for each in files)
+    return f"{type(error).__name__}: {text}" if in_libraries else None
