@@ -19,11 +19,14 @@ def folders(directory):
 @pytest.mark.filterwarnings("ignore:.*filesystem tracking backend")
 def test_what_each_kind_holds_is_said_and_only_what_is_asked_for_is_deleted(directory, capsys):
     old, gone, orphan, other = (train(directory, "trainer.max_epochs=1", f"seed={s}") for s in (0, 1, 2, 3))
-    new = train(directory, "trainer.max_epochs=2")  # other epochs, the same identity as `old`
+    longer = train(directory, "trainer.max_epochs=2")
+    new = train(directory, "trainer.max_epochs=1")
     store = connect(None, directory)
     failed = store.create("tracklight", None, {IDENTITY_TAG: "x"})
     (failed.folder / "log").write_bytes(bytes(10_000))
     failed.finish("FAILED")
+    alone = store.client.create_logged_model("1", name="theirs").model_id  # of no run
+    (directory / "artifacts" / "models" / alone).mkdir()
     models = {run: store.client.get_run(run).outputs.model_outputs[0].model_id for run in (old, gone, orphan)}
     store.client.delete_run(gone)
     hard_delete(store.client, run_id=orphan)  # as `mlflow gc` does, which leaves its folder and its model
@@ -40,8 +43,12 @@ def test_what_each_kind_holds_is_said_and_only_what_is_asked_for_is_deleted(dire
     with pytest.raises(Exception, match="not found"):
         store.client.get_logged_model(models[orphan])
     assert main("gc", ["--delete", "failed", "superseded", *where]) == 0
-    assert folders(directory) >= {new, other} and not folders(directory) & {old, models[old], failed.run_id}
-    assert {run.info.run_id for run in store.search("")} == {new, other}
+    assert folders(directory) >= {new, other, longer, alone} and not folders(directory) & {
+        old,
+        models[old],
+        failed.run_id,
+    }
+    assert {run.info.run_id for run in store.search("")} == {new, other, longer}
     assert store.search("", deleted=True) == []
     assert main("evaluate", [new, *where]) == 0
     assert main("gc", ["--json", *where]) == 0

@@ -2,16 +2,17 @@
 
 import shutil
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tracklight.errors import BadInput
 from tracklight.tracking import tags
 from tracklight.tracking.lock import LockHeld, RunLock
-from tracklight.tracking.mlflow_client import hard_delete
+from tracklight.tracking.mlflow_client import hard_delete, mlflow
 from tracklight.tracking.store import Store, connect
 
+SAME = (tags.IDENTITY_TAG, tags.EPOCHS_TAG, tags.CODE_TAG, tags.DATA_TAG, tags.PARENT_TAG)
 MODELS = "models"  # beside the runs' folders: one a logged model
 ENDED = ("FINISHED", "FAILED", "KILLED")
 
@@ -41,7 +42,7 @@ def run(args: Namespace) -> int:
 _MEANING = {
     "deleted": "runs deleted in MLflow, and what `mlflow gc` leaves of runs and their models",
     "failed": "runs that FAILED",
-    "superseded": "runs of which a later one with the same config, seed, code and data is FINISHED",
+    "superseded": "runs of which a later one with the same config, epochs, seed, code and data is FINISHED",
 }
 
 
@@ -51,14 +52,16 @@ def _kinds(store: Store) -> dict[str, dict[str, list[Path]]]:
     folders = {run.info.run_id: _folders(store, run) for run in (*deleted, *active)}
     known = {path for paths in folders.values() for path in paths}
     runs = (path for path in store.runs_folder.iterdir() if tags.is_run_id(path.name))
-    models = (store.runs_folder / MODELS).glob("m-*")
+    models = [
+        each for each in (store.runs_folder / MODELS).glob("m-*") if _lost_its_run(store, each.name, folders)
+    ]
     kinds: dict[str, dict[str, list[Path]]] = {kind: {} for kind in _MEANING}
     kinds["deleted"] = {run.info.run_id: folders[run.info.run_id] for run in deleted}
     kinds["deleted"] |= {path.name: [path] for path in (*runs, *models) if path not in known}
     later: set[tuple[str | None, ...]] = set()
     for each in active:  # newest first
         run_id, run_tags = each.info.run_id, each.data.tags
-        key = tuple(map(run_tags.get, (tags.IDENTITY_TAG, tags.CODE_TAG, tags.DATA_TAG, tags.PARENT_TAG)))
+        key = tuple(map(run_tags.get, SAME))
         if key[0] is None or tags.REPRODUCES_TAG in run_tags or each.info.status not in ENDED:
             continue
         if each.info.status == "FAILED":
@@ -68,6 +71,15 @@ def _kinds(store: Store) -> dict[str, dict[str, list[Path]]]:
         elif each.info.status == "FINISHED":
             later.add(key)
     return kinds
+
+
+def _lost_its_run(store: Store, model_id: str, runs: Collection[str]) -> bool:
+    """Return whether MLflow knows neither a model nor the run that it was logged to; some are of no run."""
+    try:
+        source = store.client.get_logged_model(model_id).source_run_id
+    except mlflow.exceptions.MlflowException:
+        return True
+    return bool(source) and source not in runs
 
 
 def _folders(store: Store, run: Any) -> list[Path]:
