@@ -65,6 +65,8 @@ def test_a_whole_number_is_a_fraction_only_where_they_mean_the_same():
     same = {(f"data.slope={text}", f"data.slope={other}") for text in ("3", "3.0") for other in ("3e0", "3")}
     for word, other in same:
         assert config_digest(apply_overrides(LINE, [word])) == config_digest(apply_overrides(LINE, [other]))
+    clipped = [varied(f"trainer.gradient_clip_val={text}") for text in ("1", "1.0")]  # null in conf/
+    assert len({config_digest(each) for each in clipped}) == 1
     for key in ("trainer.overfit_batches", "trainer.limit_val_batches"):  # 1 batch, or all of them
         one, all_ = (apply_overrides(LINE, [f"{key}={text}"]) for text in ("1", "1.0"))
         assert config_digest(one) != config_digest(all_)
@@ -354,6 +356,7 @@ def test_a_preset_of_ones_own_is_held_to_the_keys_there_are(tmp_path, monkeypatc
         "stop:\n  _target_: pytorch_lightning.callbacks.EarlyStopping\n  monitor: ${score.metric}\n"
     )
     monkeypatch.setattr(config, "CONF", conf)
+    monkeypatch.setattr("tracklight.config.hydra_internals.CONF", conf)
     assert compose(["callbacks=mine"]).callbacks.stop.monitor == "train/loss"
     with pytest.raises(BadInput, match="experiment=mine sets optimizer.lrr, which optimizer=sgd"):
         compose(["experiment=mine"])
@@ -363,6 +366,13 @@ def test_what_mlflows_charts_would_cut_has_a_short_text_beside_it():
     cfg = compose(["model=mlp", "model.hidden=[128,64]", "optimizer=adamw"])
     short = short_params(to_plain(cfg))
     assert (short["optimizer"], short["model"], short["hidden"]) == ("AdamW", "MLP", "128-64")
+    for key, values in {
+        "hidden": ["[256,256,256,64]", "[256,256,256,128]", "[256,256,64,64]"],
+        "scheduler": [f"torch.optim.lr_scheduler.CosineAnnealing{end}" for end in ("LR", "WarmRestarts")],
+    }.items():
+        keys = {"hidden": "model.hidden", "scheduler": "scheduler._target_"}
+        texts = [short_params(to_plain(varied(f"{keys[key]}={value}")))[key][:10] for value in values]
+        assert len({*texts}) == len(values), texts
 
 
 def test_a_key_that_nothing_would_read_is_not_offered_to_be_added():

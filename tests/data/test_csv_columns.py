@@ -119,6 +119,7 @@ def test_a_bad_choice_of_columns_is_refused(tmp_path, target, features, message)
         ('"a";"b";"y"\n1,5;2;3\n', {"delimiter": ";", "decimal": ","}),
         ("a;b;y\n1;2;3\n", {"delimiter": ";"}),
         ("a b  y\n1.5 2  3\n", {"delimiter": " "}),
+        ("  a   b\ty\n 1.5 2\t3\n", {"delimiter": " "}),
         ("a\tb\ty\n1,5\t2\t3\n", {"delimiter": "\t", "decimal": ","}),
         ('a,b,y\n"1,5",2,3\n', {"decimal": ","}),
     ],

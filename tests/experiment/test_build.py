@@ -74,6 +74,25 @@ def test_a_schedule_by_epochs_spans_the_epochs_that_begin(rates, overrides, epoc
     assert rates("scheduler.interval=epoch", *overrides) == pytest.approx(expected)
 
 
+def test_a_schedule_that_steps_at_every_second_epoch_spans_half_as_many(rates):
+    found = rates("scheduler.interval=epoch", "+scheduler.frequency=2", "trainer.max_epochs=4")
+    assert found == pytest.approx([0.1] * 8 + [0.05] * 8)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trainer.limit_train_batches=0.1"], "limit_train_batches=0.1 leaves none of 4 batches to train"),
+        (["trainer.limit_val_batches=0.5"], "limit_val_batches=0.5 leaves none of 1 batches to val"),
+        (["trainer.limit_test_batches=0.5"], "limit_test_batches=0.5 leaves none of 1 batches to test"),
+        (["trainer.overfit_batches=0.1"], "overfit_batches=0.1 leaves none of 4 batches to train"),
+    ],
+)
+def test_what_would_fail_after_training_is_refused_before_it(rates, words, message):
+    with pytest.raises(BadInput, match=message):
+        rates("trainer.max_epochs=1", *words)
+
+
 @pytest.mark.parametrize(
     ("name", "instead"),
     [

@@ -1,6 +1,7 @@
 """A run's config: composed by Hydra, checked, resolved, digested and compared."""
 
 import hashlib
+import itertools
 import json
 import re
 import warnings
@@ -43,6 +44,7 @@ register_resolver("root", lambda path: str(ROOT / path), replace=True)
 OmegaConf.register_new_resolver("mode_of", mode_of, replace=True)
 
 MAX_DEPTH = 32  # of a stored config
+MAX_TICK_CHARS = 10  # that MLflow's charts show of a value
 
 # Keys on which the result of a run does not depend.
 NOT_IN_DIGEST = (
@@ -252,15 +254,22 @@ def flatten(cfg: Any) -> dict[str, str | int | float]:
 def short_params(cfg: Any) -> dict[str, str]:
     """Return short texts beside those of `flatten`: MLflow's charts cut a value at ten characters.
 
-    A class stands under the name of its group, `optimizer` = SGD, a list under its own, `hidden` = 128-64.
+    A class stands under the name of its group, `optimizer` = SGD, a list under its own, `hidden` = 128-64;
+    what would be cut is CosAnnLR, 256x3-64.
     """
     short = dict[str, str]()
     for key, value in flatten(cfg).items():
         group, _, name = key.rpartition(".")
         if name == "_target_" and value != "null":
-            short[group] = str(value).rpartition(".")[2]
+            text = str(value).rpartition(".")[2]
+            words = re.findall("[A-Z]+(?![a-z])|[A-Z][a-z]{,2}", text)
+            short[group] = "".join(words) if len(text) > MAX_TICK_CHARS and len(words) > 1 else text
         elif str(value).startswith("["):
-            short.setdefault(name, str(value).strip("[]").replace(",", "-"))
+            parts = str(value).strip("[]").split(",")
+            runs = [(each, len([*same])) for each, same in itertools.groupby(parts)]
+            folded = "-".join(each if count == 1 else f"{each}x{count}" for each, count in runs)
+            text = "-".join(parts)
+            short.setdefault(name, folded if len(text) > MAX_TICK_CHARS else text)
     return short
 
 

@@ -247,6 +247,8 @@ def explain(error: Exception, words: Sequence[str] = ()) -> str:
         return f"cannot read {error.override}: {reason}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
+        if not group:
+            return f"there is no {choice}.yaml there; --config-dir=FOLDER adds files to those of conf/"
         options = sorted(error.options or [])
         hint = _nearest(choice, options)
         return f"{group}={choice} is not there; {group} can be {', '.join(options)}{hint}"

@@ -104,6 +104,12 @@ TAGS = Values(
     ),
     "a mapping; names are letters, digits, blanks and any of _.-, and mlflow and tracklight are taken",
 )
+TIME = Values(
+    lambda value: (
+        isinstance(value, Mapping) or (isinstance(value, str) and bool(re.fullmatch(r"\d+(:\d\d){3}", value)))
+    ),
+    "days:hours:minutes:seconds, or a mapping of them",
+)
 POSITIVE = _number(lambda v: v > 0, "a finite number above 0")
 NOT_NEGATIVE = _number(lambda v: v >= 0, "a finite number, 0 or more")
 FRACTION = _number(lambda v: 0 <= v < 1, "a number from 0 to below 1")
@@ -161,6 +167,8 @@ RULES = (
     Rule("trainer.max_epochs", COUNT, "5"),
     Rule("trainer.min_epochs trainer.min_steps", _or_null(COUNT), "null"),
     Rule("trainer.max_steps", STEPS, "-1"),
+    Rule("trainer.max_time", _or_null(TIME), "00:01:30:00"),
+    Rule("callbacks.early_stopping.patience scheduler.patience", _integer(0), "3", ours_only=True),
     Rule("trainer.limit_train_batches", _or_null(SOME), "null"),
     Rule("trainer.limit_val_batches trainer.limit_test_batches", _or_null(LIMIT), "null"),
     Rule("trainer.limit_predict_batches", _or_null(LIMIT), "null"),
@@ -251,8 +259,11 @@ def check_values(tree: Mapping[str, Any]) -> None:
 
 def is_float(key: str, value: Any, target: Any) -> bool:
     """Return whether a number means the same with and without a point under a key, of the class `target`."""
-    tells_apart = key in RULE_OF and RULE_OF[key].values in (LIMIT, SOME, PART)
-    return is_number(value) and type(value_in_conf(key, target)) is float and not tells_apart
+    takes_floats = type(value_in_conf(key, target)) is float or (
+        key in RULE_OF and RULE_OF[key].values.accepts(0.5)
+    )
+    tells_apart = re.search(r"_batches$|\.num_\w+$|^sweep\.|interval$", key)  # a count from a fraction
+    return is_number(value) and takes_floats and not tells_apart
 
 
 def check_relations(tree: Mapping[str, Any], on_this_machine: bool = True) -> None:

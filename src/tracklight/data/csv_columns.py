@@ -112,7 +112,8 @@ def _read(
         if not header:
             raise BadInput(f"{where}: empty; expected a header and rows of numbers")
         header = [name.strip() for name in header]
-        others = [mark for mark in ";\t|, " if mark != delimiter and _separates(path, mark)]
+        others = [mark for mark in ";\t|, " if mark != delimiter and _num_cells(path, mark) > 1]
+        others.sort(key=lambda mark: -_num_cells(path, mark))
         if len(header) == 1 and others:
             if guess:
                 return _read(where, path, choose, others[0], decimal, False)
@@ -179,10 +180,10 @@ def _first_rows(path: Path, delimiter: str) -> list[list[str]]:
     return rows or [[]]
 
 
-def _separates(path: Path, delimiter: str) -> bool:
-    """Return whether a delimiter makes two rows of equally many cells, several of them."""
-    lengths = [len(row) for row in _first_rows(path, delimiter)]
-    return min(lengths) == max(lengths) > 1
+def _num_cells(path: Path, delimiter: str) -> int:
+    """Return how many cells a delimiter makes of each of the first two rows; 0 if they differ."""
+    lengths = {len(row) for row in _first_rows(path, delimiter)}
+    return lengths.pop() if len(lengths) == 1 else 0
 
 
 def _number(cell: str, decimal: str, where: str) -> float:

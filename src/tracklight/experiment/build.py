@@ -122,11 +122,14 @@ def _scheduler_factory(cfg: DictConfig, model: Any) -> Callable[..., dict[str, A
 
     def factory(optimizer: Optimizer, num_batches: int | None = None) -> dict[str, Any]:
         missing = [key for key in TOTALS if key in node and node[key] is None]
-        totals = {key: _run_length(model.trainer, settings["interval"], num_batches) for key in missing}
+        often = settings.get("frequency", 1)
+        totals = {
+            key: _run_length(model.trainer, settings["interval"], num_batches, often) for key in missing
+        }
         make = instantiate(node | totals, cfg.allowed_targets, LRScheduler, partial=True, where="scheduler")
         scheduler = make(optimizer)
         if isinstance(scheduler, OneCycleLR):
-            length = _run_length(model.trainer, settings["interval"], num_batches)
+            length = _run_length(model.trainer, settings["interval"], num_batches, often)
             if scheduler.total_steps < length:
                 got = f"scheduler.total_steps={scheduler.total_steps}"
                 raise BadInput(f"{got} must not be below {length}, the run's length; try null for that")
@@ -151,6 +154,8 @@ def rehearse(cfg: DictConfig, model: Any, data: LightningDataModule | None, trai
         data.trainer, limit = trainer, trainer.limit_train_batches
         num_batches = len(data.train_dataloader())
         num_batches = min(num_batches, limit) if type(limit) is int else int(num_batches * limit)
+        for part in data.splits:
+            _check_limit(cfg, part, len(getattr(data, f"{part}_dataloader")()))
         interval = getattr(trainer, "val_check_interval", None)
         most = num_batches if trainer.check_val_every_n_epoch else math.inf
         if type(interval) is int and not 0 < interval <= most:
@@ -162,7 +167,8 @@ def rehearse(cfg: DictConfig, model: Any, data: LightningDataModule | None, trai
         hooks = [name for name in hooks if inspect.isfunction(getattr(Supervised, name))]
         plain = isinstance(model, Supervised) and not any(is_overridden(n, model, Supervised) for n in hooks)
         if plain and not cfg.compile:  # which would take seconds
-            _check_monitored(cfg, trainer, _logged_names(model, data))
+            parts = [each for each in ("train", "val") if getattr(trainer, f"limit_{each}_batches")]
+            _check_monitored(cfg, trainer, _logged_names(model, data, parts))
     if not hasattr(model, "optimizer_factory"):
         return
     with naming("trainer.strategy"):
@@ -181,13 +187,28 @@ def rehearse(cfg: DictConfig, model: Any, data: LightningDataModule | None, trai
             scheduler.step(*[0.0] * isinstance(scheduler, ReduceLROnPlateau))
 
 
-def _logged_names(model: Supervised, data: TensorData) -> set[str]:
-    """Return the names of the metrics that the model's own steps log."""
+def _check_limit(cfg: DictConfig, part: str, num_batches: int) -> None:
+    """Refuse a fraction of a part's batches that leaves none."""
+    for key in (f"limit_{part}_batches", "overfit_batches"):
+        limit = cfg.trainer[key]
+        if (
+            type(limit) is float
+            and 0 < limit < 1
+            and limit * num_batches < 1
+            and (part, key) != ("test", "overfit_batches")
+        ):
+            raise BadInput(f"trainer.{key}={limit} leaves none of {num_batches} batches to {part}; try 1")
+
+
+def _logged_names(model: Supervised, data: TensorData, parts: Sequence[str]) -> set[str]:
+    """Return the names of the metrics that the model's own steps log while it is trained on these parts."""
     names, dtype = set[str](), next(model.parameters()).dtype
     model.log_recorder = lambda name, *_, **__: names.add(name)
     model.eval()
     with naming("model"), torch.no_grad(), torch.random.fork_rng(devices=[]):
         for part, split in data.splits.items():
+            if part not in parts:
+                continue
             rows = data.transform(split.features[:2].cpu()), split.targets[:2].cpu()
             rows = [each.to(dtype) if each.is_floating_point() else each for each in rows]
             getattr(model, STEPS[part])(rows, 0)
@@ -220,8 +241,8 @@ def depends_on_total(scheduler: Any) -> bool:
     return any(key in scheduler and scheduler[key] is None for key in TOTALS)
 
 
-def _run_length(trainer: Any, interval: str, known: int | None) -> int:
-    """Return the run's number of epochs or optimizer steps, as a scheduler's interval counts.
+def _run_length(trainer: Any, interval: str, known: int | None, frequency: int) -> int:
+    """Return how many steps a scheduler takes that steps at every `frequency`th epoch or optimizer step.
 
     `max_epochs` or `max_steps` ends the run, whichever comes first. What may end it earlier, as
     `max_time` and early stopping, is not known. The Trainer tells the batches of an epoch unless
@@ -243,7 +264,7 @@ def _run_length(trainer: Any, interval: str, known: int | None) -> int:
     total = epochs if interval == "epoch" else steps
     if not 0 < total < math.inf:
         raise BadInput("this scheduler needs the run's length; set trainer.max_epochs or trainer.max_steps")
-    return int(total)
+    return max(1, int(total) // frequency)
 
 
 def has_test(model: LightningModule, data: LightningDataModule | None) -> bool:
@@ -267,6 +288,8 @@ def _config_callbacks(cfg: DictConfig) -> list[Callback]:
         if instead := next((text for kind, text in FINDERS.items() if isinstance(callback, kind)), None):
             name, cure = type(callback).__name__, f"leave it out and use {instead}"
             raise BadInput(f"callbacks.{key}={name} would train with values that are not recorded; {cure}")
+        if isinstance(callback, EarlyStopping) and "check_finite" not in nodes[key]:
+            callback.check_finite = False  # a score that is no number is said, and is no reason to stop
     callbacks += [GradientMonitor()] if cfg.tracking.enabled and cfg.tracking.gradients else []
     callbacks += [SystemMetricsMonitor()] if cfg.tracking.enabled and cfg.tracking.system_metrics else []
     return callbacks
