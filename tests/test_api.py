@@ -48,6 +48,7 @@ def test_importing_the_package_imports_nothing_else(tmp_path):
     assert ended.stdout == "module 'tracklight' has no attribute 'trian'\n"
 
 
+@pytest.mark.slow
 def test_the_page_runs_as_it_stands(project):
     code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.S))
     assert code.count("tracklight.") >= 4

@@ -101,7 +101,7 @@ def test_so_it_does_with_loaders_of_the_module_of_which_averaging_makes_a_copy(t
     assert continued.same_bits(whole)
 
 
-@pytest.mark.parametrize("kind", ["total", "manual", "accumulated"])
+@pytest.mark.parametrize("kind", [pytest.param("total", marks=pytest.mark.slow), "manual", "accumulated"])
 def test_so_it_does_under_a_schedule_of_the_total_with_manual_optimization_and_accumulation(thrice, kind):
     make = Restless if kind == "accumulated" else partial(Restless, **{kind: True})
     accumulating = {"accumulate_grad_batches": 4 if kind == "accumulated" else 1}

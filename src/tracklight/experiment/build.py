@@ -201,20 +201,18 @@ def _check_limit(cfg: DictConfig, part: str, num_batches: int) -> None:
 
 
 def _logged_names(model: Supervised, data: TensorData, parts: Sequence[str]) -> set[str]:
-    """Return the names of the metrics that the model's own steps log while it is trained on these parts."""
-    names, dtype = set[str](), next(model.parameters()).dtype
-    model.log_recorder = lambda name, *_, **__: names.add(name)
+    """Take the model's own steps on two rows of each part; return the names that those of `parts` log."""
+    names, dtype = dict[str, str](), next(model.parameters()).dtype
     model.eval()
     with naming("model"), torch.no_grad(), torch.random.fork_rng(devices=[]):
         for part, split in data.splits.items():
-            if part not in parts:
-                continue
+            model.log_recorder = lambda name, *_, part=part, **__: names.setdefault(name, part)
             rows = data.transform(split.features[:2].cpu()), split.targets[:2].cpu()
             rows = [each.to(dtype) if each.is_floating_point() else each for each in rows]
             getattr(model, STEPS[part])(rows, 0)
     model.log_recorder = None
     model.train()
-    return names
+    return {name for name, part in names.items() if part in parts}
 
 
 def _check_monitored(cfg: DictConfig, trainer: Any, names: set[str]) -> None:

@@ -124,9 +124,9 @@ def find_former_root(path: Path, root: Path) -> str:
 
 def relocate_artifacts(path: Path, former: str, root: Path) -> int:
     """Let all addresses of artifacts below `former` lead to `root`; return how many were changed of runs."""
-    lock, size = exclusive_lock(path.with_name(f".{path.name}.lock")), len(former) + 1
-    with lock, closing(_connect(path)) as connection, connection:  # ends in COMMIT, or in ROLLBACK
-        connection.execute("BEGIN IMMEDIATE")
+    size = len(former) + 1
+    with closing(_connect(path)) as connection, connection:  # ends in COMMIT, or in ROLLBACK
+        connection.execute("BEGIN IMMEDIATE")  # of two at once, the second finds nothing to change
         counts: dict[str, int] = {}
         for table, column in _LOCATIONS:
             change = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {_BELOW.format(column)}"
