@@ -206,7 +206,7 @@ def _logged_names(model: Supervised, data: TensorData, parts: Sequence[str]) -> 
     model.eval()
     with naming("model"), torch.no_grad(), torch.random.fork_rng(devices=[]):
         for part, split in data.splits.items():
-            model.log_recorder = lambda name, *_, part=part, **__: names.setdefault(name, part)
+            model.log_recorder = lambda name, *_, part=part, **__: names.update({name: part})
             rows = data.transform(split.features[:2].cpu()), split.targets[:2].cpu()
             rows = [each.to(dtype) if each.is_floating_point() else each for each in rows]
             getattr(model, STEPS[part])(rows, 0)
