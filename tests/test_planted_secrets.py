@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 
+from process import Trainees, free_port
 from tracklight import cli
 from tracklight.experiment.train import run
 
@@ -137,3 +138,30 @@ def test_evaluate_shows_and_stores_no_secret(tmp_path):
     code, printed = enter(options, tmp_path, {}, "evaluate", ["--password", f"-{secret}", f"-p{secret}"])
     assert code == 0, printed
     assert len(assert_absent(secret, tmp_path, printed)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_a_server_is_sent_no_secret(tmp_path, tmp_path_factory):
+    secret, trainees, port = (
+        "".join(["pl4nt", "3dZq", "s3cr3t"]),
+        Trainees(tmp_path_factory.mktemp("t")),
+        free_port(),
+    )
+    server = trainees.serve(tmp_path / "server", port)
+    try:
+        words = [*CLIENT[:-1], f"tracking.uri=http://127.0.0.1:{port}", f"tracking.dir={tmp_path / 'runs'}"]
+        words += [
+            f"+callbacks.client.settings={{a: {{db_pass: [{secret}]}}}}",
+            f"+callbacks.client.password={secret}",
+        ]
+        words += [f"tracking.note='with token={secret}'", f"+tracking.tags.auth={secret}"]
+        code, printed = enter(words, tmp_path, {"MY_ACCESS_TOKEN": secret})
+        assert code == 0 and "calls with" in printed, printed
+        assert secret not in printed
+        files = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert {"mlflow.db", "config.yaml", "points.wal"} <= {path.name for path in files}
+        assert [path for path in files if secret.encode() in path.read_bytes()] == []
+    finally:
+        server.send(signal.SIGKILL, group=True)
+        trainees.close()
