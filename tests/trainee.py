@@ -239,6 +239,7 @@ def forget_step_seeding() -> None:
     """Mutation: dropout draws from wherever the global generator stands."""
     for module in ("seeding", "blocks"):
         put(f"tracklight.engine.{module}:seed_step", lambda *_: None)
+    put("tracklight.engine.seeding:seed_all", lambda *_: None)  # as an epoch begins
 
 
 def forget_replay_filter() -> None:

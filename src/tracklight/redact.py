@@ -151,7 +151,7 @@ def _end_of_value(text: str, found: re.Match[str]) -> int:
             end_of_line = end
         return end_of_line
     is_inside = found["colon"] and before.rstrip()[-1:] in ("{", ",")
-    is_header = not is_inside and LINES & {*_WORD.findall(str(found["name"]).lower())}
+    is_header = found["colon"] and not is_inside and LINES & {*_WORD.findall(str(found["name"]).lower())}
     if line[:1] not in ("'", '"', "\\") and (is_yaml or is_header):
         return end_of_line
     value = (_VALUE_IN_BRACES if is_inside else _VALUE).match(text, start)

@@ -51,6 +51,12 @@ def logging_step(trainer: Any) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
+def evaluation_steps(trainer: Any) -> set[int]:
+    """Return the steps at which Lightning logs in an evaluation: its batches, which a resume counts anew."""
+    loops = (trainer.fit_loop.epoch_loop.val_loop, trainer.test_loop) if trainer.evaluating else ()
+    return {seen for loop in loops for seen in loop._seen_batches_per_dataloader.values()}
+
+
 def detects_anomaly(trainer: Any) -> bool:
     """Return the Trainer's argument `detect_anomaly`, which has no public attribute."""
     return trainer._detect_anomaly

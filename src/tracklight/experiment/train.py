@@ -23,7 +23,7 @@ from tracklight.config.hardware import default_threads, describe_machine
 from tracklight.config.overrides import redact_command
 from tracklight.engine import checkpoints, distributed, progress
 from tracklight.engine.blocks import Blocks
-from tracklight.engine.lightning_internals import logging_step, set_root_dir
+from tracklight.engine.lightning_internals import evaluation_steps, logging_step, set_root_dir
 from tracklight.engine.monitors import ScoreMonitor
 from tracklight.engine.seeding import EpochSeeds
 from tracklight.engine.signals import SafeStop
@@ -146,6 +146,7 @@ class Training:
         run.steps_completed = lambda: self.trainer.global_step
         run.mid_step = lambda: self.blocks.mid_step
         run.lightning_step = lambda: logging_step(self.trainer)
+        run.evaluation_steps = lambda: evaluation_steps(self.trainer)
         self.trainer.logger = self.blocks.logger = run
         set_root_dir(self.trainer, run.folder)
         self.io.before_commit = run.sync

@@ -64,7 +64,7 @@ def logging_to(run: Any | None) -> Iterator[None]:
     of = mlflow.entities
     with tempfile.TemporaryDirectory() as folder:  # for what artifacts a module logs to nowhere
         info = of.RunInfo("0" * 32, "0", "", "RUNNING", 0, None, "active", Path(folder).as_uri())
-        nowhere = mock.Mock(run_id=info.run_id, tracking_uri="sqlite:///:memory:")
+        nowhere = mock.Mock(run_id=info.run_id, tracking_uri="")
         nowhere.entity.return_value = of.Run(info, of.RunData())
         nowhere._tracking_client.store.create_run = nowhere.entity
         store = RunStore(nowhere, nowhere) if run is None else run.store

@@ -239,8 +239,11 @@ def register(store: Any, client: Any) -> tuple[str, Any]:
 def use_store(store: Any, run_id: str) -> Iterator[None]:
     """Let MLflow's fluent functions use a store; the model registry and other processes use the real one."""
     with mock.patch.dict(os.environ), _tracking._use_tracking_uri(store.uri):
-        os.environ["MLFLOW_TRACKING_URI"] = store.real_uri
-        os.environ.setdefault("MLFLOW_REGISTRY_URI", store.real_uri)
+        if store.real_uri:
+            os.environ["MLFLOW_TRACKING_URI"] = store.real_uri
+            os.environ.setdefault("MLFLOW_REGISTRY_URI", store.real_uri)
+        else:  # nothing is tracked, here or below
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
         try:
             yield
         finally:

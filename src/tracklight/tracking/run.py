@@ -34,6 +34,7 @@ class Run(MLFlowLogger):
         steps_completed: Returns the optimizer steps so far.
         mid_step: Returns whether gradients are being accumulated for the next step.
         lightning_step: Returns Lightning's own count of steps, which starts at zero, if it trains.
+        evaluation_steps: Returns the steps that it gives while it evaluates.
         now_ms: Returns the time, in ms since 1970, by a clock that is never set back.
         ui_hint: The run's address in MLflow's UI, or the command for the UI.
         timeout_s: How long the end of the run waits for MLflow without any progress.
@@ -51,6 +52,7 @@ class Run(MLFlowLogger):
         self.steps_completed: Callable[[], int] = lambda: 0
         self.mid_step: Callable[[], bool] = lambda: False
         self.lightning_step: Callable[[], int | None] = lambda: None
+        self.evaluation_steps: Callable[[], set[int]] = set
         self.ui_hint = ui_hint
         self.timeout_s = timeout_s
         self._name: str = run.info.run_name
@@ -101,6 +103,7 @@ class Run(MLFlowLogger):
 
         Callbacks log at each batch; of those that make one step, only the first is heard.
         """
+        step = None if step in self.evaluation_steps() else step
         is_now = step in (None, self.lightning_step())
         if is_now and self.mid_step():
             return
