@@ -16,7 +16,6 @@ def folders(directory):
     return runs | {path.name for path in (directory / "artifacts" / "models").iterdir()}
 
 
-@pytest.mark.filterwarnings("ignore:.*filesystem tracking backend")
 def test_what_each_kind_holds_is_said_and_only_what_is_asked_for_is_deleted(directory, capsys):
     old, gone, orphan, other = (train(directory, "trainer.max_epochs=1", f"seed={s}") for s in (0, 1, 2, 3))
     longer = train(directory, "trainer.max_epochs=2")

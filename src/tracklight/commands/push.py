@@ -109,8 +109,9 @@ def _copy(source: Store, target: Store, run: Any, ids: Mapping[str, str]) -> Non
     with tempfile.TemporaryDirectory() as scratch:
         artifacts = source.folder(run.info.run_id) / tags.ARTIFACTS_FOLDER
         if not artifacts.is_dir():
-            source.client.download_artifacts(run.info.run_id, "", scratch)
             artifacts = Path(scratch)
+            if source.client.list_artifacts(run.info.run_id):  # to download nothing would be logged
+                source.client.download_artifacts(run.info.run_id, "", scratch)
         client.log_artifacts(copied_id, str(artifacts))
     for model in run.outputs.model_outputs if run.outputs else ():
         _copy_model(source, target, model, copied_id)

@@ -245,10 +245,10 @@ def _explain(error: Exception, cfg: DictConfig, num_processes: int) -> str | Non
     if num_processes > 1 and (isinstance(error, DistError) or "gloo" in str(error) or "NCCL" in str(error)):
         silence = f"is gone, or has not answered for {distributed.WAIT_S:.0f} s"
         return f"another of the {num_processes} processes of this run {silence}; resume=auto continues it"
-    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)[1:]]
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     text = " ".join(str(error).split())
     if isinstance(error, MisconfigurationException) or "pytorch_lightning" in Path(files[-1]).parts:
         return text
     # Of a library's own callback, say, which asks for what the model does not have.
-    in_libraries = all("lib/python" in each and not each.startswith(str(PACKAGE)) for each in files)
+    in_libraries = all("lib/python" in each and not each.startswith(str(PACKAGE)) for each in files[1:])
     return f"{type(error).__name__}: {text}" if in_libraries else None
