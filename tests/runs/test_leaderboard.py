@@ -73,7 +73,8 @@ def test_the_interval_of_a_mean_is_students():
     (found,) = rank_trials(runs, "max", 5)
     assert found.to_dict()["std"] == pytest.approx(np.std(scores, ddof=1), rel=1e-12)
     half = 2.776445105 * np.sqrt(2.5 / 5)
-    assert found.interval == pytest.approx((3 - half, 3 + half), rel=1e-8)
+    ends = found.to_dict()["ci95_low"], found.to_dict()["ci95_high"]
+    assert ends == pytest.approx((3 - half, 3 + half), rel=1e-8)
 
 
 def test_a_value_that_stands_for_another_config_now_is_ranked_by_the_newest(tmp_path):

@@ -12,7 +12,6 @@ from tracklight.tracking import provenance
 from tracklight.tracking.provenance import (
     OWN_CODE,
     Git,
-    Provenance,
     code_digest,
     collect,
     git_state,
@@ -125,15 +124,16 @@ def test_provenance_is_told_without_a_commit(tmp_path, monkeypatch, request, sta
     elif state == "no folder":
         folder = tmp_path / "missing"
     found = collect(folder, "train.py", "0", {"python": "3"})
-    assert found.git.commit is None
-    assert not any(key.startswith("mlflow.source.git.commit") for key in found.tags())
-    assert found.texts()["provenance/packages.txt"]
+    assert not any(key.startswith("mlflow.source.git.commit") for key in found.tags)
+    assert found.texts["provenance/packages.txt"]
 
 
-def test_tags_use_the_names_that_mlflow_shows():
+def test_tags_use_the_names_that_mlflow_shows(monkeypatch):
     git_facts = Git("c0ffee", "trunk", dirty=True, diff="-a\n+b\n", untracked=("n",))
-    found = Provenance(git_facts, {"b": "2", "a": "1"}, {"python": "3.12.1"}, "train.py x=1", "d1")
-    tags = found.tags()
+    monkeypatch.setattr(provenance, "git_state", lambda root: git_facts)
+    monkeypatch.setattr(provenance, "installed_packages", lambda: {"b": "2", "a": "1"})
+    found = collect(Path(), "train.py x=1", "d1", {"python": "3.12.1"})
+    tags = dict(found.tags)
     tags.pop("mlflow.user", None)
     assert tags == {
         "mlflow.source.name": "train.py",
@@ -145,15 +145,15 @@ def test_tags_use_the_names_that_mlflow_shows():
         "tracklight.code": "d1",
         "tracklight.python": "3.12.1",
     }
-    texts = found.texts()
+    texts = found.texts
     assert texts["provenance/packages.txt"] == "a==1\nb==2\n"
     assert texts["provenance/diff.patch"] == "-a\n+b\n"
     assert texts["provenance/untracked.txt"] == "n\n"
 
 
-def test_no_tag_exceeds_what_mlflow_takes():
-    found = Provenance(Git(), {}, {"python": "3"}, "train.py " + "x" * 20_000, "d")
-    assert max(map(len, found.tags().values())) <= 8000
+def test_no_tag_exceeds_what_mlflow_takes(tmp_path):
+    found = collect(tmp_path, "train.py " + "x" * 20_000, "d", {"python": "3"})
+    assert max(map(len, found.tags.values())) <= 8000
 
 
 def test_packages_are_those_installed():
@@ -264,7 +264,7 @@ def test_provenance_asks_git_twice_and_opens_no_metadata_of_packages(repository,
     asked, run = [], subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: asked.append(a) or run(*a, **k))
     monkeypatch.setattr("importlib.metadata.distributions", lambda **_: pytest.fail("reads all"))
-    collect(repository, "train.py", code_digest(), {})
+    collect(repository, "train.py", code_digest(), {"python": "3"})
     assert len(asked) == 2
 
 

@@ -68,7 +68,7 @@ def test_a_process_killed_while_it_creates_its_run_leaves_no_orphan(directory, p
     assert child.exitcode == -signal.SIGKILL
     store = connect(None, directory)
     store.recover()
-    runs = store.find("it")
+    runs = store.search("tags.`tracklight.identity` = 'it'")
     assert [run.info.status for run in runs] == ([] if moment == "before the request" else ["KILLED"])
     for run in runs:
         store.reopen(run.info.run_id).finish("FINISHED")

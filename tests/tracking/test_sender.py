@@ -83,7 +83,9 @@ def test_lost_answers_to_create_run_make_no_orphan(proxy, local, short_requests,
     identity = f"{spoilt} {times}"
     run = store.create(f"creation {identity}", None, {"tracklight.identity": identity})
     run.finish("FINISHED")
-    assert [found.info.run_id for found in store.find(identity)] == [run.run_id]
+    assert [found.info.run_id for found in store.search(f"tags.`tracklight.identity` = '{identity}'")] == [
+        run.run_id
+    ]
     assert [path.name for path in (local / "artifacts").iterdir()] == [run.run_id]
 
 

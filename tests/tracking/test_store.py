@@ -74,7 +74,7 @@ def test_a_deleted_experiment_is_bad_input(store):
     assert store.search("") == []
 
 
-def test_find_gives_runs_of_this_identity_newest_first_and_no_deleted_ones(store):
+def test_search_gives_runs_newest_first_and_no_deleted_ones(store):
     ids = []
     for number, identity in enumerate(["a", "b", "a", "a"]):
         run = store.create(f"experiment {number}", None, {"tracklight.identity": identity})
@@ -82,8 +82,7 @@ def test_find_gives_runs_of_this_identity_newest_first_and_no_deleted_ones(store
         ids.append(run.run_id)
         time.sleep(0.002)
     store.client.delete_run(ids[2])
-    assert [run.info.run_id for run in store.find("a")] == [ids[3], ids[0]]
-    assert store.find("c") == []
+    assert [run.info.run_id for run in store.search("tags.`tracklight.identity` = 'a'")] == [ids[3], ids[0]]
 
 
 def test_a_run_in_progress_is_refused_with_its_pid_and_not_written_to(directory, processes):
@@ -254,7 +253,7 @@ def test_the_newest_run_is_the_one_made_last_whatever_the_clock_says(store):
     with clock_set_back(3600):
         last = add_run(store, 0.4, "setting")
     found = reader_of(store)
-    assert [run.info.run_id for run in store.find("setting 0")] == [last, first]
+    assert [run.info.run_id for run in store.search("")] == [last, first]
     assert select_id(found, "last") == last
     assert [run.run_id for run in found.get_runs([first, last])] == [last, first]
     assert latest_seeds(found.search_scores(RunFilter(), "score"))[0].run_id == last

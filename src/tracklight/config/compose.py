@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+from tracklight.config import rules
 from tracklight.config.hardware import resolve_precision
 from tracklight.config.hydra_internals import initialize, register_resolver
 from tracklight.config.instantiate import (
@@ -25,15 +26,7 @@ from tracklight.config.instantiate import (
     iter_values,
 )
 from tracklight.config.overrides import check_added, explaining, parse_overrides, unknown_key
-from tracklight.config.rules import (
-    check_relations,
-    check_sections,
-    check_values,
-    format_value,
-    is_float,
-    mode_of,
-    nested_items,
-)
+from tracklight.config.rules import format_value, nested_items
 from tracklight.config.types import LOADER
 from tracklight.errors import BadInput
 from tracklight.paths import CONF, PROJECT, ROOT
@@ -41,7 +34,7 @@ from tracklight.redact import redact
 
 register_resolver("root", lambda path: str(ROOT / path), replace=True)
 
-OmegaConf.register_new_resolver("mode_of", mode_of, replace=True)
+OmegaConf.register_new_resolver("mode_of", rules.mode_of, replace=True)
 
 MAX_DEPTH = 32  # of a stored config
 MAX_TICK_CHARS = 10  # that MLflow's charts show of a value
@@ -101,11 +94,11 @@ def check_config(cfg: DictConfig, on_this_machine: bool = True) -> dict[str, Any
     Raises:
         BadInput: One line that names the key, its value, what is allowed and what works.
     """
-    check_sections(OmegaConf.to_container(cfg))
+    rules.check_sections(OmegaConf.to_container(cfg))
     tree = to_plain(cfg)
-    check_values(tree)
+    rules.check_values(tree)
     check_targets(tree, tree.get("allowed_targets", allowed_targets()))
-    check_relations(tree, on_this_machine)
+    rules.check_relations(tree, on_this_machine)
     return tree
 
 
@@ -149,9 +142,7 @@ def parse_stored(text: str) -> dict[str, Any]:
     """Parse a stored config: mappings, lists, texts and numbers, nested to a bounded depth.
 
     An alias may stand for itself, or for a billion values; in no config that was written here is one.
-
-    Raises:
-        ValueError: It is anything else.
+    Anything else raises ValueError.
     """
     depth = 0
     for event in yaml.parse(text, Loader=LOADER):
@@ -167,11 +158,7 @@ def parse_stored(text: str) -> dict[str, Any]:
 
 
 def check_stored_paths(stored: Mapping[str, Any], overrides: Sequence[str], folder: Path) -> None:
-    """Refuse what a stored config would write elsewhere than in the run's folder, unless typed again.
-
-    Raises:
-        BadInput: It names such a path.
-    """
+    """Refuse what a stored config would write elsewhere than in the run's folder, unless typed again."""
     typed = {override.key_or_group for override in parse_overrides(overrides)}
     for section in ("callbacks", "trainer"):  # whose classes write files
         for key, value in iter_values(stored.get(section), section):
@@ -219,14 +206,19 @@ def result_keys(cfg: Any) -> dict[str, Any]:
     """Return, by dotted key, the values on which the result depends; equal numbers are one, 1 and 1.0."""
     leaves = {k: v for k, v in _leaves(to_plain(cfg)).items() if not is_below(k, NOT_IN_DIGEST)}
     for key, value in leaves.items():
-        if is_float(key, value, leaves.get(f"{key.rpartition('.')[0]}._target_")):
+        if rules.is_float(key, value, leaves.get(f"{key.rpartition('.')[0]}._target_")):
             leaves[key] = float(value)
     return leaves
 
 
+def json_digest(value: Any) -> str:
+    """Return the SHA-256 (hexadecimal) of a value as JSON, keys sorted."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def config_digest(cfg: Any) -> str:
-    """Return the SHA-256 (hexadecimal) of all values on which the result depends."""
-    return hashlib.sha256(json.dumps(result_keys(cfg), sort_keys=True).encode()).hexdigest()
+    """Return the digest of all values on which the result depends."""
+    return json_digest(result_keys(cfg))
 
 
 def digest_without_seed(cfg: Any, data: str | None = None) -> str:
@@ -235,7 +227,7 @@ def digest_without_seed(cfg: Any, data: str | None = None) -> str:
     tree = {key: value for key, value in tree.items() if key.rpartition(".")[2] != "seed"}
     if data is not None:
         tree["data"] = data
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    return json_digest(tree)
 
 
 def list_targets(cfg: Any) -> list[str]:

@@ -47,7 +47,7 @@ def open_run(
     source_digest = data.source_digest if isinstance(data, TensorData) else None
     run_tags = {
         **tags.own_tags(flatten(cfg.tracking.tags), redact(cfg.tracking.note)),
-        **provenance.tags(),
+        **provenance.tags,
         tags.IDENTITY_TAG: config_digest(cfg),
         tags.SETTING_TAG: digest_without_seed(cfg, source_digest),
         tags.DATA_TAG: data.digest if isinstance(data, TensorData) else "unknown",
@@ -95,7 +95,7 @@ def describe(
     run.log_text(yaml.safe_dump(tree, sort_keys=False), tags.CONFIG)
     if isinstance(data, TensorData):
         run.log_text(json.dumps(describe_inputs(data), indent=1) + "\n", tags.INPUTS)
-    for path, text in provenance.texts().items():
+    for path, text in provenance.texts.items():
         run.log_text(text, path)
     run.upload_artifacts()  # so that a run whose process dies can be rebuilt from its store, too
 

@@ -38,11 +38,7 @@ MAX_EXPANDED = 2**28  # bytes of a tensor that repeats the few values stored
 
 
 def open_store(uri: str | None, directory: Path, *, create: bool = False) -> Store:
-    """Open a tracking store and recover the runs whose processes died.
-
-    Raises:
-        BadInput: The store cannot be opened; without `create` it must exist, and may be read-only.
-    """
+    """Open a tracking store, which without `create` must exist, and recover the runs whose processes died."""
     if not create:
         open_reader(uri, directory)  # raises if there is no store, where `connect` creates one
     store = connect(uri, directory, reads_only=not create)
@@ -98,8 +94,8 @@ def resolve_resume(
 
 def _find_unfinished(cfg: DictConfig, store: Store) -> Any | None:
     """Return the newest unfinished run of this config that no other command resumes."""
-    max_epochs = str(cfg.trainer.max_epochs)
-    for run in store.find(compose.config_digest(cfg)):
+    max_epochs, identity = str(cfg.trainer.max_epochs), compose.config_digest(cfg)
+    for run in store.search(f"tags.`{tags.IDENTITY_TAG}` = '{identity}'"):
         run_id, run_tags = run.info.run_id, run.data.tags
         if {tags.PARENT_TAG, tags.REPRODUCES_TAG} & run_tags.keys():
             continue
@@ -309,11 +305,7 @@ def describe_inputs(data: TensorData) -> dict[str, Any]:
 
 
 def load_inputs(store: Store, run: Any) -> dict[str, Any]:
-    """Load what `describe_inputs` returned when the run was trained.
-
-    Raises:
-        BadInput: The run did not record it.
-    """
+    """Load what `describe_inputs` returned when the run was trained."""
     try:
         inputs = parse_mapping(read_text(store, run, tags.INPUTS))
     except BadInput as error:

@@ -82,11 +82,7 @@ def _whole_params(uri: str | None, directory: Path, run: RunRecord) -> dict[str,
 
 
 def diff_runs(reader: RunReader, args: Any) -> str:
-    """Return the report on the two runs of a command line, as text or JSON.
-
-    Raises:
-        BadInput: There is no such run.
-    """
+    """Return the report on the two runs of a command line, as text or JSON."""
     a, b = (_trained_run(reader, select_id(reader, w, args.experiment)) for w in args.runs)
     texts = [read_environment(args.uri, args.dir, run.run_id) for run in (a, b)]
     scores = [_scores_by_seed(reader, run) for run in (a, b)]

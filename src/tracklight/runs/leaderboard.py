@@ -112,19 +112,13 @@ class LeaderboardRow:
         """Half the width of the mean's 95 % interval."""
         return half_width(self.scores)
 
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """The mean's 95 % interval."""
-        half, mean = self.half_width, self.score
-        return None if half is None or mean is None else (mean - half, mean + half)
-
     def to_dict(self) -> dict[str, Any]:
         """Return the cells of a sweep's table by column."""
-        num, (low, high) = len(self.run_ids), self.interval or (None, None)
-        cells: dict[str, Any] = {"rank": self.rank, "trial": self.trial, **self.params}
-        cells["score"] = self.score
+        num, half, mean = len(self.run_ids), self.half_width, self.score
+        cells: dict[str, Any] = {"rank": self.rank, "trial": self.trial, **self.params, "score": mean}
         if num > 1:
             std = statistics.stdev(self.scores) if len(self.scores) > 1 else None
+            low, high = (None, None) if half is None or mean is None else (mean - half, mean + half)
             cells |= {"std": std, "ci95_low": low, "ci95_high": high, "seeds": num}
         cells |= {"state": self.state, "epochs": self.epochs, "seconds": round(self.seconds, 2)}
         return cells | {"reason": self.reason, "run_id": " ".join(self.run_ids)}

@@ -8,9 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-from typing_extensions import override
+from typing import TYPE_CHECKING, Any
 
 from tracklight.errors import BadInput
 from tracklight.tracking import address, tags
@@ -67,49 +65,6 @@ class RunFilter:
     since_ms: int = 0  # of the start
 
 
-class RunReader(Protocol):
-    """Reads the runs of a store, newest first, deleted ones excluded."""
-
-    display_uri: str  # without passwords
-
-    def find_ids(self, prefix: str, deleted: bool = False) -> list[str]:
-        """Return up to two ids with this prefix, of runs of any kind, or of deleted ones."""
-        ...
-
-    def search_scores(self, run_filter: RunFilter, metric: str) -> list[RunScore]:
-        """Return the last value of a metric of all training runs that pass the filter."""
-        ...
-
-    def get_runs(self, ids: Sequence[str]) -> list[RunRecord]:
-        """Return the runs with these ids."""
-        ...
-
-    def get_histories(self, ids: Sequence[str], metric: str) -> dict[str, list[tuple[int, float]]]:
-        """Return the steps and values of a metric, by id of the runs that have it."""
-        ...
-
-
-def open_reader(uri: str | None, directory: Path) -> RunReader:
-    """Open a store for reading; a missing one is refused, not created."""
-    path = address.sqlite_path(address.resolve_uri(uri, directory.absolute()))
-    if path is None:
-        from tracklight.tracking.store import connect  # imports MLflow, which takes seconds
-
-        return ClientReader(connect(uri, directory, reads_only=True))
-    try:
-        is_there = path.is_file()
-    except OSError as error:  # of a folder above
-        raise BadInput(f"{path} cannot be read ({error.strerror})") from None
-    if not is_there:
-        raise BadInput(f"there is no store {path} yet; train something first, or name it: --uri")
-    return SqliteReader(path)
-
-
-def reader_of(store: "Store") -> RunReader:
-    """Return a reader of an open store."""
-    return ClientReader(store) if store.database is None else SqliteReader(store.database)
-
-
 def finite(value: float | None) -> float | None:
     """Return the value; None if it is not finite. MLflow stores infinity as the largest float."""
     return value if value is not None and abs(value) < sys.float_info.max else None
@@ -142,12 +97,11 @@ def _with_epochs(runs: Iterable[RunRecord]) -> list[RunRecord]:
     return found
 
 
-def _newest_first(runs: Iterable[RunRecord]) -> list[RunRecord]:
-    return _with_epochs(sorted(runs, key=lambda run: (-run.start_ms, run.run_id)))
+class SqliteReader:
+    """Reads MLflow's SQLite file without importing MLflow; any other file is refused.
 
-
-class SqliteReader(RunReader):
-    """Reads MLflow's SQLite file without importing MLflow; any other file is refused."""
+    Runs come newest first, deleted ones excluded; `display_uri` holds no password.
+    """
 
     def __init__(self, path: Path):
         self.display_uri = f"sqlite:///{path}"
@@ -170,14 +124,14 @@ class SqliteReader(RunReader):
             marks = ", ".join("?" * len(batch))
             yield from self._query(sql.format(ids=marks), (*values, *batch))
 
-    @override
     def find_ids(self, prefix: str, deleted: bool = False) -> list[str]:
+        """Return up to two ids with this prefix, of runs of any kind, or of deleted ones."""
         sql = "SELECT run_uuid FROM runs WHERE lifecycle_stage = ? AND run_uuid LIKE ? LIMIT 2"
         stage = "deleted" if deleted else "active"
         return [row[0] for row in self._query(sql, (stage, f"{prefix}%"))]
 
-    @override
     def search_scores(self, run_filter: RunFilter, metric: str) -> list[RunScore]:
+        """Return the last value of a metric of all training runs that pass the filter."""
         value = "(SELECT value FROM {} WHERE run_uuid = r.run_uuid AND key = ?)"
         tag, param = value.format("tags"), value.format("params")
         where, values = [f"{tag} IS NOT NULL"], [tags.IDENTITY_TAG]
@@ -205,8 +159,8 @@ class SqliteReader(RunReader):
             for run_id, setting, identity, data, value, start, outcome in rows
         ]
 
-    @override
     def get_runs(self, ids: Sequence[str]) -> list[RunRecord]:
+        """Return the runs with these ids."""
         rows = self._query_batches(
             "SELECT r.run_uuid, r.name, e.name, r.status, r.start_time, r.end_time, r.rowid FROM runs AS r"
             " JOIN experiments AS e ON e.experiment_id = r.experiment_id"
@@ -225,8 +179,8 @@ class SqliteReader(RunReader):
             runs[run_id].metrics[key] = math.nan if is_nan else _as_logged(value)
         return _with_epochs(runs.values())
 
-    @override
     def get_histories(self, ids: Sequence[str], metric: str) -> dict[str, list[tuple[int, float]]]:
+        """Return the steps and values of a metric, by id of the runs that have it."""
         found: dict[str, list[tuple[int, float]]] = {}
         sql = "SELECT run_uuid, step, value FROM metrics WHERE key = ? AND run_uuid IN ({ids})"
         sql += " AND is_nan = 0 ORDER BY step, timestamp"
@@ -235,44 +189,32 @@ class SqliteReader(RunReader):
         return found
 
 
-class ClientReader(RunReader):
+class ClientReader:
     """Reads any store by MLflow's client."""
 
     def __init__(self, store: "Store"):
         self.display_uri = store.display_uri
-        self._client = store.client
-        self._experiments = {e.experiment_id: e.name for e in self._client.search_experiments()}
+        self._store = store
+        self._names = {e.experiment_id: e.name for e in store.client.search_experiments()}
 
     def _search(self, query: str, experiment: str | None = None, deleted: bool = False) -> list[RunRecord]:
-        from tracklight.tracking.mlflow_client import mlflow
-
-        view = mlflow.entities.ViewType
-        stage = view.DELETED_ONLY if deleted else view.ACTIVE_ONLY
-        ids = [i for i, name in self._experiments.items() if experiment in (None, name)]
-        runs, token = [], None
-        while ids:
-            page = self._client.search_runs(ids, query, stage, page_token=token)
-            runs += page
-            token = page.token
-            if not token:
-                break
-        return _newest_first(
+        return _with_epochs(
             RunRecord(
-                *(run.info.run_id, run.info.run_name, self._experiments[run.info.experiment_id]),
+                *(run.info.run_id, run.info.run_name, self._names.get(run.info.experiment_id, "")),
                 *(run.info.status, run.info.start_time, run.info.end_time, run.data.params),
                 {key: _as_logged(value) for key, value in run.data.metrics.items()},
                 run.data.tags,
             )
-            for run in runs
+            for run in self._store.search(query, experiment=experiment, deleted=deleted)
         )
 
-    @override
     def find_ids(self, prefix: str, deleted: bool = False) -> list[str]:
+        """See `SqliteReader`."""
         found = self._search(f"attributes.run_id LIKE '{prefix}%'", deleted=deleted)
         return [run.run_id for run in found[:2]]
 
-    @override
     def search_scores(self, run_filter: RunFilter, metric: str) -> list[RunScore]:
+        """See `SqliteReader`."""
         query = [f"tags.`{key}` = '{_quoted(v)}'" for key, v in run_filter.tags.items()]
         query += [f"params.`{key}` = '{_quoted(v)}'" for key, v in run_filter.params.items()]
         query += [f"tags.`{tags.IDENTITY_TAG}` LIKE '%'", f"attributes.start_time >= {run_filter.since_ms}"]
@@ -290,16 +232,17 @@ class ClientReader(RunReader):
             if tags.REPRODUCES_TAG in run_filter.tags or tags.REPRODUCES_TAG not in run.tags
         ]
 
-    @override
     def get_runs(self, ids: Sequence[str]) -> list[RunRecord]:
+        """See `SqliteReader`."""
         queries = (f"attributes.run_id IN ({', '.join(map(repr, ids))})" for ids in batches(ids))
-        return _newest_first(run for query in queries for run in self._search(query))
+        found = (run for query in queries for run in self._search(query))
+        return sorted(found, key=lambda run: -run.start_ms)
 
-    @override
     def get_histories(self, ids: Sequence[str], metric: str) -> dict[str, list[tuple[int, float]]]:
+        """See `SqliteReader`."""
         found: dict[str, list[tuple[int, float]]] = {}
         for run_id in ids:
-            history = self._client.get_metric_history(run_id, metric)
+            history = self._store.client.get_metric_history(run_id, metric)
             for point in sorted(history, key=lambda point: (point.step, point.timestamp)):
                 if not math.isnan(point.value):
                     found.setdefault(run_id, []).append((point.step, point.value))
@@ -310,3 +253,27 @@ def _quoted(value: str) -> str:
     if "'" in value:
         raise BadInput(f"{value!r}: a value with a quote cannot be asked for on a server")
     return value
+
+
+RunReader = SqliteReader | ClientReader
+
+
+def open_reader(uri: str | None, directory: Path) -> RunReader:
+    """Open a store for reading; a missing one is refused, not created."""
+    path = address.sqlite_path(address.resolve_uri(uri, directory.absolute()))
+    if path is None:
+        from tracklight.tracking.store import connect  # imports MLflow, which takes seconds
+
+        return ClientReader(connect(uri, directory, reads_only=True))
+    try:
+        is_there = path.is_file()
+    except OSError as error:  # of a folder above
+        raise BadInput(f"{path} cannot be read ({error.strerror})") from None
+    if not is_there:
+        raise BadInput(f"there is no store {path} yet; train something first, or name it: --uri")
+    return SqliteReader(path)
+
+
+def reader_of(store: "Store") -> RunReader:
+    """Return a reader of an open store."""
+    return ClientReader(store) if store.database is None else SqliteReader(store.database)

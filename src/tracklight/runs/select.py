@@ -1,11 +1,9 @@
 """Selects a run by its id, a prefix of it, `last` or `best`, and reads its artifacts."""
 
-import atexit
 import functools
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,11 +24,7 @@ MAX_CHECKPOINT_GB = "16"
 
 
 def check_id(word: str) -> None:
-    """Refuse what can be neither a run id nor a prefix of one.
-
-    Raises:
-        BadInput: It is not 4 to 32 hexadecimal digits.
-    """
+    """Refuse what can be neither a run id nor a prefix of one."""
     if not re.fullmatch(r"[0-9a-f]{4,32}", word):
         shown = repr(word[:60])
         raise BadInput(f"run id {shown} must be 4 to 32 hexadecimal digits, as MLflow shows it")
@@ -108,21 +102,15 @@ def select_run(store: "Store", word: str, experiment: str | None = None) -> Any:
     """Return MLflow's run that a word names: an id, a unique prefix of one, `last` or `best`.
 
     `last` is the newest training run; `best` has the best score of those scored by the same metric
-    on the same data as the newest, pruned trials excluded. `experiment` limits both to one.
-
-    Raises:
-        BadInput: There is no such run.
+    on the same data as the newest, pruned trials excluded. `experiment` limits both to one. Raises as
+    `find_run` does.
     """
     run_id = select_id(reader_of(store), word, experiment) if word in WORDS else word
     return find_run(store, run_id)
 
 
 def resolve_sweep(store: "Store", run: Any) -> Any:
-    """Return the best trial of a sweep; any other run as it is.
-
-    Raises:
-        BadInput: The sweep has no best trial, or the run is an evaluation of another.
-    """
+    """Return the best trial of a sweep, any other run as it is; raise as `trained_id` does."""
     run_id = trained_id(run.info.run_id, run.data.tags)
     return run if run_id == run.info.run_id else find_run(store, run_id)
 
@@ -151,7 +139,7 @@ def fetch(store: "Store", run: Any, path: str) -> Path:
             raise BadInput(f"run {run_id}: {path} has {size:,} bytes, more than {max_bytes:,}{hint}")
         if is_here:
             return local
-        target = Path(tempfile.mkdtemp(dir=_temporary())) / local.name
+        target = Path(tempfile.mkdtemp(dir=_downloads().name)) / local.name
         download(run, store.uri, path, target, max_bytes, size)
         return target
     except StopIteration:
@@ -193,16 +181,14 @@ def parse_mapping(text: str) -> dict[str, Any]:
 
 def remove_downloads() -> None:
     """Remove what this process has downloaded."""
-    if _temporary.cache_info().currsize:
-        shutil.rmtree(_temporary(), ignore_errors=True)
+    if _downloads.cache_info().currsize:
+        _downloads().cleanup()
 
 
 @functools.cache
-def _temporary() -> str:
-    """Create the folder of this process's downloads, which is removed when the process ends."""
-    folder = tempfile.mkdtemp(prefix="tracklight-")
-    atexit.register(remove_downloads)
-    return folder
+def _downloads() -> tempfile.TemporaryDirectory[str]:
+    """The folder of this process's downloads; it is removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="tracklight-", ignore_cleanup_errors=True)
 
 
 def _deleted(run_id: str, display_uri: str) -> BadInput:

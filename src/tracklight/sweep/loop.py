@@ -11,13 +11,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from tracklight.config.compose import json_digest
 from tracklight.engine.signals import stop_signals
 from tracklight.errors import BadInput, RunFailed
 from tracklight.experiment.stored import is_unfinished
 from tracklight.runs.leaderboard import TrialRun
 from tracklight.sweep.executors import Executor
 from tracklight.sweep.parent_run import ParentRun
-from tracklight.sweep.plan import Job, Plan, format_params, json_digest, make_trial_spec, with_num_threads
+from tracklight.sweep.plan import Job, Plan, format_params, make_trial_spec, with_num_threads
 from tracklight.sweep.progress import Progress
 from tracklight.sweep.study import INVALID_ATTR, OUTAGE_S, RUN_KEYS_ATTR, OptunaStudy, TrialRequest
 from tracklight.sweep.trial import EpochReport, TrialResult

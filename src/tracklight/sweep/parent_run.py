@@ -71,13 +71,7 @@ def _children_query(run_id: str) -> str:
 
 def _check_not_deleted(store: Store, query: str) -> None:
     """Refuse to repeat a sweep whose parent was deleted, as its trials may still exist."""
-
-    def search() -> list[Any]:
-        experiments = [each.experiment_id for each in store.client.search_experiments()]
-        deleted_only = mlflow.entities.ViewType.DELETED_ONLY
-        return store.client.search_runs(experiments, query, deleted_only, max_results=1)
-
-    for run in retry(search, store.timeout_s):
+    for run in store.search(query, deleted=True):
         raise BadInput(
             f"the parent run of this sweep, {run.info.run_id}, was deleted; sweep.fresh=true "
             f"starts over, {restore_command(run.info.run_id, store.display_uri)} brings it back"
@@ -106,9 +100,7 @@ def _tags(plan: Plan) -> dict[str, str]:
     facts = provenance.collect(ROOT, command, provenance.code_digest(), describe_machine())
     own = {"tracklight.kind": "sweep", tags.THREADS_TAG: str(plan.num_threads)}
     tracking = plan.first_cfg.tracking
-    return (
-        tags.own_tags(flatten(tracking.tags), redact(tracking.note)) | facts.tags() | settings | space | own
-    )
+    return tags.own_tags(flatten(tracking.tags), redact(tracking.note)) | facts.tags | settings | space | own
 
 
 def _check_unchanged(plan: Plan, children: Iterable[Any], data: str | None) -> None:

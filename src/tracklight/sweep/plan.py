@@ -1,8 +1,6 @@
 """Plan a sweep: compose and check the configs of its trials before the first one starts."""
 
-import hashlib
 import importlib.util
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,13 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
-from tracklight.config.compose import (
-    config_digest,
-    resolve_composed,
-    resolve_config,
-    result_keys,
-    set_allowed_targets,
-)
+from tracklight.config import compose
 from tracklight.config.hardware import count_gpus, default_threads, num_devices
 from tracklight.config.hydra_internals import apply_parsed_overrides
 from tracklight.config.overrides import explaining
@@ -90,14 +82,9 @@ def make_trial_spec(job: Job, **options: Any) -> TrialSpec:
 
 
 def _job_key(cfg: DictConfig, params: Mapping[str, str]) -> str:
-    keys = result_keys(cfg)
+    keys = compose.result_keys(cfg)
     others = sorted((key, text) for key, text in params.items() if "." in key and key not in keys)
-    return json_digest([config_digest(cfg), cfg.trainer.max_epochs, others])
-
-
-def json_digest(value: Any, sort_keys: bool = False) -> str:
-    """Return the SHA-256 of a value as JSON, in hexadecimal."""
-    return hashlib.sha256(json.dumps(value, sort_keys=sort_keys).encode()).hexdigest()
+    return compose.json_digest([compose.config_digest(cfg), cfg.trainer.max_epochs, others])
 
 
 class Plan:
@@ -109,9 +96,6 @@ class Plan:
         num_gpus: GPUs that the trials share, one each; 0 on the CPU.
         configs: Of a grid, the jobs of each config, one a seed; of a search, one job for each
             corner of the space.
-
-    Raises:
-        BadInput: The sweep cannot run.
     """
 
     def __init__(self, overrides: list[str], master: DictConfig, context: HydraContext):
@@ -168,7 +152,7 @@ class Plan:
             cfg.seed += seed_offset
             overrides.append(f"seed={cfg.seed}")
         is_local = self.launcher in (None, JOBLIB_LAUNCHER)
-        cfg = (resolve_config if groups in self._checked else resolve_composed)(cfg, is_local)
+        cfg = (compose.resolve_config if groups in self._checked else compose.resolve_composed)(cfg, is_local)
         self._checked.add(groups)
         key = _job_key(cfg, params)
         return Job(number, dict(params), cfg, [*self.space.fixed, *overrides], key)
@@ -186,7 +170,7 @@ class Plan:
         composed = self._composed[groups]
         HydraConfig.instance().set_config(composed)
         cfg = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-        set_allowed_targets(cfg)
+        compose.set_allowed_targets(cfg)
         OmegaConf.set_struct(cfg, True)
         return cfg
 
@@ -222,7 +206,7 @@ class Plan:
         for name in names:
             if "." in name and OmegaConf.select(cfg, name, throw_on_missing=False) is None:
                 OmegaConf.update(cfg, name, 0, force_add=True)
-        values = result_keys(cfg) | {"trainer.max_epochs": cfg.trainer.max_epochs}
+        values = compose.result_keys(cfg) | {"trainer.max_epochs": cfg.trainer.max_epochs}
         varying = tuple(f"{name}." for name in names)
         shared = {key: value for key, value in values.items() if not f"{key}.".startswith(varying)}
         keys = ["pruner", "pruner_options"]
@@ -232,7 +216,7 @@ class Plan:
         settings["score"] = [self.metric, self.mode]
         settings["is_mean"] = self.settings["seeds"] > 1  # not comparable with a single score
         varied = self.space.expressions() if self.is_search else sorted(names)
-        return json_digest([self.is_search, shared, varied, settings], sort_keys=True)
+        return compose.json_digest([self.is_search, shared, varied, settings])
 
     @property
     def notes(self) -> list[str]:

@@ -163,7 +163,7 @@ def _closing_table(rows: Sequence[LeaderboardRow], metric: str) -> Table:
     ]
     if not any(row.state == "failed" for row in rows):
         columns.pop()
-    if not any(row.interval for row in rows):
+    if all(row.half_width is None for row in rows):
         del columns[2:4]
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for label, style, _ in columns:

@@ -193,11 +193,7 @@ def _raise_outcome(loop: "SweepLoop") -> None:
 
 
 def test_winner(loop: "SweepLoop", parent: "ParentRun", winner: LeaderboardRow) -> str:
-    """Test those runs of the best trial that are not tested yet; return a line with the results.
-
-    Raises:
-        RunFailed: A run could not be tested.
-    """
+    """Test those runs of the best trial that are not tested yet; return a line with the results."""
     children = {child.info.run_id: child for child in parent.children()}
     runs = [children[run_id] for run_id in winner.run_ids]
     untested = {run.data.tags[POINT_TAG]: run for run in runs if TESTED_TAG not in run.data.tags}

@@ -14,9 +14,8 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tracklight.paths import PACKAGE, PROJECT
 from tracklight.redact import redact
@@ -32,8 +31,7 @@ _GIT_TIMEOUT_S = 5.0
 GIT_ERRORS = (OSError, subprocess.SubprocessError)  # not installed, no repository, no answer
 
 
-@dataclass(frozen=True)
-class Git:
+class Git(NamedTuple):
     """The state of the work tree, None where there is none; untracked files are not dirty."""
 
     commit: str | None = None
@@ -43,43 +41,33 @@ class Git:
     untracked: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """Where a run came from, also as MLflow's tags and artifacts."""
+class Provenance(NamedTuple):
+    """Where a run came from: as tags, and what is too long for a tag as artifact path and content."""
 
-    git: Git
-    packages: dict[str, str]
-    machine: Mapping[str, Any]
-    command: str
-    code: str
-
-    def tags(self) -> dict[str, str]:
-        """Return short facts as run tags, under MLflow's own names where it has one."""
-        tags = source_tags(self.command.split(" ")[0]) | {
-            COMMAND_TAG: self.command,
-            CODE_TAG: self.code,
-            "tracklight.python": str(self.machine["python"]),
-            COMMIT_TAG: self.git.commit,
-            "mlflow.source.git.branch": self.git.branch,
-            DIRTY_TAG: None if self.git.dirty is None else str(self.git.dirty).lower(),
-        }
-        return {key: shorten(value, MAX_TAG_CHARS) for key, value in tags.items() if value}
-
-    def texts(self) -> dict[str, str]:
-        """Return what is too long for a tag, as artifact path and content."""
-        packages = (f"{name}=={version}\n" for name, version in sorted(self.packages.items()))
-        texts = {
-            "provenance/packages.txt": "".join(packages),
-            "provenance/machine.json": json.dumps(self.machine, indent=2) + "\n",
-            "provenance/diff.patch": self.git.diff,
-            "provenance/untracked.txt": "".join(f"{path}\n" for path in self.git.untracked),
-        }
-        return {path: text for path, text in texts.items() if text}
+    tags: dict[str, str]
+    texts: dict[str, str]
 
 
 def collect(root: Path, command: str, code: str, machine: Mapping[str, Any]) -> Provenance:
     """Gather the provenance of a run in project `root`; `command` holds no secrets."""
-    return Provenance(git_state(root), installed_packages(), machine, command, code)
+    git = git_state(root)
+    tags = source_tags(command.split(" ")[0]) | {
+        COMMAND_TAG: command,
+        CODE_TAG: code,
+        "tracklight.python": str(machine["python"]),
+        COMMIT_TAG: git.commit,
+        "mlflow.source.git.branch": git.branch,
+        DIRTY_TAG: None if git.dirty is None else str(git.dirty).lower(),
+    }
+    packages = (f"{name}=={version}\n" for name, version in sorted(installed_packages().items()))
+    texts = {
+        "provenance/packages.txt": "".join(packages),
+        "provenance/machine.json": json.dumps(machine, indent=2) + "\n",
+        "provenance/diff.patch": git.diff,
+        "provenance/untracked.txt": "".join(f"{path}\n" for path in git.untracked),
+    }
+    tags = {key: shorten(value, MAX_TAG_CHARS) for key, value in tags.items() if value}
+    return Provenance(tags, {path: text for path, text in texts.items() if text})
 
 
 def source_tags(name: str) -> dict[str, str]:

@@ -27,7 +27,7 @@ from tracklight.tracking.lock import LockHeld, RunLock, read_lock
 from tracklight.tracking.mlflow_client import is_locked, is_transient, mlflow, retry, short_reason
 from tracklight.tracking.provenance import source_tags
 from tracklight.tracking.sender import MlflowWriter, Sender
-from tracklight.tracking.tags import IDENTITY_TAG, KEY_TAG, NEW_PREFIX, RUNS_FOLDER, WAL_FILE, is_run_id
+from tracklight.tracking.tags import KEY_TAG, NEW_PREFIX, RUNS_FOLDER, WAL_FILE, is_run_id
 from tracklight.tracking.wal import WriteAheadLog
 
 if TYPE_CHECKING:
@@ -278,21 +278,25 @@ class Store:
             on_error.pop_all()
             return opened
 
-    def find(self, identity: str) -> list[Any]:
-        """Return the runs whose tag `tracklight.identity` is this config digest, newest first."""
-        return self.search(f"tags.`{IDENTITY_TAG}` = '{identity}'")
-
     def search(
-        self, filter_string: str, timeout_s: float | None = None, *, deleted: bool = False
+        self,
+        filter_string: str,
+        timeout_s: float | None = None,
+        *,
+        experiment: str | None = None,
+        deleted: bool = False,
     ) -> list[Any]:
-        """Return the active (or deleted) runs of all experiments that pass MLflow's filter, newest first."""
+        """Return active or deleted runs, of all experiments or one, that pass the filter, newest first."""
         views = mlflow.entities.ViewType
         view = views.DELETED_ONLY if deleted else views.ACTIVE_ONLY
 
         def search() -> list[Any]:
-            ids = [each.experiment_id for each in _all_pages(self.client.search_experiments)]
+            known = _all_pages(self.client.search_experiments)
+            ids = [each.experiment_id for each in known if experiment in (None, each.name)]
             newest = ["attributes.start_time DESC"]
-            return _all_pages(self.client.search_runs, ids, filter_string, view, order_by=newest)
+            return (
+                _all_pages(self.client.search_runs, ids, filter_string, view, order_by=newest) if ids else []
+            )
 
         runs = retry(search, self.timeout_s if timeout_s is None else timeout_s)
         if self.database is not None and len(runs) > 1:  # between two, the clock may have been set back
