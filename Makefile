@@ -53,7 +53,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	exit 1
 	@if [ -n "$(UV)" ]; then set -- "$(UV)" pip install --python $(BIN)/python; \
 	else set -- $(BIN)/python -m pip install --disable-pip-version-check; fi; \
-	"$$@" --quiet --constraint constraints.txt --editable '.[table,sweep,dev]'
+	"$$@" --quiet --constraint constraints.txt --editable '.[sweep,dev]'
 	@touch $@
 
 train: $(INSTALLED)
@@ -76,7 +76,7 @@ newest: RESOLVE := --upgrade 'hydra-core>=1.4.0.dev0' 'omegaconf>=2.4.0.dev0'
 floors newest:
 	@[ -n "$(UV)" ] || { echo 'make $@ resolves with uv: https://docs.astral.sh/uv' >&2; exit 1; }
 	@"$(UV)" venv --quiet --clear --python '$(or $(PYTHON),>=3.11$(comma)<3.15)' $(VENV)-$@
-	@"$(UV)" pip install --quiet --python $(BIN)/python $(RESOLVE) --editable '.[table,sweep,dev]'
+	@"$(UV)" pip install --quiet --python $(BIN)/python $(RESOLVE) --editable '.[sweep,dev]'
 	@$(PYTEST) $(ARGS)
 
 ui: $(INSTALLED)
