@@ -79,7 +79,11 @@ def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(words, tmp
     assert sorted((ROOT / "mlruns").iterdir()) == before
 
 
-@pytest.mark.parametrize("word", ["optimizer.lrr=1", "optimizer.lr=abc", "model._target_=os.system"])
+@pytest.mark.parametrize(
+    "word",
+    ["optimizer.lrr=1", "optimizer.lr=abc", "model._target_=os.system", "trainer.strategy=foo", "+seed=1"]
+    + ["trainer.plugins=foo", "trainer.profiler=foo", "overrides=[x]", 'tracking.note="\x1b[31m"'],
+)
 def test_bad_input_is_told_before_anything_heavy_is_imported(word):
     code = f"""
         import runpy, sys
@@ -152,6 +156,21 @@ def test_passwords_are_not_shown_in_errors(call, capsys):
     with pytest.raises(SystemExit):
         call(raising(ZeroDivisionError("ftp://me:hunter2@host")))
     assert "hunter2" not in capsys.readouterr().err
+
+
+def test_control_characters_are_printed_escaped_but_for_those_of_progress_bars(call, capsys):
+    bar = "\r\x1b[2K\x1b[1A\x1b[?25l\x1b[1;32mgreen\x1b[0m ü\n\t"
+    orders = {
+        "\x1b]0;title\x07": r"\x1b]0;title\x07",
+        "\x1b[6n": r"\x1b[6n",
+        "\x9b2J": r"\x9b2J",
+        "\x1bc": r"\x1bc",
+    }
+    call(lambda _: print(bar, *orders))
+    assert capsys.readouterr().out == " ".join([bar, *orders.values()]) + "\n"
+    with pytest.raises(SystemExit):
+        call(raising(BadInput("run a\x1b[31mred\r is none")))
+    assert capsys.readouterr().err == "error: run a\\x1b[31mred is none\n"
 
 
 def test_the_score_is_returned(call):

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -30,7 +31,7 @@ from tracklight.config.overrides import check_overrides, explain, flags_parser, 
 from tracklight.engine.distributed import check_ranks, read_rank_zero_run
 from tracklight.errors import BadInput, RunFailed
 from tracklight.paths import PROJECT, TRAIN
-from tracklight.redact import redact, redact_messages
+from tracklight.redact import CONTROL, redact, redact_messages
 
 Task = Callable[[Any], Any]
 
@@ -42,6 +43,8 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "GIT_PYTHON_REFRESH": "quiet",
 }
+# Control characters, any of which a stored name may hold, but for those that draw progress bars.
+_STEERING = re.compile(rf"(?!\r|\x1b\[(?:\d*[A-DGJK]|[\d;]*m|\?25[hl])){CONTROL.pattern}")
 # Of a disk or its quota: the line says what and where, a traceback no more.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENAMETOOLONG}
 # Imports make a million objects, all to stay; collecting garbage at every turn would take seconds.
@@ -143,7 +146,8 @@ class _SafeStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write, or discard."""
+        """Write, control characters escaped but those of `_STEERING`'s exceptions; or discard."""
+        text = _STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
         self._attempt(lambda: self._stream.write(text))
         return len(text)
 
@@ -195,7 +199,8 @@ def _exit_on_error() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except (BadInput, RunFailed) as error:
-        print(f"error: {redact(' '.join(str(error).split()))}", file=sys.stderr)
+        text = CONTROL.sub(lambda found: ascii(found[0])[1:-1], redact(" ".join(str(error).split())))
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)
     except BaseException as error:
         if isinstance(number := getattr(error, "signum", None), int):  # of engine.signals.Stopped

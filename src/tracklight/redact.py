@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 STARS = "***"
+CONTROL = re.compile("[^\\n\\t -~\\xa0-\\U0010ffff]")  # characters that steer a terminal
 MIN_SECRET_CHARS = 6  # a shorter value of the environment may be part of any word
 PACKAGE = Path(__file__).resolve().parent
 

@@ -1,5 +1,7 @@
 """Values out of range, and machines that lack what is asked for."""
 
+from pathlib import Path
+
 import pytest
 
 from tracklight.config import hardware, rules
@@ -38,6 +40,10 @@ def changed(key, value):
         "compile": ["yes", 1],
         "resume": ["", "../../etc/passwd", "a\nb", float("inf"), "x" * 32, "a" * 33],
         "scheduler.interval": ["batch"],
+        "trainer.strategy": ["foo", None, ["ddp"], {"a": 1}, "ddp_spoon", "deepspeed_stage_4"],
+        "trainer.plugins": ["foo", [1], ["foo"], {"a": 1}, [{"a": 1}]],
+        "trainer.profiler": ["foo", 1, {"a": 1}],
+        "sweep.storage": ["x", "", "http://h/x", "sqlite://", "sqlite:///", "sqlite:a.db", "postgresql:/h"],
         "tracking.uri": ["ftp://host", "./mlruns", "file:///x", "", 5, "http://"],
     }.items(),
 )
@@ -61,12 +67,27 @@ def test_a_value_out_of_range_is_named_with_its_key_and_a_cure(key, values):
         "trainer.precision": [None, 16, "bf16-mixed"],
         "trainer.limit_val_batches": [None, 0, 10, 0.5, 1.0],
         "resume": [None, "auto", "abc", "0" * 32],
+        "trainer.plugins": [None, {"_target_": "m.P"}, [{"_target_": "m.P"}], []],
+        "trainer.profiler": [None, "simple", {"_target_": "m.P"}],
+        "sweep.storage": [None, "sqlite:///a.db", "sqlite:////a/b.db", "postgresql+psycopg2://u:p@h/d"],
         "tracking.uri": [None, "sqlite:////a b/ü%.db", "HTTP://h:1", "postgresql+psycopg2://h/d"],
     }.items(),
 )
 def test_the_edges_of_a_range_belong_to_it(key, values):
     for value in values:
         check_values(changed(key, value))
+
+
+def test_the_strategies_are_those_that_lightning_names():
+    from pytorch_lightning.strategies import StrategyRegistry
+
+    for name in ["auto", *StrategyRegistry.available_strategies()]:
+        check_values(changed("trainer.strategy", name))
+    check_values(changed("trainer.strategy", {"_target_": "pytorch_lightning.strategies.DDPStrategy"}))
+
+
+def test_an_object_in_a_message_is_named_by_its_class_without_its_address():
+    assert rules.format_value([object(), 1, Path("a"), "b"]) == "[object,1,a,b]"
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.keys)

@@ -107,6 +107,12 @@ def test_a_finder_is_refused_with_the_search_that_records_what_it_finds(rates, n
         rates(f"+callbacks.finder={{_target_: pytorch_lightning.callbacks.{name}{where}}}")
 
 
+@pytest.mark.parametrize(("key", "kind"), [("profiler", "Profiler"), ("strategy", "Strategy")])
+def test_an_object_of_another_kind_is_refused_for_the_trainer(rates, key, kind):
+    with pytest.raises(BadInput, match=f"trainer.{key}._target_=torch.nn.Identity is no {kind}$"):
+        rates(f"trainer.{key}={{_target_: torch.nn.Identity}}")
+
+
 def test_a_progress_bar_of_ones_own_stands_in_for_ours(capsys):
     own = "+callbacks.bar={_target_: pytorch_lightning.callbacks.TQDMProgressBar, refresh_rate: 0}"
     for more, num_lines in (([], 2), ([own], 0)):

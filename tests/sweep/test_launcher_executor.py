@@ -1,13 +1,19 @@
 """The launcher executor with a launcher that fails."""
 
+import logging
+import sys
+import warnings
+
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
 from tracklight.errors import RunFailed
+from tracklight.sweep import executors
 from tracklight.sweep.executors import LauncherExecutor
 from tracklight.sweep.plan import Job
-from tracklight.sweep.trial import TrialSpec
+from tracklight.sweep.trial import TrialResult, TrialSpec
 
 
 class Broken:
@@ -36,3 +42,28 @@ def test_a_launcher_that_fails_is_reported_in_a_line(monkeypatch, error, message
     executor.start(TrialSpec({}), Job(0, {}, OmegaConf.create(), ["seed=1"], "key"))
     with pytest.raises(RunFailed, match=message):
         list(executor.messages(0))
+
+
+def test_what_a_trial_warns_of_and_logs_in_a_launchers_process_is_redacted(tmp_path, monkeypatch):
+    """The launcher's process knows neither our log records nor our warnings, as at its start."""
+    factory, log = logging.getLogRecordFactory(), tmp_path / "log"
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(HydraConfig, "get", lambda: OmegaConf.create({"job": {"num": 7}}))
+
+    def run_trial(spec):
+        logger = logging.getLogger("a.library")
+        logger.addHandler(handler := logging.StreamHandler())
+        logger.error("password=hunter2 for %s", "http://me:hunter2@host")
+        logger.removeHandler(handler)
+        sys.stderr.write(warnings.formatwarning("token=hunter2", UserWarning, "lib.py", 1))
+        return TrialResult("complete", 1.0)
+
+    monkeypatch.setattr(executors, "run_trial", run_trial)
+    logging.setLogRecordFactory(logging.LogRecord)
+    try:
+        result = executors._run_launched({7: TrialSpec({}, log=log)}, OmegaConf.create())
+    finally:
+        logging.setLogRecordFactory(factory)
+    assert result.score == 1.0
+    said = log.read_text()
+    assert "password=*** for http://***@host" in said and "token=***" in said and "hunter2" not in said

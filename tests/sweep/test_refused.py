@@ -55,6 +55,12 @@ BAD = {
         ("optimizer.lr=interval(0.1,1)", "sweep.storage=sqlite:////nowhere/at/all.db"),
         "sweep.storage=sqlite:////nowhere/at/all.db cannot be opened",
     ),
+    "storage of a dry run": (
+        ("seed=1,2", "sweep.storage=x", "sweep.dry_run=true"),
+        "sweep.storage=x must be a database's address",
+    ),
+    "what is there": (("+optimizer.lr=0.1,0.2",), "optimizer.lr is there already; leave out the +"),
+    "what we fill": (("sweep.space={overrides: '[a],[b]'}",), "overrides is of the command as a whole"),
     "metric": (("optimizer.lr=0.1,0.2", "score.metric=train/f1"), "score.metric=train/f1 is never"),
     "no metric": (("seed=1,2", "score.metric=null"), "score.metric=null ranks no trials; set score.metric="),
     "key": (("optimizer.rl=0.1,0.2",), "did you mean optimizer.lr"),

@@ -52,7 +52,7 @@ def compose(overrides: Sequence[str] = (), on_this_machine: bool = True) -> Dict
     before = HydraConfig.instance().cfg
     try:
         with initialize():
-            with explaining():
+            with explaining(overrides):
                 cfg = hydra.compose("config", list(overrides), return_hydra_config=True)
             check_hydra_nodes(cfg.hydra, allowed_targets())
             HydraConfig.instance().set_config(cfg)

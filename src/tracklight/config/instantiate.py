@@ -23,6 +23,7 @@ from tracklight.config.rules import format_value
 from tracklight.config.types import describe, fits, misfit
 from tracklight.errors import BadInput
 from tracklight.paths import ALLOW_LIST, PACKAGE
+from tracklight.redact import CONTROL
 
 _KINDS = {"_args_": list, "_partial_": bool, "_recursive_": bool}
 DIRECTIVES = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
@@ -76,11 +77,13 @@ def instantiate(
 
 
 def check_plain(tree: Any, where: str = "") -> None:
-    """Refuse text that OmegaConf would take for an interpolation if it read it again.
+    """Refuse text with control characters, and text that OmegaConf would resolve if it read it again.
 
     What is checked must be what is instantiated: a value that was resolved once is text for good.
     """
     for key, value in iter_values(tree, where):
+        if isinstance(value, str) and len(value) > 1 and CONTROL.search(value):  # alone: a delimiter
+            raise BadInput(f"{key}={value[:80]!r} holds a control character; leave it out")
         if isinstance(value, str) and "${" in value:
             raise BadInput(
                 f"{key}={value[:80]}: '${{' is refused in a value that is resolved already; "

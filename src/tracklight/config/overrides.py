@@ -122,6 +122,8 @@ def _check_override(word: str, override: Override, key: str, multirun: bool) -> 
     owned = key.removeprefix("trainer.")
     if owned != key and owned in OWNED:
         raise BadInput(f"{word}: tracklight sets {key} itself; use {OWNED[owned]}")
+    if key.partition(".")[0] == "overrides":
+        raise BadInput(f"{word}: tracklight fills overrides itself; type what it should hold instead")
     if not multirun and key.partition(".")[0] == "sweep":
         raise BadInput(f"{word} is of sweeps, and this is a single run; add -m, or drop it")
     check_no_nested_sweep(word, override)
@@ -262,6 +264,11 @@ def explain(error: Exception, words: Sequence[str] = ()) -> str:
         return f"{_first_line(message)}: {_first_line(str(cause))}".lstrip(": ")
     if match := re.match(r"Could not delete from config. '(.+)' does not exist", message):
         return f"~{match[1]}: there is nothing to delete: {match[1]} is null already, or no key"
+    if re.match(r"Could not append|Multiple values|\S+ appears more than once", message):
+        for word in words:
+            key = word.lstrip("+").partition("=")[0].partition("@")[0]
+            if word[:1] == "+" and key in re.findall(r"\w[\w./]*\b", message):
+                return f"{word}: {key} is there already; leave out the +: {word.lstrip('+')}"
     if match := re.match(r"Could not override '(\w+)@", message):
         return f"{_first_line(message)} Write {match[1]}=CHOICE, without @"
     return _first_line(message)
@@ -297,7 +304,8 @@ def _explain_call(word: str) -> str:
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
     """Return the message for a key that is not there: the nearest one, and how to add it if one can."""
-    hint = _nearest(key, [name for name in known if "_target_" not in name])
+    others = [name for name in known if "_target_" not in name and not key.startswith(f"{name}.")]
+    hint = _nearest(key, others)
     addable = "." in key and key.partition(".")[0] not in WITHOUT_CLASS
     adds = f", +{key}=VALUE adds it" if addable else ""
     return f"unknown key {key}{hint}; `{TRAIN} --cfg job` shows all{adds}"

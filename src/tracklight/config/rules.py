@@ -87,6 +87,11 @@ def _list_of(values: Values) -> Values:
     return Values(lambda v: isinstance(v, list) and all(map(values.accepts, v)), description)
 
 
+def _or_object(pattern: str, names: str) -> Values:
+    text = _text(pattern, names)
+    return Values(lambda v: text.accepts(v) or OBJECT.accepts(v), f"{names}, or {OBJECT.description}")
+
+
 def _is_devices(value: Any) -> bool:
     if isinstance(value, list):
         return value != [] and all(type(index) is int and index >= 0 for index in value)
@@ -118,6 +123,10 @@ RUN_ID = _text(RUN, "last, best or a run id (hexadecimal digits)")
 NAME = _text(r".*\S.*", "a name")
 METRIC = _text(r"\S+", "a metric's name")
 TOTAL = _or_null(COUNT, " for the length of the run")
+DATABASE = _text(
+    r"(?i:sqlite(\+\w+)?:///|(postgresql|mysql|mariadb|mssql|oracle|cockroachdb)(\+\w+)?://).+",
+    "a database's address, sqlite:///FILE or postgresql://HOST/NAME",
+)
 STORE = _text(
     r"(?i:sqlite:///|https?://|(postgresql|mysql|mssql)(\+\w+)?://).+",
     "sqlite:///FILE, http(s)://HOST:PORT, a postgresql, mysql or mssql database",
@@ -135,6 +144,14 @@ STEPS = Values(lambda v: type(v) is int and (v == -1 or 1 <= v <= LARGEST), "-1 
 FALLBACK = Values(
     lambda v: type(v) is bool or v == "auto", "true, false or auto, where data.root is the default"
 )
+OBJECT = Values(lambda v: isinstance(v, Mapping) and "_target_" in v, "{_target_: CLASS}")
+STRATEGY = _or_object(
+    r"auto|ddp(_spawn|_fork|_notebook)?(_find_unused_parameters_(false|true))?|fsdp(_cpu_offload)?|xla(_debug)?"
+    r"|deepspeed(_stage_(1|2|2_offload|3|3_offload|3_offload_nvme))?|single_(device|tpu|xla)",
+    "auto, ddp, fsdp, deepspeed, a variant of these that Lightning names",
+)
+PROFILER = _or_object("simple|advanced|pytorch|xla", "simple, advanced, pytorch, xla")
+PLUGINS = Values(lambda v: OBJECT.accepts(v) or _list_of(OBJECT).accepts(v), _list_of(OBJECT).description)
 DEV_RUN = Values(lambda v: type(v) in (bool, int), "true, false or a whole number of batches")
 DEVICES = Values(_is_devices, "a number of devices, a list of their indices, or auto")
 PRECISION = Values(lambda value: str(value) in PRECISIONS, "one of " + ", ".join(PRECISIONS))
@@ -163,6 +180,9 @@ RULES = (
     Rule("scheduler.T_max scheduler.total_steps scheduler.total_iters", TOTAL, "null", ours_only=True),
     Rule("trainer.accelerator", _one_of("auto", "cpu", "gpu", "cuda", "mps"), "auto"),
     Rule("trainer.devices", DEVICES, "1"),
+    Rule("trainer.strategy", STRATEGY, "auto"),
+    Rule("trainer.plugins", _or_null(PLUGINS), "null"),
+    Rule("trainer.profiler", _or_null(PROFILER), "simple"),
     Rule("trainer.precision", _or_null(PRECISION), "32-true"),
     Rule("trainer.max_epochs", COUNT, "5"),
     Rule("trainer.min_epochs trainer.min_steps", _or_null(COUNT), "null"),
@@ -193,7 +213,7 @@ RULES = (
     Rule("sweep.warmup_epochs", PART, "0.3"),
     Rule("sweep.on_failure", _one_of("continue", "stop"), "continue"),
     Rule("sweep.space sweep.sampler_options sweep.pruner_options", _or_null(MAPPING), "null"),
-    Rule("sweep.storage", _or_null(NAME, " for a file in tracking.dir"), "null"),
+    Rule("sweep.storage", _or_null(DATABASE, " for a file in tracking.dir"), "null"),
 )
 RULE_OF = {key: rule for rule in RULES for key in rule.keys.split()}
 
@@ -316,4 +336,6 @@ def format_value(value: Any) -> str:
     """Format a value as one would type it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return f"[{','.join(map(format_value, value))}]" if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(format_value, value))}]"
+    return type(value).__name__ if type(value).__repr__ is object.__repr__ else str(value)  # no address

@@ -27,6 +27,8 @@ from pytorch_lightning.callbacks import (
     ProgressBar,
     Timer,
 )
+from pytorch_lightning.profilers import Profiler
+from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
@@ -312,6 +314,9 @@ def build_trainer(
         why = "copies a process that writes to MLflow already; try trainer.strategy=ddp"
         raise BadInput(f"trainer.strategy={strategy} {why}")
     arguments = instantiate(cfg.trainer, cfg.allowed_targets)  # its profiler, strategy, plugins
+    for key, kind in {"strategy": Strategy, "profiler": Profiler}.items():
+        if not isinstance(arguments.get(key), str | kind | None):
+            raise BadInput(f"trainer.{key}._target_={cfg.trainer[key]._target_} is no {kind.__name__}")
     callbacks = [*first, *_config_callbacks(cfg), *callbacks]
     if cfg.trainer.enable_progress_bar:
         is_own = any(isinstance(callback, ProgressBar) for callback in callbacks)

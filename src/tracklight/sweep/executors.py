@@ -18,6 +18,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from tracklight.errors import RunFailed
+from tracklight.redact import redact_messages
 from tracklight.sweep.plan import Job
 from tracklight.sweep.trial import (
     EpochReport,
@@ -208,6 +209,7 @@ class LauncherExecutor:
 
 def _run_launched(specs: Mapping[int, TrialSpec], cfg: DictConfig) -> TrialResult:
     """Run the trial whose number is that of the launcher's job."""
+    redact_messages()  # the launcher's process has not begun as ours do
     spec = specs[int(HydraConfig.get().job.num)]
     log = spec.log or Path(os.devnull)
     with log.open("a") as file, redirect_stdout(file), redirect_stderr(file):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 JOBLIB_LAUNCHER = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"  # local
-NOT_SWEEPABLE = ("sweep", "tracking", "resume", "allow_changes", "allowed_targets", "hydra")
+NOT_SWEEPABLE = ("sweep", "tracking", "resume", "allow_changes", "overrides", "allowed_targets", "hydra")
 DEFAULT_TRIALS = 20  # of a search
 WARMUP_KEYS = ("warmup_trials", "warmup_epochs")
 
@@ -145,7 +145,7 @@ class Plan:
         pairs = list(zip(overrides, self._is_group, strict=True))
         groups = tuple(override for override, is_group in pairs if is_group)
         dotted = [override for override, is_group in pairs if not is_group]
-        with explaining():
+        with explaining(dotted):
             cfg = self._compose_groups(groups)
             apply_parsed_overrides(self._parser.parse_overrides(dotted), cfg)
         if seed_offset:
