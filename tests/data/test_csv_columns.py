@@ -40,6 +40,12 @@ def read(path, content, target="y", features=None, delimiter=",", decimal="."):
         ("sep=;\n" + TABLE.replace(",", ";"), ","),
         ('"sep=\t"\r\n' + TABLE.replace(",", "\t").replace("\n", "\r\n"), ","),
         (TABLE.replace(",", " "), " "),
+        ("# made by me\n" + TABLE, ","),
+        ("# made by me, you, them\n#\n\n" + TABLE, ","),
+        ('# one "quote, a\r\n#two\r\n' + TABLE.replace("\n", "\r\n"), ","),
+        (("# made by; me\n" + TABLE.replace(",", ";")).encode("utf-16"), ";"),
+        ("sep=;\n# made by me\n" + TABLE.replace(",", ";"), ","),
+        ("# made by me\n" + TABLE.replace(",", " "), " "),
         ("  a   b\ty \n  1   2   3\n -4 5.5\t 6e3\n", " "),
     ],
 )
@@ -47,6 +53,18 @@ def test_one_table_reads_the_same_in_every_dress(tmp_path, content, delimiter):
     features, targets, values = read(tmp_path / "t.csv", content, delimiter=delimiter)
     assert (features, targets) == (["a", "b"], ["y"])
     assert values.tolist() == VALUES
+
+
+def test_a_header_that_begins_with_the_sign_of_a_comment_is_one_and_lines_are_counted_from_the_top(tmp_path):
+    for top in ("", "# made by me\n", "#1\n\n#\n"):
+        for space in ("", "\n"):
+            content = f"{top}#id,name,y\n{space}1,bob,2\n3,#eve,4\n"
+            features, targets, values = read(tmp_path / "t.csv", content, features=["#id"])
+            assert (features, targets, values.tolist()) == (["#id"], ["y"], [[1, 2], [3, 4]])
+    with pytest.raises(BadInput, match="line 5, column 'y': got 'z'"):
+        read(tmp_path / "t.csv", "# made by me\n#\na,y\n1,2\n3,z\n")
+    with pytest.raises(BadInput, match="empty"):
+        read(tmp_path / "t.csv", "# a,y\n")
 
 
 def test_chosen_columns_come_in_the_order_asked_for_and_others_may_hold_anything(tmp_path):

@@ -59,7 +59,7 @@ def test_all_processes_are_one_run_and_share_the_examples(whole):
 def test_a_strategy_that_copies_the_process_is_refused(trainees, tmp_path):
     words = (*CONFIGS["blocks"], "trainer.devices=2", "trainer.strategy=ddp_spawn")
     process = trainees.train(tmp_path / "runs", *words)
-    assert process.exit_code == 2 and "try trainer.strategy=ddp" in process.stderr
+    assert process.exit_code == 2 and "try trainer.strategy=auto" in process.stderr
     assert TrialResult(tmp_path / "runs").runs == []
 
 

@@ -146,9 +146,9 @@ FALLBACK = Values(
 )
 OBJECT = Values(lambda v: isinstance(v, Mapping) and "_target_" in v, "{_target_: CLASS}")
 STRATEGY = _or_object(
-    r"auto|ddp(_spawn|_fork|_notebook)?(_find_unused_parameters_(false|true))?|fsdp(_cpu_offload)?|xla(_debug)?"
-    r"|deepspeed(_stage_(1|2|2_offload|3|3_offload|3_offload_nvme))?|single_(device|tpu|xla)",
-    "auto, ddp, fsdp, deepspeed, a variant of these that Lightning names",
+    r"auto|ddp(_find_unused_parameters_(false|true))?|fsdp(_cpu_offload)?|single_(device|tpu|xla)|xla(_debug)?"
+    r"|deepspeed(_stage_(1|2|2_offload|3|3_offload|3_offload_nvme))?",
+    "auto, ddp, fsdp, deepspeed, a variant that does not fork: a copied process would write to MLflow",
 )
 PROFILER = _or_object("simple|advanced|pytorch|xla", "simple, advanced, pytorch, xla")
 PLUGINS = Values(lambda v: OBJECT.accepts(v) or _list_of(OBJECT).accepts(v), _list_of(OBJECT).description)

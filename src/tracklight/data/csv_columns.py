@@ -24,6 +24,7 @@ Columns = tuple[list[str], list[str]]  # names of the features and of the target
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 UTF32_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)  # the first opens with a UTF-16 mark
 EXACT = 2.0**53  # from here on float64 leaves out whole numbers
+NUMBER = r"[\s\"]*[-+]?[.,]?\d"  # how one begins
 COMMA, POINT = (rf"\s*[-+]?\d+{mark}\d+\s*" for mark in (",", r"\."))  # numbers, by their decimal point
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -164,10 +165,24 @@ def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
         lines = file if declared else itertools.chain([first], file)
         if delimiter == " ":
             lines = (" ".join(line.split()) for line in lines)
+        lines = _blank_comments(lines, delimiter)
         reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
         for row in reader:
             if row:
                 yield reader.line_num + (declared is not None), row
+
+
+def _blank_comments(lines: Iterator[str], delimiter: str) -> Iterator[str]:
+    """Make the lines with a # above the header blank; `#id,y` with numbers below it is a header itself."""
+    top = list[str]()
+    for line in lines:
+        top.append(line)
+        if line.strip() and line[0] != "#":
+            break
+    cells = [line.split(delimiter) for line in top if line.strip()][-2:] or [[]]
+    is_header = 1 < len(cells[0]) == len(cells[-1]) and any(re.match(NUMBER, cell) for cell in cells[-1])
+    num = max((i + (not is_header) for i, line in enumerate(top) if line[:1] == "#"), default=0)
+    return itertools.chain(["\n"] * num, top[num:], lines)
 
 
 def _first_rows(path: Path, delimiter: str) -> list[list[str]]:

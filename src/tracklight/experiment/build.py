@@ -50,7 +50,6 @@ TOTALS = ("T_max", "total_steps", "total_iters")  # scheduler arguments that mea
 FINDERS = {BatchSizeFinder: "-m data.batch_size=32,64,128", LearningRateFinder: "-m sweep=lr"}  # and instead
 FINDERS[OnExceptionCheckpoint] = "resume=auto: it would start any run from another's weights"
 STEPS = {"train": "training_step", "val": "validation_step", "test": "test_step"}
-FORKING = ("_spawn", "_fork", "_notebook")  # name endings of the Lightning strategies that fork
 OPTIMIZER_KEYS = ("optimizer", "scheduler")  # not used by a model that configures its own
 STOPS = ("max_time", "max_steps", "min_epochs", "min_steps")  # Trainer arguments beside max_epochs
 
@@ -310,9 +309,6 @@ def build_trainer(
         BadInput: Lightning refuses an argument, or the hardware is missing.
     """
     tracked = cfg.tracking.enabled
-    if str(strategy := cfg.trainer.get("strategy")).endswith(FORKING):
-        why = "copies a process that writes to MLflow already; try trainer.strategy=ddp"
-        raise BadInput(f"trainer.strategy={strategy} {why}")
     arguments = instantiate(cfg.trainer, cfg.allowed_targets)  # its profiler, strategy, plugins
     for key, kind in {"strategy": Strategy, "profiler": Profiler}.items():
         if not isinstance(arguments.get(key), str | kind | None):
