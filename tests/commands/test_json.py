@@ -1,6 +1,7 @@
 """For programs: with --json, stdout is one JSON value, and the rest is on stderr."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -75,7 +76,9 @@ def test_training_prints_what_summary_json_holds(tmp_path, directory, monkeypatc
 @pytest.mark.slow
 def test_a_sweep_prints_its_winner(directory, monkeypatch, capsys):
     words = ["-m", "seed=1,2", "trainer.max_epochs=3", f"tracking.dir={directory}", "tracking.uri=null"]
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     found, _ = run_train(monkeypatch, capsys, *words)
+    assert not os.environ.get("PYTHONSAFEPATH")  # it is for the processes of the sweep
     store = connect(None, directory)
     scores = {
         run.info.run_id: run.data.metrics["score"] for run in store.search("") if "score" in run.data.metrics

@@ -32,8 +32,9 @@ def test_it_opens_at_the_runs_of_the_experiment_trained_last(store, add, served)
     assert served == [f"/#/experiments/{number}/{RUNS}" for number in (second, first)]
 
 
-def test_it_opens_before_anything_was_trained(tmp_path, served):
-    assert main("ui", ["--dir", str(tmp_path)]) == 0
+def test_it_opens_before_anything_was_trained(tmp_path, served, monkeypatch):
+    monkeypatch.setattr(ui, "HOME", tmp_path / "mlruns")  # which a new project does not have yet
+    assert main("ui", ["--dir", str(tmp_path / "mlruns")]) == 0
     assert served == ["/#/experiments?workflowType=machine_learning"]
 
 

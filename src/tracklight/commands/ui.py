@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tracklight.commands.parser import UI_PORT
 from tracklight.errors import BadInput, RunFailed
+from tracklight.paths import HOME
 from tracklight.runs.select import select_run
 from tracklight.tracking.address import is_server
 from tracklight.tracking.sqlite_file import find_former_root, relocate_artifacts
@@ -32,7 +33,7 @@ STOP_TIMEOUT_S = 10.0
 def run(args: Namespace) -> int:
     """Serve the UI until Ctrl-C, or print its address on a server; return the exit code."""
     _check_port(args.port)
-    if not args.dir.is_dir():
+    if args.dir != HOME and not args.dir.is_dir():
         raise BadInput(f"--dir {args.dir} is no folder")
     # Created if missing: the UI may be open while it fills.
     store = connect(args.uri, args.dir, reads_only=True)

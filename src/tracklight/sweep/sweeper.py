@@ -51,7 +51,8 @@ def sweep(overrides: list[str], master: DictConfig, context: HydraContext) -> fl
         print(plan.describe())
         return None
     choose_temporary_folder(Path(plan.first_cfg.tracking.dir))
-    os.environ["PYTHONSAFEPATH"] = "1"  # no process started from here imports the current folder's logging.py
+    before = os.environ.get("PYTHONSAFEPATH", "")
+    os.environ["PYTHONSAFEPATH"] = "1"  # no process of a sweep imports the current folder's logging.py
     executor = ProcessExecutor(plan.settings["workers"], plan.num_gpus)
     try:
         preflighted = call_in_thread(lambda: preflight(plan, executor))
@@ -63,6 +64,7 @@ def sweep(overrides: list[str], master: DictConfig, context: HydraContext) -> fl
         return _run(plan, executor, parent, storage)
     finally:
         executor.kill()
+        os.environ["PYTHONSAFEPATH"] = before  # empty, it is as if it were not set
 
 
 def _open_stores(plan: Plan) -> "tuple[Store | None, BaseStorage | None]":
