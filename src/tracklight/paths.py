@@ -123,14 +123,10 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _working_folder() -> Path:
-    try:
-        return Path.cwd()
-    except OSError:  # it was deleted
-        return Path(os.sep)
-
-
-PROJECT = find_project(_working_folder())
+try:
+    PROJECT = find_project(Path.cwd())
+except OSError:  # the folder was deleted
+    PROJECT = find_project(Path(os.sep))
 ROOT = PROJECT.root
 HOME = ROOT / "mlruns"  # as conf/tracking/mlflow.yaml has it
 IN_CLONE = ROOT == CLONE  # for messages: its scripts are there to be typed

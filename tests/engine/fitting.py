@@ -1,6 +1,8 @@
 """One training in this process, untracked but for a logger in memory, with and without blocks."""
 
+import io
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from typing import Any
 
@@ -71,10 +73,10 @@ class Fit:
             self.module.optimizer_factory = partial(torch.optim.Adam, lr=0.01)
             self.module.scheduler_factory = scheduler
         self.data = Blobs(batch_size=16, seed=3, num_train=200) if data is None else data
-        self.logger, reasons = Recorder(), []
+        self.logger, said = Recorder(), io.StringIO()
         self.trainer = Trainer(
             **QUIET | {"accelerator": "cpu", "max_epochs": 2, "log_every_n_steps": 1} | arguments,
-            callbacks=[Blocks(3, report=reasons.append), *callbacks],
+            callbacks=[Blocks(3), *callbacks],
             logger=self.logger,
             enable_checkpointing=any(isinstance(each, ModelCheckpoint) for each in callbacks),
         )
@@ -84,9 +86,13 @@ class Fit:
                 callback.logger = self.logger
         self.error: BaseException | None = None
         try:
-            self.trainer.fit(self.module, datamodule=self.data or None)
+            with redirect_stdout(said):
+                self.trainer.fit(self.module, datamodule=self.data or None)
         except Exception as error:
             self.error = error
+        printed = said.getvalue().splitlines(keepends=True)
+        reasons = [line.strip() for line in printed if line.startswith("Steps are taken")]
+        print(*(line for line in printed if line.strip() not in reasons), sep="", end="")
         self.reason = reasons[0].partition(": ")[2] if reasons else None
 
     @property

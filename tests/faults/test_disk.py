@@ -20,9 +20,9 @@ SPARE = [["spare_model"]]
 WIDE = [word.replace("hidden=[16]", "hidden=[20000]") for word in MLP]
 INSTANTS = {
     "before the run is made": ("tracklight.tracking.store:Store.create", 1),
-    "before it is described": ("tracklight.experiment.train:describe", 1),
+    "before it is described": ("tracklight.experiment.record:Recorder.describe", 1),
     "in training": ("tracklight.engine.blocks:Blocks.on_train_batch_end", 20),
-    "before its results are logged": ("tracklight.experiment.train:log_final", 1),
+    "before its results are logged": ("tracklight.experiment.record:Recorder.log_final", 1),
     "at its end": ("tracklight.tracking.run:Run.finish", 1),
 }
 

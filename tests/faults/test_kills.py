@@ -36,7 +36,7 @@ CLOSING = {
         1,
         False,
     ),
-    "after the model is logged": ("tracklight.experiment.train:log_final", 1, True),
+    "after the model is logged": ("tracklight.experiment.record:Recorder.log_final", 1, True),
     "before the run is finished": (f"{TRACKING}.run:Run.finish", 1, False),
     "before its end is sent": (f"{TRACKING}.sender:Sender.drain", 2, False),
     "before its lock is removed": (f"{TRACKING}.lock:RunLock.remove", 1, False),

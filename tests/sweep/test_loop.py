@@ -98,8 +98,8 @@ def ended(status, outcome=None, **metrics):
     if status == "FAILED":
         tags["tracklight.non_finite_step"] = "7"
     return SimpleNamespace(
-        info=SimpleNamespace(status=status, run_id="run"),
-        data=SimpleNamespace(tags=tags, metrics=metrics),
+        info=SimpleNamespace(status=status, run_id="run", start_time=0, end_time=1),
+        data=SimpleNamespace(tags=tags, metrics=metrics, params={}),
     )
 
 

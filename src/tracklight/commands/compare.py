@@ -10,18 +10,18 @@ import re
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from tracklight.commands.parser import LIMIT
 from tracklight.errors import BadInput
+from tracklight.runs import leaderboard
 from tracklight.runs.diff import diff_runs
-from tracklight.runs.leaderboard import Leaderboard, LeaderboardRow, count, rank_runs, short_names
+from tracklight.runs.leaderboard import RIGHT, Leaderboard, LeaderboardRow, count, short_names
 from tracklight.runs.reader import RunFilter, RunReader, batches, open_reader
 from tracklight.runs.select import select_id
 from tracklight.tracking.tags import DATA_NAME_TAG, PARENT_TAG, RUNS_FOLDER, SCORE, SWEEP_TAG
@@ -41,7 +41,9 @@ def run(args: Namespace) -> int:
     folders = args.dir.absolute() / RUNS_FOLDER
     run_filter, limit = _parse_filter(reader, args), args.limit or LIMIT
     chosen = args.columns.split(",") if args.columns else []
-    board = rank_runs(reader, run_filter, args.metric, args.mode, limit, args.each, folders, chosen)
+    board = leaderboard.rank_runs(
+        reader, run_filter, args.metric, args.mode, limit, args.each, folders, chosen
+    )
     if args.form == "json":
         print(json.dumps([_to_dict(board, row) for row in board.rows], indent=1))
     elif args.form == "csv":
@@ -148,31 +150,16 @@ def _print_table(board: Leaderboard, num_columns: int) -> None:
 
 
 def _make_table(board: Leaderboard, params: Sequence[str]) -> Table:
-    right, whole = {"justify": "right", "no_wrap": True}, {"no_wrap": True}
-    columns: list[tuple[str, dict[str, Any], Callable[[LeaderboardRow], str]]] = [
-        ("#", right, lambda row: str(row.rank or "-")),
-        (board.metric, right, lambda row: "-" if row.score is None else f"{row.score:.5g}"),
-    ]
-    if any(len(row.runs) > 1 for row in board.rows):
-        columns += [
-            ("± 95 %", right, lambda row: "" if row.half_width is None else f"±{row.half_width:.2g}"),
-            ("seeds", right, lambda row: str(len(row.runs))),
-        ]
-    columns.append(("delta", right, lambda row: "" if row.delta is None else f"{row.delta:+.3g}"))
+    columns = leaderboard.score_columns(board.metric, any(len(row.runs) > 1 for row in board.rows))
+    columns.append(("delta", RIGHT, lambda row: "" if row.delta is None else f"{row.delta:+.3g}"))
     for key, name in zip(params, short_names(params), strict=True):
         fold = {"overflow": "fold", "min_width": len(name)}
         columns.append((name, fold, lambda row, key=key: _format_param(row.params[key])))
-    columns.append(("loss", whole, lambda row: sparkline(row.losses)))
-    columns.append(("run", whole, lambda row: row.run_ids[0][:8]))
+    columns.append(("loss", {"no_wrap": True}, lambda row: sparkline(row.losses)))
+    columns.append(("run", {"no_wrap": True}, lambda row: row.run_ids[0][:8]))
     if any(row.flags for row in board.rows):
         columns.append(("flags", {"style": "yellow", "overflow": "fold"}, lambda row: ", ".join(row.flags)))
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for name, options, _ in columns:
-        table.add_column(name, **options)
-    for row in board.rows:
-        cells = (Text(cell(row)) for _, _, cell in columns)
-        table.add_row(*cells, style="bold green" if row.rank == 1 else None)
-    return table
+    return leaderboard.to_table(board.rows, columns)
 
 
 def _format_param(text: str) -> str:

@@ -26,7 +26,8 @@ def run(args: Namespace) -> int:
     kinds = _kinds(store)
     freed = 0
     for kind, found in kinds.items():
-        size = sum(_size(path) for paths in found.values() for path in paths)
+        files = (file for paths in found.values() for path in paths for file in path.rglob("*"))
+        size = sum(file.lstat().st_size for file in files if not file.is_dir())
         print(f"{kind:<10}  {len(found):>5}  {size / 1e6:>9,.1f} MB  {_MEANING[kind]}")
         if kind in args.delete:
             freed += size
@@ -86,10 +87,6 @@ def _folders(store: Store, run: Any) -> list[Path]:
     """Return the folders of a run and of its models."""
     outputs = run.outputs.model_outputs if run.outputs else ()
     return [store.folder(run.info.run_id), *(store.runs_folder / MODELS / each.model_id for each in outputs)]
-
-
-def _size(path: Path) -> int:
-    return sum(each.lstat().st_size for each in path.rglob("*") if not each.is_dir())
 
 
 def _delete(store: Store, found: Mapping[str, Sequence[Path]]) -> None:

@@ -21,6 +21,7 @@ from tracklight.paths import HOME, IN_CLONE
 UI_PORT = 5001
 LIMIT = 50
 RUN_HELP = "id of a run, a unique prefix of one, `last`, or `best` (of those like the newest)"
+DONE = "Exit codes: 0 done, 2 bad input."
 COMPARE = """\
 Without RUNs, a leaderboard: configs that differ only in their seed share a row, ranked by the mean
 of their scores with its 95 % interval. Runs scored by another metric than the newest are left out;
@@ -79,8 +80,6 @@ A sweep's trials are superseded by those of the same sweep alone; a reproduction
 
   tracklight gc --delete deleted superseded
 Exit codes: 0 done, 2 bad input."""
-INIT = """\
-Exit codes: 0 done, 2 bad input."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -95,11 +94,6 @@ def main(command: str, argv: Sequence[str]) -> int:
     """Parse a command's arguments, then import and run it; return the exit code.
 
     The command is a module of this package that has `run(args) -> int`.
-
-    Raises:
-        BadInput: The arguments do not parse or do not fit each other, name what is not there or cannot
-            be used, or a package is missing.
-        RunFailed: What the command began has failed.
     """
     description, epilog, add_arguments = COMMANDS[command]
     script = f"python {sys.argv[0]}"
@@ -230,5 +224,5 @@ COMMANDS = {
     "completion": ("Print the script that completes command lines in bash.", COMPLETION, lambda parser: None),
     "push": ("Copy runs to another store.", PUSH, _add_push),
     "gc": ("Free the disk of runs that nobody needs.", GC, _add_gc),
-    "init": ("Make a project of your own: a model, data, config, a test.", INIT, _add_init),
+    "init": ("Make a project of your own: a model, data, config, a test.", DONE, _add_init),
 }

@@ -27,9 +27,9 @@ from tracklight.config.instantiate import (
 )
 from tracklight.config.overrides import check_added, explaining, parse_overrides, unknown_key
 from tracklight.config.rules import format_value, nested_items
-from tracklight.config.types import LOADER
+from tracklight.config.types import LOADER, value_in_conf
 from tracklight.errors import BadInput
-from tracklight.paths import CONF, PROJECT, ROOT
+from tracklight.paths import PROJECT, ROOT
 from tracklight.redact import redact
 
 register_resolver("root", lambda path: str(ROOT / path), replace=True)
@@ -89,11 +89,7 @@ def resolve_config(cfg: DictConfig, on_this_machine: bool = True) -> DictConfig:
 
 
 def check_config(cfg: DictConfig, on_this_machine: bool = True) -> dict[str, Any]:
-    """Check a config, and where it runs on this machine its devices and folder; return it as plain values.
-
-    Raises:
-        BadInput: One line that names the key, its value, what is allowed and what works.
-    """
+    """Check a config, and where it runs on this machine its devices and folder; return it as plain values."""
     rules.check_sections(OmegaConf.to_container(cfg))
     tree = to_plain(cfg)
     rules.check_values(tree)
@@ -104,8 +100,7 @@ def check_config(cfg: DictConfig, on_this_machine: bool = True) -> dict[str, Any
 
 def allowed_targets() -> list[str]:
     """Read the allow-list of conf/config.yaml and the project; that of a stored config is not trusted."""
-    ours = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))["allowed_targets"]
-    return [*ours, *PROJECT.allowed_targets]
+    return [*value_in_conf("allowed_targets", None), *PROJECT.allowed_targets]
 
 
 def set_allowed_targets(cfg: DictConfig) -> None:

@@ -36,21 +36,13 @@ STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 def instantiate(
     node: Any,
-    allowed: Sequence[str],
-    kind: type = object,
-    partial: bool = False,
-    where: str = "",
-    **kwargs: Any,
+    allowed: Sequence[str],  # modules: a class defined in one of them or below may be instantiated
+    kind: type = object,  # a base of the outermost class
+    partial: bool = False,  # return a callable that takes the arguments still missing
+    where: str = "",  # key of a node that is a plain mapping, for messages
+    **kwargs: Any,  # further arguments of the outermost class; they win over the node's
 ) -> Any:
-    """Instantiate the class that a config node names, the nodes inside it first.
-
-    Args:
-        node: A mapping with a `_target_`; one without gives a plain dict.
-        allowed: Modules; a class defined in one of them or below may be instantiated.
-        kind: Base class of the outermost class.
-        partial: Return a callable that takes the arguments still missing.
-        where: Key of a node that is a plain mapping, for messages.
-        **kwargs: Further arguments of the outermost class; they win over the node's.
+    """Instantiate the class that a config node names, the nodes inside it first; without one, give a dict.
 
     Raises:
         BadInput: A target is not allowed, not found or of another kind, or arguments do not fit.

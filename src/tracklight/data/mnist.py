@@ -7,7 +7,6 @@ import gzip
 import importlib.resources
 import io
 import math
-import os
 import socket
 import struct
 import tempfile
@@ -151,10 +150,8 @@ def _find(root: Path) -> dict[str, Path]:
 def _download(root: Path, is_mnists: bool) -> str:
     """Download the four files, all or none; return why not, or "" when they are there.
 
-    A folder that is not known as MNIST's has to be there and empty.
-
-    They arrive in a temporary folder beside their place and are moved at the end, so a download
-    that is killed leaves no half file to be taken for a whole one.
+    A folder that is not known as MNIST's has to be there and empty. They arrive in a temporary folder
+    beside their place and are moved at the end: a download that is killed leaves no half file.
     """
     from torchvision.datasets import MNIST as Published  # here: not needed where the files are
 
@@ -219,17 +216,11 @@ def _stratified_order(labels: Tensor) -> Tensor:
     return order[torch.argsort(turn * NUM_CLASSES + shuffled)]
 
 
-def read_idx(path: str | os.PathLike[str], shape: tuple[int, ...]) -> Tensor:
+def read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
     """Read an IDX file of unsigned bytes, plain or gzipped, into memory no larger than its data.
 
-    Args:
-        path: The file; gzip is recognised by content.
-        shape: Shape each example must have: `(28, 28)` for images, `()` for labels.
-
-    Returns:
-        uint8, (N, *shape), N >= 1; writable and owned by the caller.
+    Returns uint8, (N, *shape), N >= 1, writable; `shape` is (28, 28) for images, () for labels.
     """
-    path = Path(path)
     try:
         if path.exists() and not path.is_file():
             raise BadInput(f"{path}: not a regular file, expected an IDX file")
@@ -245,7 +236,7 @@ def read_idx(path: str | os.PathLike[str], shape: tuple[int, ...]) -> Tensor:
         raise BadInput(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def check_labels(path: str | os.PathLike[str], labels: Tensor, num_classes: int) -> None:
+def check_labels(path: Path, labels: Tensor, num_classes: int) -> None:
     """Refuse labels outside 0..num_classes-1, naming the first."""
     if int(labels.max()) >= num_classes:
         position = int((labels >= num_classes).nonzero()[0])

@@ -114,10 +114,7 @@ class Table(TensorData):
                 )
 
     def restore(self, columns: list[str], mean: np.ndarray | None, std: np.ndarray | None) -> None:
-        """Set the names and moments (F,) of an earlier training part, so that `encode` works.
-
-        Both moments are None where nothing is standardised.
-        """
+        """Set the names and the moments (F,), if any, of an earlier training part, so that `encode` works."""
         self.feature_names = columns
         if mean is not None and std is not None:
             self.mean, self.std = mean, std

@@ -69,11 +69,6 @@ class TensorData(LightningDataModule):
         batch_size: Examples in a training minibatch; None takes the whole training part at once,
             in its natural order.
         seed: Seed of the epochs' orders.
-
-    Attributes:
-        source_digest: `hash_tensors` of the examples before the seed splits them, set by `load`:
-            runs that differ in it are no seeds of one setting. None where config and seed alone
-            make the examples, or nothing is known.
     """
 
     name: str  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -84,6 +79,8 @@ class TensorData(LightningDataModule):
     class_names: list[str] | None = None
     encoding = ""  # how raw numbers become model input, in words
     dtype = torch.float32  # of inputs and targets that are no whole numbers
+    # `hash_tensors` of the examples before the seed splits them, set by `load`: runs that differ in it are no
+    # seeds of one setting. None where config and seed alone make the examples, or nothing is known.
     source_digest: str | None = None
 
     def __init__(self, batch_size: int | None, seed: int):

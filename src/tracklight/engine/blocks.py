@@ -9,7 +9,7 @@ Shapes: `S` steps in a block, `B` minibatch size, `...` an example's own shape.
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,16 +56,15 @@ class NonFiniteLoss(NonFinite):
 class Blocks(Callback):
     """Takes the optimizer steps of a block in place of Lightning's automatic optimization.
 
-    Where blocks cannot be used, it calls `report` with a line that says why, and only reseeds before
-    each batch, checks each loss and completes what Lightning leaves of accumulated batches: it divides
-    an epoch's last, smaller group by the full number, and logs a step's last batch as the step.
+    Where blocks cannot be used, it prints a line that says why, and only reseeds before each batch,
+    checks each loss and completes what Lightning leaves of accumulated batches: it divides an epoch's last,
+    smaller group by the full number, and logs a step's last batch as the step.
     """
 
     supports_blocks = True
 
-    def __init__(self, seed: int, report: Callable[[str], None] = print):
+    def __init__(self, seed: int):
         self.seed = seed
-        self.report = report
         self.logger: Any = None  # its `log_series` logs the values of each step
         self.uses_blocks = False
         self.accumulated = 0  # batches whose optimizer step is still to come
@@ -99,7 +98,7 @@ class Blocks(Callback):
             # Lightning takes blocks for batches, and finds too few of them for its logging.
             warnings.filterwarnings("ignore", "The number of training batches", UserWarning)
         elif trainer.is_global_zero:
-            self.report(f"Steps are taken one by one (plain Lightning): {reason}")
+            print(f"Steps are taken one by one (plain Lightning): {reason}")
 
     @override
     def on_fit_end(self, trainer: Trainer, module: Any) -> None:

@@ -121,16 +121,14 @@ class RunLine(AfterEpoch):
         self.line.update(TaskID(0), completed=done, description=epoch, rest=rest, refresh=is_due)
 
     @override
-    def on_train_end(self, *_: Any) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         if self.line is not None:
             lasted = timedelta(seconds=round(time.perf_counter() - self.started_s))
             self.line.update(TaskID(0), rest=f"{self.score}  {lasted}".strip())
             self.line.stop()
             self.line = None
 
-    @override
-    def on_exception(self, *_: Any) -> None:
-        self.on_train_end()
+    on_exception = on_train_end
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:

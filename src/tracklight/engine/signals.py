@@ -41,10 +41,6 @@ class SafeStop(Callback):
     """Raises `Stopped` before the next batch, where no file is half written and no hook half done.
 
     Outside the training loop there is nothing to wait for: there the signal raises at once.
-
-    Attributes:
-        has_company: Whether the run has other processes, for which this one waits inside of PyTorch,
-            where no handler runs.
     """
 
     supports_blocks = True
@@ -52,6 +48,7 @@ class SafeStop(Callback):
     def __init__(self) -> None:
         self.received: int | None = None
         self.in_loop = False
+        # Whether the run has other processes, for which this one waits in PyTorch, where no handler runs.
         self.has_company = False
 
     @contextmanager

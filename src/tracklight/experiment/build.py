@@ -190,14 +190,9 @@ def rehearse(cfg: DictConfig, model: Any, data: LightningDataModule | None, trai
 
 def _check_limit(cfg: DictConfig, part: str, num_batches: int) -> None:
     """Refuse a fraction of a part's batches that leaves none."""
-    for key in (f"limit_{part}_batches", "overfit_batches"):
+    for key in (f"limit_{part}_batches", *(["overfit_batches"] if part != "test" else [])):
         limit = cfg.trainer[key]
-        if (
-            type(limit) is float
-            and 0 < limit < 1
-            and limit * num_batches < 1
-            and (part, key) != ("test", "overfit_batches")
-        ):
+        if type(limit) is float and 0 < limit < 1 and limit * num_batches < 1:
             raise BadInput(f"trainer.{key}={limit} leaves none of {num_batches} batches to {part}; try 1")
 
 

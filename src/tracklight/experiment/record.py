@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -29,75 +30,120 @@ from tracklight.tracking.run import Run
 from tracklight.tracking.store import Store
 
 
-def open_run(
-    store: Store,
-    cfg: DictConfig,
-    model: LightningModule,
-    data: LightningDataModule | None,
-    resumed: ResumedRun | None,
-    provenance: Provenance,
-    further_tags: Mapping[str, str],
-) -> Run:
-    """Create a run or reopen the resumed one, and set the tags that identify it.
+@dataclass(frozen=True)
+class Recorder:
+    """Writes down in a run what it is and what it came to."""
 
-    Raises:
-        BadInput: The resumed run was started with other code, data or settings.
-    """
-    data_name = getattr(data, "name", None) or type(data).__name__
-    source_digest = data.source_digest if isinstance(data, TensorData) else None
-    run_tags = {
-        **tags.own_tags(flatten(cfg.tracking.tags), redact(cfg.tracking.note)),
-        **provenance.tags,
-        tags.IDENTITY_TAG: config_digest(cfg),
-        tags.SETTING_TAG: digest_without_seed(cfg, source_digest),
-        tags.DATA_TAG: data.digest if isinstance(data, TensorData) else "unknown",
-        **({} if source_digest is None else {tags.DATA_SET_TAG: source_digest}),
-        tags.DATA_NAME_TAG: data_name,
-        tags.EPOCHS_TAG: str(cfg.trainer.max_epochs),
-        **further_tags,
-    }
-    if resumed is None:
-        # MLflow's own random names repeat with the seed.
-        names = [type(model).__name__, *([] if data is None else [data_name])]
-        name = cfg.tracking.run_name or "-".join([*names, time.strftime("%m%d-%H%M%S")])
-        return store.create(cfg.tracking.experiment, name, run_tags)
-    run_id, changes = resumed.run.info.run_id, list(resumed.changes)
-    for tag in (tags.CODE_TAG, tags.DATA_TAG):
-        before, now = resumed.run.data.tags.get(tag, run_tags[tag]), run_tags[tag]
-        if before != now:
-            changes.append(f"{tag.partition('.')[2]}: digest {before[:12]} -> {now[:12]}")
-    if changes and not cfg.allow_changes:
-        how = "allow_changes=true continues all the same and records it"
-        raise BadInput(f"run {run_id} was started otherwise ({'; '.join(changes)}); {how}")
-    if changes:
-        run_tags[tags.CHANGES_TAG] = "; ".join(changes)
-    run = store.reopen(run_id)
-    run.set_tags(run_tags)
-    return run
+    cfg: DictConfig
+    model: LightningModule
+    data: LightningDataModule | None
+    provenance: Provenance
 
+    def open_run(self, store: Store, resumed: ResumedRun | None, further_tags: Mapping[str, str]) -> Run:
+        """Create a run or reopen the resumed one, and set the tags that identify it.
 
-def describe(
-    run: Run,
-    cfg: DictConfig,
-    model: LightningModule,
-    data: LightningDataModule | None,
-    provenance: Provenance,
-) -> None:
-    """Log the run's params, data set, config and provenance."""
-    tree = redact(to_plain(cfg))
-    if not run.has_params:  # as are all resumed runs but those killed right after their creation
+        Raises:
+            BadInput: The resumed run was started with other code, data or settings.
+        """
+        cfg, model, data = self.cfg, self.model, self.data
+        data_name = getattr(data, "name", None) or type(data).__name__
+        source_digest = data.source_digest if isinstance(data, TensorData) else None
+        run_tags = {
+            **tags.own_tags(flatten(cfg.tracking.tags), redact(cfg.tracking.note)),
+            **self.provenance.tags,
+            tags.IDENTITY_TAG: config_digest(cfg),
+            tags.SETTING_TAG: digest_without_seed(cfg, source_digest),
+            tags.DATA_TAG: data.digest if isinstance(data, TensorData) else "unknown",
+            **({} if source_digest is None else {tags.DATA_SET_TAG: source_digest}),
+            tags.DATA_NAME_TAG: data_name,
+            tags.EPOCHS_TAG: str(cfg.trainer.max_epochs),
+            **further_tags,
+        }
+        if resumed is None:
+            # MLflow's own random names repeat with the seed.
+            names = [type(model).__name__, *([] if data is None else [data_name])]
+            name = cfg.tracking.run_name or "-".join([*names, time.strftime("%m%d-%H%M%S")])
+            return store.create(cfg.tracking.experiment, name, run_tags)
+        run_id, changes = resumed.run.info.run_id, list(resumed.changes)
+        for tag in (tags.CODE_TAG, tags.DATA_TAG):
+            before, now = resumed.run.data.tags.get(tag, run_tags[tag]), run_tags[tag]
+            if before != now:
+                changes.append(f"{tag.partition('.')[2]}: digest {before[:12]} -> {now[:12]}")
+        if changes and not cfg.allow_changes:
+            how = "allow_changes=true continues all the same and records it"
+            raise BadInput(f"run {run_id} was started otherwise ({'; '.join(changes)}); {how}")
+        if changes:
+            run_tags[tags.CHANGES_TAG] = "; ".join(changes)
+        run = store.reopen(run_id)
+        run.set_tags(run_tags)
+        return run
+
+    def describe(self, run: Run) -> None:
+        """Log the run's params, data set, config and provenance."""
+        tree, data = redact(to_plain(self.cfg)), self.data
+        if not run.params:  # as are all resumed runs but those killed right after their creation
+            if isinstance(data, TensorData):
+                run.log_input(data.name, data.digest, data.source, "training")
+            # What does not describe the training is no param, or every comparison would show it.
+            own = () if hasattr(self.model, "optimizer_factory") else OPTIMIZER_KEYS
+            params = {k: v for k, v in tree.items() if k not in (*COMMAND_KEYS, "overrides", *own)}
+            run.log_params(short_params(params) | flatten(params))  # last: params say that it is described
+        run.log_text(yaml.safe_dump(tree, sort_keys=False), tags.CONFIG)
         if isinstance(data, TensorData):
-            run.log_input(data.name, data.digest, data.source, "training")
-        # What does not describe the training is no param, or every comparison would show it.
-        own = () if hasattr(model, "optimizer_factory") else OPTIMIZER_KEYS
-        params = {k: v for k, v in tree.items() if k not in (*COMMAND_KEYS, "overrides", *own)}
-        run.log_params(short_params(params) | flatten(params))  # last: params say that it is described
-    run.log_text(yaml.safe_dump(tree, sort_keys=False), tags.CONFIG)
-    if isinstance(data, TensorData):
-        run.log_text(json.dumps(describe_inputs(data), indent=1) + "\n", tags.INPUTS)
-    for path, text in provenance.texts.items():
-        run.log_text(text, path)
-    run.upload_artifacts()  # so that a run whose process dies can be rebuilt from its store, too
+            run.log_text(json.dumps(describe_inputs(data), indent=1) + "\n", tags.INPUTS)
+        for path, text in self.provenance.texts.items():
+            run.log_text(text, path)
+        run.upload_artifacts()  # so that a run whose process dies can be rebuilt from its store, too
+
+    def log_reference(self, run: Run) -> dict[str, float]:
+        """Log and return how far a trained linear regression is from the least-squares solution."""
+        model, data = self.model, self.data
+        if not (isinstance(model, LinearRegression) and isinstance(data, TensorData)):
+            return {}
+        train = data.splits["train"]
+        metrics = model.reference(data.transform(train.features), train.targets)
+        run.log_metrics(metrics)
+        return metrics
+
+    def log_final(
+        self, store: Store, run: Run, step: int, score: float | None, tested: bool, inputs: Tensor | None
+    ) -> None:
+        """Log the score, the figures and the model of a run that ends well.
+
+        The model has its best weights, those of optimizer step `step`. Trials of a sweep are not tested
+        and log no model. `inputs` are an example of a foreign data set's.
+        """
+        model, data = self.model, self.data
+        if score is not None:
+            run.log_series(tags.SCORE, (step,), (score,))
+        if self.cfg.tracking.figures:
+            draw_figures(model, data, run.logged_metrics(), run.artifacts / FOLDER, step, tested)
+        if not tested:
+            return
+        names, takes = (), ""
+        if isinstance(data, TensorData):
+            inputs, takes = data.transform(data.splits["train"].features[:2]), data.encoding
+            columns, targets = data.feature_names, describe_inputs(data).get("target_names", ())
+            names = (columns, targets) if columns and len(targets) == data.out_features else ()
+        elif isinstance(model.example_input_array, Tensor):  # what Lightning's own exports take
+            inputs = model.example_input_array
+        log_model(store.client, run.run_id, model, inputs, step, takes, *names)
+
+    def summarise(
+        self, run: Run | None, score: float | None, step: int, metrics: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return what a run came to, for programs; a tracked run keeps it beside its config."""
+        summary: dict[str, Any] = {
+            "metric": self.cfg.score.metric,
+            "mode": self.cfg.score.mode,
+            "score": score,
+            "step": step,
+            "metrics": {key: finite(float(value)) for key, value in metrics.items()},
+        }
+        if run is not None:
+            summary = {"id": run.run_id, "name": run.name, **summary, "folder": str(run.artifacts)}
+            run.log_text(json.dumps(summary, indent=1) + "\n", tags.SUMMARY)
+        return summary
 
 
 @contextmanager
@@ -130,62 +176,3 @@ def finish_run(
         if status == "KILLED" and trainer is not None:
             epoch = f"{trainer.current_epoch} of {trainer.max_epochs} epochs done"
             print(f"stopped, {epoch}: run {run.run_id} ({run.name}); resume={run.run_id} continues it")
-
-
-def log_reference(run: Run, model: LightningModule, data: LightningDataModule | None) -> dict[str, float]:
-    """Log and return how far a trained linear regression is from the least-squares solution."""
-    if not (isinstance(model, LinearRegression) and isinstance(data, TensorData)):
-        return {}
-    train = data.splits["train"]
-    metrics = model.reference(data.transform(train.features), train.targets)
-    run.log_metrics(metrics)
-    return metrics
-
-
-def log_final(
-    store: Store,
-    run: Run,
-    cfg: DictConfig,
-    model: LightningModule,
-    data: LightningDataModule | None,
-    step: int,
-    score: float | None,
-    tested: bool,
-    inputs: Tensor | None,
-) -> None:
-    """Log the score, the figures and the model of a run that ends well.
-
-    The model has its best weights, those of optimizer step `step`. Trials of a sweep are not tested
-    and log no model. `inputs` are an example of a foreign data set's.
-    """
-    if score is not None:
-        run.log_series(tags.SCORE, (step,), (score,))
-    if cfg.tracking.figures:
-        draw_figures(model, data, run.logged_metrics(), run.artifacts / FOLDER, step, tested)
-    if not tested:
-        return
-    names, takes = (), ""
-    if isinstance(data, TensorData):
-        inputs, takes = data.transform(data.splits["train"].features[:2]), data.encoding
-        columns, targets = data.feature_names, describe_inputs(data).get("target_names", ())
-        names = (columns, targets) if columns and len(targets) == data.out_features else ()
-    elif isinstance(model.example_input_array, Tensor):  # what Lightning's own exports take
-        inputs = model.example_input_array
-    log_model(store.client, run.run_id, model, inputs, step, takes, *names)
-
-
-def summarise(
-    run: Run | None, cfg: DictConfig, score: float | None, step: int, metrics: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return what a run came to, for programs; a tracked run keeps it beside its config."""
-    summary: dict[str, Any] = {
-        "metric": cfg.score.metric,
-        "mode": cfg.score.mode,
-        "score": score,
-        "step": step,
-        "metrics": {key: finite(float(value)) for key, value in metrics.items()},
-    }
-    if run is not None:
-        summary = {"id": run.run_id, "name": run.name, **summary, "folder": str(run.artifacts)}
-        run.log_text(json.dumps(summary, indent=1) + "\n", tags.SUMMARY)
-    return summary

@@ -232,11 +232,11 @@ def load_best_weights(model: LightningModule, store: Store | None, run_id: str, 
     checkpoint = load_weights(fetch(store, run, tags.BEST))
     if _makes_layers_late(model):
         callbacks.append(LambdaCallback(on_fit_start=lambda _, module: restore_weights(module, checkpoint)))
-        return run.info.run_id
-    try:
-        restore_weights(model, checkpoint)
-    except RuntimeError as error:
-        raise BadInput(f"init_from={run_id}: its weights do not fit this model: {error}") from None
+    else:
+        try:
+            restore_weights(model, checkpoint)
+        except RuntimeError as error:
+            raise BadInput(f"init_from={run_id}: its weights do not fit this model: {error}") from None
     return run.info.run_id
 
 

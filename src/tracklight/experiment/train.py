@@ -29,7 +29,7 @@ from tracklight.engine.seeding import EpochSeeds
 from tracklight.engine.signals import SafeStop
 from tracklight.errors import RunFailed
 from tracklight.experiment import build, stored
-from tracklight.experiment.record import describe, finish_run, log_final, log_reference, open_run, summarise
+from tracklight.experiment.record import Recorder, finish_run
 from tracklight.models.supervised import Supervised
 from tracklight.paths import PACKAGE, ROOT
 from tracklight.tracking import provenance
@@ -85,15 +85,16 @@ def run(
         build.rehearse(cfg, model, data, training.trainer)
 
         # The run is opened last: what fails earlier leaves no empty run behind.
-        tracked = store and open_run(store, cfg, model, data, resumed, source, tags)
+        recorder = Recorder(cfg, model, data, source)
+        tracked = store and recorder.open_run(store, resumed, tags)
         finishing = finish_run(tracked, model, training.trainer, cfg.tracking.figures)
         with finishing, stop.converting_errors(), logging_to(tracked):
             if tracked:
-                describe(tracked, cfg, model, data, source)
+                recorder.describe(tracked)
             training.fit(checkpoint=training.track(tracked, resumed))
             stop.check()  # for a signal after the last batch
 
-            reference = log_reference(tracked, model, data) if tracked else {}
+            reference = recorder.log_reference(tracked) if tracked else {}
             score, step = training.load_best()
             if test and build.has_test(model, data) and not training.trainer.fast_dev_run:
                 for result in training.trainer.test(model, data, verbose=False):
@@ -101,8 +102,8 @@ def run(
                 stop.check()
             if store and tracked:
                 checkpoints.keep_last(tracked.artifacts / CHECKPOINTS, training.io)
-                log_final(store, tracked, cfg, model, data, step, score, test, training.blocks.example)
-            ended = summarise(tracked, cfg, score, step, training.trainer.callback_metrics | reference)
+                recorder.log_final(store, tracked, step, score, test, training.blocks.example)
+            ended = recorder.summarise(tracked, score, step, training.trainer.callback_metrics | reference)
             if summary is not None:
                 summary |= ended
         if not distributed.is_nonzero_rank():

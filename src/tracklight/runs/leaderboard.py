@@ -4,10 +4,13 @@ import difflib
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from rich.table import Table
+from rich.text import Text
 
 from tracklight.config.compose import NOT_IN_DIGEST
 from tracklight.config.rules import guess_mode
@@ -135,6 +138,32 @@ class Leaderboard:
     num_runs: int
     num_settings: int
     left_out: str  # how many runs are left out and why
+
+
+Column = tuple[str, dict[str, Any], Callable[[LeaderboardRow], str]]  # name, rich's options, a row's cell
+RIGHT = {"justify": "right", "no_wrap": True}
+
+
+def score_columns(metric: str, with_seeds: bool) -> list[Column]:
+    """Return the first columns of a table for the screen: rank and score, and what seeds tell of it."""
+    columns: list[Column] = [
+        ("#", RIGHT, lambda row: str(row.rank or "-")),
+        (metric, RIGHT, lambda row: "-" if row.score is None else f"{row.score:.5g}"),
+        ("± 95 %", RIGHT, lambda row: "" if row.half_width is None else f"±{row.half_width:.2g}"),
+        ("seeds", RIGHT, lambda row: str(len(row.run_ids))),
+    ]
+    return columns if with_seeds else columns[:2]
+
+
+def to_table(rows: Sequence[LeaderboardRow], columns: Sequence[Column]) -> Table:
+    """Return a table for the screen, the best row in bold."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name, options, _ in columns:
+        table.add_column(name, **options)
+    for row in rows:
+        cells = (Text(cell(row)) for _, _, cell in columns)
+        table.add_row(*cells, style="bold green" if row.rank == 1 else None)
+    return table
 
 
 def rank_rows(rows: Sequence[LeaderboardRow], mode: str) -> list[LeaderboardRow]:
@@ -324,11 +353,13 @@ class TrialRun:
     setting: str = ""  # digest of the config without its seeds; empty where it is not known
 
 
-def read_trial_run(run: Any, names: Sequence[str]) -> TrialRun:
+def read_trial_run(run: Any, names: Sequence[str] = ()) -> TrialRun:
     """Convert MLflow's run of a trial, whose tags hold the values of what the sweep varies."""
     info, values = run.info, run.data.tags
     unfinished = {"FAILED": "failed", "KILLED": "stopped", "RUNNING": "running"}
     state = unfinished.get(info.status) or values.get(tags.OUTCOME_TAG, "complete")
+    step = values.get(tags.NON_FINITE_TAG)
+    why = values.get(tags.REASON_TAG, "" if step is None else f"not finite at step {step}")
     lasted_s = ((info.end_time or info.start_time) - info.start_time) / 1000
     return TrialRun(
         trial=tags.read_count(values, tags.TRIAL_TAG, -1),
@@ -339,7 +370,7 @@ def read_trial_run(run: Any, names: Sequence[str]) -> TrialRun:
         epochs=tags.read_count(values, tags.EPOCHS_RUN_TAG, 0),
         seconds=float(values.get(tags.SECONDS_TAG, lasted_s)),
         run_id=info.run_id,
-        reason=values.get(tags.REASON_TAG, "") if state == "failed" else "",
+        reason=why if state == "failed" else "",
         setting=values.get(tags.SETTING_TAG, ""),
     )
 

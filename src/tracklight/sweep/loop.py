@@ -15,7 +15,7 @@ from tracklight.config.compose import json_digest
 from tracklight.engine.signals import stop_signals
 from tracklight.errors import BadInput, RunFailed
 from tracklight.experiment.stored import is_unfinished
-from tracklight.runs.leaderboard import TrialRun
+from tracklight.runs.leaderboard import TrialRun, read_trial_run
 from tracklight.sweep.executors import Executor
 from tracklight.sweep.parent_run import ParentRun
 from tracklight.sweep.plan import Job, Plan, format_params, make_trial_spec, with_num_threads
@@ -295,12 +295,8 @@ def final_result(child: Any | None) -> TrialResult | None:
     """Return how a run ended; None if there is no run or it is to be continued."""
     if child is None or is_unfinished(child):
         return None
-    found, run_id = child.data.tags, child.info.run_id
-    if child.info.status == "FAILED":
-        reason = found.get(tags.REASON_TAG, f"not finite at step {found[tags.NON_FINITE_TAG]}")
-        return TrialResult("failed", reason=reason, run_id=run_id)
-    kind = "pruned" if tags.is_pruned(found) else "complete"
-    return TrialResult(kind, child.data.metrics.get(tags.SCORE), run_id=run_id)
+    run: Any = read_trial_run(child)
+    return TrialResult(run.state, run.score, run.reason, run.run_id)
 
 
 def combine(results: Sequence[TrialResult]) -> tuple[str, float | None]:

@@ -136,17 +136,15 @@ def _data_params(params: Mapping[str, Any]) -> dict[str, str]:
 def _to_markdown(columns: Sequence[str], data: Sequence[Sequence[Any]]) -> str:
     """Write the first rows of a table as Markdown."""
 
-    def line(cells: Iterable[Any]) -> str:
-        texts = (
-            "" if cell is None else f"{cell:.5g}" if isinstance(cell, float) else str(cell) for cell in cells
-        )
-        return (
-            f"| {' | '.join(text.replace('|', chr(92) + '|').replace(chr(10), ' ')[:40] for text in texts)} |"
-        )
+    def to_text(cell: Any) -> str:
+        text = "" if cell is None else f"{cell:.5g}" if isinstance(cell, float) else str(cell)
+        return text.replace("|", r"\|").replace("\n", " ")[:40]
 
-    lines = [line(columns), line(["---"] * len(columns)), *map(line, data[:NOTE_ROWS])]
-    more = [f"\n{len(data) - NOTE_ROWS} more in {TABLE}"] if len(data) > NOTE_ROWS else []
-    return "\n".join(lines + more)
+    rows = [columns, ["---"] * len(columns), *data[:NOTE_ROWS]]
+    lines = [f"| {' | '.join(map(to_text, row))} |" for row in rows]
+    if len(data) > NOTE_ROWS:
+        lines.append(f"\n{len(data) - NOTE_ROWS} more in {TABLE}")
+    return "\n".join(lines)
 
 
 class ParentRun:
@@ -226,13 +224,9 @@ class ParentRun:
             self._refresh_due_s = 0.0
 
     def refresh(self, final: bool = False) -> list[LeaderboardRow] | None:
-        """Log the leaderboard and the best trial if that is due.
+        """Log the leaderboard and the best trial if that is due; return the leaderboard if it was logged.
 
-        Args:
-            final: Whether to log in any case, and to wait for the store and the plots.
-
-        Returns:
-            The leaderboard; None if nothing was logged.
+        A `final` refresh logs in any case, and waits for the store and the plots.
         """
         start_s = time.monotonic()
         if start_s < self._refresh_due_s and not final:

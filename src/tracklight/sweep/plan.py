@@ -88,15 +88,7 @@ def _job_key(cfg: DictConfig, params: Mapping[str, str]) -> str:
 
 
 class Plan:
-    """A sweep that is read and checked, and has not started.
-
-    Attributes:
-        is_search: Whether Optuna samples the trials; otherwise they are a grid.
-        launcher: Hydra launcher, by its `_target_`, that replaces our own processes.
-        num_gpus: GPUs that the trials share, one each; 0 on the CPU.
-        configs: Of a grid, the jobs of each config, one a seed; of a search, one job for each
-            corner of the space.
-    """
+    """A sweep that is read and checked, and has not started."""
 
     def __init__(self, overrides: list[str], master: DictConfig, context: HydraContext):
         settings: Any = OmegaConf.to_container(master.sweep, resolve=True)
@@ -107,10 +99,11 @@ class Plan:
         self._loader = context.config_loader
         self.space = read_space(overrides, settings["space"] or {}, self._loader)
         axes = self.space.axes
+        # Whether Optuna samples the trials; otherwise they are a grid.
         self.is_search = settings["trials"] is not None or any(axis.is_interval for axis in axes)
         self._check_space()
         target = master.hydra.launcher._target_
-        self.launcher: str | None = None if target == BASIC_LAUNCHER else target
+        self.launcher: str | None = None if target == BASIC_LAUNCHER else target  # for our own processes
         self.prunes: bool = settings["pruner"] != "none"
         self.num_threads = default_threads(settings["workers"])  # of each trial
         self._parser = OverridesParser.create(config_loader=self._loader)
@@ -128,6 +121,7 @@ class Plan:
         distinct: dict[str, list[Job]] = {}
         for jobs in configs:
             distinct.setdefault(jobs[0].key, jobs)
+        # Of a grid, the jobs of each config, one a seed; of a search, one job for each corner of the space.
         self.configs = [*distinct.values()]
         self.first_cfg = self.configs[0][0].cfg
         self.metric, self.mode = self.first_cfg.score.metric, self.first_cfg.score.mode
@@ -135,7 +129,7 @@ class Plan:
         trainer = self.first_cfg.trainer
         is_single = num_devices(trainer.devices) == 1
         may_use_gpu = is_single and trainer.accelerator in ("auto", "gpu", "cuda")
-        self.num_gpus = (count_gpus() or 0) if may_use_gpu else 0
+        self.num_gpus = (count_gpus() or 0) if may_use_gpu else 0  # that trials share, one each
         if self.is_search or self.prunes or settings["pruner_options"]:
             self.optuna_settings.check(self.space.distributions() if self.is_search else {})
 

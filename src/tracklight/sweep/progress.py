@@ -5,19 +5,17 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 from rich.console import Console
 from rich.status import Status
 from rich.table import Table
-from rich.text import Text
 
-from tracklight.runs.leaderboard import LeaderboardRow, short_names
+from tracklight.runs.leaderboard import RIGHT, Column, LeaderboardRow, score_columns, short_names, to_table
 from tracklight.sweep.plan import Job, format_number, format_params
 from tracklight.sweep.study import DIRECTIONS, optuna
 from tracklight.sweep.trial import TrialResult
@@ -144,34 +142,22 @@ class Progress:
 
 
 def _closing_table(rows: Sequence[LeaderboardRow], metric: str) -> Table:
-    right, fold = {"justify": "right", "no_wrap": True}, {"overflow": "fold"}
+    fold = {"overflow": "fold"}
     names = [*dict.fromkeys(name for row in rows for name in row.params)]
-    columns: list[tuple[str, dict[str, Any], Callable[[LeaderboardRow], str]]] = [
-        ("#", right, lambda row: str(row.rank or "-")),
-        (metric, right, lambda row: "-" if row.score is None else f"{row.score:.5g}"),
-        ("± 95 %", right, lambda row: "" if row.half_width is None else f"±{row.half_width:.2g}"),
-        ("seeds", right, lambda row: str(len(row.run_ids))),
+    columns: list[Column] = [
+        *score_columns(metric, any(row.half_width is not None for row in rows)),
         ("trial", fold, lambda row: str(row.trial)),
         *(
             (label, fold, lambda row, name=name: format_number(row.params.get(name, "")))
             for label, name in zip(short_names(names), names, strict=True)
         ),
         ("state", fold, lambda row: row.state),
-        ("epochs", right, lambda row: str(row.epochs)),
-        ("s", right, lambda row: f"{row.seconds:.1f}"),
-        ("reason", fold, lambda row: row.reason),
+        ("epochs", RIGHT, lambda row: str(row.epochs)),
+        ("s", RIGHT, lambda row: f"{row.seconds:.1f}"),
     ]
-    if not any(row.state == "failed" for row in rows):
-        columns.pop()
-    if all(row.half_width is None for row in rows):
-        del columns[2:4]
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for label, style, _ in columns:
-        table.add_column(label, **style)
-    for row in rows:
-        cells = (Text(cell(row)) for _, _, cell in columns)
-        table.add_row(*cells, style="bold green" if row.rank == 1 else None)
-    return table
+    if any(row.state == "failed" for row in rows):
+        columns.append(("reason", fold, lambda row: row.reason))
+    return to_table(rows, columns)
 
 
 def format_duration(seconds: float) -> str:

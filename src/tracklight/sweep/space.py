@@ -23,30 +23,22 @@ OPTUNA_TYPES = (bool, int, float, str, type(None))  # of a categorical value tha
 
 
 class Axis:
-    """An override with several values.
-
-    Attributes:
-        name: The key without Hydra's `+`, as in tags and tables.
-        expression: The values as they were typed.
-        is_interval: Whether it is an interval, which has no list of values.
-        is_numeric: Whether it is an interval or a range, whose values are ordered.
-        texts: Each value once, as in an override; empty for an interval.
-        num_given: How many values were typed, equal ones included.
-    """
+    """An override with several values."""
 
     def __init__(self, override: Override):
         self.override = override
-        self.name = override.get_key_element().lstrip("+~")
-        self.expression = override.get_value_string()
-        self.is_interval = override.is_interval_sweep()
-        self.is_numeric = self.is_interval or override.is_range_sweep()
+        self.name = override.get_key_element().lstrip("+~")  # as in tags and tables
+        self.expression = override.get_value_string()  # the values as they were typed
+        self.is_interval = override.is_interval_sweep()  # which has no list of values
+        self.is_numeric = self.is_interval or override.is_range_sweep()  # so that its values are ordered
         self._sweep: Any = override.value()
         self._is_log = "log" in getattr(self._sweep, "tags", ())
         # Iterated once: `shuffle` gives another order each time.
         values = [] if self.is_interval else [*override.sweep_iterator()]
         pairs = [(Transformer.str(value), value) for value in values]
         self._choices = {t: v if isinstance(v, OPTUNA_TYPES) else t for t, v in pairs}
-        self.texts, self.num_given = tuple(self._choices), len(values)
+        self.texts = tuple(self._choices)  # each value once, as in an override; empty for an interval
+        self.num_given = len(values)  # as they were typed, equal ones included
 
     def check(self, is_search: bool) -> None:
         """Refuse an axis that is secret or without values, or an interval whose bounds are invalid."""

@@ -246,11 +246,7 @@ class TrialRequest:
 
 
 class OptunaStudy:
-    """The study of one sweep, continued if the storage has it.
-
-    Args:
-        num_trials: Total number of trials of a search; None for a grid.
-    """
+    """The study of one sweep, continued if the storage has it."""
 
     def __init__(
         self,
@@ -259,7 +255,7 @@ class OptunaStudy:
         mode: str,
         space: Space,
         settings: OptunaSettings,
-        num_trials: int | None,
+        num_trials: int | None,  # of a search, in all; None for a grid
     ):
         is_database = isinstance(storage, RDBStorage)
         self._storage: Any = PatientStorage(get_storage(storage)) if is_database else storage

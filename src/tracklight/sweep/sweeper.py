@@ -249,10 +249,7 @@ def preflight(plan: Plan, executor: ProcessExecutor) -> str | None:
 
     A refusal concerns the sweep as a whole if two configs share it, or if all are refused. Trials
     of a launcher or of several devices run on this machine's CPU here, where a failure proves
-    nothing: then only the names of the metrics are checked.
-
-    Returns:
-        The digest of the first config's data; None if unknown.
+    nothing: then only the names of the metrics are checked. Returns the digest of the first config's data.
 
     Raises:
         BadInput: The data or the model refuse the config, `score.metric` is never logged, or a key

@@ -137,10 +137,7 @@ def download(run: Any, uri: str, path: str, target: Path, max_bytes: int, size: 
     """Download one artifact of a run; MLflow's own call takes folders, too, and has no bound.
 
     No more than `max_bytes` are written, whatever comes. How long that may take follows from `size`,
-    as the store gives it.
-
-    Raises:
-        MlflowException, OSError: The artifact did not come whole and within its bounds.
+    as the store gives it. What does not come whole and within its bounds is an error.
     """
     repository = get_artifact_repository(run.info.artifact_uri, tracking_uri=uri)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)  # holds for MLflow's threads, too

@@ -28,18 +28,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the text of an object; another o
 
 
 class Run(MLFlowLogger):
-    """A run in progress, opened by `Store`; an MLFlowLogger for whoever looks for one.
-
-    Attributes:
-        steps_completed: Returns the optimizer steps so far.
-        mid_step: Returns whether gradients are being accumulated for the next step.
-        lightning_step: Returns Lightning's own count of steps, which starts at zero, if it trains.
-        evaluation_steps: Returns the steps that it gives while it evaluates.
-        now_ms: Returns the time, in ms since 1970, by a clock that is never set back.
-        ui_hint: The run's address in MLflow's UI, or the command for the UI.
-        timeout_s: How long the end of the run waits for MLflow without any progress.
-        store: The run as a tracking store for MLflow's own API.
-    """
+    """A run in progress, opened by `Store`; an MLFlowLogger for whoever looks for one."""
 
     # Attributes, in place of properties that would create a run.
     run_id: str = ""  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -49,15 +38,15 @@ class Run(MLFlowLogger):
         self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
         self.folder = sender.writer.wal.path.parent
         self.artifacts = sender.writer.artifacts
-        self.steps_completed: Callable[[], int] = lambda: 0
-        self.mid_step: Callable[[], bool] = lambda: False
-        self.lightning_step: Callable[[], int | None] = lambda: None
-        self.evaluation_steps: Callable[[], set[int]] = set
-        self.ui_hint = ui_hint
-        self.timeout_s = timeout_s
+        self.steps_completed: Callable[[], int] = lambda: 0  # optimizer steps so far
+        self.mid_step: Callable[[], bool] = lambda: False  # whether gradients are being accumulated
+        self.lightning_step: Callable[[], int | None] = lambda: None  # Lightning's own count, from 0
+        self.evaluation_steps: Callable[[], set[int]] = set  # that it gives while it evaluates
+        self.ui_hint = ui_hint  # the run's address in MLflow's UI, or the command for the UI
+        self.timeout_s = timeout_s  # for MLflow to make any progress at the run's end
         self._name: str = run.info.run_name
         self._info = {**dict(run.info), "status": "RUNNING", "artifact_uri": self.artifacts.as_uri()}
-        self._params: dict[str, str] = dict(run.data.params)
+        self.params: dict[str, str] = dict(run.data.params)
         self._tags: dict[str, str] = dict(run.data.tags)
         self._said: set[str] = set()
         self._writer = sender.writer
@@ -81,11 +70,6 @@ class Run(MLFlowLogger):
         return str(self.folder)
 
     @property
-    def has_params(self) -> bool:
-        """Whether params were logged."""
-        return bool(self._params)
-
-    @property
     def experiment(self) -> Any:
         """An MlflowClient, as Lightning's own MLflow logger has, whose calls for this run go through it."""
         return mlflow.MlflowClient(self.store.uri, self.store.real_uri)
@@ -94,7 +78,7 @@ class Run(MLFlowLogger):
         """Return the run as MLflow's entity, with all that was logged so far."""
         of, logged = mlflow.entities, self.logged_metrics()
         metrics = [of.Metric(key, values[-1], 0, steps[-1]) for key, (steps, values) in logged.items()]
-        params = [of.Param(*each) for each in self._params.items()]
+        params = [of.Param(*each) for each in self.params.items()]
         tags = [of.RunTag(*each) for each in self._tags.items()]
         return of.Run(of.RunInfo(**self._info), of.RunData(metrics, params, tags))
 
@@ -150,24 +134,14 @@ class Run(MLFlowLogger):
         texts = {to_key(key): _ADDRESS.sub("", str(value)) for key, value in params.items()}
         texts = _to_text("param", texts, MAX_PARAM_CHARS)
         for key, text in texts.items():
-            if (old := self._params.get(key, text)) != text:
+            if (old := self.params.get(key, text)) != text:
                 self._say_once(f"param {key} of this run is {old[:80]} and stays so, not {text[:80]}")
-        self.log_params({key: text for key, text in texts.items() if key not in self._params})
+        self.log_params({key: text for key, text in texts.items() if key not in self.params})
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log the flat config.
-
-        Raises:
-            BadInput: A param has another value already, or a name that MLflow does not allow.
-        """
-        new = _to_text("param", params, MAX_PARAM_CHARS)
-        for key in [key for key in new if key in self._params]:
-            old, text = self._params[key], new.pop(key)
-            if old != text:
-                why = "MLflow's params are for good; try a new run"
-                raise BadInput(f"param {key} of run {self.run_id} is {old} and cannot become {text}: {why}")
-        if new:
-            self._params |= new
+        """Log the flat config; raise BadInput for a name that MLflow does not allow."""
+        if new := _to_text("param", params, MAX_PARAM_CHARS):
+            self.params |= new
             self.wal.add_call("params", values=new)
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:

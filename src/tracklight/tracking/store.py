@@ -105,29 +105,21 @@ def _why_read_only(store: "Store", uri: str | None) -> str:
 
 
 class Store:
-    """An open tracking store.
-
-    Attributes:
-        uri: The full tracking URI, with secrets; `display_uri` hides them.
-        runs_folder: Holds a folder for each run, named by its id.
-        database: The SQLite file, if the store is one.
-        timeout_s: How long a call waits for a store that is busy or away.
-        recovered: Ids of the runs that `recover` has ended.
-        why_read_only: What of the store cannot be written; empty if all of it can.
-    """
+    """An open tracking store."""
 
     def __init__(self, client: Any, uri: str, directory: Path):
         self.client = client
-        self.uri = uri
+        self.uri = uri  # in full, with secrets
         self.display_uri = redact(uri)
         # What lock files record; relative to the directory, so that they survive its move.
         self.lock_content = {"store": redact_text(uri.removeprefix(f"sqlite:///{directory}/"))}
         self.directory = directory
-        self.runs_folder = directory / RUNS_FOLDER
-        self.database = sqlite_path(uri)
+        self.runs_folder = directory / RUNS_FOLDER  # holds a folder for each run, named by its id
+        self.database = sqlite_path(uri)  # the SQLite file, if the store is one
+        # How long a call waits for a store that is busy or away.
         self.timeout_s = _TIMEOUT_S["server" if self.database is None else "database"]
-        self.recovered: set[str] = set()
-        self.why_read_only = ""
+        self.recovered: set[str] = set()  # ids of the runs that `recover` has ended
+        self.why_read_only = ""  # what of the store cannot be written; empty if all of it can
 
     def ui_hint(self, info: Any) -> str:
         """Return the address of a run (a RunInfo) in MLflow's UI, or the command for the UI."""

@@ -44,25 +44,17 @@ class Call:
 
 
 class WriteAheadLog:
-    """The file, open for appending; the caller holds the run's lock.
-
-    Attributes:
-        end: Bytes of whole records, so far.
-        sent: Bytes that MLflow has confirmed; after a crash at most those, since sending a point
-            again with its own timestamp changes nothing.
-        damaged: Whether MLflow had confirmed more than the file still holds.
-        repeats: Of each metric, how many points a continued run will log again, and their highest step.
-        last_status: Argument of the last `status` call, or None.
-        last_ms: Timestamp of the last record at opening; when the run started if there is none.
-    """
+    """The file, open for appending; the caller holds the run's lock."""
 
     def __init__(self, path: Path, start_ms: int = 0):
         self.path = path
-        self.end = 0
+        self.end = 0  # bytes of whole records, so far
+        # Bytes that MLflow has confirmed; after a crash at most those: sent again, a point changes nothing.
         self.sent = 0
+        # Of each metric, how many points a continued run will log again, and their highest step.
         self.repeats: dict[str, tuple[float, int]] = {}
-        self.last_status: str | None = None
-        self.last_ms = start_ms
+        self.last_status: str | None = None  # argument of the last `status` call
+        self.last_ms = start_ms  # timestamp of the last record at opening, if there is one
         self._lock = threading.Lock()
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         self._fd = os.open(path, flags | os.O_NOFOLLOW, 0o666)
@@ -79,7 +71,7 @@ class WriteAheadLog:
             self._expect(record)
             if isinstance(record, Call) and record.name == "status":
                 self.last_status = record.arguments.get("status")
-        self.damaged = confirmed > self.end
+        self.damaged = confirmed > self.end  # whether MLflow had confirmed more than the file still holds
         self._zero_ms = max(self.last_ms, time.time_ns() // 1_000_000) - time.monotonic_ns() // 1_000_000
         if os.fstat(self._fd).st_size > self.end:
             os.ftruncate(self._fd, self.end)
