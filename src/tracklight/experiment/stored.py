@@ -133,7 +133,11 @@ def _resume_by_id(cfg: DictConfig, store: Store) -> tuple[DictConfig, ResumedRun
     old, new = compose.result_keys(stored), compose.result_keys(amended)
     changed = {key: (old[key], new[key]) for key in old.keys() & new.keys() if old[key] != new[key]}
     changes = compose.diff_configs(old, new)
-    return amended, _resumed_run(store, run, changes=changes, changed=changed)
+    resumed = _resumed_run(store, run, changes=changes, changed=changed)
+    if run.info.status == "FINISHED" and run.data.metrics and resumed.find_checkpoint() is None:
+        why = f"run {run_id} keeps its best weights alone, as a finished trial does without tracking.keep=all"
+        raise BadInput(f"{why}; a new run can start from them: init_from={run_id}")
+    return amended, resumed
 
 
 def _resumed_run(store: Store, run: Any, required: bool = True, **changes: Any) -> ResumedRun:

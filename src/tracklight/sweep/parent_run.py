@@ -7,13 +7,15 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from tracklight.config.compose import flatten, list_targets
 from tracklight.config.hardware import describe_machine
 from tracklight.config.overrides import redact_command
+from tracklight.engine.checkpoints import DurableCheckpointIO
 from tracklight.errors import BadInput, RunFailed
 from tracklight.paths import ROOT
 from tracklight.redact import redact
@@ -22,7 +24,7 @@ from tracklight.runs.select import restore_command
 from tracklight.sweep.plan import Plan
 from tracklight.sweep.progress import plot_page
 from tracklight.tracking import provenance, tags
-from tracklight.tracking.lock import exclusive_lock
+from tracklight.tracking.lock import LockHeld, RunLock, exclusive_lock
 from tracklight.tracking.mlflow_client import mlflow, retry
 from tracklight.tracking.run import Run
 from tracklight.tracking.store import Store
@@ -180,6 +182,18 @@ class ParentRun:
         means = {key: sum(each[key] for each in found) / len(found) for key in keys}
         self.run.set_tags({f"best.{key}": repr(value) for key, value in means.items()})
         return means
+
+    def drop_last_checkpoints(self, kept: Collection[str]) -> None:
+        """Delete last.ckpt of the finished trials but those `kept`; their best.ckpt stays."""
+        for run_id in (run.info.run_id for run in self.children() if run.info.status == "FINISHED"):
+            folder = self.store.folder(run_id)
+            last = folder / tags.ARTIFACTS_FOLDER / tags.LAST
+            if run_id in kept or not last.exists():
+                continue
+            with suppress(LockHeld, OSError):  # somebody has just resumed it, or it is another user's
+                lock = RunLock(folder, self.store.lock_content)
+                DurableCheckpointIO().remove_checkpoint(last)
+                lock.remove()
 
     def record_failure(self, run_id: str | None, name: str, run_tags: Mapping[str, str], reason: str) -> None:
         """Mark a trial's run as failed; create it first if the trial has none.

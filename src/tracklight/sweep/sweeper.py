@@ -171,6 +171,8 @@ def _conclude(loop: "SweepLoop") -> float | None:
     winner = rows[0] if rows and rows[0].rank == 1 else None
     if parent and winner and loop.signum is None and not loop.halted:
         progress.note(test_winner(loop, parent, winner))
+        if plan.first_cfg.tracking.keep == "best":
+            parent.drop_last_checkpoints(winner.run_ids)
     if parent and winner:
         ended = {"id": parent.run.run_id, "metric": plan.metric, "mode": plan.mode, "score": winner.score}
         summary.update(ended, trials=num, params=winner.params, runs=winner.run_ids)
