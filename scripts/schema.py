@@ -20,7 +20,7 @@ FOLDER = PACKAGE / "schema"
 CLOSED = (*WITHOUT_CLASS, "trainer")  # groups whose keys are all known
 # A rule that accepts one of these has no list of values.
 OPEN = ("text", "0123abcd", "0,1", "ddp_find_unused_parameters_true", "sqlite:///a.db")
-PROBES: tuple[Any, ...] = (*OPEN, True, 0, 1, 5, 0.5, [], [1], [0.5], ["a"], {})
+PROBES: tuple[Any, ...] = (*OPEN, True, 0, 1, 5, 0.5, [], [1], [0.5], ["a"], {}, {"_target_": "CLASS"})
 TYPES = {bool: "boolean", int: "number", float: "number", str: "string", list: "array", dict: "object"}
 INTERPOLATION = {"type": "string", "pattern": r"\$\{"}
 DRAFT = "http://json-schema.org/draft-07/schema#"

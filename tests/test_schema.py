@@ -138,3 +138,19 @@ def test_each_group_of_conf_has_a_schema_and_a_line_in_a_new_projects_settings()
     assert {f".schema/{group}.json": f"conf/{group}/*.yaml" for group in groups} == settings
     assert {path.stem for path in FOLDER.iterdir()} == groups | {"config"}
     assert (ROOT / "scripts" / "schema.py").is_file()
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after"),
+    [
+        ("tracking/mlflow.yaml", "uri: ${oc.env:MLFLOW_TRACKING_URI,null}", "uri: http://h:1"),
+        ("sweep/default.yaml", "storage: null", "storage: postgresql://u@h/d"),
+        ("trainer/default.yaml", "strategy: auto", "strategy: deepspeed_stage_2"),
+        ("trainer/default.yaml", "strategy: auto", "strategy: {_target_: a.Strategy}"),
+        ("trainer/default.yaml", "profiler: null", "profiler: {_target_: a.Profiler}"),
+        ("trainer/default.yaml", "plugins: null", "plugins: [{_target_: a.Plugin}]"),
+    ],
+)
+def test_a_value_that_a_rule_accepts_beside_the_words_that_it_names_is_valid(file, before, after):
+    text = (CONF / file).read_text()
+    assert before in text and check(CONF / file, text.replace(before, after))
