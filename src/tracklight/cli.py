@@ -126,6 +126,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)
     # On a cluster's login node, too, where one process is what is wanted.
     warnings.filterwarnings("ignore", "The `srun` command is available on your system but is not used")
+    warnings.filterwarnings("ignore", "IProgress not found")  # tqdm's, in a notebook without ipywidgets
     lightning = logging.getLogger("pytorch_lightning.utilities.rank_zero")
     lightning.addFilter(lambda record: not record.getMessage().startswith("💡 Tip:"))
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home that cannot be written
