@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint, ModelPruning
 from torchmetrics.classification import MulticlassAccuracy
 
 from foreign import Blobs, Diverging
-from tracklight.engine.blocks import NonFiniteLoss, steps_per_block
+from tracklight.engine.blocks import NonFinite, steps_per_block
 from tracklight.models.mlp import MLP
 
 STEPS = 13
@@ -230,7 +230,7 @@ def test_the_epochs_loss_is_the_mean_over_examples():
 def test_a_loss_of_nan_stops_at_its_step_and_leaves_the_best(tmp_path, callbacks, step):
     checkpoint = ModelCheckpoint(tmp_path, filename="best", monitor="val/loss")
     fit = Fit(*callbacks, checkpoint, module=Diverging(8, 4, nan_at=step), max_epochs=3)
-    assert isinstance(fit.error, NonFiniteLoss)
+    assert isinstance(fit.error, NonFinite)
     assert fit.error.step == step
     assert max([s for s, _ in fit.logger.points.get("train/loss", [(0, 0)])]) <= step
     assert all(s <= step for points in fit.logger.points.values() for s, _ in points)

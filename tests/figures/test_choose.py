@@ -7,7 +7,7 @@ from PIL import Image
 
 from tracklight.data.line import Line
 from tracklight.data.tensor_data import Split, TensorData
-from tracklight.engine.blocks import NonFiniteLoss
+from tracklight.engine.blocks import NonFinite
 from tracklight.figures import plots
 from tracklight.figures.choose import draw_figures
 from tracklight.models.linear_regression import LinearRegression
@@ -117,7 +117,7 @@ def test_run_keeps_its_figures_beside_its_checkpoints(train):
 
 
 def test_run_that_failed_keeps_the_curves_that_show_why(train, tmp_path):
-    with pytest.raises(NonFiniteLoss):
+    with pytest.raises(NonFinite):
         train("optimizer.lr=10.0", "num_threads=1")
     (folder,) = tmp_path.glob("runs/artifacts/*/artifacts/figures")
     assert [path.name for path in folder.iterdir()] == ["learning_curves.png"]

@@ -33,8 +33,7 @@ from tracklight.paths import PROJECT, ROOT
 from tracklight.redact import redact
 
 register_resolver("root", lambda path: str(ROOT / path), replace=True)
-
-OmegaConf.register_new_resolver("mode_of", rules.mode_of, replace=True)
+register_resolver("mode_of", rules.mode_of, replace=True)
 
 MAX_DEPTH = 32  # of a stored config
 MAX_TICK_CHARS = 10  # that MLflow's charts show of a value

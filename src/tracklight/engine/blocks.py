@@ -45,12 +45,11 @@ class NonFinite(RunFailed):
         self.step = step
 
 
-class NonFiniteLoss(NonFinite):
-    """The loss of an optimizer step is NaN or infinite."""
-
-    def __init__(self, step: int, value: float):
+def check_loss(step: int, value: float) -> None:
+    """Raise NonFinite for the loss of an optimizer step that is NaN or infinite."""
+    if not math.isfinite(value):
         told = f"train/loss is {value} at step {step}: stopped there; the best checkpoint is older"
-        super().__init__(step, told)
+        raise NonFinite(step, told)
 
 
 class Blocks(Callback):
@@ -183,8 +182,8 @@ class Blocks(Callback):
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
         if not self.uses_blocks:
             loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-            if isinstance(loss, Tensor) and not math.isfinite(value := loss.item()):
-                raise NonFiniteLoss(trainer.global_step + self.mid_step, value)
+            if isinstance(loss, Tensor):
+                check_loss(trainer.global_step + self.mid_step, loss.item())
             if trainer.accumulate_grad_batches > 1:
                 lightning_internals.collect_step_values(trainer, self.step_values, not self.mid_step)
             return
@@ -193,7 +192,7 @@ class Blocks(Callback):
         bad = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
         self._log_series("train/loss", steps[: None if bad is None else bad + 1], values)
         if bad is not None:
-            raise NonFiniteLoss(steps[bad], values[bad])
+            check_loss(steps[bad], values[bad])
         self._log_recorded(steps)
 
     def _log_recorded(self, steps: Sequence[int]) -> None:

@@ -129,8 +129,6 @@ def _collectors() -> list[Any]:
 class ScoreMonitor(AfterEpoch):
     """Says at once that the score of an epoch is NaN or infinite: such a one is never best, nor recorded."""
 
-    supports_blocks = True
-
     def __init__(self, metric: str | None):
         super().__init__()
         self.metric = metric
@@ -171,8 +169,6 @@ class PruningCallback(AfterEpoch):
     The report precedes the epoch's checkpoint: the pruner has seen every epoch of a checkpoint. `report`
     takes the epoch, counted from 1, and the value of `metric`, and returns whether to prune the trial.
     """
-
-    supports_blocks = True
 
     def __init__(self, metric: str, report: Callable[[int, float], bool], one_epoch: bool = False):
         super().__init__()

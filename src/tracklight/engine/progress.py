@@ -26,6 +26,8 @@ class AfterEpoch(EarlyStopping):
     Lightning calls only early stopping and checkpoints that late; the base's checks never run.
     """
 
+    supports_blocks = True
+
     def __init__(self) -> None:
         super().__init__(monitor="", check_on_train_epoch_end=True)
         self._before: dict[str, Any] = {}
@@ -51,8 +53,6 @@ class AfterEpoch(EarlyStopping):
 class EpochLines(AfterEpoch):
     """Prints one line an epoch: its metrics and its seconds."""
 
-    supports_blocks = True
-
     @override
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         super().on_train_epoch_start(trainer)
@@ -69,8 +69,6 @@ class EpochLines(AfterEpoch):
 
 class RunLine(AfterEpoch):
     """Shows one line for the whole run: its epoch, optimizer steps, score, and the time left for all."""
-
-    supports_blocks = True
 
     def __init__(self, metric: str | None) -> None:
         super().__init__()
