@@ -35,7 +35,7 @@ from tracklight.tracking import store, tags
 uri, directory, run_id = sys.argv[1:]
 there = store.connect(uri, Path(directory))
 for path in ("config.yaml", tags.BEST):
-    found = query.fetch(there, query.find_run(there, run_id), path)
+    found = query.fetch(there, query.select_run(there, run_id), path)
     print(found, found.stat().st_size)
 """
 

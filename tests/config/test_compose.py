@@ -355,7 +355,6 @@ def test_a_preset_of_ones_own_is_held_to_the_keys_there_are(tmp_path, monkeypatc
     (conf / "callbacks" / "mine.yaml").write_text(
         "stop:\n  _target_: pytorch_lightning.callbacks.EarlyStopping\n  monitor: ${score.metric}\n"
     )
-    monkeypatch.setattr(config, "CONF", conf)
     monkeypatch.setattr("tracklight.config.hydra_internals.CONF", conf)
     assert compose(["callbacks=mine"]).callbacks.stop.monitor == "train/loss"
     with pytest.raises(BadInput, match="experiment=mine sets optimizer.lrr, which optimizer=sgd"):

@@ -12,7 +12,7 @@ from tracklight.commands.parser import main
 from tracklight.config.compose import compose
 from tracklight.experiment import stored
 from tracklight.experiment.train import run
-from tracklight.runs.select import find_run
+from tracklight.runs.select import select_run
 from tracklight.tracking.tags import CHANGES_TAG
 
 STORE = Path(__file__).resolve().parents[1] / "fixtures" / "store-0.1.tar.xz"
@@ -69,7 +69,7 @@ def test_evaluation_gives_the_recorded_score(directory, capsys):
 
 def test_rebuilt_model_has_the_stored_weights(directory):
     store = stored.open_store(None, directory)
-    old = find_run(store, MLP)
+    old = select_run(store, MLP)
     model = stored.rebuild(store, old, stored.load_config(store, old), read=False).model
     path = directory / "artifacts" / MLP / "artifacts" / "checkpoints" / "best.ckpt"
     weights = torch.load(path, weights_only=True)["state_dict"]
@@ -82,7 +82,7 @@ def test_killed_run_is_continued_to_the_bits_of_an_uninterrupted_one(directory):
     run(compose([*words, f"resume={KILLED}", "allow_changes=true"]))
 
     store = stored.open_store(None, directory)
-    continued = find_run(store, KILLED)
+    continued = select_run(store, KILLED)
     assert continued.info.status == "FINISHED"
     assert "code: digest 61e91886bd4b" in continued.data.tags[CHANGES_TAG]
     path = directory / "artifacts" / KILLED / "artifacts" / "checkpoints" / "last.ckpt"

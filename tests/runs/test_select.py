@@ -10,7 +10,7 @@ import pytest
 from made_runs import add_run
 from tracklight.errors import BadInput
 from tracklight.runs.reader import ClientReader, SqliteReader
-from tracklight.runs.select import check_id, select_id, trained_id
+from tracklight.runs.select import select_id, trained_id
 from tracklight.tracking.tags import EVALUATES_TAG, OUTCOME_TAG, REPRODUCES_TAG
 
 UNFIT = ["", "zzzz", "../../etc/passwd", "a\nb", "abc", "G" * 32, "a" * 33, "%", "a'b' --"]
@@ -32,9 +32,9 @@ def open_one(request, store):
 
 
 @pytest.mark.parametrize("word", UNFIT)
-def test_word_that_can_be_no_id_is_refused_in_one_line(word):
+def test_word_that_can_be_no_id_is_refused_in_one_line(word, open_one):
     with pytest.raises(BadInput, match="hexadecimal") as caught:
-        check_id(word)
+        select_id(open_one(), word)
     assert "\n" not in str(caught.value)
 
 

@@ -1,13 +1,14 @@
 """Predicts from files: images for a classifier of images, CSV rows for a regression."""
 
-import csv
 import json
+import re
 import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pandas import json_normalize
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -90,20 +91,14 @@ def _predict(
 
 
 def _write_predictions(predictions: list[Prediction], form: str) -> None:
-    """Print predictions; `form` is table, csv or json."""
     if form == "json":
         print(json.dumps(predictions, indent=1, ensure_ascii=False))
     elif form == "csv":
-        rows = []
-        for each in predictions:
-            shares = each.get("probabilities", {}).items()
-            row = {key: value for key, value in each.items() if key != "probabilities"}
-            rows.append(row | {f"p({name})": share for name, share in shares})
-        keys = dict.fromkeys(key for row in rows for key in row if key != "note")
-        columns = [*keys, "note"] if keys else ["file"]
-        writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        frame = json_normalize(predictions)
+        keys = [key for key in frame if key != "note"]
+        frame = frame.reindex(columns=[*keys, "note"] if keys else ["file"])
+        header = [re.sub(r"^probabilities\.(.*)", r"p(\1)", key) for key in frame]
+        frame.to_csv(sys.stdout, header=header, index=False, lineterminator="\n")
     elif predictions:
         _print_table(predictions)
 

@@ -22,7 +22,7 @@ from tracklight.engine.checkpoints import load_plain, newest_resume_checkpoint
 from tracklight.errors import BadInput
 from tracklight.experiment.build import build_data, build_model, depends_on_total
 from tracklight.runs.reader import open_reader
-from tracklight.runs.select import WORDS, fetch, find_run, parse_mapping, read_text, resolve_sweep, select_run
+from tracklight.runs.select import WORDS, fetch, parse_mapping, read_text, resolve_sweep, select_run
 from tracklight.tracking import tags
 from tracklight.tracking.provenance import code_digest
 from tracklight.tracking.store import Store, connect
@@ -80,7 +80,7 @@ def resolve_resume(
     if cfg.init_from in WORDS:  # they mean another run tomorrow
         cfg.init_from = resolve_sweep(store, select_run(store, cfg.init_from)).info.run_id
     if run_id is not None:
-        return cfg, _resumed_run(store, find_run(store, run_id), required=False)
+        return cfg, _resumed_run(store, select_run(store, run_id), required=False)
     if cfg.resume is None:
         return cfg, None
     if cfg.resume == "auto":

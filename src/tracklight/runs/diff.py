@@ -17,7 +17,7 @@ from tracklight.errors import BadInput
 from tracklight.paths import PROJECT, ROOT, read_bounded
 from tracklight.runs.leaderboard import count, difference, half_width, result_params
 from tracklight.runs.reader import RunFilter, RunReader, RunRecord, finite, latest_seeds
-from tracklight.runs.select import MAX_TEXT_BYTES, find_run, parse_mapping, read_text, select_id, trained_id
+from tracklight.runs.select import MAX_TEXT_BYTES, parse_mapping, read_text, select_id, select_run, trained_id
 from tracklight.tracking import tags
 from tracklight.tracking.provenance import GIT_ERRORS, ask_git
 
@@ -65,7 +65,7 @@ def _read_artifact(uri: str | None, directory: Path, run_id: str, path: str) -> 
         from tracklight.tracking.store import connect  # imports MLflow, which takes seconds
 
         store = connect(uri, directory, reads_only=True)
-        return read_text(store, find_run(store, run_id), path)
+        return read_text(store, select_run(store, run_id), path)
     except (OSError, ValueError):  # it is not there, or nothing that a run has written
         return None
 

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 from tracklight.errors import BadInput
 from tracklight.paths import read_bounded
 from tracklight.runs.reader import RunFilter, RunReader, reader_of
-from tracklight.tracking.tags import ARTIFACTS_FOLDER, BEST_TAG, EVALUATES_TAG, SCORE, is_sweep, same_data
+from tracklight.tracking.tags import (
+    ARTIFACTS_FOLDER,
+    BEST_TAG,
+    EVALUATES_TAG,
+    SCORE,
+    is_run_id,
+    is_sweep,
+    same_data,
+)
 
 if TYPE_CHECKING:
     from tracklight.tracking.store import Store
@@ -23,13 +31,6 @@ MAX_CHECKPOINT_VARIABLE = "TRACKLIGHT_MAX_CHECKPOINT_GB"
 MAX_CHECKPOINT_GB = "16"
 
 
-def check_id(word: str) -> None:
-    """Refuse what can be neither a run id nor a prefix of one."""
-    if not re.fullmatch(r"[0-9a-f]{4,32}", word):
-        shown = repr(word[:60])
-        raise BadInput(f"run id {shown} must be 4 to 32 hexadecimal digits, as MLflow shows it")
-
-
 def restore_command(run_id: str, display_uri: str) -> str:
     """Return the command that restores a deleted run."""
     return f"`MLFLOW_TRACKING_URI={display_uri} mlflow runs restore --run-id {run_id}`"
@@ -38,14 +39,17 @@ def restore_command(run_id: str, display_uri: str) -> str:
 def select_id(reader: RunReader, word: str, experiment: str | None = None) -> str:
     """Return the id of the run that a word names, as `select_run` does."""
     if word not in WORDS:
-        check_id(word)
+        if not re.fullmatch(r"[0-9a-f]{4,32}", word):
+            shown = repr(word[:60])
+            raise BadInput(f"run id {shown} must be 4 to 32 hexadecimal digits, as MLflow shows it")
         found = reader.find_ids(word)
         if len(found) == 1:
             return found[0]
         if not found and (deleted := reader.find_ids(word, deleted=True)):
-            raise _deleted(deleted[0], reader.display_uri)
-        what = "several runs begin" if found else "no run begins"
-        raise BadInput(f"{what} with {word} in {reader.display_uri}")
+            command = restore_command(deleted[0], reader.display_uri)
+            raise BadInput(f"run {deleted[0]} is deleted; restore it with {command}")
+        none = "there is no run" if is_run_id(word) else "no run begins with"
+        raise BadInput(f"{'several runs begin with' if found else none} {word} in {reader.display_uri}")
     runs = reader.search_scores(RunFilter(experiment), SCORE)
     if word == "best":
         runs = [run for run in runs if run.value is not None]
@@ -77,42 +81,24 @@ def trained_id(run_id: str, tags: Mapping[str, str]) -> str:
     return tags[BEST_TAG]
 
 
-def find_run(store: "Store", run_id: str) -> Any:
-    """Return MLflow's run with this id or this unique prefix of one.
-
-    Raises:
-        BadInput: There is no such run, it is deleted, or several ids have the prefix.
-    """
-    from tracklight.tracking.mlflow_client import mlflow
-
-    check_id(run_id)
-    if len(run_id) < 32:
-        run_id = select_id(reader_of(store), run_id)
-    try:
-        run = store.client.get_run(run_id)
-    except mlflow.exceptions.MlflowException:
-        raise BadInput(f"there is no run {run_id} in {store.display_uri}") from None
-    if run.info.lifecycle_stage == "deleted":
-        raise _deleted(run_id, store.display_uri)
-    store.folder(run.info.run_id)  # raises if what was answered is no id
-    return run
-
-
 def select_run(store: "Store", word: str, experiment: str | None = None) -> Any:
     """Return MLflow's run that a word names: an id, a unique prefix of one, `last` or `best`.
 
     `last` is the newest training run; `best` has the best score of those scored by the same metric
-    on the same data as the newest, pruned trials excluded. `experiment` limits both to one. Raises as
-    `find_run` does.
+    on the same data as the newest, pruned trials excluded. `experiment` limits both to one.
+
+    Raises:
+        BadInput: There is no such run, it is deleted, or several ids begin so.
     """
-    run_id = select_id(reader_of(store), word, experiment) if word in WORDS else word
-    return find_run(store, run_id)
+    run = store.client.get_run(select_id(reader_of(store), word, experiment))
+    store.folder(run.info.run_id)  # raises if what was answered is no id
+    return run
 
 
 def resolve_sweep(store: "Store", run: Any) -> Any:
     """Return the best trial of a sweep, any other run as it is; raise as `trained_id` does."""
     run_id = trained_id(run.info.run_id, run.data.tags)
-    return run if run_id == run.info.run_id else find_run(store, run_id)
+    return run if run_id == run.info.run_id else select_run(store, run_id)
 
 
 def fetch(store: "Store", run: Any, path: str) -> Path:
@@ -189,8 +175,3 @@ def remove_downloads() -> None:
 def _downloads() -> tempfile.TemporaryDirectory[str]:
     """The folder of this process's downloads; it is removed when the process ends."""
     return tempfile.TemporaryDirectory(prefix="tracklight-", ignore_cleanup_errors=True)
-
-
-def _deleted(run_id: str, display_uri: str) -> BadInput:
-    command = restore_command(run_id, display_uri)
-    return BadInput(f"run {run_id} is deleted; restore it with {command}")
