@@ -54,9 +54,8 @@ GC_THRESHOLDS = (50_000, 10, 10)
 def main(task: Task | None = None, argv: Sequence[str] | None = None) -> Any:
     """Compose the config that `argv`, or the command line, describes; return what the task returns for it.
 
-    The task is to train, unless another is given.
-
-    Otherwise the process exits: 1 the run failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
+    The task is to train, unless another is given. Where it does not return, the process exits: 1 the run
+    failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
     """
     gc.set_threshold(*GC_THRESHOLDS)
     try:

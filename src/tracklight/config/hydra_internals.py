@@ -33,15 +33,11 @@ register_resolver: Callable[..., None] = getattr(OmegaConf, _NAME)
 
 def run_hydra(
     parser: ArgumentParser,
-    args: Namespace,
-    job: Callable[[DictConfig], Any],
-    check_nodes: Callable[[DictConfig], None],
+    args: Namespace,  # that it parsed
+    job: Callable[[DictConfig], Any],  # takes a run's config
+    check_nodes: Callable[[DictConfig], None],  # takes the composed node `hydra` before Hydra acts on it
 ) -> None:
-    """Do what Hydra's flags ask for, as `hydra.main` would.
-
-    `parser` parsed `args`; `check_nodes` takes the composed node `hydra` before Hydra acts on it,
-    `job` a run's config.
-    """
+    """Do what Hydra's flags ask for, as `hydra.main` would."""
     version.setbase(VERSION_BASE.get("version_base"))  # else Hydra 1.3 warns of its future
     name, overrides = args.config_name or "config", args.overrides
     before = [] if args.config_dir is None else [_folder("--config-dir", args.config_dir)]

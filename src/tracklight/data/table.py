@@ -113,12 +113,6 @@ class Table(TensorData):
                     f"{_name(self.dtype)}; set trainer.precision=64-true, or subtract what they share"
                 )
 
-    def restore(self, columns: list[str], mean: np.ndarray | None, std: np.ndarray | None) -> None:
-        """Set the names and the moments (F,), if any, of an earlier training part, so that `encode` works."""
-        self.feature_names = columns
-        if mean is not None and std is not None:
-            self.mean, self.std = mean, std
-
     @property
     def _where(self) -> str:
         return f"data.path={self.path or 'null'}"

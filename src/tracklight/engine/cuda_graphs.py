@@ -75,15 +75,12 @@ class DeviceRates:
 
 
 class CapturedStep:
-    """Replays a captured optimizer step, one graph for each shape of minibatch.
-
-    `eager` takes a step in plain PyTorch; the model's parameters are all on one CUDA device.
-    """
+    """Replays a captured optimizer step, one graph for each shape of minibatch."""
 
     def __init__(self, eager: Step, optimizer: Optimizer, parameters: Sequence[Parameter]):
-        self.eager = eager
+        self.eager = eager  # takes a step in plain PyTorch
         self.optimizer = optimizer
-        self.parameters = parameters
+        self.parameters = parameters  # all on one CUDA device
         self.device_rates = DeviceRates(optimizer, parameters[0].device)
         self.stream = torch.cuda.Stream()
         self.num_steps: Counter[Shapes] = Counter()

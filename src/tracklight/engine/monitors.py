@@ -166,14 +166,13 @@ class ScoreMonitor(AfterEpoch):
 class PruningCallback(AfterEpoch):
     """Reports the score after each epoch, stops a pruned trial, and tags its run.
 
-    The report precedes the epoch's checkpoint: the pruner has seen every epoch of a checkpoint. `report`
-    takes the epoch, counted from 1, and the value of `metric`, and returns whether to prune the trial.
+    The report precedes the epoch's checkpoint: the pruner has seen every epoch of a checkpoint.
     """
 
     def __init__(self, metric: str, report: Callable[[int, float], bool], one_epoch: bool = False):
         super().__init__()
         self.metric = metric
-        self.report = report
+        self.report = report  # takes the epoch, from 1, and the metric's value; returns whether to prune
         self.one_epoch = one_epoch  # as in a preflight
         self.pruned = False
         self.run_id: str | None = None

@@ -83,14 +83,11 @@ def _speed_up_adam(optimizer: Optimizer) -> None:
 
 
 class TracedStep:
-    """Replays the traced operations of a pure model, one trace for each frequent shape of minibatch.
-
-    `eager` takes the first steps of each shape: a trace takes as long as a hundred of them.
-    """
+    """Replays the traced operations of a pure model, one trace for each frequent shape of minibatch."""
 
     def __init__(self, module: Supervised, optimizer: Optimizer, eager: Step):
         self.optimizer = optimizer
-        self.eager = eager
+        self.eager = eager  # takes the first steps of each shape: a trace takes as long as a hundred
         self.parameters: list[Tensor] = list(module.parameters())
         self.loss_of_batch = _LossOfBatch(module)
         self.traces: dict[Shapes, Callable[..., Any] | None] = {}

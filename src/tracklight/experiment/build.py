@@ -292,13 +292,11 @@ def _config_callbacks(cfg: DictConfig) -> list[Callback]:
 def build_trainer(
     cfg: DictConfig,
     data: LightningDataModule | None,
-    first: Sequence[Callback],
-    callbacks: Sequence[Callback],
-    io: DurableCheckpointIO,
+    first: Sequence[Callback],  # whose hooks precede those of the config's callbacks
+    callbacks: Sequence[Callback],  # whose hooks follow them
+    io: DurableCheckpointIO,  # of a tracked run
 ) -> Trainer:
-    """Build Lightning's Trainer, without a logger yet; only a tracked run uses `io`.
-
-    Hooks of the callbacks `first` precede those of the config's, those of `callbacks` follow them.
+    """Build Lightning's Trainer, without a logger yet.
 
     Raises:
         BadInput: Lightning refuses an argument, or the hardware is missing.

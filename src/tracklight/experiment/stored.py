@@ -333,8 +333,6 @@ def _restore_inputs(data: Any, inputs: dict[str, Any]) -> None:
     for key in _INPUT_KEYS:
         if inputs.get(key) is not None:
             setattr(data, key, inputs[key])
-    if isinstance(data, Table):
-        mean, std = (
-            np.array(inputs[key]) if inputs.get(key) is not None else None for key in ("mean", "std")
-        )
-        data.restore(inputs.get("feature_names") or [], mean, std)
+    for key in ("mean", "std"):
+        if isinstance(data, Table) and inputs.get(key) is not None:
+            setattr(data, key, np.array(inputs[key]))

@@ -40,17 +40,13 @@ from tracklight.tracking.tags import BEST, CHECKPOINTS, PROFILE
 
 def run(
     cfg: DictConfig,
-    tags: Mapping[str, str] | None = None,
-    callbacks: Sequence[Callback] = (),
-    test: bool = True,
-    run_id: str | None = None,
-    summary: dict[str, Any] | None = None,
+    tags: Mapping[str, str] | None = None,  # beside those of every run
+    callbacks: Sequence[Callback] = (),  # beside the config's
+    test: bool = True,  # without it, as in trials of a sweep, the run is not tested and logs no model
+    run_id: str | None = None,  # of a run of this very config to resume; `cfg.resume` is then ignored
+    summary: dict[str, Any] | None = None,  # is filled with what summary.json holds
 ) -> float | None:
     """Train what a config describes, track it, and test its best checkpoint once.
-
-    `tags` and `callbacks` are further ones. Without `test`, as in trials of a sweep, the run is not
-    tested and logs no model. `run_id` names a run of this very config to resume; `cfg.resume` is
-    then ignored. `summary` is filled with what summary.json holds.
 
     Returns:
         The best value of `score.metric`, or the last one if nothing is tracked; None if the metric

@@ -20,16 +20,12 @@ MAX_ROWS = 20_000  # of a split: a figure needs no more
 def draw_figures(
     model: LightningModule,
     data: LightningDataModule | None,
-    series: Mapping[str, tuple[Sequence[int], Sequence[float]]],
+    series: Mapping[str, tuple[Sequence[int], Sequence[float]]],  # of each metric its steps and values
     folder: Path,
-    best_step: int | None = None,
-    tested: bool = True,
+    best_step: int | None = None,  # of the best checkpoint
+    tested: bool = True,  # else no figure shows the test part
 ) -> list[Path]:
-    """Draw a run's figures into `folder`; one that cannot be drawn costs a warning, never the run.
-
-    `series` maps a metric to its steps and values; `best_step` is the best checkpoint's. Unless the
-    test part was `tested`, no figure shows it.
-    """
+    """Draw a run's figures into `folder`; one that cannot be drawn costs a warning, never the run."""
     from tracklight.figures import plots  # imports matplotlib: only who draws waits for it
 
     paths = []

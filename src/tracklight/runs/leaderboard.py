@@ -181,19 +181,14 @@ def rank_rows(rows: Sequence[LeaderboardRow], mode: str) -> list[LeaderboardRow]
 def rank_runs(
     reader: RunReader,
     run_filter: RunFilter,
-    metric: str | None,
-    mode: str | None,
+    metric: str | None,  # else each run's own score, of those that share the newest run's `score.metric`
+    mode: str | None,  # else that of the metric
     limit: int,
-    each: bool = False,
-    folders: Path | None = None,
-    chosen: Sequence[str] = (),
+    each: bool = False,  # whether each run has a row
+    folders: Path | None = None,  # of the runs, whose locks tell which of them died
+    chosen: Sequence[str] = (),  # the parameters that are columns, else those that differ
 ) -> Leaderboard:
-    """Rank the training runs of a store, a row per setting or, with `each`, per run.
-
-    Each data set has a ranking of its own, that of the newest run first. The columns are the parameters
-    that differ, unless others are `chosen`. Without a metric, each run's own score counts, of those that
-    share the newest run's `score.metric`; without a mode, the metric decides it. The locks in the run
-    folders tell which runs died.
+    """Rank the training runs of a store by setting; each data set has a ranking, the newest run's first.
 
     Raises:
         BadInput: There are no such runs, or they have no such parameters.

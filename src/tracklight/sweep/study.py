@@ -66,11 +66,7 @@ RETRY_OF_ATTR = "retry_of"  # number of the trial that it replaces
 
 @dataclass(frozen=True)
 class OptunaSettings:
-    """The sampler and the pruner of a sweep by name, with the arguments of their classes.
-
-    Where its options do not say it, no trial is pruned before `warmup_trials` are complete (median,
-    percentile) and it has run for `warmup_epochs`: a count, or below 1 a fraction of `max_epochs`.
-    """
+    """The sampler and the pruner of a sweep by name, with the arguments of their classes."""
 
     sampler: str
     sampler_options: Mapping[str, Any]
@@ -78,6 +74,8 @@ class OptunaSettings:
     pruner_options: Mapping[str, Any]
     seed: int
     max_epochs: int
+    # Unless the pruner's options say it, no trial is pruned before so many are complete (median, percentile)
+    # and before it has run for so many epochs: a count, or below 1 a fraction of `max_epochs`.
     warmup_trials: int = 5
     warmup_epochs: float = 0
 
