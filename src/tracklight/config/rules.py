@@ -87,9 +87,10 @@ def _list_of(values: Values) -> Values:
     return Values(lambda v: isinstance(v, list) and all(map(values.accepts, v)), description)
 
 
-def _or_object(pattern: str, names: str) -> Values:
-    text = _text(pattern, names)
-    return Values(lambda v: text.accepts(v) or OBJECT.accepts(v), f"{names}, or {OBJECT.description}")
+def _or_object(values: Values) -> Values:
+    return Values(
+        lambda v: values.accepts(v) or OBJECT.accepts(v), f"{values.description}, or {OBJECT.description}"
+    )
 
 
 def _is_devices(value: Any) -> bool:
@@ -145,13 +146,12 @@ FALLBACK = Values(
     lambda v: type(v) is bool or v == "auto", "true, false or auto, where data.root is the default"
 )
 OBJECT = Values(lambda v: isinstance(v, Mapping) and "_target_" in v, "{_target_: CLASS}")
-STRATEGY = _or_object(
+STRATEGY = _text(
     r"auto|ddp(_find_unused_parameters_(false|true))?|fsdp(_cpu_offload)?|single_(device|tpu|xla)|xla(_debug)?"
     r"|deepspeed(_stage_(1|2|2_offload|3|3_offload|3_offload_nvme))?",
     "auto, ddp, fsdp, deepspeed, a variant that does not fork: a copied process would write to MLflow",
 )
-PROFILER = _or_object("simple|advanced|pytorch|xla", "simple, advanced, pytorch, xla")
-PLUGINS = Values(lambda v: OBJECT.accepts(v) or _list_of(OBJECT).accepts(v), _list_of(OBJECT).description)
+PROFILER = _one_of("simple", "advanced", "pytorch", "xla")
 DEV_RUN = Values(lambda v: type(v) in (bool, int), "true, false or a whole number of batches")
 DEVICES = Values(_is_devices, "a number of devices, a list of their indices, or auto")
 PRECISION = Values(lambda value: str(value) in PRECISIONS, "one of " + ", ".join(PRECISIONS))
@@ -180,9 +180,9 @@ RULES = (
     Rule("scheduler.T_max scheduler.total_steps scheduler.total_iters", TOTAL, "null", ours_only=True),
     Rule("trainer.accelerator", _one_of("auto", "cpu", "gpu", "cuda", "mps"), "auto"),
     Rule("trainer.devices", DEVICES, "1"),
-    Rule("trainer.strategy", STRATEGY, "auto"),
-    Rule("trainer.plugins", _or_null(PLUGINS), "null"),
-    Rule("trainer.profiler", _or_null(PROFILER), "simple"),
+    Rule("trainer.strategy", _or_object(STRATEGY), "auto"),
+    Rule("trainer.plugins", _or_null(_or_object(_list_of(OBJECT))), "null"),
+    Rule("trainer.profiler", _or_null(_or_object(PROFILER)), "simple"),
     Rule("trainer.precision", _or_null(PRECISION), "32-true"),
     Rule("trainer.max_epochs", COUNT, "5"),
     Rule("trainer.min_epochs trainer.min_steps", _or_null(COUNT), "null"),
