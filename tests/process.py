@@ -19,6 +19,17 @@ from typing import Any
 
 TESTS = Path(__file__).resolve().parent
 ENDED_S = 90.0
+# Runs commands, given as JSON, in one process of its own: the imports take seconds.
+COMMANDS = """
+import json, sys
+from tracklight import cli
+for command, *words in json.loads(sys.argv[1]):
+    sys.argv[1:] = words
+    try:
+        cli.enter(command)
+    except SystemExit as end:
+        print("exit", command, end.code, flush=True)
+"""
 
 
 class Process:

@@ -1,10 +1,12 @@
 """MLflow's UI over a finished sweep, as one sees it: the browser asks for pages alone."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 import ui_server
+from process import COMMANDS
+from tracklight.engine.checkpoints import load_plain
 
 ROOT = Path(__file__).resolve().parents[1]
 ARTIFACTS = ROOT / "test-artifacts"
@@ -25,6 +29,23 @@ pytestmark = [
     *(pytest.mark.browser, pytest.mark.server, pytest.mark.slow),
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
 ]
+
+
+READ_ONLY = (
+    "unshare",
+    "-m",
+    "sh",
+    "-c",
+    'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"',
+)
+
+
+def program(*words: str | Path, prefix: Sequence[str] = ()) -> str:
+    """What a program of the repository prints."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+    command = [*prefix, sys.executable, *map(str, words)]
+    done = subprocess.run(command, check=True, timeout=TRAINED_S, env=env, capture_output=True, text=True)
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +174,56 @@ def test_sweep_is_unfolded_selected_and_compared_with_its_charts_and_values(ui, 
         arg=len(steps),
     )
     keep(page, "curves")
+
+
+def test_a_store_moved_three_times_shows_its_artifacts_answers_every_command_and_continues(page, tmp_path):
+    last, words = tmp_path / "last", ["model=linear", "num_threads=1", "optimizer.lr=0.05"]
+    train = (ROOT / "train.py", *words, "trainer.max_epochs=20")
+    program(*train, f"tracking.dir={tmp_path / 'first'}")
+    program(ROOT / "train.py", *words, "trainer.max_epochs=30", f"tracking.dir={tmp_path / 'at once'}")
+    (path,) = tmp_path.glob("first/artifacts/*/artifacts")
+    run_id = path.parent.name
+    rows = tmp_path / "rows.csv"
+    rows.write_text("x\n1\n")
+    (tmp_path / "first").rename(tmp_path / "renamed ü")
+    answers = [ask(tmp_path / "renamed ü", run_id, rows, page)]
+    shutil.copytree(tmp_path / "renamed ü", tmp_path / "copy")
+    shutil.rmtree(tmp_path / "renamed ü")
+    read_only = [*READ_ONLY, str(tmp_path / "copy")]
+    if shutil.which("unshare") and not subprocess.run([*read_only, "true"], capture_output=True).returncode:
+        answers.append(ask(tmp_path / "copy", run_id, rows, page, read_only))
+    (tmp_path / "copy").rename(last)
+    answers.append(ask(last, run_id, rows, page))
+    assert len(answers[0]) == 8 and answers == answers[:1] * len(answers)
+    program(ROOT / "train.py", f"resume={run_id}", "trainer.max_epochs=30", f"tracking.dir={last}")
+    (at_once,) = tmp_path.glob("at once/artifacts/*/artifacts/checkpoints/last.ckpt")
+    moved = last / "artifacts" / run_id / "artifacts" / "checkpoints" / "last.ckpt"
+    weights = [load_plain(path)["state_dict"] for path in (moved, at_once)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(weights[0][key].equal(weights[1][key]) for key in weights[0])
+
+
+def ask(directory: Path, run_id: str, rows: Path, page, prefix: Sequence[str] = ()) -> list[str]:
+    """What the commands say of a run, once the browser has shown its figure and its model."""
+    with ui_server.ui(directory, prefix) as (address, _):
+        uri = address.partition("/#")[0]
+        info = MlflowClient(uri).get_run(run_id).info
+        page.goto(f"{uri}/#/experiments/{info.experiment_id}/runs/{run_id}/artifacts")
+        page.get_by_text("figures", exact=True).first.click()
+        page.get_by_text("learning_curves.png", exact=True).first.click()
+        page.wait_for_function("[...document.images].some(each => each.naturalWidth > 400)")
+        keep(page, f"moved-{directory.name}")
+    where = ["--dir", str(directory)]
+    asked = [
+        ["compare", *where, "--csv"],
+        ["predict", run_id, str(rows), *where, "--format", "csv"],
+        ["evaluate", run_id, "--no-log", *where, "--json"],
+        ["reproduce", run_id, *where],
+    ]
+    answers = program("-c", COMMANDS, json.dumps(asked), prefix=prefix).splitlines()
+    assert [line for line in answers if line.startswith("exit")] == [f"exit {words[0]} 0" for words in asked]
+    return [
+        line
+        for line in answers
+        if re.match("1,train|.*rows.csv|exit|identical", line) or '"train/loss"' in line
+    ]

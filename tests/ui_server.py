@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,10 +17,10 @@ STARTED_S = 90.0
 
 
 @contextmanager
-def ui(directory: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Run what `make ui` runs; give the address that it prints."""
+def ui(directory: Path, prefix: Sequence[str] = ()) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Run what `make ui` runs, by the command `prefix`; give the address that it prints."""
     with subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "ui.py"), "--port", str(free_port())]
+        [*prefix, sys.executable, str(ROOT / "scripts" / "ui.py"), "--port", str(free_port())]
         + ["--dir", str(directory)],
         env={key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")},
         stdout=subprocess.PIPE,
@@ -29,7 +29,7 @@ def ui(directory: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
         try:
             assert process.stdout is not None
             lines = [process.stdout.readline(), process.stdout.readline()]
-            assert lines[1].startswith("MLflow UI: "), (directory / "ui.log").read_text()
+            assert lines[1].startswith("MLflow UI: "), lines
             yield lines[1].split()[2], process
         finally:
             process.terminate()

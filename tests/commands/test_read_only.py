@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from small_runs import train
 
-from process import free_port
+from process import COMMANDS, free_port
 from tracklight.commands.parser import main
 from tracklight.config import rules
 from tracklight.errors import BadInput
@@ -26,16 +26,6 @@ from tracklight.tracking.store import connect
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 MOUNTED = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
 STARTS_ANOTHER = "import subprocess, sys, torch; subprocess.run([sys.executable, '-c', ''], check=True)"
-COMMANDS = """
-import json, sys
-from tracklight import cli
-for command, *words in json.loads(sys.argv[1]):
-    sys.argv[1:] = words
-    try:
-        cli.enter(command)
-    except SystemExit as end:
-        print("exit", command, end.code, flush=True)
-"""
 
 
 def contents(directory: Path) -> dict[str, tuple[int, bytes]]:

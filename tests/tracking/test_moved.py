@@ -1,5 +1,6 @@
 """A store that was renamed, copied or mounted elsewhere: its addresses of artifacts follow."""
 
+import re
 import shutil
 import sqlite3
 from contextlib import closing
@@ -39,6 +40,12 @@ def test_a_copy_reads_and_writes_its_own_artifacts_and_says_so_once(made, tmp_pa
     new = connect(None, there).create("mine", None, {})  # no second warning, which would be an error
     new.finish("FINISHED")
     assert copy.client.get_run(new.run_id).info.artifact_uri.startswith(there.as_uri())
+    again = tmp_path_factory.mktemp("elsewhere") / "again"
+    shutil.move(there, again)
+    with pytest.warns(
+        UserWarning, match=f"^{again} was {re.escape(str(there))}: the artifacts of 2 runs are"
+    ):
+        connect(None, again)
     with closing(sqlite3.connect(store.database)) as connection:
         assert connection.execute("SELECT artifact_uri FROM runs").fetchall() == [
             ((store.runs_folder / run_id / "artifacts").as_uri(),)

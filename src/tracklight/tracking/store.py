@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from tracklight.errors import BadInput, RunFailed
 from tracklight.paths import HOME, IN_CLONE, UI, uri_setting
@@ -79,7 +80,7 @@ def _follow_move(database: Path) -> None:
     try:
         former = sqlite_file.find_former_root(database, root)
         if former and (count := sqlite_file.relocate_artifacts(database, former, root)):
-            before = former.removeprefix("file://").removesuffix(f"/{RUNS_FOLDER}")
+            before = unquote(former.removeprefix("file://")).removesuffix(f"/{RUNS_FOLDER}")
             message = f"{database.parent} was {before}: the artifacts of {count} runs are now looked for here"
             warnings.warn(message, stacklevel=2)
     except sqlite3.Error:  # not a whole database, or busy: MLflow says what is the matter
