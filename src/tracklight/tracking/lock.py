@@ -57,8 +57,6 @@ class RunLock:
 
     The file outlives its holder: recovery takes one that nobody holds for an unclean end.
 
-    `content` is written to the file beside the pid; None keeps what is there.
-
     Raises:
         LockHeld: Another process, or another object of this one, holds the lock.
         OSError: The folder cannot be written; or `content` is None, and there is no lock file.
@@ -81,7 +79,7 @@ class RunLock:
             if not is_current:
                 os.close(self._fd)
         _held.add(self._fd)
-        if content is not None:
+        if content is not None:  # else what is there stays
             text = json.dumps({"pid": os.getpid()} | content).encode()
             try:
                 os.pwrite(self._fd, text, 0)  # before it is cut: a full disk leaves what was there
