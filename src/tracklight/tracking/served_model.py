@@ -9,7 +9,6 @@ Shapes: `B` examples of a request, `...` an example's own shape.
 
 import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import numpy as np
 import pandas as pd
 import torch
 from mlflow.exceptions import MlflowException
-from mlflow.types import DataType
 
 SERVER = "mlflow.pyfunc.scoring_server"
 
@@ -34,24 +32,6 @@ class RefuseUnknown(logging.Filter):
         if text.startswith("Found extra inputs") and SERVER in sys.modules:
             raise MlflowException.invalid_parameter_value(text.replace("will be ignored", "are refused"))
         return True
-
-
-def only_numbers(parse: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap what parses a request in MLflow's server, which takes `true` and `"1"` for 1.0 without a word."""
-
-    def check(tree: Any) -> None:
-        if isinstance(tree, bool | str):
-            raise MlflowException.invalid_parameter_value(f"{tree!r} is no number")
-        for each in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
-            check(each)
-
-    def checked(data: dict[str, Any], schema: Any = None) -> Any:
-        if schema and {*schema.input_types()} == {DataType.double}:  # a table's
-            split = data.get("dataframe_split")  # which names its columns and rows beside the data
-            check(split.get("data") if isinstance(split, dict) else data)
-        return parse(data, schema)
-
-    return checked
 
 
 class ServedModel:
@@ -81,8 +61,5 @@ def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> Serve
     logger = logging.getLogger("mlflow.models.utils")
     if not any(type(each).__name__ == RefuseUnknown.__name__ for each in logger.filters):
         logger.addFilter(RefuseUnknown())
-    server: Any = sys.modules.get(SERVER)
-    if server:
-        server.infer_and_parse_data = only_numbers(server.infer_and_parse_data)
     graph = torch.export.load(Path(path) / "model.pt2").module()
     return ServedModel(graph, (model_config or {}).get("targets", []))
