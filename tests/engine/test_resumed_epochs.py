@@ -70,14 +70,19 @@ def tail(fit, key, begun):
     return [point for point in fit.logger.points[key] if point[0] > begun]
 
 
+RELOADS = ((1, 1), (2, 1), (3, 2))  # loaders are made anew and validation takes place every so many epochs
+
+
 @pytest.mark.parametrize(
-    ("kind", "period"), [*((kind, 0) for kind in KINDS), *(("subsets", n) for n in (1, 2))]
+    ("kind", "period", "every"),
+    [*((kind, 0, 1) for kind in KINDS), *(("subsets", *each) for each in RELOADS)],
 )
-def test_a_resumed_epoch_draws_what_it_would_have_drawn(thrice, kind, period):
-    reload = {"reload_dataloaders_every_n_epochs": period}
+def test_a_resumed_epoch_draws_what_it_would_have_drawn(thrice, kind, period, every):
+    reload = {"reload_dataloaders_every_n_epochs": period, "check_val_every_n_epoch": every}
     told = pytest.warns(UserWarning, match="persistent_workers=True is ignored")
     with told if kind == "persistent" else nullcontext():
-        whole, continued, begun = thrice(Restless, partial(Loaders, kind), **reload)
+        make = Restless if every == 1 else partial(Restless, manual=True)  # has no ReduceLROnPlateau
+        whole, continued, begun = thrice(make, partial(Loaders, kind), **reload)
     assert begun > 0
     for key in ("train_loss", "val_drawn"):
         assert tail(continued, key, begun) == tail(whole, key, begun)

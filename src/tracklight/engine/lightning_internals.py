@@ -87,16 +87,27 @@ def collect_step_values(trainer: Any, collected: dict[str, list[Tensor]], is_ste
         collected.clear()
 
 
+def reload_epoch(trainer: Any, *, validates: bool) -> int:
+    """Return the epoch in which an uninterrupted fit makes the loaders of the next epoch that uses them."""
+    period = trainer.reload_dataloaders_every_n_epochs
+    if not period:
+        return 0
+    every = trainer.check_val_every_n_epoch or 1 if validates else 1
+    first, gap = every - 1, period + -period % every  # it is only looked at where they are used
+    used = trainer.current_epoch + -(trainer.current_epoch + 1) % every
+    return first + (used - first) // gap * gap
+
+
 def begin_epoch_anew(trainer: Any) -> None:
     """Let a fit that is resumed between two epochs go on as one that was never interrupted.
 
     Lightning keeps the iterators that it made before `on_train_epoch_start`, and under `max_steps` takes the
     epoch for one that was interrupted: then it skips it, and steps no ReduceLROnPlateau after it.
     """
-    loop, period = trainer.fit_loop, trainer.reload_dataloaders_every_n_epochs
+    loop = trainer.fit_loop
     loop.epoch_loop.restarting = False  # and so the loops within
     for each in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
         each.on_iteration_done()
-    if period:
-        loaded = trainer.current_epoch - trainer.current_epoch % period
-        loop._last_train_dl_reload_epoch = loop.epoch_loop.val_loop._last_val_dl_reload_epoch = loaded
+    if trainer.reload_dataloaders_every_n_epochs:
+        loop._last_train_dl_reload_epoch = reload_epoch(trainer, validates=False)
+        loop.epoch_loop.val_loop._last_val_dl_reload_epoch = reload_epoch(trainer, validates=True)

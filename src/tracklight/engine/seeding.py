@@ -21,6 +21,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from tracklight.engine.lightning_internals import reload_epoch
 from tracklight.engine.torch_internals import restart_workers
 
 MASK = (1 << 64) - 1
@@ -87,9 +88,9 @@ class EpochSeeds(Callback):
 
     def _load(self, trainer: Any, load: Callable[[], Any], stream: int) -> Any:
         """Load data as in the epoch in which an uninterrupted run does so; what follows draws as ever."""
-        progress, period = trainer.fit_loop.epoch_progress.current, trainer.reload_dataloaders_every_n_epochs
+        progress = trainer.fit_loop.epoch_progress.current
         epoch = progress.completed
-        progress.completed = epoch - epoch % period if period else 0
+        progress.completed = reload_epoch(trainer, validates=stream == LOADERS["val_dataloader"])
         try:
             with isolate_rng(include_cuda=torch.cuda.is_initialized()):
                 seed_all(self.seed, stream, progress.completed)
