@@ -84,12 +84,6 @@ def points(directory: Path) -> int:
     return count
 
 
-def num_training(directory: Path) -> int:
-    """Count the trials that have logged an epoch: a signal before that may leave one to the next start."""
-    files = directory.glob("artifacts/*/points.wal")
-    return sum(b"train/loss_epoch" in path.read_bytes() for path in files)
-
-
 def trials_of(directory: Path) -> list[int]:
     """Return processes, the sweep's own gone, that hold a run folder below the directory."""
     found = []

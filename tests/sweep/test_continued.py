@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import BLOBS, GRID, ODD, QUICK, Swept, num_training, points, trials_of, wait_until
+from commands import BLOBS, GRID, ODD, QUICK, Swept, points, trials_of, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,7 +83,7 @@ def test_a_signal_stops_trials_so_that_the_same_command_continues_them(commander
     directory = tmp_path / "runs"
     command = ("seed=1,2,3", "+model.seconds=0.15", "sweep.workers=2", *ODD)
     process = commander.start(directory, ("-m", *command))
-    wait_until(lambda: num_training(directory) > 1)
+    wait_until(lambda: points(directory) > 3)
     process.send(signum, group=signum == signal.SIGINT)
     assert process.wait() == 128 + signum
     assert "Traceback" not in process.stderr
@@ -109,7 +109,7 @@ def test_ctrl_c_on_a_terminal_ends_no_trial_before_it_is_told(tmp_path):
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env=os.environ | {"PYTHONPATH": paths}, cwd=tmp_path,
     ) as process:  # fmt: skip
-        wait_until(lambda: num_training(directory) > 1)
+        wait_until(lambda: points(directory) > 2)
         os.killpg(process.pid, signal.SIGINT)
         stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr

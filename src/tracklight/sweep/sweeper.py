@@ -122,6 +122,8 @@ def _run(
         if parent:
             hint = "; the same command continues it" if status == "KILLED" else ""
             run = parent.run
+            if status == "KILLED":
+                parent.store.recover()  # ends the runs of trials that were stopped before they could do so
             progress.note(f"sweep  {run.run_id}  {run.folder}{hint}\nlook   {run.ui_hint}")
             parent.finish(status)
     _raise_outcome(loop)
