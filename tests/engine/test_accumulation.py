@@ -1,5 +1,6 @@
 """Several batches make one optimizer step: against loops in plain PyTorch."""
 
+import copy
 import math
 
 import pytest
@@ -113,6 +114,37 @@ def test_a_foreign_module_divides_alike_and_logs_the_mean_of_its_step():
     assert [v for _, v in points["train_loss"]] == pytest.approx([sum(g) / len(g) for g in groups], rel=1e-5)
     assert [v for _, v in points["most"]] == pytest.approx([max(g) for g in groups], rel=1e-5)
     assert points["once"] == [(1, 1.0), (2, 5.0), (3, 9.0)]
+
+
+@pytest.mark.filterwarnings("ignore:.*returned `None`")
+@pytest.mark.parametrize("skipped", [1, 2])  # the second of a group, and the last
+def test_a_batch_for_which_a_module_returns_no_loss_does_not_count(skipped):
+    class Skipping(Net):
+        def training_step(self, batch, batch_idx):
+            inputs.append(batch)
+            return None if batch_idx == skipped else functional.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.5)
+
+    inputs: list = []
+    seed_run(3)
+    module = Skipping(8, 4)
+    module.layers[1] = torch.nn.Identity()  # without dropout
+    start = copy.deepcopy(module.layers)
+    found = Fit(
+        module=module, data=NoisyData(num_workers=0), accumulate_grad_batches=3, max_epochs=1,
+        limit_train_batches=6,
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(start.parameters(), lr=0.5)
+    for first in (0, 3):
+        kept = [inputs[i] for i in range(first, first + 3) if i != skipped]
+        optimizer.zero_grad()
+        torch.stack([functional.cross_entropy(start(x), y) for x, y in kept]).mean().backward()
+        optimizer.step()
+    assert found.error is None
+    for ours, expected in zip(module.layers.parameters(), start.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, **CLOSE)
 
 
 def test_a_loss_that_is_no_number_is_of_the_step_that_its_batch_belongs_to():

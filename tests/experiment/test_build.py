@@ -4,10 +4,12 @@ import math
 from pathlib import Path
 
 import pytest
-from pytorch_lightning import Callback
+from pytorch_lightning import Callback, LightningModule
+from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder
 
 from tracklight.config.compose import compose
 from tracklight.errors import BadInput
+from tracklight.experiment import build
 from tracklight.experiment.train import run
 
 GROUPS = "+callbacks.groups._target_=pytorch_lightning.callbacks.GradientAccumulationScheduler"
@@ -79,6 +81,16 @@ def test_a_schedule_that_steps_at_every_second_epoch_spans_half_as_many(rates):
     assert found == pytest.approx([0.1] * 8 + [0.05] * 8)
 
 
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_schedule_at_every_third_step_spans_the_batches_of_an_epoch_that_are_a_third(rates, every):
+    accumulation = f"trainer.accumulate_grad_batches={every}"  # of four batches the third ends a step, too
+    found = rates("scheduler.interval=step", "+scheduler.frequency=3", "trainer.max_epochs=6", accumulation)
+    before = [
+        epoch + (batch > 3) for epoch in range(6) for batch in range(1, 5) if batch % every == 0 or batch == 4
+    ]
+    assert found == pytest.approx([0.05 * (1 + math.cos(math.pi * count / 6)) for count in before])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -105,6 +117,14 @@ def test_a_finder_is_refused_with_the_search_that_records_what_it_finds(rates, n
     with pytest.raises(BadInput, match=f"callbacks.finder={name}.*{instead}"):
         where = ", dirpath: a" * (name == "OnExceptionCheckpoint")
         rates(f"+callbacks.finder={{_target_: pytorch_lightning.callbacks.{name}{where}}}")
+
+
+@pytest.mark.parametrize("brought", [BatchSizeFinder(), [LearningRateFinder()]])
+def test_so_is_one_that_a_module_brings(brought):
+    module = LightningModule()
+    module.configure_callbacks = lambda: brought
+    with pytest.raises(BadInput, match="LightningModule's callback .*Finder would train .*; leave it out"):
+        build.check_module_callbacks(module)
 
 
 @pytest.mark.parametrize(("key", "kind"), [("profiler", "Profiler"), ("strategy", "Strategy")])

@@ -123,18 +123,14 @@ class Blocks(Callback):
 
     @override
     def on_after_backward(self, trainer: Any, module: Any) -> None:
-        wanted = trainer.accumulate_grad_batches
-        if wanted == 1 or not module.automatic_optimization:
-            return
-        self.accumulated += 1
-        num_ready = trainer.fit_loop.batch_idx + 1
-        is_last = trainer.is_last_batch or num_ready == trainer.num_training_batches
-        if self.accumulated < wanted and (is_last or num_ready % wanted == 0):
-            for gradient in (each.grad for each in module.parameters() if each.grad is not None):
-                gradient *= wanted / self.accumulated  # each loss was divided by `wanted`
+        self.accumulated += trainer.accumulate_grad_batches > 1 and module.automatic_optimization
 
     @override
-    def on_before_optimizer_step(self, *_: Any) -> None:
+    def on_before_optimizer_step(self, trainer: Any, module: Any, *_: Any) -> None:
+        wanted = trainer.accumulate_grad_batches
+        if 0 < self.accumulated < wanted:  # the end of an epoch, or a batch without a loss
+            for gradient in (each.grad for each in module.parameters() if each.grad is not None):
+                gradient *= wanted / self.accumulated  # each loss was divided by `wanted`
         self.accumulated = 0
 
     @override

@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from functools import partial
 from types import MethodType
 from typing import Any, cast
@@ -47,8 +48,12 @@ from tracklight.models.supervised import Supervised
 from tracklight.redact import redact
 
 TOTALS = ("T_max", "total_steps", "total_iters")  # scheduler arguments that mean the whole run
-FINDERS = {BatchSizeFinder: "-m data.batch_size=32,64,128", LearningRateFinder: "-m sweep=lr"}  # and instead
-FINDERS[OnExceptionCheckpoint] = "resume=auto: it would start any run from another's weights"
+UNRECORDED, FOREIGN = "train with values that are not recorded", "start a run from the weights of another"
+REFUSED = {  # callbacks, what they would do, and what to use instead
+    BatchSizeFinder: (UNRECORDED, "-m data.batch_size=32,64,128"),
+    LearningRateFinder: (UNRECORDED, "-m sweep=lr"),
+    OnExceptionCheckpoint: (FOREIGN, "resume=auto"),
+}
 STEPS = {"train": "training_step", "val": "validation_step", "test": "test_step"}
 OPTIMIZER_KEYS = ("optimizer", "scheduler")  # not used by a model that configures its own
 STOPS = ("max_time", "max_steps", "min_epochs", "min_steps")  # Trainer arguments beside max_epochs
@@ -247,9 +252,9 @@ def _run_length(trainer: Any, interval: str, known: int | None, frequency: int) 
     num_batches: float = trainer.num_training_batches if known is None else known
     epochs = max_epochs = trainer.max_epochs or 0
     steps = max_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
+    groups = [trainer.accumulate_grad_batches] * max_epochs
     if num_batches < math.inf:
         by_epoch = [each for each in trainer.callbacks if isinstance(each, GradientAccumulationScheduler)]
-        groups = [trainer.accumulate_grad_batches] * max_epochs
         if by_epoch:
             groups = [by_epoch[0].get_accumulate_grad_batches(epoch) for epoch in range(max_epochs)]
         taken = [*itertools.accumulate(math.ceil(num_batches / group) for group in groups)]
@@ -258,13 +263,17 @@ def _run_length(trainer: Any, interval: str, known: int | None, frequency: int) 
     total = epochs if interval == "epoch" else steps
     if not 0 < total < math.inf:
         raise BadInput("this scheduler needs the run's length; set trainer.max_epochs or trainer.max_steps")
-    return max(1, int(total) // frequency)
+    if interval == "epoch" or frequency == 1 or num_batches == math.inf:
+        return max(1, int(total) // frequency)
+    last = int(num_batches)  # Lightning counts the batches of each epoch anew, and asks those that end a step
+    asked = (i % frequency == 0 for n in groups for i in range(1, last + 1) if i % n == 0 or i == last)
+    return max(1, sum(itertools.islice(asked, int(total))))
 
 
 def has_test(model: LightningModule, data: LightningDataModule | None) -> bool:
     """Return whether there is a test part and a model that can be tested on it."""
     if isinstance(data, TensorData):
-        return "test" in data.splits
+        return "test" in data.splits and is_overridden("test_step", model)
     return is_overridden("test_step", model) and is_overridden("test_dataloader", data or model)
 
 
@@ -275,13 +284,27 @@ def early_stops(cfg: DictConfig) -> str:
     return json.dumps(redact(settings | {"callbacks": tree["callbacks"]}), sort_keys=True)
 
 
+def check_callback(callback: Callback, place: str) -> None:
+    """Raise BadInput for a callback after which the run is not the one that is recorded."""
+    for kind, (effect, instead) in REFUSED.items():
+        if isinstance(callback, kind):
+            raise BadInput(f"{place}{kind.__name__} would {effect}; leave it out and use {instead}")
+
+
+def check_module_callbacks(model: LightningModule) -> None:
+    """Refuse the same callbacks where a module of somebody's own brings them along."""
+    brought: Any = []
+    with suppress(Exception):  # asked before it has a trainer, which it may need; Lightning asks again
+        brought = model.configure_callbacks()
+    for callback in brought if isinstance(brought, Sequence) else [brought]:
+        check_callback(callback, f"{type(model).__name__}'s callback ")
+
+
 def _config_callbacks(cfg: DictConfig) -> list[Callback]:
     nodes = {key: node for key, node in (cfg.callbacks or {}).items() if node}
     callbacks = [instantiate(node, cfg.allowed_targets, Callback) for node in nodes.values()]
     for key, callback in zip(nodes, callbacks, strict=True):
-        if instead := next((text for kind, text in FINDERS.items() if isinstance(callback, kind)), None):
-            name, cure = type(callback).__name__, f"leave it out and use {instead}"
-            raise BadInput(f"callbacks.{key}={name} would train with values that are not recorded; {cure}")
+        check_callback(callback, f"callbacks.{key}=")
         if isinstance(callback, EarlyStopping) and "check_finite" not in nodes[key]:
             callback.check_finite = False  # a score that is no number is said, and is no reason to stop
     callbacks += [GradientMonitor()] if cfg.tracking.enabled and cfg.tracking.gradients else []

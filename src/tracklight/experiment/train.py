@@ -70,6 +70,7 @@ def run(
 
         data = build.build_data(cfg)
         model = build.build_model(cfg, data)
+        build.check_module_callbacks(model)
         tags, callbacks = dict(tags or {}), [*callbacks, stop]
         if cfg.init_from is not None and not (resumed and resumed.find_checkpoint()):
             tags["tracklight.init_from"] = stored.load_best_weights(model, store, cfg.init_from, callbacks)
