@@ -157,10 +157,29 @@ def test_without_extras_it_says_what_to_install(wheel, tmp_path):
     (hidden / "sitecustomize.py").write_text(
         "from importlib.machinery import PathFinder\n"
         "find = PathFinder.find_spec\n"
-        "hidden = ('optuna',)\n"
+        "hidden = ('optuna', 'pytest')\n"
         "PathFinder.find_spec = lambda name, *rest: None if name in hidden else find(name, *rest)\n"
     )
     bare = Installed(tmp_path, wheel, hidden)
     ended = bare(tmp_path, "tracklight", "train", "-m", "seed=1,2", code=2)
     assert re.search(r"pip install 'tracklight\[sweep\]'", ended.stderr), ended.stderr
     assert len(ended.stderr.splitlines()) == 1
+    bare(tmp_path, "tracklight", "init", "bare-rings")
+    tested = bare(tmp_path / "bare-rings", "make", "test", code=2)
+    assert tested.stderr.startswith("pytest is not installed; type: pip install -e '.[dev]'\n")
+
+
+def test_the_projects_ci_is_green_after_the_one_edit_that_its_readme_names(wheel, tmp_path):
+    runner = Installed(tmp_path, wheel)
+    runner(tmp_path, "tracklight", "init", "my-rings")
+    project = tmp_path / "my-rings"
+    (edit,) = re.findall(r"^dependencies = .*$", (project / "README.md").read_text(), re.M)
+    edit = re.sub(r"git\+https://[^\"]*", wheel.as_uri(), edit)
+    toml = (project / "pyproject.toml").read_text()
+    (project / "pyproject.toml").write_text(re.sub("^dependencies = .*$", edit, toml, flags=re.M))
+    steps = re.findall("- run: (.*)", (project / ".github/workflows/ci.yml").read_text())
+    assert steps == ["pip install '.[dev]'", "make test"]
+    offline = f"{sys.executable} -m pip --python {runner.bin / 'python'} --no-input install --no-index"
+    runner(project, "sh", "-c", steps[0].replace("pip install", f"{offline} --no-build-isolation"))
+    assert "my_rings" in runner(tmp_path, "python", "-c", "import my_rings; print(my_rings)").stdout
+    assert "2 passed" in runner(project, "make", "test").stdout

@@ -73,6 +73,19 @@ def test_training_prints_what_summary_json_holds(tmp_path, directory, monkeypatc
     assert "score " in rest
 
 
+def test_with_a_test_part_the_metrics_of_training_and_validation_are_there_too(
+    directory, monkeypatch, capsys
+):
+    words = ["data=table", "trainer.max_epochs=2", f"tracking.dir={directory}", "tracking.uri=null"]
+    found, _ = run_train(monkeypatch, capsys, *words, "tracking.figures=false")
+    recorded = connect(None, directory).client.get_run(found["id"]).data.metrics
+    assert {"train/loss", "val/loss", "test/loss"} <= found["metrics"].keys()
+    for name, value in found["metrics"].items():
+        assert value == pytest.approx(recorded[name]), name
+    untracked, _ = run_train(monkeypatch, capsys, *words[:2], "tracking=none")
+    assert {"train/loss", "val/loss", "test/loss"} <= untracked["metrics"].keys()
+
+
 @pytest.mark.slow
 def test_a_sweep_prints_its_winner(directory, monkeypatch, capsys):
     words = ["-m", "seed=1,2", "trainer.max_epochs=3", f"tracking.dir={directory}", "tracking.uri=null"]

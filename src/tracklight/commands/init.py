@@ -17,8 +17,9 @@ TEMPLATE = PACKAGE / "commands" / "template"
 SAID = """\
 {folder} is a project. Next:
   cd {folder}
-  make train    trains its preset, tracked in mlruns/
-  make test     its tests
+  make train                 trains its preset, tracked in mlruns/
+  pip install -e '.[dev]'    what its tests need
+  make test                  its tests
 README.md says what else there is."""
 
 

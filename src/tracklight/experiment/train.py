@@ -93,6 +93,7 @@ def run(
 
             reference = recorder.log_reference(tracked) if tracked else {}
             score, step = training.load_best()
+            metrics = {**training.trainer.callback_metrics}  # which a test empties
             if test and build.has_test(model, data) and not training.trainer.fast_dev_run:
                 for result in training.trainer.test(model, data, verbose=False):
                     training.tested |= result
@@ -100,7 +101,7 @@ def run(
             if store and tracked:
                 checkpoints.keep_last(tracked.artifacts / CHECKPOINTS, training.io)
                 recorder.log_final(store, tracked, step, score, test, training.blocks.example)
-            ended = recorder.summarise(tracked, score, step, training.trainer.callback_metrics | reference)
+            ended = recorder.summarise(tracked, score, step, metrics | training.tested | reference)
             if summary is not None:
                 summary |= ended
         if not distributed.is_nonzero_rank():
