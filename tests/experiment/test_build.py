@@ -97,6 +97,10 @@ def test_a_schedule_at_every_third_step_spans_the_batches_of_an_epoch_that_are_a
         (["trainer.limit_train_batches=0.1"], "limit_train_batches=0.1 leaves none of 4 batches to train"),
         (["trainer.limit_val_batches=0.5"], "limit_val_batches=0.5 leaves none of 1 batches to val"),
         (["trainer.limit_test_batches=0.5"], "limit_test_batches=0.5 leaves none of 1 batches to test"),
+        (
+            ["trainer.val_check_interval=2", "trainer.accumulate_grad_batches=3"],
+            "would validate amid the 3 batches of a step; try trainer.val_check_interval=3$",
+        ),
         (["trainer.overfit_batches=0.1"], "overfit_batches=0.1 leaves none of 4 batches to train"),
     ],
 )

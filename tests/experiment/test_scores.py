@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+import foreign
 from tracklight.config.compose import compose
 from tracklight.config.overrides import split_for_resume
 from tracklight.engine import progress
@@ -25,6 +26,11 @@ ALLOWED = (
 )
 QUICK = ("num_threads=1", "trainer.accelerator=cpu", "tracking.figures=false", ALLOWED)
 TOLD = ("data=table", "model._target_=foreign.Scripted", "score.metric=val/told", "score.mode=min", *QUICK)
+UNUSED = [f"~data.{key}" for key in ("seed", "slope", "intercept", "noise", "num_points", "num_features")]
+FOREIGN = (
+    *("model._target_=foreign.Net", "~model.bias", "data._target_=foreign.NoisyData", *UNUSED),
+    *("data.batch_size=50", "+data.num_workers=0", "score.metric=val_loss"),
+)
 EPOCHS = "trainer.max_epochs="
 
 
@@ -177,6 +183,15 @@ def test_a_run_in_which_nothing_was_trained_fails_and_has_no_score(train, tmp_pa
         compose(["trainer.limit_train_batches=0"])
 
 
+@pytest.mark.filterwarnings("ignore:.*returned `None`", "ignore:.*does not have many workers")
+def test_a_run_whose_batches_have_no_loss_fails_and_has_no_score(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(foreign.Net, "training_step", lambda *_: None)
+    with pytest.raises(RunFailed, match="nothing was trained: training_step returned a loss for none"):
+        train(*FOREIGN, *QUICK, EPOCHS + "1")
+    found = only_run(tmp_path)
+    assert found.info.status == "FAILED" and "score" not in found.data.metrics
+
+
 @pytest.mark.parametrize(
     ("limits", "expected"), [((), 3 * 310), (("trainer.limit_train_batches=2",), 3 * 64)], ids=["all", "two"]
 )
@@ -189,15 +204,7 @@ def test_the_speed_counts_the_examples_that_were_trained_on(tmp_path, monkeypatc
 
 
 def test_what_a_model_with_its_own_optimizer_ignores_is_said_and_not_recorded(train, monkeypatch):
-    unused = [f"~data.{key}" for key in ("seed", "slope", "intercept", "noise", "num_points", "num_features")]
-    words = ["model._target_=foreign.Net", "~model.bias", "data._target_=foreign.NoisyData", *unused]
-    words += [
-        "data.batch_size=50",
-        "+data.num_workers=0",
-        "score.metric=val_loss",
-        "scheduler=cosine",
-        *QUICK,
-    ]
+    words = [*FOREIGN, "scheduler=cosine", *QUICK]
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
     with (
         warnings.catch_warnings(),

@@ -67,6 +67,7 @@ class Blocks(Callback):
         self.logger: Any = None  # its `log_series` logs the values of each step
         self.uses_blocks = False
         self.accumulated = 0  # batches whose optimizer step is still to come
+        self.has_loss: bool | None = None  # whether any batch had one; None before the first batch
         self.step_values: dict[str, list[Tensor]] = {}  # what those batches logged
         self.num_examples = 0  # of a `TensorData`, trained on since the start of this process
         self.example: Tensor | None = None  # inputs of the first batch taken one by one: (2, ...), CPU
@@ -109,6 +110,8 @@ class Blocks(Callback):
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         if isinstance(trainer.datamodule, TensorData) and isinstance(batch, tuple | list):
             self.num_examples += len(batch[1]) * trainer.world_size
+        if self.has_loss is None:
+            self.has_loss = self.uses_blocks or not module.automatic_optimization
         if not self.uses_blocks:
             step = trainer.fit_loop.epoch_loop.batch_progress.total.ready - 1
             seed_step(self.seed, step, trainer.global_rank)
@@ -123,6 +126,7 @@ class Blocks(Callback):
 
     @override
     def on_after_backward(self, trainer: Any, module: Any) -> None:
+        self.has_loss = True
         self.accumulated += trainer.accumulate_grad_batches > 1 and module.automatic_optimization
 
     @override

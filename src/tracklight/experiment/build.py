@@ -168,6 +168,12 @@ def rehearse(cfg: DictConfig, model: Any, data: LightningDataModule | None, trai
             cure = "try 1.0, or trainer.check_val_every_n_epoch=null to count on through the epochs"
             limits = f"must be from 1 to {num_batches}, the batches of an epoch; {cure}"
             raise BadInput(f"trainer.val_check_interval={interval} {limits}")
+        num_grouped = trainer.accumulate_grad_batches
+        every = interval if type(interval) is int else int(num_batches * (interval or 1.0))
+        if every < num_batches and every % num_grouped:
+            cure = f"try trainer.val_check_interval={max(num_grouped, every - every % num_grouped)}"
+            amid = f"would validate amid the {num_grouped} batches of a step"
+            raise BadInput(f"trainer.val_check_interval={interval} {amid}; {cure}")
         # A model with steps or hooks of its own may log anything in them.
         hooks = [name for name in dir(Supervised) if re.match("on_.*|.*_step$", name)]
         hooks = [name for name in hooks if inspect.isfunction(getattr(Supervised, name))]

@@ -184,6 +184,8 @@ class Training:
         if not self.trainer.fit_loop.epoch_loop.batch_progress.total.ready:
             why = f"trainer.max_time={self.cfg.trainer.max_time} is too short, or the training data are empty"
             raise RunFailed(f"nothing was trained: the run ended before its first batch; {why}")
+        if self.blocks.has_loss is False:
+            raise RunFailed("nothing was trained: training_step returned a loss for none of the batches")
         self.fit_s = time.perf_counter() - start_s
 
     def load_best(self) -> tuple[float | None, int]:
