@@ -68,6 +68,17 @@ def test_a_whole_number_is_a_fraction_only_where_they_mean_the_same():
         assert config_digest(apply_overrides(LINE, [word])) == config_digest(apply_overrides(LINE, [other]))
     clipped = [varied(f"trainer.gradient_clip_val={text}") for text in ("1", "1.0")]  # null in conf/
     assert len({config_digest(each) for each in clipped}) == 1
+    for words in (
+        ("optimizer.momentum=0", "-0.0"),
+        ("optimizer=adam optimizer.betas=[0,0.9]", "[-0.0,0.90]"),
+    ):
+        key = words[0].rpartition("=")[0]
+        one, other = (compose(f"{key}={value}".split()) for value in (words[0].rpartition("=")[2], words[1]))
+        assert config_digest(one) == config_digest(other), words
+        if "betas" in key:  # torch refuses a whole number beside a fraction
+            assert [*map(type, one.optimizer.betas)] == [float, float]
+    hidden = compose(["model=mlp", "model.hidden=[128,64]"]).model.hidden
+    assert [*map(type, hidden)] == [int, int]
     for key in ("trainer.overfit_batches", "trainer.limit_val_batches"):  # 1 batch, or all of them
         one, all_ = (apply_overrides(LINE, [f"{key}={text}"]) for text in ("1", "1.0"))
         assert config_digest(one) != config_digest(all_)

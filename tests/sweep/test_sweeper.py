@@ -79,6 +79,13 @@ def test_points_of_a_grid_that_are_equal_numbers_are_one_and_that_is_said(comman
     assert said.count("\ntrial ") == num and "slope=3 seed=0  complete" in said
 
 
+def test_points_of_a_grid_that_are_equal_lists_of_numbers_are_one_and_train(commander, tmp_path):
+    words = ("optimizer=adam", "optimizer.betas=[0,0.9],[0.0,0.9]", "tracking=none", *QUICK)
+    process = commander.sweep(tmp_path / "runs", *words)
+    assert process.exit_code == 0, process.stderr
+    assert process.stdout.splitlines()[0].startswith("2 points of the grid, 1 of them different")
+
+
 @pytest.mark.slow
 def test_what_the_data_warn_of_is_said_by_a_sweep_too(commander, tmp_path):
     words = ("model=mlp", "data.download=false", f"data.root={tmp_path}", "model.hidden=[2]")

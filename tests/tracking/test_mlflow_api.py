@@ -1,5 +1,6 @@
 """MLflow's own API within a run: each call does what MLflow does, but in our run and through its log."""
 
+import hashlib
 import json
 import logging
 import os
@@ -317,6 +318,18 @@ def test_save_hyperparameters_logs_them_unless_told_not_to(store, run, logger, t
     run.finish("FINISHED")
     params = store.client.get_run(run.run_id).data.params
     assert params == ({"width": "3", "net": "ReLU()"} if logger else {})
+
+
+def test_long_hyperparameters_that_differ_in_their_end_differ_in_mlflow(store, run):
+    texts = ["x" * 300 + end for end in "ab"]
+    run.log_hyperparams({"one": texts[0], "two": {"inner": texts[1]}, "list": [{"a": texts[0]}], "n": 3})
+    run.log_hyperparams(Namespace(three=texts[1], short="y" * 250))
+    run.finish("FINISHED")
+    params = store.client.get_run(run.run_id).data.params
+    assert params["one"] != params["two/inner"] == params["three"] and params["one"] == params["list/0/a"]
+    assert params["one"].startswith("x" * 200)
+    assert hashlib.sha256(texts[0].encode()).hexdigest()[:16] in params["one"]
+    assert (params["n"], params["short"]) == ("3", "y" * 250)
 
 
 def test_fit_validate_and_test_end_no_run(store, run, tmp_path):

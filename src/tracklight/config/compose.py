@@ -77,6 +77,10 @@ def resolve_composed(cfg: DictConfig, on_this_machine: bool = True) -> DictConfi
 def resolve_config(cfg: DictConfig, on_this_machine: bool = True) -> DictConfig:
     """Check a config; return it resolved and closed to new keys, its precision as it will be used."""
     tree = check_config(cfg, on_this_machine)
+    leaves = _leaves(tree)
+    for key, value in result_keys(tree).items():
+        if isinstance(value, list):  # torch refuses betas of 0 and 0.9
+            leaves[key][:] = value
     trainer = tree["trainer"]
     asked, accelerator = trainer["precision"], str(trainer["accelerator"]) if on_this_machine else "unknown"
     trainer["precision"] = used = resolve_precision(asked, accelerator)
@@ -197,11 +201,11 @@ def apply_overrides(stored: Mapping[str, Any], overrides: Sequence[str]) -> Dict
 
 
 def result_keys(cfg: Any) -> dict[str, Any]:
-    """Return, by dotted key, the values on which the result depends; equal numbers are one, 1 and 1.0."""
+    """Return, by dotted key, the values on which the result depends; equal numbers are one: 1, 1.0."""
     leaves = {k: v for k, v in _leaves(to_plain(cfg)).items() if not is_below(k, NOT_IN_DIGEST)}
     for key, value in leaves.items():
         if rules.is_float(key, value, leaves.get(f"{key.rpartition('.')[0]}._target_")):
-            leaves[key] = float(value)
+            leaves[key] = [float(v) + 0.0 for v in value] if isinstance(value, list) else float(value) + 0.0
     return leaves
 
 

@@ -279,12 +279,14 @@ def check_values(tree: Mapping[str, Any]) -> None:
 
 
 def is_float(key: str, value: Any, target: Any) -> bool:
-    """Return whether a number means the same with and without a point under a key, of the class `target`."""
-    takes_floats = type(value_in_conf(key, target)) is float or (
-        key in RULE_OF and RULE_OF[key].values.accepts(0.5)
+    """Return whether numbers, one or a list, mean the same as floats under a key, of the class `target`."""
+    given = (value_in_conf(key, target), value)
+    example, values = (each if isinstance(each, list) else [each] for each in given)
+    takes_floats = float in map(type, example) or (
+        key in RULE_OF and RULE_OF[key].values.accepts([0.5] * len(values) if values is value else 0.5)
     )
     tells_apart = re.search(r"_batches$|\.num_\w+$|^sweep\.|interval$", key)  # a count from a fraction
-    return is_number(value) and takes_floats and not tells_apart
+    return all(map(is_number, values)) and takes_floats and not tells_apart
 
 
 def check_relations(tree: Mapping[str, Any], on_this_machine: bool = True) -> None:

@@ -3,7 +3,9 @@
 import functools
 import logging
 import re
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -24,6 +26,7 @@ _log = logging.getLogger(__name__)
 _MAX_KEY_CHARS = 250
 _MAX_TAG_CHARS = 8000
 _MAX_DIGEST_CHARS = 36
+_MAX_HYPERPARAMETER_CHARS = 250  # Lightning's
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the text of an object; another one in each process
 
 
@@ -128,6 +131,10 @@ class Run(MLFlowLogger):
     def sync(self) -> None:
         """Return once everything logged is on the disk."""
         self.wal.sync()
+
+    def log_hyperparams(self, params: Any) -> None:
+        """Log hyperparameters as Lightning does, which cuts long ones: different ones stay different."""
+        super().log_hyperparams(_cut_texts(params or {}))
 
     def log_new_params(self, params: Mapping[str, Any]) -> None:
         """Log params of a module's, such as its hyperparameters; one that is there keeps its value."""
@@ -240,6 +247,18 @@ def to_key(name: str) -> str:
     """Return a name as MLflow takes it: without other characters, and without empty parts between slashes."""
     parts = [re.sub(r"[^\w.\- :]+", "", part) for part in str(name).split("/")]
     return "/".join(part for part in parts if part not in ("", ".", ".."))[:_MAX_KEY_CHARS] or "unnamed"
+
+
+def _cut_texts(value: Any) -> Any:
+    """Shorten the long texts in hyperparameters, which Lightning flattens."""
+    if isinstance(value, Namespace) or (is_dataclass(value) and not isinstance(value, type)):
+        value = vars(value) if isinstance(value, Namespace) else asdict(value)
+    if isinstance(value, Mapping):
+        return {key: _cut_texts(each) for key, each in value.items()}
+    if isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
+        return [*map(_cut_texts, value)]
+    text = _ADDRESS.sub("", redact(str(value)))
+    return shorten(text, _MAX_HYPERPARAMETER_CHARS) if len(text) > _MAX_HYPERPARAMETER_CHARS else value
 
 
 def _to_text(kind: str, values: Mapping[str, Any], limit: int) -> dict[str, str]:
