@@ -378,12 +378,23 @@ def test_what_mlflows_charts_would_cut_has_a_short_text_beside_it():
     short = short_params(to_plain(cfg))
     assert (short["optimizer"], short["model"], short["hidden"]) == ("AdamW", "MLP", "128-64")
     for key, values in {
-        "hidden": ["[256,256,256,64]", "[256,256,256,128]", "[256,256,64,64]"],
+        "hidden": [
+            *("[256,256,256,64]", "[256,256,256,128]", "[256,256,64,64]"),
+            *("[512,256,128,64]", "[512,256,128,32]", "[512,256,64,128,64,32]", "[512,256,64,128,64,16]"),
+        ],
         "scheduler": [f"torch.optim.lr_scheduler.CosineAnnealing{end}" for end in ("LR", "WarmRestarts")],
     }.items():
         keys = {"hidden": "model.hidden", "scheduler": "scheduler._target_"}
         texts = [short_params(to_plain(varied(f"{keys[key]}={value}")))[key][:10] for value in values]
         assert len({*texts}) == len(values), texts
+
+
+def test_lists_of_one_name_have_a_short_text_each():
+    tree = {"model": {"features": [1, 2], "data": ["x"]}, "data": {"features": ["a"], "target": ["y"]}}
+    assert short_params(tree) == {
+        **{"model-features": "1-2", "data-features": "a"},
+        **{"model-data": "x", "target": "y"},  # `data` is a group
+    }
 
 
 def test_a_key_that_nothing_would_read_is_not_offered_to_be_added():

@@ -14,6 +14,7 @@ from tracklight.runs.leaderboard import (
     half_width,
     rank_trials,
     read_trial_run,
+    result_params,
     t_quantile,
     welch_difference,
 )
@@ -148,3 +149,14 @@ def test_overlapping_scores_are_no_more_than_noise():
 def test_scores_that_never_vary_differ_for_sure_or_not_at_all():
     assert welch_difference([1, 1], [2, 2]).is_significant
     assert not welch_difference([1, 1], [1, 1]).is_significant
+
+
+def test_short_params_are_no_columns_beside_the_full_ones():
+    full = {
+        "model.features": "[1,2]",
+        "data.features": "[a]",
+        "model.hidden": "[8]",
+        "model._target_": "m.MLP",
+    }
+    short = {"model-features": "1-2", "data-features": "a", "hidden": "8", "model": "MLP"}
+    assert result_params(SimpleNamespace(params=full | short)) == full

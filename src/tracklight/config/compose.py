@@ -244,23 +244,31 @@ def flatten(cfg: Any) -> dict[str, str | int | float]:
 def short_params(cfg: Any) -> dict[str, str]:
     """Return short texts beside those of `flatten`: MLflow's charts cut a value at ten characters.
 
-    A class stands under the name of its group, `optimizer` = SGD, a list under its own, `hidden` = 128-64;
-    what would be cut is CosAnnLR, 256x3-64.
+    A class stands under the name of its group, `optimizer` = SGD, a list under its own, `hidden` = 128-64, or
+    `model-hidden` if that is taken; what would be cut is CosAnnLR, 256x3-64, or ends with a digest.
     """
-    short = dict[str, str]()
-    for key, value in flatten(cfg).items():
+    short, flat = dict[str, str](), flatten(cfg)
+    names = [key.rpartition(".")[2] for key, value in flat.items() if str(value).startswith("[")]
+    for key, value in flat.items():
         group, _, name = key.rpartition(".")
         if name == "_target_" and value != "null":
             text = str(value).rpartition(".")[2]
             words = re.findall("[A-Z]+(?![a-z])|[A-Z][a-z]{,2}", text)
-            short[group] = "".join(words) if len(text) > MAX_TICK_CHARS and len(words) > 1 else text
-        elif str(value).startswith("["):
+            short[group] = _tick(text, "".join(words) if len(words) > 1 else text)
+        elif group and str(value).startswith("["):
             parts = str(value).strip("[]").split(",")
             runs = [(each, len([*same])) for each, same in itertools.groupby(parts)]
             folded = "-".join(each if count == 1 else f"{each}x{count}" for each, count in runs)
-            text = "-".join(parts)
-            short.setdefault(name, folded if len(text) > MAX_TICK_CHARS else text)
+            is_taken = name in cfg or names.count(name) > 1
+            short[f"{group}-{name}" if is_taken else name] = _tick("-".join(parts), folded)
     return short
+
+
+def _tick(text: str, shorter: str) -> str:
+    """Return the first of two texts that is no longer than a tick, else the start of one and its digest."""
+    ending = f"~{json_digest(text)[:5]}"
+    fitting = (each for each in (text, shorter) if len(each) <= MAX_TICK_CHARS)
+    return next(fitting, shorter[: MAX_TICK_CHARS - len(ending)] + ending)
 
 
 def diff_configs(old: Any, new: Any) -> list[str]:
