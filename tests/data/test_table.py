@@ -202,6 +202,7 @@ def test_a_bad_value_is_refused_with_its_key(key, value):
         table(**{key: value})
 
 
+@pytest.mark.filterwarnings("ignore:.*different values of column")
 @given(
     values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=4, max_size=9),
     seed=st.integers(0, 3),
@@ -239,3 +240,38 @@ def test_values_that_float32_makes_one_are_warned_of_by_name(tmp_path):
         )
         == 30
     )
+
+
+def column_of(tmp_path, cells, **changes) -> Table:
+    path = tmp_path / "column.csv"
+    path.write_text("a,y\n" + "".join(f"{cell},{i}\n" for i, cell in enumerate(cells)))
+    return table(**{"path": str(path), "target": "y"} | changes)
+
+
+def test_values_that_become_one_once_standardised_are_warned_of(tmp_path):
+    data = column_of(tmp_path, ["1e12", *range(1, 40)], num_val=0, num_test=0)
+    raw = np.array([1e12, *range(1, 40)])
+    left = len(np.unique(((raw - raw.mean()) / raw.std()).astype(np.float32)))
+    assert left < 5
+    with pytest.warns(UserWarning, match=f"40 different values of column 'a' are {left} in float32"):
+        data.setup()
+    assert len(data.splits["train"].features.unique()) == left
+    double = column_of(tmp_path, ["1e12", *range(1, 40)], num_val=0, num_test=0)
+    double.dtype = torch.float64
+    assert len(double.splits["train"].features.unique()) == 40  # without a warning, which is an error
+
+
+def test_values_that_half_precision_makes_one_or_infinite_are_told_with_the_precision(tmp_path):
+    def half(dtype, cells, **changes):
+        data = column_of(tmp_path, cells, **changes)
+        data.half = dtype
+        return data
+
+    left = len(torch.arange(1000, 1040).bfloat16().unique())
+    with pytest.warns(UserWarning, match=f"40 different .* are {left} in bfloat16; set .*=32-true"):
+        half(torch.bfloat16, range(1000, 1040), standardise=False).setup()
+    half(torch.bfloat16, range(1000, 1040)).setup()  # standardised, they stay apart
+    far = "column 'a' reaches too far for float16; set trainer.precision=32-true"
+    with pytest.raises(BadInput, match=far):
+        half(torch.float16, range(70000, 70040), standardise=False).setup()
+    half(torch.float16, range(70000, 70040)).setup()

@@ -11,6 +11,7 @@ from mlflow import pyfunc
 
 from tracklight.config.compose import compose
 from tracklight.errors import BadInput
+from tracklight.experiment.build import build_data
 
 # NIST's Statistical Reference Datasets, Norris: y and x, and the certified intercept and slope.
 NORRIS = """0.1 0.2 338.8 337.4 118.1 118.2 888.0 884.6 9.2 10.1 228.1 226.5 668.5 666.3 998.5 996.3
@@ -103,3 +104,12 @@ def test_a_fused_optimizer_that_lightning_would_not_clip_is_refused():
     with pytest.raises(BadInput, match="optimizer.fused=null"):
         compose([*words, "trainer.precision=bf16-mixed"])
     assert compose(words).optimizer.fused
+
+
+@pytest.mark.parametrize(
+    ("precision", "half"),
+    [("bf16-true", torch.bfloat16), ("bf16-mixed", torch.bfloat16), ("32-true", None), ("64-true", None)],
+)
+def test_data_know_the_half_precision_in_which_the_model_computes(precision, half):
+    data = build_data(compose([f"trainer.precision={precision}", "trainer.accelerator=cpu"]))
+    assert data.half is half and data.dtype is (torch.float64 if precision == "64-true" else torch.float32)

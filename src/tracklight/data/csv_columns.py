@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pytorch_lightning.utilities import rank_zero_warn
 
 from tracklight.errors import BadInput
 
@@ -23,6 +24,7 @@ Columns = tuple[list[str], list[str]]  # names of the features and of the target
 
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 UTF32_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)  # the first opens with a UTF-16 mark
+TOLERATED = 0.01  # of a column's different values: so many fall together by chance
 EXACT = 2.0**53  # from here on float64 leaves out whole numbers
 NUMBER = r"[\s\"]*[-+]?[.,]?\d"  # how one begins
 COMMA, POINT = (rf"\s*[-+]?\d+{mark}\d+\s*" for mark in (",", r"\."))  # numbers, by their decimal point
@@ -126,7 +128,7 @@ def _read(
         next(rows)
         features, targets = choose(header)
         columns = [(name, header.index(name)) for name in features + targets]
-        values, held = array("d"), dict[tuple[str, float], str]()
+        values, texts = array("d"), array("q")  # the hash of each number with all the digits of its cell
         for line, row in rows:
             if len(row) != len(header):
                 raise BadInput(
@@ -136,10 +138,9 @@ def _read(
             for name, column in columns:
                 place = f"{where}: line {line}, column {name!r}"
                 values.append(number := _number(cell := row[column], decimal, place))
-                other = held.setdefault((name, number), cell) if abs(number) >= EXACT else cell
-                if other != cell and len({Decimal(text.replace(decimal, ".")) for text in (cell, other)}) > 1:
-                    problem = f"{cell} and {other} are one number in float64; identifiers are no measurements"
-                    raise BadInput(f"{place}: {problem}: leave the column out of data.features")
+                exact = Decimal(cell.replace(decimal, ".")) if number and len(cell) > 15 else number
+                is_lossless = exact is number or exact == Decimal(repr(number))
+                texts.append(hash(number if is_lossless else exact))
     except UnicodeError:
         problem = "not UTF-8 text (nor UTF-16 with a mark); save it as UTF-8"
         raise BadInput(f"{where}: {problem}") from None
@@ -149,7 +150,16 @@ def _read(
         raise BadInput(f"{where}: cannot be read ({error.strerror or error})") from None
     if not values:
         raise BadInput(f"{where}: a header only; expected rows of numbers below it")
-    return features, targets, np.array(values).reshape(-1, len(columns))
+    table, written = (np.array(each).reshape(-1, len(columns)) for each in (values, texts))
+    for (name, _), numbers, cells in zip(columns, table.T, written.T, strict=True):
+        distinct, left = len(np.unique(cells)), len(np.unique(numbers))
+        problem = f"{where}: the {distinct} different values of column {name!r} are {left} in float64"
+        if left < distinct and np.abs(numbers).max() >= EXACT:
+            cure = "name another data.target" if name in targets else "leave the column out of data.features"
+            raise BadInput(f"{problem}; identifiers are no measurements: {cure}")
+        if left < (1 - TOLERATED) * distinct:
+            rank_zero_warn(f"{problem}; subtract what they share before the file is written")
+    return features, targets, table
 
 
 def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:

@@ -12,11 +12,9 @@ import torch
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
-from tracklight.data.csv_columns import choose_columns, read_columns
+from tracklight.data.csv_columns import TOLERATED, choose_columns, read_columns
 from tracklight.data.tensor_data import Split, TensorData, check_argument, hash_tensors, split_rows
 from tracklight.errors import BadInput
-
-TOLERATED = 0.01  # of a column's different values: so many fall together in float32 by chance
 
 
 class Table(TensorData):
@@ -79,38 +77,46 @@ class Table(TensorData):
         }
         if self.standardise:
             self._fit(rows["train"][0])
-        raw = self.in_features if self.standardise else 0  # standardised in float64, they keep apart
-        self._warn_of_lost_digits(values[:, raw:], [*self.feature_names, *targets][raw:])
-        return {name: Split(self.encode(x), self._tensor(y)) for name, (x, y) in rows.items()}
+        splits = {name: Split(self.encode(x), self._tensor(y, targets)) for name, (x, y) in rows.items()}
+        self._warn_of_lost_digits(values, [*splits.values()], [*self.feature_names, *targets])
+        return splits
 
     def encode(self, rows: np.ndarray) -> Tensor:
         """Turn raw rows (N, F) float64 into model input (N, F), columns as `feature_names`.
 
         Raises:
-            BadInput: A value is so far from the training part's that `dtype` cannot hold it.
+            BadInput: A value is so far from the training part's that the model's precision cannot hold it.
         """
         if self.standardise:
             with np.errstate(over="ignore"):
                 rows = (rows - self.mean) / self.std
-        for name, column in zip(self.feature_names or [], rows.T, strict=True):
-            if not (np.abs(column) <= torch.finfo(self.dtype).max).all():
-                raise BadInput(
-                    f"{self._where}: column {name!r} reaches too far beyond its training part for "
-                    f"{_name(self.dtype)}; correct its outliers, or leave it out of data.features"
-                )
-        return self._tensor(rows)
+        return self._tensor(rows, self.feature_names or [])
 
-    def _tensor(self, values: np.ndarray) -> Tensor:
+    def _tensor(self, values: np.ndarray, names: list[str]) -> Tensor:
+        beyond, cure = " beyond its training part", "correct its outliers, or leave it out of data.features"
+        if self.half:
+            beyond, cure = "", "set trainer.precision=32-true"
+        for name, column in zip(names, values.T, strict=True):
+            if not (np.abs(column) <= torch.finfo(dtype := self.half or self.dtype).max).all():
+                raise BadInput(
+                    f"{self._where}: column {name!r} reaches too far{beyond} for {_name(dtype)}; {cure}"
+                )
         return torch.tensor(values, dtype=self.dtype)
 
-    def _warn_of_lost_digits(self, values: np.ndarray, names: list[str]) -> None:
-        """Warn of columns (N,) of which `dtype` makes many different values one."""
-        for name, column in zip(names, np.sort(values, axis=0).T, strict=True):
-            distinct, left = (1 + int((v[1:] > v[:-1]).sum()) for v in (column, self._tensor(column)))
-            if distinct - left > TOLERATED * distinct:
+    def _warn_of_lost_digits(self, values: np.ndarray, splits: list[Split], names: list[str]) -> None:
+        """Warn of columns of which the model's precision makes many different values one."""
+        dtype = self.half or self.dtype
+        held = torch.cat([torch.cat([part.features, part.targets], dim=1) for part in splits]).to(dtype)
+        tables = (np.sort(each, axis=0).T for each in (values, held.double().numpy()))
+        for name, *columns in zip(names, *tables, strict=True):
+            distinct, left = (1 + int((v[1:] > v[:-1]).sum()) for v in columns)
+            # Half precision has few numbers; of a million that differ, many share one in float32 by chance.
+            enough = min(distinct, 64) / 2 if self.half else (1 - TOLERATED) * min(distinct, 10**6)
+            if left < enough:
                 rank_zero_warn(
                     f"{self._where}: the {distinct} different values of column {name!r} are {left} in "
-                    f"{_name(self.dtype)}; set trainer.precision=64-true, or subtract what they share"
+                    f"{_name(dtype)}; set trainer.precision={32 if self.half else 64}-true, subtract what "
+                    "they share, or correct outliers"
                 )
 
     @property

@@ -79,6 +79,7 @@ class TensorData(LightningDataModule):
     class_names: list[str] | None = None
     encoding = ""  # how raw numbers become model input, in words
     dtype = torch.float32  # of inputs and targets that are no whole numbers
+    half: torch.dtype | None = None  # in which the model computes with them, if it is half precision
     # `hash_tensors` of the examples before the seed splits them, set by `load`: runs that differ in it are no
     # seeds of one setting. None where config and seed alone make the examples, or nothing is known.
     source_digest: str | None = None

@@ -56,6 +56,7 @@ REFUSED = {  # callbacks, what they would do, and what to use instead
 }
 STEPS = {"train": "training_step", "val": "validation_step", "test": "test_step"}
 OPTIMIZER_KEYS = ("optimizer", "scheduler")  # not used by a model that configures its own
+HALF = {"16": torch.float16, "bf16": torch.bfloat16}  # by the first part of trainer.precision
 STOPS = ("max_time", "max_steps", "min_epochs", "min_steps")  # Trainer arguments beside max_epochs
 
 
@@ -68,8 +69,9 @@ def build_data(cfg: DictConfig, read: bool = True) -> LightningDataModule | None
     if cfg.data.get("_target_") is None:
         return None
     data = instantiate(cfg.data, cfg.allowed_targets, LightningDataModule)
-    if isinstance(data, TensorData) and cfg.trainer.precision == "64-true":
-        data.dtype = torch.float64
+    if isinstance(data, TensorData):
+        data.dtype = torch.float64 if cfg.trainer.precision == "64-true" else data.dtype
+        data.half = HALF.get(str(cfg.trainer.precision).partition("-")[0])
     if read and isinstance(data, TensorData):
         with naming("data"):
             data.setup()
