@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tracklight.errors import BadInput
+from tracklight.runs.reader import open_reader
 from tracklight.tracking import tags
 from tracklight.tracking.lock import LockHeld, RunLock
 from tracklight.tracking.mlflow_client import hard_delete, mlflow
@@ -19,24 +20,23 @@ ENDED = ("FINISHED", "FAILED", "KILLED")
 
 def run(args: Namespace) -> int:
     """Say what each kind of run holds, delete the kinds asked for, and return the exit code."""
+    open_reader(args.uri, args.dir)  # raises if there is no store, where `connect` creates one
     store = connect(args.uri, args.dir, reads_only=not args.delete)
     if store.database is None:
         raise BadInput(f"the runs are on {store.display_uri}, whose disk `mlflow gc` there frees")
     store.recover()
     kinds = _kinds(store)
-    freed = 0
+    freed, sizes = 0, {}
     for kind, found in kinds.items():
-        files = (file for paths in found.values() for path in paths for file in path.rglob("*"))
-        size = sum(file.lstat().st_size for file in files if not file.is_dir())
-        print(f"{kind:<10}  {len(found):>5}  {size / 1e6:>9,.1f} MB  {_MEANING[kind]}")
+        sizes[kind] = sum(map(_size, found.values()))
+        print(f"{kind:<10}  {len(found):>5}  {sizes[kind] / 1e6:>9,.1f} MB  {_MEANING[kind]}")
         if kind in args.delete:
-            freed += size
-            _delete(store, found)
+            freed += _delete(store, found)
     if args.delete:
         print(f"freed {freed / 1e6:,.1f} MB")
     else:
         print(f"nothing was deleted; to delete: --delete {' '.join(kinds)}, or some of them")
-    args.emit({"bytes_freed": freed} | {kind: [*found] for kind, found in kinds.items()})
+    args.emit({"bytes_freed": freed, "bytes": sizes} | {kind: [*found] for kind, found in kinds.items()})
     return 0
 
 
@@ -71,7 +71,16 @@ def _kinds(store: Store) -> dict[str, dict[str, list[Path]]]:
             kinds["superseded"][run_id] = folders[run_id]
         elif each.info.status == "FINISHED":
             later.add(key)
+    for each in reversed(active):  # evaluations go with their run, and before it, so that none is ever alone
+        for kind in ("failed", "superseded"):
+            if each.data.tags.get(tags.PARENT_TAG) in kinds[kind]:
+                kinds[kind] = {each.info.run_id: folders[each.info.run_id]} | kinds[kind]
     return kinds
+
+
+def _size(paths: Sequence[Path]) -> int:
+    files = (file for path in paths for file in path.rglob("*"))
+    return sum(file.lstat().st_size for file in files if not file.is_dir())
 
 
 def _lost_its_run(store: Store, model_id: str, runs: Collection[str]) -> bool:
@@ -89,14 +98,17 @@ def _folders(store: Store, run: Any) -> list[Path]:
     return [store.folder(run.info.run_id), *(store.runs_folder / MODELS / each.model_id for each in outputs)]
 
 
-def _delete(store: Store, found: Mapping[str, Sequence[Path]]) -> None:
-    """Delete runs for good: their folders and models first, so that what is cut short is found again."""
+def _delete(store: Store, found: Mapping[str, Sequence[Path]]) -> int:
+    """Delete runs, their files first, so that what is cut short is found again; return the bytes freed."""
+    freed = 0
     for name, paths in found.items():
         folder = store.folder(name) if tags.is_run_id(name) else None
         try:
             lock = RunLock(folder, content={}) if folder and folder.is_dir() else None
         except LockHeld:  # somebody has just resumed it
+            print(f"run {name} is in progress and stays")
             continue
+        before = _size(paths)
         for path in paths:
             if path.name.startswith("m-"):
                 hard_delete(store.client, model_id=path.name)
@@ -105,3 +117,5 @@ def _delete(store: Store, found: Mapping[str, Sequence[Path]]) -> None:
             hard_delete(store.client, run_id=name)
         if lock:
             lock.close()
+        freed += before - _size(paths)
+    return freed

@@ -69,7 +69,8 @@ PUSH = """\
 TARGET is a server (http://HOST:PORT), a database (sqlite:////PATH/mlflow.db) or a folder of runs. Params,
 metrics, tags, data sets, artifacts and models are copied; with a sweep its trials, with a run its
 evaluations; each once: what is there already is left, and the same command goes on after an end in the
-middle. A copy has an id of its own; its tag tracklight.pushed_from names the first.
+middle. A run that went on is copied again, unless its copy went on, too; one in progress, with all below
+it, is left out. A copy has an id of its own; its tag tracklight.pushed_from names the first.
 
   tracklight push /mnt/team/mlruns                      all runs
   tracklight push http://tracking:5000 best
@@ -137,7 +138,7 @@ def _add_store(parser: Parser) -> None:
 
 
 def _add_compare(parser: Parser) -> None:
-    parser.add_argument("runs", nargs="*", metavar="RUN", help=f"none or two: {RUN_HELP}")
+    parser.add_argument("runs", nargs="*", default=[], metavar="RUN", help=f"none or two: {RUN_HELP}")
     parser.add_argument("--sweep", metavar="RUN", help="only trials of this sweep, or of `last`")
     parser.add_argument("--metric", help="rank by its last value (default: each run's own score)")
     parser.add_argument("--mode", choices=("min", "max"), help="default: by the metric's name")
@@ -169,7 +170,7 @@ def _check_compare(args: argparse.Namespace) -> None:
 
 def _add_evaluate(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of data")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="of data")
     splits = ("train", "val", "test")
     parser.add_argument("--split", choices=splits, help="default: test, if there is one")
     parser.add_argument("--table", type=Path, metavar="FILE", help="test on all rows of this CSV")
@@ -190,7 +191,7 @@ def _add_predict(parser: Parser) -> None:
 
 def _add_reproduce(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of its config")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="of its config")
 
 
 def _add_ui(parser: Parser) -> None:
@@ -199,7 +200,7 @@ def _add_ui(parser: Parser) -> None:
 
 def _add_push(parser: Parser) -> None:
     parser.add_argument("target", metavar="TARGET")
-    parser.add_argument("runs", nargs="*", metavar="RUN", help=f"default: all; {RUN_HELP}")
+    parser.add_argument("runs", nargs="*", default=[], metavar="RUN", help=f"default: all; {RUN_HELP}")
 
 
 def _add_gc(parser: Parser) -> None:

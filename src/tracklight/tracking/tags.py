@@ -22,6 +22,7 @@ BEST_TAG = "best.run"  # of a sweep's parent run: id of its best trial
 REPRODUCES_TAG = "tracklight.reproduces"  # id of the run that one was made again from
 EVALUATES_TAG = "tracklight.evaluates"  # id of the run whose weights one tested again
 PUSHED_TAG = "tracklight.pushed_from"  # of a copy: id of the run in the store that it was pushed from
+COPIED_TAG = "tracklight.copied"  # of a whole copy: that id, and the end and status that were copied
 OUTCOME_TAG = "tracklight.outcome"  # of a trial that has ended: complete, pruned or failed
 PRUNED = "pruned"
 
