@@ -48,6 +48,56 @@ def test_importing_the_package_imports_nothing_else(tmp_path):
     assert ended.stdout == "module 'tracklight' has no attribute 'trian'\n"
 
 
+def test_runs_can_be_called_whatever_was_imported_before(project):
+    ended = run(
+        project,
+        """
+        import tracklight.runs.reader as reader, tracklight
+        tracklight.runs.__call__  # a module, yet
+        made = tracklight.train(["trainer.max_epochs=1", "tracking.figures=false"])
+        frames = [tracklight.runs()]
+        try:
+            tracklight.load(5)
+        except tracklight.errors.BadInput as error:
+            assert str(error) == "run id '5' must be 4 to 32 hexadecimal digits, as MLflow shows it"
+        assert tracklight.runs.reader is reader
+        from tracklight.runs import select
+        from tracklight import runs
+        import tracklight.api, cloudpickle
+        frames += [tracklight.runs(), runs(experiment="none"), tracklight.api.runs()]
+        assert [[*frame.index] for frame in frames] == [[made.id], [made.id], [], [made.id]]
+        assert cloudpickle.loads(cloudpickle.dumps(lambda: tracklight))() is tracklight
+        """,
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_it_warns_once_as_the_command_line_does(project):
+    (project / "conf" / "optimizer").mkdir(parents=True)
+    (project / "conf" / "optimizer" / "sgd.yaml").write_text("_target_: torch.optim.SGD\nlr: 0.5\n")
+    inner = project / "inner"
+    inner.mkdir()
+    (inner / "pyproject.toml").write_text('[tool.tracklight]\npackage = "mine"\n')
+    (inner / "mine").mkdir()
+    script = """
+        import tracklight
+        from tracklight.errors import BadInput
+        for call in (tracklight.runs, tracklight.load, lambda: tracklight.train(["nothing=1"])):
+            try:
+                call()
+            except BadInput as error:
+                print(error)
+    """
+    for folder, warning in (
+        (project, "replaces tracklight's own optimizer/sgd.yaml"),
+        (inner, "lies in another"),
+    ):
+        ended = run(folder, script)
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stderr.count(warning) == 1, ended.stderr
+        assert "unknown key nothing" in ended.stdout
+
+
 @pytest.mark.slow
 def test_the_page_runs_as_it_stands(project):
     code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.S))

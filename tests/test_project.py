@@ -122,6 +122,28 @@ def test_the_program_lists_its_commands_and_names_the_nearest(tmp_path):
     )
 
 
+@pytest.mark.parametrize("words", [[], ["-m", "seed=1,2"], ["--cfg", "job"]])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"lr: [", "expected the node content"), (b"lr: 1 # \xe9\n", "not UTF-8"), (b"lr: 1 # \0\n", "#x0000")],
+)
+def test_a_config_file_that_cannot_be_read_is_named_in_one_line(project, words, content, said):
+    path = project / "conf" / "optimizer" / "mine.yaml"
+    path.write_bytes(content)
+    ended = run(project, *PROGRAM, "train", "model=net", "optimizer=mine", *words)
+    assert (ended.returncode, len(ended.stderr.splitlines())) == (2, 1), ended.stderr
+    assert str(path) in ended.stderr
+    assert said in ended.stderr
+
+
+def test_a_file_that_hides_one_of_ours_is_told_though_it_is_not_utf_8(project):
+    path = project / "conf" / "optimizer" / "adam.yaml"
+    path.write_bytes(b"lr: 1 # \xe9\n")
+    ended = run(project, *PROGRAM, "train", "model=net")
+    assert ended.returncode == 0, ended.stderr
+    assert f"{path} replaces tracklight's own optimizer/adam.yaml" in ended.stderr
+
+
 @pytest.mark.slow
 def test_sweeps_and_ranks_of_a_project_train_its_own_model(project):
     import sqlite3

@@ -1,7 +1,6 @@
 """The Python API: `tracklight.train`, `tracklight.load` and `tracklight.runs`, for notebooks and programs."""
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +64,7 @@ def train(overrides: Sequence[str] = ()) -> TrainedRun:
         RunFailed: The run started and failed.
     """
     quiet()
-    check_project()
+    check_project(warn=True)
     cfg = compose_run(check_overrides(overrides, multirun=False))
     from tracklight.experiment.train import run
 
@@ -79,12 +78,12 @@ def train(overrides: Sequence[str] = ()) -> TrainedRun:
 def load(run: str = "last", uri: str | None = None, directory: str | Path = HOME) -> TrainedRun:
     """Load a run by its id, the unique beginning of one, `last` or `best`; of a sweep its best trial."""
     quiet()
-    check_project()
+    check_project(warn=True)
     from tracklight.experiment.stored import open_store
     from tracklight.runs.select import resolve_sweep, select_run
 
     store = open_store(uri or os.environ.get("MLFLOW_TRACKING_URI"), Path(directory))
-    found = resolve_sweep(store, select_run(store, run))
+    found = resolve_sweep(store, select_run(store, str(run)))
     run_id, metrics = found.info.run_id, dict(found.data.metrics)
     folder = store.folder(run_id) / tags.ARTIFACTS_FOLDER
     return TrainedRun(run_id, found.info.run_name, metrics.get(tags.SCORE), metrics, folder, (store, found))
@@ -92,7 +91,8 @@ def load(run: str = "last", uri: str | None = None, directory: str | Path = HOME
 
 def runs(experiment: str | None = None, uri: str | None = None, directory: str | Path = HOME) -> "DataFrame":
     """Return a row for each training run, newest first, its columns named as in `mlflow.search_runs`."""
-    check_project()
+    quiet()
+    check_project(warn=True)
     from pandas import json_normalize, to_datetime
 
     reader = open_reader(uri or os.environ.get("MLFLOW_TRACKING_URI"), Path(directory))
@@ -102,7 +102,3 @@ def runs(experiment: str | None = None, uri: str | None = None, directory: str |
     for name in ("start", "end") if rows else ():
         frame[f"{name}_time"] = to_datetime(frame.pop(f"{name}_ms"), unit="ms")
     return frame.set_index("run_id") if rows else frame
-
-
-# A room has this name, too: importing any of its files binds it, and this binds it again.
-setattr(sys.modules["tracklight"], "runs", runs)  # noqa: B010

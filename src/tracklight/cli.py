@@ -22,6 +22,7 @@ from typing import Any, NoReturn, TextIO
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from tracklight.config.compose import allowed_targets, compose, resolve_composed, resolve_config
 from tracklight.config.hardware import choose_temporary_folder
@@ -34,6 +35,7 @@ from tracklight.paths import PROJECT, TRAIN
 from tracklight.redact import CONTROL, redact, redact_messages
 
 Task = Callable[[Any], Any]
+_warned = set[str]()  # of the project
 
 # No usage reporting, no lines of advertising: set before the libraries concerned are imported.
 QUIET = {
@@ -105,10 +107,13 @@ def _train(summary: dict[str, Any], cfg: Any) -> Any:
     return run(cfg, summary=summary)
 
 
-def check_project() -> None:
-    """Raise BadInput if what makes the project is not right."""
+def check_project(warn: bool = False) -> None:
+    """Raise BadInput if what makes the project is not right; warn once of what may not be meant."""
     if PROJECT.problem:
         raise BadInput(PROJECT.problem)
+    for text in sorted({*PROJECT.warnings()} - _warned) if warn else ():
+        _warned.add(text)
+        warnings.warn(text, stacklevel=1)
 
 
 def quiet() -> None:
@@ -220,8 +225,7 @@ def _run(task: Task | None, argv: Sequence[str]) -> Any:
     rank_zero = read_rank_zero_run()
     if rank_zero is not None:
         return task(resolve_config(OmegaConf.create(dict(rank_zero.cfg))))
-    for text in PROJECT.warnings():
-        warnings.warn(text, stacklevel=1)
+    check_project(warn=True)
     args = parse_flags(flags_parser(), argv)
     multirun = args.multirun or "hydra.mode=multirun" in map(str.lower, args.overrides)
     flags = {name: value for name, value in vars(args).items() if name != "overrides"}
@@ -268,8 +272,9 @@ def _run_through_hydra(task: Task, args: Namespace) -> Any:
                 flags_parser(), args, run_job, lambda hydra: check_hydra_nodes(hydra, allowed_targets())
             )
     except Exception as error:  # of a single run, only Hydra's and OmegaConf's: nothing of it has begun
-        by_hydra = isinstance(error, HydraException | OmegaConfBaseException) or not args.multirun
-        if isinstance(error, BadInput | InstantiationException) or not by_hydra:
+        by_hydra = HydraException | OmegaConfBaseException | YAMLError | UnicodeDecodeError
+        is_other = args.multirun and not isinstance(error, by_hydra)
+        if isinstance(error, BadInput | InstantiationException) or is_other:
             raise
         raise BadInput(explain(error, args.overrides)) from error
     finally:

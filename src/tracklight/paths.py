@@ -55,7 +55,7 @@ class Project(NamedTuple):
             yield f"the project {self.root} lies in another, {self.outer}, which has no part in this"
         for path in sorted(self.conf.rglob("*.yaml")) if self.conf else ():
             name = path.relative_to(self.conf or path)
-            if (CONF / name).is_file() and REPLACES not in path.read_text(encoding="utf-8"):
+            if (CONF / name).is_file() and REPLACES.encode() not in path.read_bytes():
                 yield f"{path} replaces tracklight's own {name}; rename it, or add the line `{REPLACES}`"
 
 

@@ -58,7 +58,8 @@ def test_every_choice_of_a_new_project_composes(project):
         ("random", "there is a module random already"),
         ("3x", "cannot be the name of a package"),
         ("class", "cannot be the name of a package"),
-        ("there", "is there already"),
+        ("__main__", "cannot be the name of a package"),
+        ("there", "File exists"),
     ],
 )
 def test_a_name_that_cannot_be_is_refused_and_nothing_is_made(tmp_path, name, said):
@@ -66,6 +67,12 @@ def test_a_name_that_cannot_be_is_refused_and_nothing_is_made(tmp_path, name, sa
     with pytest.raises(BadInput, match=said):
         main("init", [str(tmp_path / name)])
     assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match=r"file/rings cannot be made: Not a directory"):
+        main("init", [str(tmp_path / "file" / "rings")])
 
 
 @pytest.mark.slow

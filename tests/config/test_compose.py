@@ -183,6 +183,21 @@ def test_the_allow_list_of_a_stored_config_is_not_believed():
         check_config(amended)
 
 
+def test_what_is_typed_extends_the_allow_list():
+    ours = allowed_targets()
+    assert compose(["allowed_targets=[fractions]"]).allowed_targets == [*ours, "fractions"]
+    assert apply_overrides(MLP, ["allowed_targets=[fractions]"]).allowed_targets == [*ours, "fractions"]
+    assert compose([]).allowed_targets == ours
+    for text in ("null", "fractions", "[1]"):
+        with pytest.raises(BadInput, match="allowed_targets"):
+            compose([f"allowed_targets={text}"])
+
+
+def test_tags_go_with_a_preset_however_deep():
+    words = ["experiment=seed_mlp", "++tracking.tags.team.name=x", "++tracking.tags.plain=y"]
+    assert compose(words).tracking.tags == {"team": {"name": "x"}, "plain": "y"}
+
+
 TEXTS = st.sampled_from(
     [
         *("${seed}", "${oc.env:HOME}", r"\${oc.env:HOME}", r"\\${oc.env:HOME}", "${root:x}"),

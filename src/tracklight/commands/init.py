@@ -27,12 +27,14 @@ def run(args: Namespace) -> int:
     """Make the project; return the exit code."""
     folder: Path = args.folder
     name = folder.name.replace("-", "_")
-    if not name.isidentifier() or keyword.iskeyword(name):
+    if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("__"):
         raise BadInput(f"{folder.name!r} cannot be the name of a package; take letters, digits and _")
     if importlib.util.find_spec(name) is not None:
         raise BadInput(f"there is a module {name} already, which the project would hide; take another name")
-    if folder.exists():
-        raise BadInput(f"{folder} is there already; take another name")
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise BadInput(f"{folder} cannot be made: {error.strerror}; take another name") from None
     for path in TEMPLATE.rglob("*"):
         if path.is_file():
             to = str(path.relative_to(TEMPLATE)).replace("NAME", name).replace("dot-", ".")

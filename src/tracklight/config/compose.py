@@ -12,7 +12,7 @@ from typing import Any
 import hydra
 import yaml
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from tracklight.config import rules
@@ -107,13 +107,16 @@ def allowed_targets() -> list[str]:
 
 
 def set_allowed_targets(cfg: DictConfig) -> None:
-    """Give a config that Hydra has composed its allow-list: what was typed, else that of `allowed_targets`.
+    """Give a config that Hydra has composed its allow-list: that of `allowed_targets`, and what was typed.
 
     No other file grants anything, wherever it lies.
     """
     words: Any = OmegaConf.to_container(HydraConfig.get().overrides.task)  # unresolved
-    if not any(word.lstrip("+").startswith("allowed_targets=") for word in words):
-        OmegaConf.update(cfg, "allowed_targets", allowed_targets(), force_add=True)
+    is_typed = any(word.lstrip("+").startswith("allowed_targets=") for word in words)
+    typed = cfg.get("allowed_targets") if is_typed else OmegaConf.create([])
+    if isinstance(typed, ListConfig):  # what else was typed is refused later
+        value = [*allowed_targets(), *(OmegaConf.to_container(typed) or ())]
+        OmegaConf.update(cfg, "allowed_targets", value, force_add=True)
 
 
 def to_plain(cfg: Any) -> dict[str, Any]:
@@ -195,6 +198,8 @@ def apply_overrides(stored: Mapping[str, Any], overrides: Sequence[str]) -> Dict
             raise BadInput(unknown_key(key, known))
         value = override.value()
         check_plain(value, key)
+        if key == "allowed_targets" and isinstance(value, list):
+            value = allowed_targets() + value
         OmegaConf.update(cfg, key, value, force_add=True)
     OmegaConf.set_struct(cfg, True)
     return cfg
@@ -303,7 +308,7 @@ def _check_preset(preset: str, cfg: DictConfig, choices: Mapping[str, Any], over
     for key in within:
         group = key.partition(".")[0]
         replaced = within.get(f"{group}._target_") != without.get(f"{group}._target_")
-        if key in without or group == "callbacks" or replaced or is_below(key, added):
+        if key in without or replaced or is_below(key, ("callbacks", "tracking.tags", *added)):
             continue
         chosen = f"{group}={choices[group]}" if group in choices else "this config"
         raise BadInput(

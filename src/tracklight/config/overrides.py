@@ -255,6 +255,12 @@ def explain(error: Exception, words: Sequence[str] = ()) -> str:
         hint = _nearest(choice, options)
         return f"{group}={choice} is not there; {group} can be {', '.join(options)}{hint}"
     message, cause = str(error), error.__cause__
+    if isinstance(error, yaml.YAMLError):  # on several lines, of which one names the file
+        return " ".join(message.split())
+    if isinstance(error, UnicodeDecodeError):
+        for path in (PROJECT.conf or CONF).rglob("*.yaml"):
+            if error.object in path.read_bytes():
+                return f"{path} is not UTF-8, {message}"
     if isinstance(cause, OmegaConfBaseException):
         if match := re.match(r"Could not override '([^']+)'", message):
             items = nested_items(unresolved_root(cause.parent_node))
