@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,7 +107,13 @@ def read_features(path: Path, names: list[str], delimiter: str, decimal: str = "
 
 
 def _read(
-    where: str, path: Path, choose: Callable[[list[str]], Columns], delimiter: str, decimal: str, guess: bool
+    where: str,
+    path: Path,
+    choose: Callable[[list[str]], Columns],
+    delimiter: str,
+    decimal: str,
+    guess: bool,
+    exact: bool = False,  # compare cells by their numbers, which is slow
 ) -> tuple[list[str], list[str], np.ndarray]:
     try:
         if path.exists() and not path.is_file():
@@ -128,7 +135,7 @@ def _read(
         next(rows)
         features, targets = choose(header)
         columns = [(name, header.index(name)) for name in features + targets]
-        values, texts = array("d"), array("q")  # the hash of each number with all the digits of its cell
+        values, texts = array("d"), array("q")  # the hash of each number with all its digits
         for line, row in rows:
             if len(row) != len(header):
                 raise BadInput(
@@ -138,9 +145,11 @@ def _read(
             for name, column in columns:
                 place = f"{where}: line {line}, column {name!r}"
                 values.append(number := _number(cell := row[column], decimal, place))
-                exact = Decimal(cell.replace(decimal, ".")) if number and len(cell) > 15 else number
-                is_lossless = exact is number or exact == Decimal(repr(number))
-                texts.append(hash(number if is_lossless else exact))
+                text: Any = cell if number and len(cell) > 15 else number  # float64 holds 15 digits
+                if exact and text is cell:  # 1 and 1.0 are one number
+                    text = Decimal(cell.replace(decimal, "."))
+                    text = number if text == Decimal(repr(number)) else text
+                texts.append(hash(text))
     except UnicodeError:
         problem = "not UTF-8 text (nor UTF-16 with a mark); save it as UTF-8"
         raise BadInput(f"{where}: {problem}") from None
@@ -153,6 +162,8 @@ def _read(
     table, written = (np.array(each).reshape(-1, len(columns)) for each in (values, texts))
     for (name, _), numbers, cells in zip(columns, table.T, written.T, strict=True):
         distinct, left = len(np.unique(cells)), len(np.unique(numbers))
+        if left < distinct and not exact:
+            return _read(where, path, choose, delimiter, decimal, False, exact=True)
         problem = f"{where}: the {distinct} different values of column {name!r} are {left} in float64"
         if left < distinct and np.abs(numbers).max() >= EXACT:
             cure = "name another data.target" if name in targets else "leave the column out of data.features"
