@@ -138,7 +138,7 @@ def test_a_crowded_store_holds_copies_that_mlflow_and_recovery_take_for_runs(tmp
     crowd(tmp_path, 7)
     again = connect(None, tmp_path)
     again.recover()
-    found = again.find("x")
+    found = again.search("tags.`tracklight.identity` = 'x'")
     assert len(found) == 8
     assert {each.info.status for each in found} == {"FINISHED"}
     assert all(each.data.params == {"lr": "0.1"} for each in found)
