@@ -137,6 +137,10 @@ def quiet() -> None:
     redact_messages()
 
 
+def _escape(characters: re.Pattern[str], text: str) -> str:
+    return characters.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 class _SafeStream:
     """A standard stream that cannot fail: once its reader or its disk is gone, it discards."""
 
@@ -152,8 +156,8 @@ class _SafeStream:
 
     def write(self, text: str) -> int:
         """Write, control characters escaped but those of `_STEERING`'s exceptions; or discard."""
-        text = _STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
-        self._attempt(lambda: self._stream.write(text))
+        escaped = _escape(_STEERING, text)
+        self._attempt(lambda: self._stream.write(escaped))
         return len(text)
 
     def flush(self) -> None:
@@ -204,8 +208,7 @@ def _exit_on_error() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except (BadInput, RunFailed) as error:
-        text = CONTROL.sub(lambda found: ascii(found[0])[1:-1], redact(" ".join(str(error).split())))
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {_escape(CONTROL, redact(' '.join(str(error).split())))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)
     except BaseException as error:
         if isinstance(number := getattr(error, "signum", None), int):  # of engine.signals.Stopped

@@ -124,9 +124,10 @@ def sync_folder(folder: Path) -> None:
 
 
 try:
-    PROJECT = find_project(Path.cwd())
-except OSError:  # the folder was deleted
-    PROJECT = find_project(Path(os.sep))
+    _here = Path.cwd()
+except OSError:  # it was deleted
+    _here = Path(os.sep)
+PROJECT = find_project(_here)
 ROOT = PROJECT.root
 HOME = ROOT / "mlruns"  # as conf/tracking/mlflow.yaml has it
 IN_CLONE = ROOT == CLONE  # for messages: its scripts are there to be typed

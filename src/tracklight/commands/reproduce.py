@@ -64,7 +64,7 @@ def run(args: Namespace) -> int:
         reproductions = there.search(f"tags.`{tags.REPRODUCES_TAG}` = '{run_id}'")
         if not reproductions:
             raise RunFailed(f"the new run is not in {there.display_uri}")
-        num_weights, num_points, differences = compare_runs((store, old), (there, reproductions[0]))
+        num_weights, num_points, differences = compare_runs(kept, (store, old), (there, reproductions[0]))
     found = {"run": run_id, "new": reproductions[0].info.run_id, "identical": not differences}
     found |= {"weights": num_weights, "points": num_points, "differences": differences, "known": reasons}
     args.emit(found)
@@ -109,14 +109,14 @@ def _kept_checkpoints(store: Store, run: Any) -> list[str]:
     return [tags.LAST, tags.BEST]
 
 
-def compare_runs(*pair: tuple[Store, Any]) -> tuple[int, int, list[str]]:
-    """Compare the last and the best weights and the metrics of two runs, each with its store.
+def compare_runs(checkpoints: Sequence[str], *pair: tuple[Store, Any]) -> tuple[int, int, list[str]]:
+    """Compare the weights in these checkpoints and the metrics of two runs, each with its store.
 
     Of metrics that are logged at the end of training only the last point counts. Returns the number
     of weights, the number of metric points, and a line for each difference.
     """
     num_weights, num_points, differences = 0, 0, []
-    for path in _kept_checkpoints(*pair[0]):
+    for path in checkpoints:
         before, after = (load_plain(fetch(*each, path))["state_dict"] for each in pair)
         num_weights = sum(tensor.numel() for tensor in before.values())
         differences += _diff_weights(path, before, after)
