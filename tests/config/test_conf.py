@@ -38,8 +38,8 @@ def test_every_preset_composes_and_opens_with_command_score_and_time(preset):
 
 def test_each_group_of_the_contract_has_its_choices():
     contract = {
-        "model": {"linear", "mlp"},
-        "data": {"line", "table", "mnist"},
+        "model": {"linear", "mlp", "cnn"},
+        "data": {"line", "table", "mnist", "fashion_mnist", "kmnist"},
         "optimizer": {"sgd", "adam", "adamw", "rmsprop", "adagrad"},
         "scheduler": {"none", "cosine", "onecycle", "step"},
         "callbacks": {"none", "early_stopping"},

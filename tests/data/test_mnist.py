@@ -10,15 +10,19 @@ from collections import Counter
 from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torchvision
 from idx_encoding import NAMES, idx_bytes, image_numbers
+from torchvision.transforms.functional import affine
 
-from tracklight.data.mnist import MNIST
+from tracklight.data.mnist import DIGITS, KMNIST, MNIST, FashionMNIST
+from tracklight.data.tensor_data import epoch_order
 from tracklight.errors import BadInput
 
 DEFAULTS = {
@@ -108,6 +112,77 @@ def test_the_transform_has_the_bits_of_its_formula(mean, std):
     assert torch.equal(floats, before.float())  # the caller's pixels are left alone
 
 
+def epoch_of(data: MNIST, epoch: int, rank: int = 0, world_size: int = 1) -> list[torch.Tensor]:
+    """The images of an epoch of training, those that need more than one device included."""
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    place = {"global_rank": rank, "world_size": world_size, "strategy": strategy}
+    data.trainer = SimpleNamespace(current_epoch=epoch, overfit_batches=0.0, **place)
+    return [image for images, _ in data.train_dataloader() for image in images[:, 0]]
+
+
+def test_training_images_are_moved_by_each_shift_and_others_stay(write_mnist):
+    data = mnist(write_mnist(), shift=1, mean=0, std=1)
+    originals, found = data.splits["train"].features, Counter()
+    for image, original in zip(epoch_of(data, 3), originals[epoch_order(240, 0, 3)], strict=True):
+        moved = {m: affine(original[None], 0, [*m], 1, [0])[0] for m in product((-1, 0, 1), repeat=2)}
+        moves = [m for m, each in moved.items() if torch.equal(image, each / 255)]
+        assert len(moves) == 1
+        found.update(moves)
+    assert len(found) == 9
+    assert max(found.values()) < 2 * 240 / 9  # far beyond what chance gives a uniform draw
+    for name in ("val", "test"):
+        ((images, _),) = getattr(data, f"{name}_dataloader")()
+        assert torch.equal(images[:, 0], data.splits[name].features / 255)
+
+
+def test_shifts_follow_from_seed_epoch_and_example_alone(write_mnist):
+    root = write_mnist()
+
+    def images(epoch=0, seed=0, ranks=1, steps_per_block=1, batch_size=64) -> Counter:
+        found = Counter()
+        for rank in range(ranks):
+            data = mnist(root, shift=2, seed=seed, batch_size=batch_size)
+            data.steps_per_block = steps_per_block
+            found.update(image.numpy().tobytes() for image in epoch_of(data, epoch, rank, ranks))
+        return found
+
+    first = images()
+    assert first == images(steps_per_block=3) == images(ranks=2) == images(batch_size=None)
+    assert len(first & images(epoch=1)) < 240 / 5  # one image in 25 moves alike
+    assert len(first & images(seed=1)) < 240 / 5
+
+
+@pytest.mark.parametrize(("cls", "name"), [(FashionMNIST, "FashionMNIST"), (KMNIST, "KMNIST")])
+def test_data_in_mnists_format_lie_in_a_folder_of_their_own(write_mnist, cls, name):
+    root = write_mnist(folder=f"{name}/raw")
+    write_mnist(num_train=100)
+    data = cls(**DEFAULTS | {"root": str(root)})
+    assert [len(split) for split in data.splits.values()] == [240, 60, 50]
+    assert data.name == f"{name.lower()}_300_50"
+    published = getattr(torchvision.datasets, name)
+    assert data.class_names == published.classes
+    assert {file.removesuffix(".gz") for file, _ in published.resources} == set(NAMES.values())
+
+
+@pytest.mark.parametrize("cls", [FashionMNIST, KMNIST])
+def test_no_digits_stand_in_for_other_data(write_mnist, tmp_path, cls, monkeypatch):
+    digits = write_mnist(folder=".")
+    of_digits = mnist(digits)
+    of_digits.setup()
+    monkeypatch.setattr("tracklight.data.mnist.DIGITS", of_digits.source_digest)
+    with pytest.raises(BadInput, match=f"these are MNIST's digits; data.root needs {cls.__name__}/raw"):
+        cls(**DEFAULTS | {"root": str(digits)}).setup()
+    with pytest.raises(BadInput, match=f"holds {cls.__name__}/raw$"):
+        cls(**DEFAULTS | {"root": str(tmp_path / "absent"), "fallback": True}).setup()
+
+
+@pytest.mark.full_mnist
+def test_mnists_digits_are_known_as_such(full_mnist):
+    data = mnist(full_mnist)
+    data.setup()
+    assert data.source_digest == DIGITS
+
+
 @pytest.mark.parametrize(
     ("replaced", "message"),
     [
@@ -148,6 +223,7 @@ def test_refused_without_files_and_fallback(tmp_path):
         ),
         ("num_val", 60000, "must be below 60000"),
         ("std", 0, "data.std=0 must be"),
+        ("shift", 28, "data.shift=28 must be 0 to 27 pixels; try data.shift=2"),
         ("std", float("nan"), "data.std=nan must be"),
         ("root", "", "data.root='' must be"),
     ],
@@ -242,6 +318,15 @@ def test_a_download_fills_the_root_and_leaves_nothing_else(mirror, tmp_path):
     assert socket.getdefaulttimeout() is None
 
 
+def test_other_data_are_downloaded_into_their_own_folder(mirror, tmp_path, monkeypatch):
+    for name in ("mirrors", "resources"):
+        monkeypatch.setattr(torchvision.datasets.KMNIST, name, getattr(torchvision.datasets.MNIST, name))
+    (tmp_path / "new").mkdir()
+    data = KMNIST(**DEFAULTS | {"root": str(tmp_path / "new"), "download": True})
+    assert len(data.splits["train"]) == 240
+    assert sorted(path.name for path in (tmp_path / "new/KMNIST/raw").iterdir()) == sorted(NAMES.values())
+
+
 @pytest.mark.parametrize("name", ["missing", "full"])
 def test_only_an_empty_folder_is_downloaded_into(mirror, tmp_path, name):
     (tmp_path / "full").mkdir()
@@ -323,3 +408,17 @@ def test_loading_takes_little_more_memory_than_the_images(full_mnist):
     command = [sys.executable, "-c", MEASURE, str(full_mnist)]
     megabytes = int(subprocess.check_output(command, text=True).split()[-1])
     assert megabytes < 100  # the images are 55; one copy more would pass this
+
+
+def test_shifted_training_has_the_same_bits_in_blocks_one_by_one_and_resumed(write_mnist, train):
+    words = ["model=mlp", "model.hidden=[8]", "data.num_val=60", "data.shift=2", "tracking.figures=false"]
+    words += [f"data.root={write_mnist()}", "data.batch_size=16", "trainer.accelerator=cpu", "num_threads=1"]
+    runs = [train(*words, "trainer.max_epochs=4")]
+    runs.append(train(*words, "trainer.max_epochs=4", "trainer.profiler=simple"))
+    begun = train(*words, "trainer.max_epochs=2")
+    runs.append(train(f"resume={begun.run.info.run_id}", "overrides=['trainer.max_epochs=4']"))
+    whole, *others = (run.checkpoint("last")["state_dict"] for run in runs)
+    unshifted = train(*words, "trainer.max_epochs=4", "data.shift=0").checkpoint("last")["state_dict"]
+    for name, weight in whole.items():
+        assert all(torch.equal(weight, other[name]) for other in others)
+    assert not torch.equal(whole["layers.1.weight"], unshifted["layers.1.weight"])

