@@ -13,10 +13,12 @@ IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))
 # Workers share the cores out: with threads of their own they would wait for one another. Each takes
 # its half in order, as fixtures that start processes like it, and at the end some of the other's.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+PIP_INSTALL = $(if $(UV),"$(UV)" pip install --python $(BIN)/python,$(BIN)/python -m pip install \
+	--disable-pip-version-check) --quiet
 PORT ?= 5001
 ARGS ?=
 
-.PHONY: help install train test slow floors newest ui check lint audit format bench torture clean
+.PHONY: help install train test slow floors newest ui check lint audit format bench torture docs clean
 
 help:
 	@echo 'make train    set up, then train the MNIST MLP, tracked'
@@ -30,6 +32,7 @@ help:
 	@echo 'make audit    known vulnerabilities of the pinned packages (a part of lint)'
 	@echo 'make bench    the speed tables'
 	@echo 'make torture  kill runs at random instants and compare what comes out'
+	@echo 'make docs     the documentation as a website, in docs/_build'
 	@echo 'make clean    remove the environment and caches; data and runs stay'
 
 install: $(INSTALLED)
@@ -51,9 +54,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	echo 'No Python 3.11 to 3.14 with its venv module on PATH.' >&2; \
 	echo 'Install one (Debian, Ubuntu: also python3-venv), or name it: make train PYTHON=/path/to/python3.12' >&2; \
 	exit 1
-	@if [ -n "$(UV)" ]; then set -- "$(UV)" pip install --python $(BIN)/python; \
-	else set -- $(BIN)/python -m pip install --disable-pip-version-check; fi; \
-	"$$@" --quiet --constraint constraints.txt --editable '.[sweep,dev]'
+	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[sweep,dev]'
 	@touch $@
 
 train: $(INSTALLED)
@@ -112,7 +113,14 @@ bench: $(INSTALLED)
 torture: $(INSTALLED)
 	@$(BIN)/python -m pytest -s tests/faults/torture.py $(ARGS)
 
+# A warning is an error. Nothing is fetched; docs/conf.py writes the pages of the config groups.
+docs: $(INSTALLED)
+	@$(BIN)/python -c 'import furo, myst_parser, sphinx' 2>/dev/null || \
+	$(PIP_INSTALL) --constraint constraints.txt --editable '.[sweep,dev,docs]'
+	@$(BIN)/python -m sphinx --quiet --fail-on-warning docs docs/_build
+	@echo 'docs/_build/index.html'
+
 clean:
-	rm -rf $(VENV) $(VENV)-audit $(VENV)-floors $(VENV)-newest .pytest_cache .ruff_cache .hypothesis test-artifacts
+	rm -rf $(VENV) $(VENV)-audit $(VENV)-floors $(VENV)-newest .pytest_cache .ruff_cache .hypothesis test-artifacts docs/_build docs/generated
 	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -rf src/*.egg-info

@@ -268,7 +268,7 @@ def _stratified_order(labels: Tensor) -> Tensor:
 def read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
     """Read an IDX file of unsigned bytes, plain or gzipped, into memory no larger than its data.
 
-    Returns uint8, (N, *shape), N >= 1, writable; `shape` is (28, 28) for images, () for labels.
+    Returns uint8, `(N, *shape)`, N >= 1, writable; `shape` is (28, 28) for images, () for labels.
     """
     try:
         if path.exists() and not path.is_file():
