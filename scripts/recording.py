@@ -23,7 +23,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import pyte
+import pyte  # pyright: ignore[reportMissingImports] -- of the extra docs
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = (
@@ -145,8 +145,10 @@ def main(path: Path) -> None:
         folder = Path(temporary) / "tracklight"
         folder.mkdir()
         for part in PARTS:
-            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy2
-            copy(ROOT / part, folder / part, **({"symlinks": True} if copy is shutil.copytree else {}))
+            if (ROOT / part).is_dir():
+                shutil.copytree(ROOT / part, folder / part, symlinks=True)
+            else:
+                shutil.copy2(ROOT / part, folder / part)
         shots = list(frames(session(COMMANDS, folder)))
     path.write_text(film(shots))
     print(f"{path}: {len(shots)} frames, {shots[-1][0]:.0f} s, {path.stat().st_size / 1000:.0f} kB")
