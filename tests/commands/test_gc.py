@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from mlflow.entities import LoggedModelOutput
 from small_runs import train
 
 from tracklight.commands.parser import main
@@ -68,6 +69,20 @@ def test_what_each_kind_holds_is_said_and_only_what_is_asked_for_is_deleted(dire
     assert store.search("", deleted=True) == []
     assert main("evaluate", [new, *where]) == 0
     assert main("gc", ["--json", *where]) == 0
+
+
+def test_a_models_id_that_leads_out_of_the_store_deletes_nothing(directory):
+    store, theirs = connect(None, directory), directory.parent / "thesis"
+    (theirs / "chapter").mkdir(parents=True)
+    run = store.create("tracklight", None, {})
+    (directory / "artifacts" / "models").mkdir()
+    for name in ("../../../thesis", str(theirs), "..", "."):  # as MLflow's server takes it from anybody
+        store.client.log_outputs(run.run_id, [LoggedModelOutput(name, 0)])
+    run.finish("FINISHED")
+    store.client.delete_run(run.run_id)
+    assert main("gc", ["--delete", "deleted", "--dir", str(directory)]) == 0
+    assert (theirs / "chapter").is_dir() and (directory / "mlflow.db").is_file()
+    assert not run.folder.exists()
 
 
 def test_a_store_that_is_not_there_is_not_created(tmp_path):

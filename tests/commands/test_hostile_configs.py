@@ -6,16 +6,21 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
+from pytorch_lightning.callbacks import ModelCheckpoint
 from small_runs import QUICK, train
 
 from process import Trainees, free_port
 from tracklight.commands.parser import main
-from tracklight.config.compose import allowed_targets, compose
-from tracklight.errors import BadInput
+from tracklight.config.compose import allowed_targets, check_stored_paths, compose
+from tracklight.engine.checkpoints import DurableCheckpointIO
+from tracklight.errors import BadInput, RunFailed
 from tracklight.experiment.stored import load_config
+from tracklight.experiment.train import run as run_experiment
 from tracklight.tracking.store import Store, connect
 
 SECRET = "-".join(["pl4nt3d", "s3cr3t"])  # this file may be part of a run's patch
@@ -69,11 +74,9 @@ def start(command: str, run_id: str, directory: Path, uri: str | None = None) ->
         case "reproduce":
             main("reproduce", [run_id, *where])
         case _:
-            from tracklight.experiment.train import run
-
             cfg = compose([f"tracking.dir={directory}", f"tracking.uri={uri or 'null'}", *QUICK])
             cfg.resume = run_id
-            run(cfg)
+            run_experiment(cfg)
 
 
 def assert_refused(command: str, run_id: str, directory: Path, ran: Path, uri=None) -> None:
@@ -200,6 +203,8 @@ def test_stored_metadata_of_any_kind_are_used_or_refused_in_one_line(kept, copie
 WRITERS = {
     "callbacks.kept.dirpath": ("ModelCheckpoint", {"dirpath": "{out}"}),
     "callbacks.kept.filename": ("ModelCheckpoint", {"filename": "../../{name}"}),
+    "callbacks.read.filename": ("ModelCheckpoint", {"filename": "{{epoch].__class__.__mro__[0}}"}),
+    "callbacks.wide.filename": ("ModelCheckpoint", {"filename": "{{epoch:>9999999999}}"}),
     "callbacks.relative.dirpath": ("ModelCheckpoint", {"dirpath": "out"}),
     "callbacks.listed._args_": ("ModelCheckpoint", {"_args_": ["out", "name"]}),
     "callbacks.failed.dirpath": ("OnExceptionCheckpoint", {"dirpath": "{out}"}),
@@ -225,13 +230,87 @@ def test_a_stored_config_writes_nowhere_but_into_the_runs_folder(kept, copied, t
     config.write_text(yaml.safe_dump(tree))
     before = {*tmp_path.iterdir()}
     for command in ("reproduce", "resume"):
-        assert_one_line(command, kept.line, copied, says=f"{key}.*=.* of the stored config may write outside")
+        assert_one_line(
+            command, kept.line, copied, says=f"{key}.*=.* of the stored config may write or read outside"
+        )
     assert main("evaluate", [kept.line, "--no-log", "--dir", str(copied)]) == 0  # it makes none of them
     assert {*tmp_path.iterdir()} == before
     if key == "callbacks.kept.dirpath":
         word = f"{key}={values[last]}"
         assert main("reproduce", [kept.line, word, "--dir", str(copied)]) == 0
         assert (tmp_path / "out").is_dir()
+
+
+def test_a_stored_file_name_reads_nothing_but_metrics(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    name = "{epoch].backward.__globals__[torch].os.environ[AWS_SECRET_ACCESS_KEY}"
+    read = ModelCheckpoint(filename=name, auto_insert_metric_name=False)
+    assert SECRET in read.format_checkpoint_name({"epoch": torch.tensor(1)})  # what Lightning makes of it
+    for text, is_refused in (
+        (name, True),
+        ("{epoch}-{val/loss:.2f}", False),
+        ("{step:06d}-[{epoch}]", False),
+    ):
+        stored = {"callbacks": {"best": {"filename": text}}}
+        try:
+            check_stored_paths(stored, [], Path("/store/artifacts/run"))
+        except BadInput as no:
+            assert is_refused and "may write or read outside" in str(no)
+        else:
+            assert not is_refused
+    check_stored_paths({"callbacks": {"best": {"filename": name}}}, ["callbacks.best.filename=x"], Path())
+
+
+def spoil_last(copied: Path, run_id: str, change: Callable[[dict], None]) -> None:
+    last = copied / "artifacts" / run_id / "artifacts" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    change(checkpoint)
+    DurableCheckpointIO().save_checkpoint(checkpoint, last)
+
+
+@pytest.mark.parametrize("way", ["up", "up from another name", "a link"])
+def test_a_stored_checkpoint_makes_no_run_delete_a_file_elsewhere(kept, copied, tmp_path, way):
+    folder, thesis = copied / "artifacts" / kept.line / "artifacts" / "checkpoints", tmp_path / "thesis.txt"
+    thesis.write_text("three years")
+    if way == "a link":
+        (folder / "out").symlink_to(tmp_path)
+    planted = str(folder / ("out/thesis.txt" if way == "a link" else "../../../../../thesis.txt"))
+    assert Path(planted).samefile(thesis)
+
+    def change(checkpoint: dict) -> None:
+        states = checkpoint["callbacks"]
+        (key,) = (each for each in states if each.startswith("BestCheckpoint"))
+        worst = torch.tensor(1e9)
+        planting = {"kth_best_model_path": planted, "best_k_models": {planted: worst}, "kth_value": worst}
+        states[key] |= planting | {"best_model_score": worst, "dirpath": str(folder)}
+        if way == "up from another name":
+            states[key]["dirpath"] = "/nowhere"
+
+    spoil_last(copied, kept.line, change)
+    cfg = compose([f"tracking.dir={copied}", "tracking.uri=null", *QUICK])
+    cfg.resume, cfg.overrides = kept.line, ["trainer.max_epochs=9"]
+    with pytest.raises((BadInput, RunFailed), match="thesis.txt may be anywhere|out leads out of its folder"):
+        run_experiment(cfg)
+    assert thesis.read_text() == "three years"
+
+
+BROKEN_STATES: dict[str, Callable[[dict], Any]] = {
+    "a text": lambda checkpoint: checkpoint.update(callbacks="x"),
+    "a state that is none": lambda checkpoint: checkpoint["callbacks"].update(ResumeCheckpoint=7),
+    "half a state": lambda checkpoint: checkpoint["callbacks"].update(ResumeCheckpoint={"further": []}),
+    "no optimizer": lambda checkpoint: checkpoint.pop("optimizer_states"),
+    "no loops": lambda checkpoint: checkpoint.update(loops=[1]),
+}
+
+
+@pytest.mark.parametrize("change", BROKEN_STATES.values(), ids=BROKEN_STATES)
+def test_a_stored_checkpoint_of_any_content_is_refused_in_one_line(kept, copied, change):
+    spoil_last(copied, kept.line, change)
+    cfg = compose([f"tracking.dir={copied}", "tracking.uri=null", *QUICK])
+    cfg.resume, cfg.overrides = kept.line, ["trainer.max_epochs=9"]
+    with pytest.raises((BadInput, RunFailed)) as no:
+        run_experiment(cfg)
+    assert "\n" not in str(no.value)
 
 
 def files_with(folder: Path, text: str) -> list[Path]:

@@ -116,6 +116,18 @@ def test_a_store_is_not_pushed_to_itself_and_no_unknown_run(store, tmp_path):
         main("push", [str(tmp_path / "there"), "abcd", "--dir", str(store.directory)])
 
 
+def test_a_link_that_leads_out_of_the_store_is_not_followed(directory, tmp_path):
+    store = connect(None, directory)
+    (tmp_path / "id_rsa").write_text("mine, not the run's")
+    run_id = add_run(store, 0.5)
+    link = store.folder(run_id) / "artifacts" / "notes"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(BadInput, match="notes leads out of its folder"):
+        main("push", [str(tmp_path / "there"), "--dir", str(directory)])
+    assert not [p for p in (tmp_path / "there").rglob("*") if p.is_file() and b"mine" in p.read_bytes()]
+
+
 @pytest.fixture
 def target(template, tmp_path) -> Store:
     (tmp_path / "there").mkdir()

@@ -1,15 +1,19 @@
 """The script behind `make ui`."""
 
 import socket
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 
 import pytest
 
 import ui_server
+from process import free_port
 from tracklight.commands import ui
 from tracklight.commands.parser import main
-from tracklight.errors import BadInput
+from tracklight.errors import BadInput, RunFailed
+from tracklight.tracking import store as store_module
 
 RUNS = "runs?workflowType=machine_learning"
 
@@ -18,7 +22,7 @@ RUNS = "runs?workflowType=machine_learning"
 def served(monkeypatch):
     """The page at which the UI would open."""
     pages = []
-    monkeypatch.setattr(ui, "_serve", lambda store, port, page, uri: pages.append(page))
+    monkeypatch.setattr(ui, "_serve", lambda store, port, page, uri, folder: pages.append(page))
     return pages
 
 
@@ -57,6 +61,31 @@ def test_a_port_that_is_taken_is_bad_input(store, served):
     assert not served
 
 
+@pytest.mark.parametrize("read_only", [False, True])
+def test_its_server_starts_where_nobody_else_writes(store, monkeypatch, read_only):
+    """It imports from there first; anybody may write a store's folder, or /tmp."""
+    found = []
+
+    def start(command, cwd, stdout, **options):
+        found.extend(path.name for path in cwd.iterdir())
+        found.append(cwd.stat().st_mode & 0o777)
+        raise RunFailed("as asked for")
+
+    monkeypatch.setattr(ui.subprocess, "Popen", start)
+    if read_only:
+        monkeypatch.setattr(store_module, "_why_read_only", lambda *_: "it may only be read")
+    with pytest.raises(RunFailed, match="as asked for"):
+        main("ui", ["--dir", str(store.directory), "--port", str(free_port())])
+    assert found == [ui.LOG, 0o700]
+
+
+def test_a_server_that_does_not_start_says_why(store, monkeypatch):
+    start, broken = subprocess.Popen, [sys.executable, "-c", "raise SystemExit('first\\nit is broken')"]
+    monkeypatch.setattr(ui.subprocess, "Popen", lambda command, **options: start(broken, **options))
+    with pytest.raises(RunFailed, match="did not start, or ended by itself: it is broken$"):
+        main("ui", ["--dir", str(store.directory), "--port", str(free_port())])
+
+
 @pytest.mark.server
 @pytest.mark.slow
 def test_it_serves_until_it_is_told_to_stop(store, add, tmp_path, monkeypatch):
@@ -64,7 +93,8 @@ def test_it_serves_until_it_is_told_to_stop(store, add, tmp_path, monkeypatch):
     here = tmp_path / "here"  # whose files are nobody's to import
     here.mkdir()
     for name in ("random", "uvicorn", "mlflow"):
-        (here / f"{name}.py").write_text("raise SystemExit('a file of the current folder was imported')")
+        for folder in (here, store.directory):
+            (folder / f"{name}.py").write_text("raise SystemExit('a file that is nobody's was imported')")
     monkeypatch.chdir(here)
     with ui_server.ui(store.directory) as (address, process):
         uri = address.partition("/#")[0]

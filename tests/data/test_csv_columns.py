@@ -1,6 +1,7 @@
 import csv
 import io
 import os
+import tracemalloc
 from decimal import Decimal, InvalidOperation
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tracklight.data import csv_columns
 from tracklight.data.csv_columns import read_columns, read_features
 from tracklight.errors import BadInput
 
@@ -18,6 +20,20 @@ VALUES = [[1, 2, 3], [-4, 5.5, 6000]]
 def read(path, content, target="y", features=None, delimiter=",", decimal="."):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return read_columns(path, target and [target], features, delimiter, decimal)
+
+
+@pytest.mark.parametrize("content", ["\0", "1,2,3,", "\n", "#\n"])
+def test_a_file_that_never_comes_to_a_table_is_not_held_in_memory(tmp_path, content, monkeypatch):
+    monkeypatch.setattr(csv_columns, "MAX_LINE_CHARS", 1000)
+    monkeypatch.setattr(csv_columns, "MAX_COMMENTS", 1000)
+    path = tmp_path / "endless.csv"
+    path.write_text(content * 1_000_000)
+    tracemalloc.start()
+    with pytest.raises(BadInput):
+        read_features(path, ["a"], ",")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 500_000
 
 
 @pytest.mark.parametrize(

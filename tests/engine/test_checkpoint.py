@@ -342,6 +342,17 @@ def test_a_zip_of_someone_elses_is_no_checkpoint(path):
         load_plain(path)
 
 
+def test_one_that_would_unfold_to_more_than_it_is_is_refused(path):
+    buffer = io.BytesIO()
+    torch.save(content() | {"state_dict": {"weight": torch.zeros(10**6)}}, buffer)
+    with zipfile.ZipFile(buffer) as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    assert path.stat().st_size < 20_000 and len(torch.load(path)["state_dict"]["weight"]) == 10**6
+    with pytest.raises(BadInput, match="cannot be read"):
+        load_plain(path)
+
+
 @pytest.mark.parametrize(
     "tensor",
     [

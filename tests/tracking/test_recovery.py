@@ -8,6 +8,7 @@ import time
 import pytest
 from disturbances import points_of
 
+from tracklight.errors import BadInput
 from tracklight.tracking import tags
 from tracklight.tracking.lock import FILE_NAME
 from tracklight.tracking.store import Store, connect
@@ -39,6 +40,25 @@ def die_creating(directory, moment):
 
         store.client.create_run = create_and_die
     store.create("mine", None, {"tracklight.identity": "it"})
+
+
+@pytest.mark.parametrize("name", ["points.sent", "artifacts/.config.yaml.tmp"])
+def test_a_link_in_a_runs_folder_makes_nobody_write_elsewhere(directory, tmp_path, caplog, name):
+    store, thesis = connect(None, directory), tmp_path / "thesis.txt"
+    thesis.write_text("three years")
+    run = store.create("mine", None, {"tracklight.identity": "it"})
+    run.log_series("loss", [1], [1.0])
+    run.abandon()
+    link = run.folder / name
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(thesis)
+    (run.folder / FILE_NAME).write_text(json.dumps({"pid": 1} | store.lock_content))
+    store.recover()
+    assert f"{name} leads out of its folder" in caplog.text
+    with pytest.raises(BadInput, match="leads out of its folder"):
+        store.reopen(run.run_id)
+    assert thesis.read_text() == "three years"
 
 
 def test_a_killed_run_gets_its_points_and_the_status_killed(directory, processes):

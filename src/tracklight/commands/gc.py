@@ -4,17 +4,15 @@ import shutil
 from argparse import Namespace
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tracklight.errors import BadInput
 from tracklight.runs.reader import open_reader
 from tracklight.tracking import tags
 from tracklight.tracking.lock import LockHeld, RunLock
 from tracklight.tracking.mlflow_client import hard_delete, mlflow
-from tracklight.tracking.store import Store, connect
+from tracklight.tracking.store import MODELS, Store, connect
 
 SAME = (tags.IDENTITY_TAG, tags.EPOCHS_TAG, tags.CODE_TAG, tags.DATA_TAG, tags.PARENT_TAG)
-MODELS = "models"  # beside the runs' folders: one a logged model
 ENDED = ("FINISHED", "FAILED", "KILLED")
 
 
@@ -50,7 +48,7 @@ _MEANING = {
 def _kinds(store: Store) -> dict[str, dict[str, list[Path]]]:
     """Return, by kind, the ids of runs with their folders on this disk."""
     deleted, active = (store.search("", deleted=is_deleted) for is_deleted in (True, False))
-    folders = {run.info.run_id: _folders(store, run) for run in (*deleted, *active)}
+    folders = {run.info.run_id: store.folders(run) for run in (*deleted, *active)}
     known = {path for paths in folders.values() for path in paths}
     runs = (path for path in store.runs_folder.iterdir() if tags.is_run_id(path.name))
     models = [
@@ -90,12 +88,6 @@ def _lost_its_run(store: Store, model_id: str, runs: Collection[str]) -> bool:
     except mlflow.exceptions.MlflowException:
         return True
     return bool(source) and source not in runs
-
-
-def _folders(store: Store, run: Any) -> list[Path]:
-    """Return the folders of a run and of its models."""
-    outputs = run.outputs.model_outputs if run.outputs else ()
-    return [store.folder(run.info.run_id), *(store.runs_folder / MODELS / each.model_id for each in outputs)]
 
 
 def _delete(store: Store, found: Mapping[str, Sequence[Path]]) -> int:

@@ -22,7 +22,7 @@ from tracklight.tracking import tags
 from tracklight.tracking.address import sqlite_path
 from tracklight.tracking.logged_model import store_model
 from tracklight.tracking.mlflow_client import mlflow, retry, short_reason
-from tracklight.tracking.store import Store, connect
+from tracklight.tracking.store import Store, connect, refuse_links
 
 MAX_ITEMS = {"metrics": 1000, "params": 100, "tags": 100}  # of one request, as MLflow allows
 OWN_TAGS = {tags.KEY_TAG, tags.PUSHED_TAG, tags.COPIED_TAG}  # that link a run and its copies
@@ -129,6 +129,8 @@ def _create(source: Store, target: Store, run: Any) -> Any:
 def _copy(source: Store, target: Store, run: Any, ids: Mapping[str, str]) -> None:
     """Fill the copy of a run, whatever of it is there; `ids` are those of the copies of all runs."""
     copied_id = ids[run.info.run_id]
+    for folder in source.folders(run):
+        refuse_links(folder)
     client = target.client
 
     def log(kind: str, items: Sequence[Any]) -> None:

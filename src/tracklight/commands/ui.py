@@ -24,7 +24,7 @@ from tracklight.tracking.store import Store, connect
 from tracklight.tracking.tags import RUNS_FOLDER
 
 HOST = "127.0.0.1"
-LOG = "ui.log"  # in the folder of the runs
+LOG = "ui.log"
 WORKFLOW = "workflowType=machine_learning"
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
@@ -45,7 +45,7 @@ def run(args: Namespace) -> int:
         print(f"MLflow UI: {url} (served there)")
         return 0
     with suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as folder:  # Ctrl-C is the way to end it
-        _serve(store, args, page, _uri(store, Path(folder)))
+        _serve(store, args, page, _uri(store, Path(folder)), Path(folder))
     return 0
 
 
@@ -91,7 +91,7 @@ def _page(store: Store, experiment: str | None) -> str:
     return f"/#/experiments/{experiment_id}/runs?{WORKFLOW}"
 
 
-def _serve(store: Store, args: Namespace, page: str, uri: str) -> None:
+def _serve(store: Store, args: Namespace, page: str, uri: str, folder: Path) -> None:
     port, url = args.port, f"http://{HOST}:{args.port}{page}"
     print("MLflow's server starts; this takes some seconds", flush=True)
     options = f"--host {HOST} --port {port} --workers 1 --uvicorn-opts=--log-level=warning".split()
@@ -104,12 +104,11 @@ def _serve(store: Store, args: Namespace, page: str, uri: str) -> None:
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "PYTHONWARNINGS": "ignore",
     }
-    folder = Path(tempfile.gettempdir()) if store.why_read_only else store.directory
     path = folder / LOG
     with path.open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "mlflow", "ui", *options],
-            cwd=folder,  # not the user's: it is the first from which the server imports
+            cwd=folder,  # empty, and nobody else's: it is the first from which the server imports
             env=env,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -122,7 +121,8 @@ def _serve(store: Store, args: Namespace, page: str, uri: str) -> None:
             process.wait()
     finally:
         _stop(process)
-    raise RunFailed(f"MLflow's server did not start, or ended by itself; {path} says more")
+    said = path.read_text(errors="replace").strip().rpartition("\n")[2]
+    raise RunFailed(f"MLflow's server did not start, or ended by itself: {said[-300:]}")
 
 
 def _wait_until_healthy(process: subprocess.Popen[bytes], port: int) -> bool:

@@ -159,21 +159,22 @@ def parse_stored(text: str) -> dict[str, Any]:
 
 
 def check_stored_paths(stored: Mapping[str, Any], overrides: Sequence[str], folder: Path) -> None:
-    """Refuse what a stored config would write elsewhere than in the run's folder, unless typed again."""
+    """Refuse what a stored config would write or read outside of the run's folder, unless typed again."""
     typed = {override.key_or_group for override in parse_overrides(overrides)}
     for section in ("callbacks", "trainer"):  # whose classes write files
         for key, value in iter_values(stored.get(section), section):
             if isinstance(value, str) and not is_below(key, typed) and _leads_out(key, value, folder):
                 raise BadInput(
-                    f"{key}={value} of the stored config may write outside of the run's folder, {folder}; "
-                    f"if it is yours, type it: {key}={value}"
+                    f"{key}={value} of the stored config may write or read outside of the run's folder, "
+                    f"{folder}; if it is yours, type it: {key}={value}"
                 )
 
 
 def _leads_out(key: str, value: str, folder: Path) -> bool:
     path, name = Path(value), re.sub(r"\[\d+\]", "", key)
     is_folder = name.endswith(("dir", "path", "folder", "root", "_args_"))  # relative to where one stands
-    if ".." in path.parts or value.startswith("~") or "://" in value:
+    # Lightning formats names of files: {epoch].real} is no metric.
+    if ".." in path.parts or re.search(r"^~|://|{[^}]*(\]|:[^}]*\d{3})", value):
         return True
     return (path.is_absolute() or is_folder) and not path.resolve().is_relative_to(folder.resolve())
 

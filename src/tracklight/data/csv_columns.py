@@ -29,6 +29,8 @@ TOLERATED = 0.01  # of a column's different values: so many fall together by cha
 EXACT = 2.0**53  # from here on float64 leaves out whole numbers
 NUMBER = r"[\s\"]*[-+]?[.,]?\d"  # how one begins
 COMMA, POINT = (rf"\s*[-+]?\d+{mark}\d+\s*" for mark in (",", r"\."))  # numbers, by their decimal point
+MAX_LINE_CHARS = 2**26  # a file may be one endless line, of which this much is a row too long
+MAX_COMMENTS = 10_000  # lines above a header
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -180,10 +182,11 @@ def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     wide = "utf-32" if start in UTF32_MARKS else "utf-16"
     encoding = wide if start.startswith(UTF16_MARKS + UTF32_MARKS) else "utf-8-sig"
     with path.open(encoding=encoding, newline="") as file:
-        first = file.readline()
+        lines = iter(lambda: file.readline(MAX_LINE_CHARS), "")
+        first = next(lines, "")
         declared = re.fullmatch(r"\"?sep=(.)\"?\s*", first)
         delimiter = declared[1] if declared else delimiter
-        lines = file if declared else itertools.chain([first], file)
+        lines = lines if declared else itertools.chain([first], lines)
         if delimiter == " ":
             lines = (" ".join(line.split()) for line in lines)
         lines = _blank_comments(lines, delimiter)
@@ -198,7 +201,7 @@ def _blank_comments(lines: Iterator[str], delimiter: str) -> Iterator[str]:
     top = list[str]()
     for line in lines:
         top.append(line)
-        if line.strip() and line[0] != "#":
+        if (line.strip() and line[0] != "#") or len(top) > MAX_COMMENTS:
             break
     cells = [line.split(delimiter) for line in top if line.strip()][-2:] or [[]]
     is_header = 1 < len(cells[0]) == len(cells[-1]) and any(re.match(NUMBER, cell) for cell in cells[-1])

@@ -12,6 +12,7 @@ import re
 import sys
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from io import BytesIO
@@ -106,6 +107,10 @@ def load_plain(
     if checksum_path(path).exists() and path.exists() and not is_intact(path):
         raise damaged(f"checkpoint {path} is damaged: its content does not match its checksum; take another")
     try:
+        if zipfile.is_zipfile(path):  # of what PyTorch writes nothing is compressed
+            with zipfile.ZipFile(path) as content:
+                if sum(each.file_size for each in content.infolist()) > path.stat().st_size:
+                    raise ValueError("it unfolds to more than it is")
         loaded = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
         if isinstance(error, FileNotFoundError):
@@ -115,7 +120,8 @@ def load_plain(
         else:
             reason = " cannot be read: empty, cut off, or no checkpoint at all"
         raise BadInput(f"checkpoint {path}{reason}") from None
-    if not isinstance(loaded, dict) or not isinstance(loaded.get("state_dict"), dict):
+    has_states = isinstance(loaded, dict) and isinstance(loaded.get("callbacks", {}), dict)
+    if not has_states or not isinstance(loaded.get("state_dict"), dict):
         raise BadInput(f"checkpoint {path} holds no `state_dict`; expected a checkpoint that Lightning wrote")
     name = "pytorch-lightning"
     written, installed = str(loaded.get(f"{name}_version", "0.0")), version(name)
@@ -346,10 +352,10 @@ class ResumeCheckpoint(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.stopped_early = state_dict["stopped_early"]
+        self.stopped_early = bool(state_dict["stopped_early"])
         self.is_partial = state_dict.get("is_partial", False)
         self.stops_before = state_dict.get("stops", self.stops)
-        self.further = state_dict.get("further", [])
+        self.further = [*state_dict.get("further", [])]
         if self.wal and (position := state_dict.get("position")):  # older checkpoints have none
             self.wal.replay_from(position)
 
@@ -359,7 +365,8 @@ class ResumeCheckpoint(Callback):
         if checkpoint and lossy:
             why = "Lightning saves nowhere what is frozen or pruned; start it anew, without resume="
             raise BadInput(f"a run with {lossy[0]} cannot be continued: {why}")
-        state = {} if checkpoint is None else load_plain(checkpoint)["callbacks"].get(self.state_key, {})
+        states = {} if checkpoint is None else load_plain(checkpoint).get("callbacks", {})
+        state = found if isinstance(found := states.get(self.state_key), dict) else {}
         if state.get("is_partial") and state.get("stops", self.stops) != self.stops:
             raise BadInput(
                 "trainer.max_steps or max_time ended this run in the middle of an epoch, whose rest cannot be"
@@ -472,17 +479,19 @@ def apply_changes(changed: Mapping[str, tuple[Any, Any]], checkpoint: dict[str, 
 def relocate(folder: Path, checkpoint: dict[str, Any]) -> None:
     """Point the stored states of ModelCheckpoints at `folder`, as far as BestCheckpoint's folder was meant.
 
-    They forget a checkpoint that moved.
+    They forget a checkpoint that moved, and delete an older one below their own folder.
     """
     callbacks = checkpoint["callbacks"]
     before = next((s["dirpath"] for key, s in callbacks.items() if key.startswith("BestCheckpoint{")), folder)
 
     def move(path: str) -> str:
-        inside = path and Path(path).is_relative_to(before)
-        return str(folder / Path(path).relative_to(before)) if inside else path
+        rest = Path(path).relative_to(before) if Path(path).is_relative_to(before) else Path(path)
+        if ".." in rest.parts:
+            raise ValueError(f"{path} may be anywhere")
+        return str(folder / rest) if path else path
 
     for state in callbacks.values():
-        if isinstance(state, dict) and "best_k_models" in state:
+        if isinstance(state, dict) and "best_model_path" in state:
             for key in ("dirpath", "best_model_path", "kth_best_model_path", "last_model_path"):
                 state[key] = move(state[key])
             state["best_k_models"] = {move(path): score for path, score in state["best_k_models"].items()}

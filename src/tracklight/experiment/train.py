@@ -248,6 +248,9 @@ def _explain(error: Exception, cfg: DictConfig, num_processes: int) -> str | Non
         return f"another of the {num_processes} processes of this run {silence}; resume=auto continues it"
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     text = " ".join(str(error).split())
+    is_restoring = any(each.endswith("checkpoint_connector.py") for each in files)
+    if is_restoring and all("lib/python" in each or each.startswith(str(PACKAGE)) for each in files):
+        return f"the checkpoint to continue from is none that a run writes: {type(error).__name__} {text}"
     if isinstance(error, MisconfigurationException) or "pytorch_lightning" in Path(files[-1]).parts:
         return text
     # Of a library's own callback, say, which asks for what the model does not have.

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+MODELS = "models"  # beside the runs' folders: one a logged model
 _TIMEOUT_S = {"database": 60.0, "server": 15.0}
 _START_UP_S = 4.0  # how long a server that refuses connections may yet be starting
 _LATE_CREATION_S = 3600.0  # how long a server may take to create a run for a dead process
@@ -142,6 +143,12 @@ class Store:
         if not is_run_id(run_id):
             raise BadInput(f"{run_id[:80]!r} in {self.display_uri} is no run id (32 hexadecimal digits)")
         return self.runs_folder / run_id
+
+    def folders(self, run: Any) -> list[Path]:
+        """Return the folders of a run and of its models, whose ids MLflow takes as anybody sends them."""
+        ids = [each.model_id for each in (run.outputs.model_outputs if run.outputs else ())]
+        models = (self.runs_folder / MODELS / each for each in ids if is_run_id(each.removeprefix("m-")))
+        return [self.folder(run.info.run_id), *models]
 
     def create(self, experiment: str, name: str | None, tags: dict[str, str]) -> "Run":
         """Create a run with its tags and folder, and its experiment if there is none.
@@ -252,6 +259,8 @@ class Store:
             folder = self.folder(run.info.run_id)
             if is_new:
                 lock.rename_folder(folder)
+            else:
+                refuse_links(folder)
             try:
                 wal = WriteAheadLog(folder / WAL_FILE, run.info.start_time)
             except OSError as error:
@@ -347,6 +356,7 @@ class Store:
 
     def _send_rest(self, run: Any, folder: Path) -> None:
         """Send the rest of a run's log, and the status KILLED if the log holds no final one."""
+        refuse_links(folder)
         path = folder / WAL_FILE
         last_s = (path if path.exists() else folder).stat().st_mtime
         wal = WriteAheadLog(path, run.info.start_time)
@@ -360,6 +370,13 @@ class Store:
         finally:
             writer.close()
             wal.close()
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse a folder with a link that leads out of it, to what is not the run's: another may have put it."""
+    for path in folder.rglob("*"):
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise BadInput(f"{path} leads out of its folder, {folder}; put a copy in the place of the link")
 
 
 def _all_pages(search: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
