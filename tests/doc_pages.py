@@ -90,6 +90,9 @@ def commands(text: str) -> list[list[str]]:
         begun = ""
         while words and re.match(r"\w+=", words[0]):
             words.pop(0)
+        while "&&" in words:
+            found.append(words[: words.index("&&")])
+            words = words[words.index("&&") + 1 :]
         found += [words] if words else []
     return found
 

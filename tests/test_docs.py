@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE, OutputChecker
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -112,7 +113,7 @@ def check_training(words: list[str], further: Path) -> None:
 def check_arguments(name: str, words: list[str], monkeypatch) -> None:
     """Parse a command's arguments by its own parser, without running it."""
     assert name in parser.COMMANDS
-    monkeypatch.setattr(parser.importlib, "import_module", lambda module: NotRun())
+    monkeypatch.setattr(parser, "importlib", SimpleNamespace(import_module=lambda module: NotRun()))
     monkeypatch.setattr(parser, "choose_temporary_folder", lambda folder: None)
     if "--help" not in words:
         assert parser.main(name, words) == 0
@@ -226,6 +227,7 @@ def run_shell(block: Block, folder: Path, env: dict[str, str]) -> str:
         timeout=LIMIT_S,
     )
     assert ended.returncode == 0, f"{block}: {text}\n{ended.stdout}\n{ended.stderr}"
+    assert block.exits == "0" or "error: " in ended.stderr, ended.stderr
     return ended.stdout
 
 
