@@ -1,18 +1,25 @@
+import gc
 import os
 import shutil
+import sqlite3
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
+from process import Programs
+
 ROOT = Path(__file__).resolve().parents[1]
 MNIST_ROOT = Path(os.environ.get("MNIST_ROOT", ROOT.parent / "shared" / "mnist"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gc.collect()
+    gc.freeze()  # the million objects of the imports: else each full collection takes half a second
     if not (MNIST_ROOT / "MNIST" / "raw").is_dir():
         skip = pytest.mark.skip(reason=f"needs the 70,000 images of MNIST in {MNIST_ROOT}, or MNIST_ROOT set")
         for item in items:
@@ -25,14 +32,26 @@ def mnist_root() -> Path:
     return MNIST_ROOT
 
 
-@pytest.fixture(scope="session")
-def template(tmp_path_factory) -> Path:
-    """A new database, to be copied: making one takes a second and a half."""
-    from tracklight.tracking.store import connect
+@pytest.fixture(scope="session", autouse=True)
+def template(tmp_path_factory) -> Iterator[Path]:
+    """A new database, to be copied, and copied in this process wherever a new one is asked for.
 
-    directory = tmp_path_factory.mktemp("template")
-    connect(None, directory)
-    return directory / "mlflow.db"
+    Making one takes MLflow a second and a half.
+    """
+    from tracklight.tracking import mlflow_client, sqlite_file
+
+    path = tmp_path_factory.mktemp("template") / "mlflow.db"
+    mlflow_client.create_database(path, (path.parent / "artifacts").as_uri())
+
+    def copy(target: Path, artifact_root: str) -> None:
+        shutil.copy(path, target)
+        with closing(sqlite3.connect(target)) as database, database:
+            query = "UPDATE experiments SET artifact_location = ? WHERE experiment_id = 0"
+            database.execute(query, (f"{artifact_root}/0",))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sqlite_file, "create_database", copy)
+        yield path
 
 
 @pytest.fixture
@@ -70,6 +89,12 @@ class Finished:
 
 
 @pytest.fixture
+def spare_model(monkeypatch) -> None:
+    """Let runs log no model, which takes longer than to train these."""
+    monkeypatch.setattr("tracklight.experiment.record.log_model", lambda *_, **__: None)
+
+
+@pytest.fixture
 def train(tmp_path: Path) -> Callable[..., Finished]:
     """Train as the command line would, in this process, tracked below `tmp_path`."""
 
@@ -86,6 +111,14 @@ def train(tmp_path: Path) -> Callable[..., Finished]:
         return Finished(directory, newest[0].info.run_id, score)
 
     return train
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory) -> Iterator[Programs]:
+    """Short programs in processes of their own, in which Hydra is imported but nothing of ours."""
+    programs = Programs(tmp_path_factory.mktemp("programs"), "hydra.main", "hydra.experimental.callbacks")
+    yield programs
+    programs.close()
 
 
 @pytest.fixture

@@ -31,6 +31,58 @@ for command, *words in json.loads(sys.argv[1]):
         print("exit", command, end.code, flush=True)
 """
 
+# Forks for each program, a JSON object a line, and runs it as `python -c` would.
+FORKER = """
+import importlib, json, os, sys, traceback
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+for line in sys.stdin:
+    program = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        os.chdir(program["folder"])
+        os.environ.clear()
+        os.environ.update(program["env"])
+        for number in (1, 2):
+            os.dup2(os.open(program["output"][number - 1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.argv, code = program["argv"], 0
+        try:
+            exec(compile(program["code"], "<string>", "exec"), {"__name__": "__main__"})
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            code = traceback.print_exc() or 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Programs:
+    """Runs short Python programs, forked from a process that has imported some modules already."""
+
+    def __init__(self, folder: Path, *imported: str):
+        self._output = [str(folder / name) for name in ("stdout", "stderr")]
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", FORKER, *imported],
+            cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def run(self, folder: Path, code: str, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run a program to its end, in `folder`."""
+        program = {"folder": str(folder), "code": code, "argv": ["-c", *argv], "env": {**os.environ, **env}}
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.stdin.write(json.dumps(program | {"output": self._output}) + "\n")
+        self._server.stdin.flush()
+        exit_code = int(self._server.stdout.readline())
+        stdout, stderr = (Path(name).read_text() for name in self._output)
+        return subprocess.CompletedProcess(argv, exit_code, stdout, stderr)
+
+    def close(self) -> None:
+        """End the process that forks."""
+        self._server.communicate(timeout=10)
+
 
 class Process:
     """A training process under way, or ended."""
@@ -85,15 +137,15 @@ class Trainees:
     """Starts training processes, all forked from one that took the seconds of the imports.
 
     Args:
-        folder: For the empty store that each tracking directory starts with a copy of.
+        template: The empty store that each tracking directory starts with a copy of.
         script: What the imports and the forking are done by.
     """
 
-    def __init__(self, folder: Path, script: Path = TESTS / "trainee.py") -> None:
-        self._template = folder / "mlflow.db"
+    def __init__(self, template: Path, script: Path = TESTS / "trainee.py") -> None:
+        self._template = template
         env = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "MNIST_ROOT"))}
         self._server = subprocess.Popen(
-            [sys.executable, script, self._template],
+            [sys.executable, script],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

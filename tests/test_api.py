@@ -18,7 +18,7 @@ def run(folder: Path, script: str) -> subprocess.CompletedProcess[str]:
     env = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
     command = [sys.executable, "-c", textwrap.dedent(script)]
     return subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, env=env, timeout=120, check=False
+        command, cwd=folder, capture_output=True, text=True, env=env, timeout=600, check=False
     )
 
 
@@ -48,12 +48,28 @@ def test_importing_the_package_imports_nothing_else(tmp_path):
     assert ended.stdout == "module 'tracklight' has no attribute 'trian'\n"
 
 
-def test_runs_can_be_called_whatever_was_imported_before(project):
+def test_runs_are_trained_and_found_whatever_was_imported_before_and_what_cannot_be_run_raises(project):
+    (project / "conf" / "optimizer").mkdir(parents=True)
+    (project / "conf" / "optimizer" / "sgd.yaml").write_text("_target_: torch.optim.SGD\nlr: 0.01\n")
     ended = run(
         project,
         """
         import tracklight.runs.reader as reader, tracklight
+        from pathlib import Path
+        from tracklight.errors import BadInput
         tracklight.runs.__call__  # a module, yet
+        for words in (["optimizer.lrr=1"], ["seed=1,2"], ["seed=1", "seed=2"]):
+            try:
+                tracklight.train(words)
+            except BadInput as error:
+                print(error)
+        run = tracklight.train(["tracking=none", "trainer.max_epochs=1"])
+        assert (run.id, run.folder, run.score) == (None, None, run.metrics["train/loss"])
+        try:
+            run.load_model()
+        except BadInput as error:
+            print(error)
+        assert not Path("mlruns").exists()
         made = tracklight.train(["trainer.max_epochs=1", "tracking.figures=false"])
         frames = [tracklight.runs()]
         try:
@@ -70,8 +86,12 @@ def test_runs_can_be_called_whatever_was_imported_before(project):
         """,
     )
     assert ended.returncode == 0, ended.stderr
+    said = [line for line in ended.stdout.splitlines() if line[:5] in ("unkno", "seed=", "seed ", "this ")]
+    assert len(said) == 4
+    assert ended.stderr.count("replaces tracklight's own optimizer/sgd.yaml") == 1, ended.stderr
 
 
+@pytest.mark.slow
 def test_it_warns_once_as_the_command_line_does(project):
     (project / "conf" / "optimizer").mkdir(parents=True)
     (project / "conf" / "optimizer" / "sgd.yaml").write_text("_target_: torch.optim.SGD\nlr: 0.5\n")
@@ -117,28 +137,3 @@ def test_the_page_runs_as_it_stands(project):
     """
     ended = run(project, f"import os\n{code}\n{textwrap.dedent(checks)}")
     assert ended.returncode == 0, ended.stderr
-
-
-def test_what_cannot_be_run_raises_and_what_is_not_tracked_has_no_id(project):
-    ended = run(
-        project,
-        """
-        import tracklight
-        from tracklight.errors import BadInput
-        for words in (["optimizer.lrr=1"], ["seed=1,2"], ["seed=1", "seed=2"]):
-            try:
-                tracklight.train(words)
-            except BadInput as error:
-                print(error)
-        run = tracklight.train(["tracking=none", "trainer.max_epochs=1"])
-        assert (run.id, run.folder, run.score) == (None, None, run.metrics["train/loss"])
-        try:
-            run.load_model()
-        except BadInput as error:
-            print(error)
-        """,
-    )
-    assert ended.returncode == 0, ended.stderr
-    said = [line for line in ended.stdout.splitlines() if line[:5] in ("unkno", "seed=", "seed ", "this ")]
-    assert len(said) == 4
-    assert not (project / "mlruns").exists()

@@ -16,6 +16,7 @@ from tracklight.errors import BadInput, RunFailed
 from tracklight.paths import PACKAGE, ROOT
 
 TRAIN = ROOT / "train.py"
+ENTER = f"import runpy; runpy.run_path({str(TRAIN)!r}, run_name='__main__')"
 HEAVY = {"torch", "pytorch_lightning", "mlflow", "optuna", "numpy", "pandas", "sqlalchemy"}
 
 
@@ -68,9 +69,9 @@ def raising(error):
         ["--experimental-rerun", "x.pickle"],
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(words, tmp_path):
+def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(programs, words, tmp_path):
     before = sorted((ROOT / "mlruns").iterdir())
-    ended = train(*words, cwd=tmp_path)
+    ended = programs.run(tmp_path, ENTER, *words)
     assert ended.returncode == 2
     assert ended.stdout == ""
     assert len(ended.stderr.splitlines()) == 1
@@ -84,20 +85,17 @@ def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(words, tmp
     ["optimizer.lrr=1", "optimizer.lr=abc", "model._target_=os.system", "trainer.strategy=foo", "+seed=1"]
     + ["trainer.plugins=foo", "trainer.profiler=foo", "overrides=[x]", 'tracking.note="\x1b[31m"'],
 )
-def test_bad_input_is_told_before_anything_heavy_is_imported(word):
-    code = f"""
-        import runpy, sys
-        sys.argv = ["train.py", {word!r}]
+def test_bad_input_is_told_before_anything_heavy_is_imported(programs, tmp_path, word):
+    code = f"""if True:
+        import sys
         try:
-            runpy.run_path({str(TRAIN)!r}, run_name="__main__")
+            {ENTER}
         except SystemExit as end:
             assert end.code == 2
         print(*sorted({HEAVY!r} & set(sys.modules)))
     """
-    ended = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
-    )
-    assert ended.stdout.split() == []
+    ended = programs.run(tmp_path, code, word)
+    assert (ended.returncode, ended.stdout.split()) == (0, []), ended.stderr
 
 
 def test_bad_input_is_told_within_a_second_of_computing():
@@ -125,8 +123,8 @@ def test_the_entry_script_only_enters():
     assert len(TRAIN.read_text().splitlines()) < 20
 
 
-def test_help_explains_the_groups_in_readable_form(tmp_path):
-    ended = train("--help", cwd=tmp_path)
+def test_help_explains_the_groups_in_readable_form(programs, tmp_path):
+    ended = programs.run(tmp_path, ENTER, "--help")
     assert ended.returncode == 0
     for part in ("model: linear, mlp", "experiment=mnist_fast", "resume=auto", "optimizer:\n  "):
         assert part in ended.stdout
@@ -134,8 +132,8 @@ def test_help_explains_the_groups_in_readable_form(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_of_a_search_prints_what_would_run_and_nothing_else(tmp_path):
-    ended = train("-m", "optimizer.lr=interval(0.01,0.1)", "sweep.dry_run=true", cwd=tmp_path)
+def test_a_dry_run_of_a_search_prints_what_would_run_and_nothing_else(programs, tmp_path):
+    ended = programs.run(tmp_path, ENTER, "-m", "optimizer.lr=interval(0.01,0.1)", "sweep.dry_run=true")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.splitlines()[:2] == [
         "20 trials by tpe, of",
@@ -143,8 +141,9 @@ def test_a_dry_run_of_a_search_prints_what_would_run_and_nothing_else(tmp_path):
     ]
 
 
-def test_passwords_are_not_shown_by_the_flags_that_show_the_config():
-    ended = train("--cfg", "job", "--resolve", MLFLOW_TRACKING_URI="http://me:hunter2@host")
+def test_passwords_are_not_shown_by_the_flags_that_show_the_config(programs, tmp_path):
+    words = ("--cfg", "job", "--resolve")
+    ended = programs.run(tmp_path, ENTER, *words, MLFLOW_TRACKING_URI="http://me:hunter2@host")
     assert "uri: http://***@host" in ended.stdout
     assert "hunter2" not in ended.stdout + ended.stderr
 

@@ -142,10 +142,10 @@ def test_evaluate_shows_and_stores_no_secret(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.server
-def test_a_server_is_sent_no_secret(tmp_path, tmp_path_factory):
+def test_a_server_is_sent_no_secret(tmp_path, template):
     secret, trainees, port = (
         "".join(["pl4nt", "3dZq", "s3cr3t"]),
-        Trainees(tmp_path_factory.mktemp("t")),
+        Trainees(template),
         free_port(),
     )
     server = trainees.serve(tmp_path / "server", port)

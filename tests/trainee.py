@@ -208,6 +208,26 @@ def fill(target: str, call: int, folder: str) -> None:
     _patch(target, wrap)
 
 
+def lead(descriptor: int, where: str) -> None:
+    """Lead standard output or error to a file, to a pipe without a reader, or nowhere, as a shell does."""
+    name = {1: "stdout", 2: "stderr"}[descriptor]
+    if where == "closed":
+        os.close(descriptor)
+        setattr(sys, name, None)
+    elif where == "left":
+        reader, writer = os.pipe()
+        os.dup2(writer, descriptor)
+        os.close(reader)
+        os.close(writer)
+    else:
+        os.dup2(os.open(where, os.O_WRONLY), descriptor)
+
+
+def ignore(name: str) -> None:
+    """Ignore a signal, as nohup does."""
+    signal.signal(signal.Signals[name], signal.SIG_IGN)
+
+
 def change_code() -> None:
     """Pretend that the code is another."""
     put("tracklight.tracking.provenance:code_digest", lambda targets: "f" * 64)
@@ -251,22 +271,19 @@ def forget_replay_filter() -> None:
 FAULTS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
-        *(strike, halve, meet, slow, put, spare_model, limit_files, fill, respect_modes, change_code),
-        *(forget_epoch_order, forget_step_seeding, forget_replay_filter),
+        *(strike, halve, meet, slow, put, spare_model, limit_files, fill, lead, ignore, respect_modes),
+        *(change_code, forget_epoch_order, forget_step_seeding, forget_replay_filter),
     )
 }
 
 
-def prepare(template: Path) -> None:
-    """Import all that a run imports, and make an empty store to copy: both take seconds."""
+def prepare() -> None:
+    """Import all that a run imports, which takes seconds."""
     from tracklight.cli import quiet
 
     quiet()
     for name in PRELOADED:
         importlib.import_module(name)
-    from tracklight.tracking.sqlite_file import ensure_database
-
-    ensure_database(template, (template.parent / "artifacts").as_uri())
     _warm_up()
 
 
@@ -291,5 +308,5 @@ PRELOADED = (
 )
 
 if __name__ == "__main__":
-    prepare(Path(sys.argv[1]))
+    prepare()
     accept()

@@ -335,10 +335,9 @@ def test_text_of_a_stored_config_is_never_resolved(kept, copied, tmp_path, attac
 
 @pytest.mark.server
 @pytest.mark.slow
-def test_text_of_a_config_on_a_server_is_never_resolved(tmp_path, monkeypatch):
+def test_text_of_a_config_on_a_server_is_never_resolved(tmp_path, template, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    trainees, port = Trainees(tmp_path / "template"), free_port()
-    (tmp_path / "template").mkdir(exist_ok=True)
+    trainees, port = Trainees(template), free_port()
     server = trainees.serve(tmp_path / "server", port)
     uri = f"http://127.0.0.1:{port}"
     try:

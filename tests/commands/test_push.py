@@ -236,7 +236,7 @@ def test_a_source_that_is_not_there_is_not_created_and_a_bad_target_is_called_so
 
 @pytest.mark.slow
 @pytest.mark.server
-def test_a_sweep_pushed_to_a_server_and_killed_five_times_arrives_once(tmp_path, tmp_path_factory):
+def test_a_sweep_pushed_to_a_server_and_killed_five_times_arrives_once(tmp_path, template):
     directory = tmp_path / "runs"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
     environment |= {"PYTHONPATH": str(ROOT / "src")}
@@ -249,7 +249,7 @@ def test_a_sweep_pushed_to_a_server_and_killed_five_times_arrives_once(tmp_path,
         "tracking.figures=false",
     ]
     subprocess.run(train, env=environment, check=True, capture_output=True)
-    trainees, port = Trainees(tmp_path_factory.mktemp("template")), free_port()
+    trainees, port = Trainees(template), free_port()
     server = trainees.serve(tmp_path / "server", port)
     try:
         uri, chance = f"http://127.0.0.1:{port}", random.Random(0)

@@ -37,9 +37,9 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory) -> Iterator[Served]:
+def served(tmp_path_factory, template) -> Iterator[Served]:
     folder, trained = tmp_path_factory.mktemp("served"), tmp_path_factory.mktemp("trained")
-    trainees, port = Trainees(tmp_path_factory.mktemp("template")), free_port()
+    trainees, port = Trainees(template), free_port()
     server = trainees.serve(folder / "server", port)
     uri = f"http://127.0.0.1:{port}"
     try:

@@ -40,6 +40,7 @@ for path in ("config.yaml", tags.BEST):
 """
 
 
+@pytest.mark.slow
 def test_what_was_fetched_is_gone_once_the_process_has_ended(kept, tmp_path):
     (tmp_path / "temporary").mkdir()
     command = [sys.executable, "-c", FETCH, kept.store.uri, str(tmp_path / "here"), kept.line]

@@ -1,13 +1,10 @@
 """Hydra's own nodes pass the gate: a `_target_` under `hydra.` is as good as one under `model.`"""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from tracklight.paths import ROOT
 
+ENTER = f"import runpy; runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"
 EVIL = "mlflow.utils.process._exec_cmd"
 CALLBACK = "+hydra.callbacks.x={{_target_:" + EVIL + ",cmd:[touch,{ran}]}}"
 NODES = {
@@ -38,26 +35,20 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("node", NODES)
-def test_a_node_of_hydra_builds_and_calls_only_what_is_allowed(node, mode, tmp_path):
+def test_a_node_of_hydra_builds_and_calls_only_what_is_allowed(programs, node, mode, tmp_path):
     ran = tmp_path / "ran"
     words = [word.format(ran=ran) for word in NODES[node]]
-    ended = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *MODES[mode], *words, f"tracking.dir={ran}s"],
-        cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    ended = programs.run(tmp_path, ENTER, *MODES[mode], *words, f"tracking.dir={ran}s")
     assert ended.returncode == 2, ended.stderr
     assert ended.stderr.startswith("error: ")
     assert len(ended.stderr.splitlines()) == 1
     assert [*tmp_path.iterdir()] == []
 
 
-def test_what_hydra_brings_itself_is_allowed(tmp_path):
+def test_what_hydra_brings_itself_is_allowed(programs, tmp_path):
     words = ["-m", "optimizer.lr=0.01,0.02", "sweep.dry_run=true", "hydra/job_logging=default"]
     words += ["hydra.job_logging.handlers.file.filename=" + str(tmp_path / "log")]
     words += ["+hydra.callbacks.x._target_=hydra.experimental.callbacks.LogJobReturnCallback"]
-    ended = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *words],
-        cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    ended = programs.run(tmp_path, ENTER, *words)
     assert ended.returncode == 0, ended.stderr
     assert "2 trials" in ended.stdout

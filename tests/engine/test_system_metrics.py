@@ -75,7 +75,7 @@ def test_gpu_is_watched_where_nvml_finds_one(monkeypatch):
     assert values["system/gpu_0_memory_usage_percentage"] == 50
 
 
-def test_run_has_system_metrics_when_asked(train):
+def test_run_has_system_metrics_when_asked(train, spare_model):
     finished = train(
         *("trainer.max_epochs=2", "num_threads=1", "tracking.figures=false"),
         "tracking.system_metrics=true",

@@ -75,10 +75,9 @@ def write_callbacks(conf: Path, folder: Path) -> None:
 
 
 @pytest.fixture(autouse=True)
-def files(project, tmp_path, monkeypatch) -> None:
+def files(project, spare_model, tmp_path) -> None:
     """The config files of these callbacks; a model is logged elsewhere."""
     write_callbacks(paths.PROJECT.conf, tmp_path / "elsewhere")
-    monkeypatch.setattr("tracklight.experiment.record.log_model", lambda *_, **__: None)
 
 
 class Heard(Callback):

@@ -191,7 +191,9 @@ def test_in_two_processes_the_first_alone_logs_whatever_way_a_module_takes(tmp_p
     assert sorted(path.name for path in (folder / "notes").iterdir()) == ["0.txt", "1.txt"]
 
 
-def test_a_score_under_a_name_that_mlflow_refuses_is_the_score_under_the_name_that_it_takes(train, caplog):
+def test_a_score_under_a_name_that_mlflow_refuses_is_the_score_under_the_name_that_it_takes(
+    train, spare_model, caplog
+):
     command = words("module_kinds.Talkative", metric="val_acc@1", mode="max")
     with caplog.at_level(logging.WARNING, "tracklight"):
         finished = train(*command, "trainer.max_epochs=2")
@@ -200,7 +202,9 @@ def test_a_score_under_a_name_that_mlflow_refuses_is_the_score_under_the_name_th
     assert caplog.text.count("'val_acc@1' is logged as 'val_acc1'") == 1
 
 
-def test_checkpoints_that_lightning_left_for_a_job_of_slurm_are_not_read(train, tmp_path, monkeypatch):
+def test_checkpoints_that_lightning_left_for_a_job_of_slurm_are_not_read(
+    train, spare_model, tmp_path, monkeypatch
+):
     variables = (
         "JOB_ID=77",
         "STEP_ID=0",
@@ -249,7 +253,7 @@ def test_the_logged_model_of_another_ones_module_answers_as_its_best_weights(tra
     np.testing.assert_allclose(answered, module(rows).detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_checkpoints_leave_objects_out_and_keep_what_is_plain(train):
+def test_checkpoints_leave_objects_out_and_keep_what_is_plain(train, spare_model):
     finished = train(*COMMANDS["Objects"], "trainer.max_epochs=1")
     kept = finished.checkpoint("last")["hyper_parameters"]
     assert kept == {"width": 6}
@@ -267,7 +271,7 @@ def test_what_no_checkpoint_can_hold_ends_the_run_at_the_first_one_and_is_named(
     assert max(point.step for point in client.get_metric_history(found.info.run_id, "train_loss")) == 4
 
 
-def test_what_a_module_logs_by_other_ways_is_in_the_run(train, caplog, tmp_path, monkeypatch):
+def test_what_a_module_logs_by_other_ways_is_in_the_run(train, spare_model, caplog, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with caplog.at_level(logging.WARNING, "tracklight"):
         finished = train(*COMMANDS["OddNames"], "trainer.max_epochs=2")

@@ -77,6 +77,7 @@ def test_rebuilt_model_has_the_stored_weights(directory):
     assert all(torch.equal(model.state_dict()[name], weights[name]) for name in weights)
 
 
+@pytest.mark.slow
 def test_killed_run_is_continued_to_the_bits_of_an_uninterrupted_one(directory):
     words = [f"tracking.dir={directory}", "tracking.uri=null", "tracking.figures=false"]
     run(compose([*words, f"resume={KILLED}", "allow_changes=true"]))

@@ -62,7 +62,7 @@ def test_a_table_in_double_precision_has_norris_certified_digits_wherever_it_is_
     assert [each for each in caplog.records if each.levelno >= logging.WARNING] == []
 
 
-def test_a_run_in_double_precision_continues_in_it(norris, train):
+def test_a_run_in_double_precision_continues_in_it(norris, train, spare_model):
     base = [*norris, "optimizer.lr=0.01", "tracking.figures=false", "trainer.max_epochs="]
     whole = train(*base[:-1], base[-1] + "6")
     half = train(*base[:-1], base[-1] + "3")
@@ -88,7 +88,7 @@ def test_a_run_in_half_precision_is_drawn_and_exported(train, caplog):
     assert [each for each in caplog.records if each.levelno >= logging.WARNING] == []
 
 
-def test_float16_on_a_cpu_is_recorded_as_what_lightning_makes_of_it(train):
+def test_float16_on_a_cpu_is_recorded_as_what_lightning_makes_of_it(train, spare_model):
     with pytest.warns(UserWarning, match="trainer.precision=16-mixed: a CPU trains in bf16-mixed"):
         run = train("trainer.precision=16-mixed", "trainer.accelerator=cpu", "trainer.max_epochs=1")
     assert run.run.data.params["trainer.precision"] == "bf16-mixed"

@@ -22,7 +22,7 @@ def expected(preset: str) -> str:
 @pytest.mark.parametrize(
     "preset", [pytest.param(name, marks=SLOW if "ml" in name or "mnist" in name else ()) for name in PRESETS]
 )
-def test_a_preset_prints_what_its_header_promises(train, capsys, mnist_root, preset):
+def test_a_preset_prints_what_its_header_promises(train, spare_model, capsys, mnist_root, preset):
     words = ("model=mlp", *FALLBACK) if preset == "debug" else ()
     if preset in ("mnist_fast", "seed_mlp"):
         words = (f"data.root={mnist_root}",)

@@ -21,6 +21,7 @@ from tracklight.sweep.loop import final_result
 from tracklight.sweep.trial import TrialSpec, run_trial
 from tracklight.tracking.mlflow_client import mlflow
 
+pytestmark = pytest.mark.usefixtures("spare_model")
 ALLOWED = (
     "allowed_targets=[tracklight.models,tracklight.data,torch.optim,pytorch_lightning.callbacks,foreign]"
 )
@@ -53,7 +54,9 @@ def resumed(tmp_path, *words: str) -> None:
     run(cfg)
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(
+    "value", ["nan", *(pytest.param(v, marks=pytest.mark.slow) for v in ("inf", "-inf"))]
+)
 def test_a_score_that_is_never_a_number_is_said_at_once_and_fails_the_run(train, tmp_path, capsys, value):
     with pytest.raises(NonFinite, match=f"val/told is {value} in epoch 1 and finite in no later one"):
         train(*TOLD, told(value), EPOCHS + "2")

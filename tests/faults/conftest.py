@@ -9,8 +9,8 @@ from process import Trainees, TrialResult
 
 
 @pytest.fixture(scope="session")
-def trainees(tmp_path_factory) -> Iterator[Trainees]:
-    trainees = Trainees(tmp_path_factory.mktemp("template"))
+def trainees(template) -> Iterator[Trainees]:
+    trainees = Trainees(template)
     yield trainees
     trainees.close()
 

@@ -109,7 +109,7 @@ def test_model_that_cannot_be_drawn_costs_a_warning_not_the_run(tmp_path, caplog
     assert "no figures" in caplog.text
 
 
-def test_run_keeps_its_figures_beside_its_checkpoints(train):
+def test_run_keeps_its_figures_beside_its_checkpoints(train, spare_model):
     finished = train("trainer.max_epochs=2", "num_threads=1")
     names = {path.name for path in (finished.folder / "figures").iterdir()}
     assert names == {"learning_curves.png", "fit.png", "residuals.png"}
@@ -123,6 +123,6 @@ def test_run_that_failed_keeps_the_curves_that_show_why(train, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["learning_curves.png"]
 
 
-def test_run_without_figures_has_none(train):
+def test_run_without_figures_has_none(train, spare_model):
     finished = train("trainer.max_epochs=1", "num_threads=1", "tracking.figures=false")
     assert not (finished.folder / "figures").exists()

@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     forkserver.ensure_running()
-    trainee.prepare(Path(sys.argv[1]))
+    trainee.prepare()
     for name in ("study", "parent_run", "loop", "progress"):
         __import__(f"tracklight.sweep.{name}")
     import optuna.visualization  # noqa: F401

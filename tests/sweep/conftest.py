@@ -20,7 +20,7 @@ class Commander(Trainees):
 
 
 @pytest.fixture(scope="session")
-def commander(tmp_path_factory) -> Iterator[Commander]:
-    commander = Commander(tmp_path_factory.mktemp("template"), HERE / "commander.py")
+def commander(template) -> Iterator[Commander]:
+    commander = Commander(template, HERE / "commander.py")
     yield commander
     commander.close()

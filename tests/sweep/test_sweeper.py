@@ -71,7 +71,9 @@ def test_repeated_draws_are_said_and_counted(commander, tmp_path):
     assert len(Swept(directory).children) == 2
 
 
-@pytest.mark.parametrize(("values", "num"), [("3,3.0,3e0", 1), ("3,2,3.0", 2)])
+@pytest.mark.parametrize(
+    ("values", "num"), [pytest.param("3,3.0,3e0", 1, marks=pytest.mark.slow), ("3,2,3.0", 2)]
+)
 def test_points_of_a_grid_that_are_equal_numbers_are_one_and_that_is_said(commander, tmp_path, values, num):
     words = (f"data.slope={values}", "tracking=none", *QUICK)
     said = commander.sweep(tmp_path / "runs", *words).stdout
@@ -79,6 +81,7 @@ def test_points_of_a_grid_that_are_equal_numbers_are_one_and_that_is_said(comman
     assert said.count("\ntrial ") == num and "slope=3 seed=0  complete" in said
 
 
+@pytest.mark.slow
 def test_points_of_a_grid_that_are_equal_lists_of_numbers_are_one_and_train(commander, tmp_path):
     words = ("optimizer=adam", "optimizer.betas=[0,0.9],[0.0,0.9]", "tracking=none", *QUICK)
     process = commander.sweep(tmp_path / "runs", *words)
@@ -172,6 +175,7 @@ def test_a_sweep_may_start_from_the_weights_of_a_run(commander, tmp_path):
     assert len(Swept(directory).runs) == 5
 
 
+@pytest.mark.slow
 def test_a_pruned_trial_ends_cleanly_and_costs_no_more_epochs(commander, tmp_path):
     directory, told = tmp_path / "runs", tmp_path / "epochs"
     command = (
@@ -210,6 +214,7 @@ def test_the_dry_run_lists_the_points_and_leaves_nothing(commander, tmp_path):
     assert [f"optimizer.lr={lr}" in process.stdout for lr in ("0.01", "0.05", "0.1")] == [True] * 3
 
 
+@pytest.mark.slow
 def test_trials_take_the_threads_that_omp_says(commander, tmp_path):
     words = [word for word in QUICK if not word.startswith("num_threads")]
     directory = tmp_path / "runs"

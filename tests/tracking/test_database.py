@@ -11,7 +11,14 @@ import pytest
 from disturbances import full_disk, wait_for
 
 from tracklight.errors import BadInput, RunFailed
+from tracklight.tracking import mlflow_client, sqlite_file
 from tracklight.tracking.store import connect
+
+
+@pytest.fixture
+def made_by_mlflow(monkeypatch) -> None:
+    """New databases are made as for users, not copied as for other tests."""
+    monkeypatch.setattr(sqlite_file, "create_database", mlflow_client.create_database)
 
 
 def open_and_create(directory, barrier):
@@ -132,7 +139,9 @@ def test_odd_characters_in_the_directory_work(tmp_path, template, name):
 
 
 @pytest.mark.parametrize("size", [0, 4096, 100_000, 400_000])
-def test_a_disk_too_full_for_a_new_store_is_one_line_at_once_and_leaves_nothing(tmp_path, size, monkeypatch):
+def test_a_disk_too_full_for_a_new_store_is_one_line_at_once_and_leaves_nothing(
+    tmp_path, size, monkeypatch, made_by_mlflow
+):
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits for what cannot pass"))
     with full_disk(size), pytest.raises(BadInput) as caught:
         connect(None, tmp_path)
@@ -179,7 +188,7 @@ def test_a_file_system_without_inodes_is_one_line_at_once_and_leaves_nothing(mou
     assert outcomes == sorted(outcomes, reverse=True)
 
 
-def test_a_new_store_without_inodes_is_one_line_at_once(mounted):
+def test_a_new_store_without_inodes_is_one_line_at_once(mounted, made_by_mlflow):
     for free in range(4):
         directory = mounted(f"nr_inodes={1 + free}")
         began_s = time.monotonic()

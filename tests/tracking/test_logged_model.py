@@ -1,6 +1,7 @@
 """The logged model predicts what the trained one does, wherever and however it is loaded."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,9 @@ class OneBatchSize(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[mlflow.MlflowClient, str]:
+def store(tmp_path_factory: pytest.TempPathFactory, template: Path) -> tuple[mlflow.MlflowClient, str]:
     folder: Path = tmp_path_factory.mktemp("store")
+    shutil.copy(template, folder)
     client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
     return client, client.create_experiment("here", (folder / "artifacts").as_uri())
 

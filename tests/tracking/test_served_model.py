@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -25,8 +26,9 @@ def plane(dtype=torch.float32) -> nn.Linear:
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
+def client(tmp_path_factory, template):
     folder = tmp_path_factory.mktemp("store")
+    shutil.copy(template, folder)
     client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
     client.create_experiment("here", (folder / "artifacts").as_uri())
     return client

@@ -39,7 +39,10 @@ def test_an_unknown_host_is_told_in_one_line(tmp_path, hurried):
     assert "no-such-host.invalid" in refused("http://no-such-host.invalid:5000", tmp_path)
 
 
-def test_a_server_that_accepts_and_never_answers_is_given_up(tmp_path):
+@pytest.mark.parametrize("patience", ["less", pytest.param("as for users", marks=pytest.mark.slow)])
+def test_a_server_that_accepts_and_never_answers_is_given_up(tmp_path, request, patience):
+    if patience == "less":
+        request.getfixturevalue("hurried")
     with socket.socket() as mute:
         mute.bind(("127.0.0.1", 0))
         mute.listen()
