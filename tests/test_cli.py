@@ -83,7 +83,8 @@ def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(programs, 
 @pytest.mark.parametrize(
     "word",
     ["optimizer.lrr=1", "optimizer.lr=abc", "model._target_=os.system", "trainer.strategy=foo", "+seed=1"]
-    + ["trainer.plugins=foo", "trainer.profiler=foo", "overrides=[x]", 'tracking.note="\x1b[31m"'],
+    + ["trainer.plugins=foo", "trainer.profiler=foo", "overrides=[x]", 'tracking.note="\x1b[31m"']
+    + [f"tracking.dir=/tmp/{'d' * 200}/{'e' * 200}/{'f' * 170}"],
 )
 def test_bad_input_is_told_before_anything_heavy_is_imported(programs, tmp_path, word):
     code = f"""if True:
@@ -96,6 +97,14 @@ def test_bad_input_is_told_before_anything_heavy_is_imported(programs, tmp_path,
     """
     ended = programs.run(tmp_path, code, word)
     assert (ended.returncode, ended.stdout.split()) == (0, []), ended.stderr
+
+
+def test_a_file_of_another_folder_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "latin.yaml").write_bytes(b"_target_: x # \xe9\n")
+    ended = train(f"--config-dir={tmp_path}", "model=latin")
+    assert (ended.returncode, len(ended.stderr.splitlines())) == (2, 1)
+    assert f"{tmp_path}/model/latin.yaml is not UTF-8" in ended.stderr
 
 
 def test_bad_input_is_told_within_a_second_of_computing():

@@ -50,6 +50,7 @@ FORMS = (
     *("{key} => '{value}'", "{key} := {value}", '{{\\"{key}\\": \\"{value}\\"}}', "{key}=a,{value}"),
     *("a: 1\n{key}: |\n  x\n  {value}\nb: 2", "\n{key}:\n- a\n- {value}", "\n{key}: my long {value}\nb: 1"),
     *("{{'a': '***', '{key}': {{'b': [{{'c': '{value}'}}]}}}}", "{key}: [a, [b, {value}]]"),
+    *("os.environ['{key}'] = '{value}'", '+c["db"]["{key}"]="{value}"', "- name: {key}\n+  value: {value}"),
     *("{{{key}: my long {value}}}", "{{'name': '{key}', 'value': '{value}'}}", "['--{key}', '{value}']"),
     *("{{{key}: {{a: '{value}", "name={key}, value={value}"),
     *("https://host/p?a=1&{key}={value}&b=2", "+    {key} = '{value}'", "{key}={{a: {value}, b: 1}}"),
@@ -115,6 +116,7 @@ def test_no_word_of_a_command_shows_a_secret(value, key):
             "tokens=[1,2]",
             "data.keys=[a]",
         ),
+        *("pad_token=<pad>", "data.eos_token: </s>", "mask_token_id=x", "a['keys'] = 'b'"),
         "experiment=seed_mlp sets trainer.max_epochs, which this config does not have",
     ],
 )
@@ -123,7 +125,19 @@ def test_what_is_no_secret_stays(text):
 
 
 @pytest.mark.parametrize(
-    "key", ["max_tokens", "bypass", "compass", "passes", "keyboard", "monkey", "author", "tokenizer", "key"]
+    "key",
+    [
+        "max_tokens",
+        "bypass",
+        "compass",
+        "passes",
+        "keyboard",
+        "monkey",
+        "author",
+        "tokenizer",
+        "key",
+        "eos_token",
+    ],
 )
 def test_a_key_that_only_looks_telling_names_no_secret(key):
     assert not is_secret(key, "value")

@@ -100,5 +100,5 @@ def runs(experiment: str | None = None, uri: str | None = None, directory: str |
     rows = [vars(run) for batch in batches(ids) for run in reader.get_runs(batch)]
     frame = json_normalize(rows, max_level=1).rename(columns={f"metrics.{tags.SCORE}": "score"})
     for name in ("start", "end") if rows else ():
-        frame[f"{name}_time"] = to_datetime(frame.pop(f"{name}_ms"), unit="ms")
+        frame[f"{name}_time"] = to_datetime(frame.pop(f"{name}_ms"), unit="ms", errors="coerce")
     return frame.set_index("run_id") if rows else frame

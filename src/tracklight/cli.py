@@ -33,6 +33,7 @@ from tracklight.engine.distributed import check_ranks, read_rank_zero_run
 from tracklight.errors import BadInput, RunFailed
 from tracklight.paths import PROJECT, TRAIN
 from tracklight.redact import CONTROL, redact, redact_messages
+from tracklight.tracking.address import resolve_uri
 
 Task = Callable[[Any], Any]
 _warned = set[str]()  # of the project
@@ -250,6 +251,8 @@ def compose_run(overrides: Sequence[str]) -> Any:
     now, later = split_for_resume(overrides)
     cfg = compose(now)
     cfg.overrides = later
+    if cfg.tracking.enabled:  # or it is refused after seconds of imports
+        resolve_uri(cfg.tracking.uri, Path(cfg.tracking.dir))
     choose_temporary_folder(Path(cfg.tracking.dir))  # before anything is imported that asks for one
     return cfg
 
@@ -279,7 +282,7 @@ def _run_through_hydra(task: Task, args: Namespace) -> Any:
         is_other = args.multirun and not isinstance(error, by_hydra)
         if isinstance(error, BadInput | InstantiationException) or is_other:
             raise
-        raise BadInput(explain(error, args.overrides)) from error
+        raise BadInput(explain(error, args.overrides, args.config_dir)) from error
     finally:
         print(redact(printed.getvalue()).replace("python train.py", TRAIN), end="")
     if composed and isinstance(composed[0], BadInput):

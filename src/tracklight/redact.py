@@ -24,7 +24,8 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|\.")
 # In a dotted key, its words in lower case with underscores between: what says that the value is secret.
 _SECRET = re.compile(
     r"(?:\b|_)(?:passwords|passcode|pwd|pw|secrets|credentials?|creds|auth|authorization|bearer|cookies?"
-    r"|sas|jwt)(?:_|\b)|(?:password|passwd|passphrase|secret|token)(?:_|\b)"
+    r"|sas|jwt)(?:_|\b)|(?:password|passwd|passphrase|secret)(?:_|\b)"
+    r"|(?<!(?:bos|eos|pad|unk|sep|cls)_)(?<!mask_)token(?:_|\b)"  # those of a vocabulary are none
     r"|(?:api|access|account|private|secret|signing|encryption|ssh|storage|master|license|deploy|auth|hf|aws"
     r"|azure|openai|anthropic|wandb|comet|neptune)[._]*(?:keys?|signature|tokens)(?:_|\b)"
     r"|(?:\b|_)(?:db|user|root|admin|my|pg|sql|ssh|ftp|smtp|mail|proxy)_?pass\b|\b(?:pass|tokens)$"
@@ -39,8 +40,8 @@ _USER_IN_URL = re.compile(r"(?<=://)(?:[^\s'\"<>]*|[^\s/:@'\"<>]+:(?!\d+[\s/])[^
 _USER_AT_HOST = re.compile(r"(?<![\w/.])[\w.+-]{1,64}:(?!//)[^\s@'\"]{1,256}@(?=[\w-])")
 _PARAMETER = re.compile(rf"([?&;]({_NAME})=)[^\s&;'\"<>]+")
 _NAMED = re.compile(
-    rf"(?<![\w.])(?:[\"']?name[\"']?[:=] *[\"']?(?P<told>{_NAME})[\"']?, *[\"']?value[\"']?[:=] *"
-    rf"|(?P<quote>\\?[\"'])?(?P<name>{_NAME})(?(quote)(?P=quote))[ \t]*(?:=>|:=|=|(?P<colon>:)(?!//))[ \t]*"
+    rf"(?<![\w.])(?:[\"']?name[\"']?[:=] *[\"']?(?P<told>{_NAME})[\"']?(?:,|\n[+-]?) *[\"']?value[\"']?[:=] *"
+    rf"|(?P<quote>\\?[\"'])?(?P<name>{_NAME})(?(quote)(?P=quote)]?)[ \t]*(?:=>|:=|=|(?P<colon>:)(?!//))[ \t]*"
     rf"|--?(?P<option>{_NAME})(?: |[\"'], *))"
 )
 _VALUE = re.compile(rf"{_QUOTED}|[^\s;&]*[^\s;&,)}}\]\"']")

@@ -310,7 +310,7 @@ def mirror(write_mnist, tmp_path, monkeypatch):
 
 def test_a_download_fills_the_root_and_leaves_nothing_else(mirror, tmp_path):
     root = tmp_path / "new" / "root"
-    root.mkdir(parents=True)
+    (root / "MNIST").mkdir(parents=True)
     data = mnist(root, download=True)
     assert len(data.splits["train"]) == 240
     assert sorted(path.name for path in root.rglob("*") if path.is_file()) == sorted(NAMES.values())
@@ -321,19 +321,20 @@ def test_a_download_fills_the_root_and_leaves_nothing_else(mirror, tmp_path):
 def test_other_data_are_downloaded_into_their_own_folder(mirror, tmp_path, monkeypatch):
     for name in ("mirrors", "resources"):
         monkeypatch.setattr(torchvision.datasets.KMNIST, name, getattr(torchvision.datasets.MNIST, name))
-    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "KMNIST").mkdir(parents=True)
     data = KMNIST(**DEFAULTS | {"root": str(tmp_path / "new"), "download": True})
     assert len(data.splits["train"]) == 240
     assert sorted(path.name for path in (tmp_path / "new/KMNIST/raw").iterdir()) == sorted(NAMES.values())
 
 
-@pytest.mark.parametrize("name", ["missing", "full"])
-def test_only_an_empty_folder_is_downloaded_into(mirror, tmp_path, name):
+@pytest.mark.parametrize("name", ["missing", "full", "empty"])
+def test_only_a_folder_with_one_of_the_data_sets_name_is_downloaded_into(mirror, tmp_path, name):
     (tmp_path / "full").mkdir()
+    (tmp_path / "empty").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
-    with pytest.raises(BadInput, match="only an existing, empty folder"):
+    with pytest.raises(BadInput, match=f"mkdir -p {tmp_path / name}/MNIST"):
         mnist(tmp_path / name, download=True).setup()
-    assert not (tmp_path / "missing").exists()
+    assert not (tmp_path / "missing").exists() and not [*(tmp_path / "empty").iterdir()]
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
 
 

@@ -6,6 +6,7 @@ import shlex
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
@@ -239,7 +240,7 @@ def split_for_resume(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return now, [word for word, key in keys.items() if key != "resume" and key[:6] != "hydra."]
 
 
-def explain(error: Exception, words: Sequence[str] = ()) -> str:
+def explain(error: Exception, words: Sequence[str] = (), config_dir: str | None = None) -> str:
     """Return in one line what Hydra or OmegaConf objects to in these words, and what would work."""
     if isinstance(error, OverrideParseException):
         reason = _explain_call(str(error.override)) or (
@@ -258,7 +259,8 @@ def explain(error: Exception, words: Sequence[str] = ()) -> str:
     if isinstance(error, yaml.YAMLError):  # on several lines, of which one names the file
         return " ".join(message.split())
     if isinstance(error, UnicodeDecodeError):
-        for path in (PROJECT.conf or CONF).rglob("*.yaml"):
+        folders = map(Path, filter(None, (config_dir, PROJECT.conf, CONF)))
+        for path in (path for folder in folders for path in folder.rglob("*.yaml")):
             if error.object in path.read_bytes():
                 return f"{path} is not UTF-8, {message}"
     if isinstance(cause, OmegaConfBaseException):

@@ -57,7 +57,8 @@ class MNIST(TensorData):
     """Handwritten digits; validation is drawn by seed from the official training part.
 
     `conf/data/mnist.yaml` describes the arguments. A download fills only the default folder, one that
-    holds some of the files or an empty one: neither a stored config nor a misspelt `root` fills another.
+    holds some of the files or a folder of their name: neither a stored config nor a misspelt `root` fills
+    another.
     """
 
     published = "MNIST"  # torchvision's name, and that of the folder
@@ -199,15 +200,15 @@ def _find(root: Path, published: str) -> dict[str, Path]:
 def _download(root: Path, published: str, is_known: bool) -> str:
     """Download the four files, all or none; return why not, or "" when they are there.
 
-    A folder that is not known as the data set's has to be there and empty. They arrive in a temporary folder
-    beside their place and are moved at the end: a download that is killed leaves no half file.
+    A folder that is not known as the data set's has to hold one of its name. They arrive in a temporary
+    folder beside their place and are moved at the end: a download that is killed leaves no half file.
     """
     from torchvision import datasets  # here: not needed where the files are
 
     timeout, is_new = socket.getdefaulttimeout(), not root.exists()
     try:
-        if not is_known and (is_new or any(root.iterdir())):
-            return " (only an existing, empty folder is downloaded into)"
+        if not is_known and not (root / published).is_dir():
+            return f" (to download them there: mkdir -p {root / published})"
         root.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)  # torchvision sets none: it might never end
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder:
