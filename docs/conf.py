@@ -18,6 +18,7 @@ html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 add_module_names = False
+toc_object_entries_show_parents = "hide"
 autodoc_preserve_defaults = True  # no path of the machine that builds
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"

@@ -43,6 +43,8 @@ def link_within_site(app: Any, name: str, content: list[str]) -> None:
     """Let links to files of the root, which are right in the repository, lead to their pages."""
     for file, page in ROOT_PAGES.items():
         content[0] = content[0].replace(f"](../{file}", f"](generated/{page}")
+    content[0] = content[0].replace("](../conf/config.yaml)", "](generated/config-top.md)")
+    content[0] = re.sub(r"\]\(\.\./conf/(\w+)\)", r"](generated/config-\1.md)", content[0])
 
 
 def root_page(path: Path) -> str:
