@@ -28,12 +28,12 @@ import pyte  # pyright: ignore[reportMissingImports] -- of the extra docs
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = (
     "python train.py model=mlp",
-    "python train.py -m model=mlp optimizer.lr=0.1,0.01 seed=1,2 trainer.max_epochs=3",
+    "python train.py -m model=mlp optimizer.lr=0.1,0.01 seed=1,2 trainer.max_epochs=2",
     "python scripts/compare.py",
 )
 PARTS = ("train.py", "conf", "scripts", "src", "pyproject.toml")  # of the project, to be run beside
 HOME = "/home/you/tracklight"  # shown in place of the copy's folder
-ROWS, COLUMNS = 24, 108
+ROWS, COLUMNS = 24, 118
 PROMPT = "\x1b[32m$\x1b[0m "
 KEY_S, READ_S, PLAY_S, STEP_S = 0.03, 3.0, 7.0, 0.15  # a key; to read an answer; an answer at most; a frame
 WAIT_S = 1.0  # the longest wait, before an answer is sped up
