@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from process import Programs
+from process import Programs, Trainees
 
 ROOT = Path(__file__).resolve().parents[1]
 MNIST_ROOT = Path(os.environ.get("MNIST_ROOT", ROOT.parent / "shared" / "mnist"))
@@ -111,6 +111,14 @@ def train(tmp_path: Path) -> Callable[..., Finished]:
         return Finished(directory, newest[0].info.run_id, score)
 
     return train
+
+
+@pytest.fixture(scope="session")
+def trainees(template) -> Iterator[Trainees]:
+    """Training processes and sweeps, forked from one that has imported all of it."""
+    trainees = Trainees(template)
+    yield trainees
+    trainees.close()
 
 
 @pytest.fixture(scope="session")

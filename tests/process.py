@@ -138,14 +138,13 @@ class Trainees:
 
     Args:
         template: The empty store that each tracking directory starts with a copy of.
-        script: What the imports and the forking are done by.
     """
 
-    def __init__(self, template: Path, script: Path = TESTS / "trainee.py") -> None:
+    def __init__(self, template: Path) -> None:
         self._template = template
         env = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "MNIST_ROOT"))}
         self._server = subprocess.Popen(
-            [sys.executable, script],
+            [sys.executable, TESTS / "trainee.py"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -214,11 +213,15 @@ class Trainees:
         process.wait()
         return process
 
+    def sweep(self, directory: Path, *arguments: str, **more: Any) -> Process:
+        """Run `train.py -m ARGUMENTS` to its end."""
+        return self.train(directory, "-m", *arguments, **more)
+
     def close(self) -> None:
         for pipe in (self._server.stdin, self._server.stdout):
             if pipe is not None:
                 pipe.close()
-        self._server.wait(10)
+        self._server.wait(60)
 
 
 def free_port() -> int:

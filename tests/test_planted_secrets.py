@@ -114,7 +114,7 @@ def check(planting):
         assert len(typed) == len(line) + 1 and typed[1:3] == line[:2]
 
 
-@settings(max_examples=6, derandomize=True, **SLOW)
+@settings(max_examples=4, derandomize=True, **SLOW)
 @given(planted())
 def test_a_planted_secret_is_nowhere_in_the_store_the_folder_or_the_output(planting):
     check(planting)

@@ -1,8 +1,8 @@
-"""The training process of the fault tests, forked from one that has everything imported already.
+"""The training process of the tests of faults and sweeps, forked from one that has everything imported.
 
 A process start costs seconds of imports, and the tests need hundreds. Run as a script, this reads
 a request a line (see `process.py`) and forks a process that runs the command line as `train.py`
-would.
+would. The trials of sweeps are forked by a forkserver, which is forked itself.
 """
 
 import atexit
@@ -12,14 +12,17 @@ import gc
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import resource
 import signal
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest import mock
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train.py"
 
@@ -305,8 +308,37 @@ PRELOADED = (
     ),
     *("mlflow.pytorch", "mlflow.pyfunc.loaders", "mlflow.store.tracking.sqlalchemy_store"),
     *("torch.export._trace", "torch._functorch.aot_autograd", "torch._export.non_strict_utils"),
+    *(f"tracklight.sweep.{name}" for name in ("study", "parent_run", "loop", "progress")),
+    *("optuna.visualization", "tracklight.sweep.trial"),
 )
 
+
+def fork_forkserver() -> None:
+    """Fork the forkserver of the trials of sweeps, which would take the seconds of the imports again."""
+    from tracklight.sweep import executors
+
+    def fork(path: str, arguments: list[str], descriptors: list[int]) -> int:
+        if pid := os.fork():
+            return pid
+        for number in range(3, 256):
+            if number not in descriptors:  # above all the end that keeps it alive
+                with contextlib.suppress(OSError):
+                    os.close(number)
+        try:
+            exec(arguments[-1])
+        finally:
+            os._exit(0)
+
+    multiprocessing.get_context("forkserver").set_forkserver_preload(executors.PRELOADED)
+    with mock.patch("multiprocessing.util.spawnv_passfds", fork):
+        forkserver.ensure_running()
+    # A forked sweep may use the forkserver, but is not its parent and cannot wait for it.
+    forkserver.ForkServer.ensure_running = lambda self: None
+
+
 if __name__ == "__main__":
+    sys.path.insert(1, str(SCRIPT.parent / "tests" / "sweep"))
     prepare()
+    fork_forkserver()
     accept()
+    os._exit(0)  # as above

@@ -202,6 +202,7 @@ def test_a_score_under_a_name_that_mlflow_refuses_is_the_score_under_the_name_th
     assert caplog.text.count("'val_acc@1' is logged as 'val_acc1'") == 1
 
 
+@slow
 def test_checkpoints_that_lightning_left_for_a_job_of_slurm_are_not_read(
     train, spare_model, tmp_path, monkeypatch
 ):
@@ -242,6 +243,7 @@ def test_a_public_module_is_tracked_tested_and_evaluated(train, name, tmp_path, 
     assert len(logged) == (name != "language model")  # whose forward is not defined
 
 
+@slow
 def test_the_logged_model_of_another_ones_module_answers_as_its_best_weights(train, monkeypatch):
     finished = train(*COMMANDS["Plain"], "trainer.max_epochs=1")
     (output,) = finished.run.outputs.model_outputs

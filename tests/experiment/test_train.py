@@ -89,6 +89,7 @@ def test_a_profiler_leaves_its_table_among_the_artifacts_and_says_where(train, c
     assert f"trainer.profiler={profiler.title()}Profiler" in told and " object at " not in told
 
 
+@pytest.mark.slow
 def test_the_diabetes_preset_reaches_the_coefficients_of_least_squares(train):
     words = ("experiment=diabetes", "trainer.accelerator=cpu")
     finished = train(*words, "tracking.figures=false")

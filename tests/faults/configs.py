@@ -11,7 +11,7 @@ BLOBS = (
         "data.num_val=64",
         "+data.num_train=2400",
     ),
-    *(f"~data.{key}" for key in ("root", "download", "fallback", "mean", "std")),
+    *(f"~data.{key}" for key in ("root", "download", "fallback", "mean", "std", "shift")),
 )
 MLP = ("model=mlp", *BLOBS, "model.hidden=[16]", *QUICK)
 NET = (

@@ -1,18 +1,11 @@
 """Training processes for the fault tests, and what each kind of run comes to undisturbed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from configs import CONFIGS, EPOCHS, FURTHER_CONFIGS
 
-from process import Trainees, TrialResult
-
-
-@pytest.fixture(scope="session")
-def trainees(template) -> Iterator[Trainees]:
-    trainees = Trainees(template)
-    yield trainees
-    trainees.close()
+from process import TrialResult
 
 
 @pytest.fixture(scope="session")

@@ -84,7 +84,13 @@ def test_sigusr1_in_a_slurm_job_stops_safely_and_leaves_nothing_for_other_runs(
     assert {path.name for path in directory.iterdir()} == before | {"artifacts"}
 
 
-@pytest.mark.parametrize("rank", [{"RANK": "1"}, {"NODE_RANK": "1"}, {"SLURM_PROCID": "3"}])
+@pytest.mark.parametrize(
+    "rank",
+    [
+        {"RANK": "1"},
+        *(pytest.param({name: "3"}, marks=pytest.mark.slow) for name in ("NODE_RANK", "SLURM_PROCID")),
+    ],
+)
 def test_a_rank_left_over_in_the_environment_changes_nothing(trainees, undisturbed, tmp_path, rank):
     directory = tmp_path / "runs"
     process = trainees.train(directory, *CONFIGS["blocks"], EPOCHS, faults=[["spare_model"]], env=rank)

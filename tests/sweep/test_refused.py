@@ -1,8 +1,11 @@
 """What a sweep cannot be, in one line."""
 
+import signal
+
 import pytest
 
 from commands import QUICK, Swept
+from tracklight import cli
 
 BAD = {
     "empty": ((), "nothing varies"),
@@ -87,11 +90,16 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_no_run(commander, tmp_path, case):
+def test_bad_input_is_one_line_and_no_run(directory, capsys, case):
     arguments, told = BAD[case]
-    directory = tmp_path / "runs"
-    process = commander.sweep(directory, *arguments, *QUICK)
-    assert process.exit_code == 2, process.stdout + process.stderr
-    assert told in process.stderr and process.stderr.count("\n") == 1
-    assert process.stderr.startswith("error: ")
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.delenv("HYDRA_FULL_ERROR", raising=False)  # and so it is afterwards
+        cli.main(argv=["-m", *arguments, *QUICK, f"tracking.dir={directory}"])
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    out, err = capsys.readouterr()
+    assert end.value.code == 2, out + err
+    assert told in err and err.count("\n") == 1
+    assert err.startswith("error: ")
     assert Swept(directory).runs == []
