@@ -11,6 +11,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import (
+    ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
@@ -23,8 +24,8 @@ from foreign import CLASSES, FEATURES, Net, blobs
 
 ROWS = 120
 KINDS = (
-    *("in_process", "workers", "persistent", "generator", "weighted", "numpy", "python", "own_class"),
-    *("combined", "dictionary", "subsets", "stream", "stream_of_workers"),
+    *("in_process", "workers", "persistent", "generator", "weighted", "numpy", "python", "nested"),
+    *("own_class", "combined", "dictionary", "subsets", "stream", "stream_of_workers"),
 )
 
 
@@ -103,6 +104,10 @@ class Loaders(LightningDataModule):
                 return self.loader(Noisy(rng=np.random.default_rng(3)), shuffle=True)
             case "python":
                 return self.loader(Noisy(rng=random.Random(3)), shuffle=True)
+            case "nested":
+                whole = Noisy(rng=np.random.default_rng(3))
+                parts = ConcatDataset([Subset(whole, range(50)), Subset(whole, range(50, ROWS))])
+                return self.loader(parts, shuffle=True)
             case "own_class":
                 return Batches()
             case "combined":

@@ -4,12 +4,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningDataModule, LightningModule
 from pytorch_lightning.callbacks import BaseFinetuning, BasePredictionWriter
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset, TensorDataset, random_split
 
 from foreign import CLASSES, FEATURES, blobs
 
@@ -204,6 +205,38 @@ class Autologged(Plain):
 
         super().__init__(width)
         mlflow.pytorch.autolog(log_models=False, checkpoint=False)
+
+
+class Unseeded(Ordered):
+    """Splits 96 rows as it is made and again as it is set up, by the generators as they stand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = np.random.permutation(144)[:96].tolist()
+
+    def name(self) -> str:
+        return "a method, where our data sets have a text"
+
+    def setup(self, stage: str) -> None:
+        part = Subset(TensorDataset(*vars(blobs(144, 1)).values()), self.rows)
+        self.parts = dict(zip(("train", "val", "test"), random_split(part, [48, 16, 32]), strict=True))
+
+    def _loader(self, name: str) -> DataLoader:
+        return DataLoader(self.parts[name], 16)
+
+
+class Drawing(Plain):
+    """Tests with noise, on rows of which it tells how many it was trained on; logs a score of its own."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen = {*getattr(self, "seen", ()), *map(tuple, batch[0].tolist())}
+        self.log("score", 100.0)
+        return super().training_step(batch, batch_idx)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        super().test_step([batch[0] + torch.randn_like(batch[0]), batch[1]], batch_idx)
+        shared = sum(tuple(row) in getattr(self, "seen", ()) for row in batch[0].tolist())
+        self.log("test_shared", float(shared), reduce_fx="sum")
 
 
 class Backbone(Plain):

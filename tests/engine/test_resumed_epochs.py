@@ -1,13 +1,16 @@
 """An epoch goes the same way whether the run came to it or was resumed there."""
 
+import random
 from contextlib import nullcontext
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from fitting import Fit
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.callbacks import EMAWeightAveraging, LearningRateMonitor
+from torch import nn
 
 from foreign_loaders import KINDS, Loaders, Restless
 from tracklight.engine import checkpoints
@@ -90,6 +93,48 @@ def test_a_resumed_epoch_draws_what_it_would_have_drawn(thrice, kind, period, ev
     assert begun > 0
     for key in ("train_loss", "val_drawn"):
         assert tail(continued, key, begun) == tail(whole, key, begun)
+    assert continued.same_bits(whole)
+
+
+IN_THIS_FILE = random.Random(7)
+
+
+class Noise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(5)
+
+    def forward(self, x):
+        return x + 0.3 * torch.randn(x.shape, generator=self.generator)
+
+
+class Within(Restless):
+    """Draws from a generator in a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.noise = nn.Sequential(Noise())
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step((self.noise(batch[0]), batch[1]), batch_idx)
+
+
+class Mixing(Callback):
+    """Draws from a generator of its own, and from that of its file."""
+
+    def __init__(self):
+        self.options = {"rngs": [np.random.default_rng(1)]}
+        IN_THIS_FILE.seed(7)  # as in a new process
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        batch[0].mul_(self.options["rngs"][0].beta(1, 1) + IN_THIS_FILE.random())
+
+
+@pytest.mark.parametrize("owner", ["layer", "callback"])
+def test_generators_are_reseeded_wherever_they_are(thrice, owner):
+    make, callbacks = (Within, []) if owner == "layer" else (Restless, [Mixing])
+    whole, continued, begun = thrice(make, partial(Loaders, "in_process"), *callbacks)
+    assert begun > 0 and tail(continued, "train_loss", begun) == tail(whole, "train_loss", begun)
     assert continued.same_bits(whole)
 
 

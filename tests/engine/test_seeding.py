@@ -13,6 +13,7 @@ from tracklight.engine.seeding import (
     STEPS,
     EpochSeeds,
     derive_seed,
+    find_objects,
     seed_all,
     seed_run,
     seed_step,
@@ -96,3 +97,10 @@ def test_a_global_generator_that_a_user_passes_on_is_left_to_the_run():
     torch.manual_seed(5)
     EpochSeeds(7)._renew([SimpleNamespace(generator=torch.default_generator)], 3)
     assert torch.equal(torch.rand(1), wanted)
+
+
+def test_circles_and_long_containers_end_a_search():
+    one, other = [], {}
+    one += [other, *range(10**6)]
+    other["one"] = one
+    assert [*map(id, find_objects([other], (list,)))] == [id(one)]

@@ -202,6 +202,20 @@ def test_a_score_under_a_name_that_mlflow_refuses_is_the_score_under_the_name_th
     assert caplog.text.count("'val_acc@1' is logged as 'val_acc1'") == 1
 
 
+def test_parts_that_are_split_without_a_seed_share_no_row_and_are_those_of_evaluate(
+    train, spare_model, tmp_path, capsys
+):
+    np.random.seed(1)  # each process begins with another state
+    finished = train(*words("module_kinds.Drawing", "module_kinds.Unseeded"), "trainer.max_epochs=1")
+    assert finished.run.data.metrics["test_shared"] == 0
+    assert finished.run.data.metrics["score"] == finished.score == finished.history("val_loss")[0][1]
+    assert finished.history("model/score") == [(step, 100.0) for step in (1, 2, 3)]
+    capsys.readouterr()
+    np.random.seed(2)
+    main("evaluate", [finished.run.info.run_id, "--dir", str(tmp_path / "runs")])
+    assert "the same to the bit" in capsys.readouterr().out
+
+
 @slow
 def test_checkpoints_that_lightning_left_for_a_job_of_slurm_are_not_read(
     train, spare_model, tmp_path, monkeypatch

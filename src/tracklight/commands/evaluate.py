@@ -19,6 +19,7 @@ from tracklight.data.table import Table
 from tracklight.data.tensor_data import Split, TensorData
 from tracklight.engine.distributed import cluster_environment
 from tracklight.engine.progress import align_lines, format_metrics
+from tracklight.engine.seeding import SETUPS, seed_all
 from tracklight.errors import BadInput, RunFailed
 from tracklight.experiment import stored
 from tracklight.experiment.build import has_test
@@ -142,6 +143,7 @@ def measure(rebuilt: stored.RebuiltRun, split: str) -> dict[str, float]:
         stage, evaluate = "val", trainer.validate
     with logging_to(None), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*add the following callbacks")  # their weights are all it needs
+        seed_all(rebuilt.cfg.seed, SETUPS, 0)
         results = evaluate(rebuilt.model, rebuilt.data, ckpt_path=rebuilt.checkpoint, verbose=False)
     return {
         name if split == stage else f"{split}/{name.removeprefix(f'{stage}/')}": value

@@ -6,16 +6,18 @@ how many steps are taken at a time.
 
 import pickle
 import random
+import sys
 import warnings
 import zlib
 from collections.abc import Callable
 from functools import wraps
+from itertools import islice
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from pytorch_lightning import Callback, LightningModule, seed_everything
-from pytorch_lightning.utilities import CombinedLoader
+from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
@@ -26,8 +28,11 @@ from tracklight.engine.torch_internals import restart_workers
 
 MASK = (1 << 64) - 1
 STEPS, EPOCHS, STARTS = 1, 2, 4  # streams; those of the steps of further ranks are odd
-LOADERS = {"train_dataloader": 6, "val_dataloader": 8}
+SETUPS = 10  # of a fit or a test: a data module may split its rows then, and each time alike
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+GLOBAL = (torch.default_generator, np.random.rand.__self__, random.seed.__self__)
+CLOSED = (torch.Tensor, np.ndarray, str, bytes, int, float, type, ModuleType, Trainer, type(None))
+LOADERS = {"train_dataloader": 6, "val_dataloader": 8}
 
 
 def derive_seed(seed: int, stream: int, index: int) -> int:
@@ -78,6 +83,10 @@ class EpochSeeds(Callback):
 
     @override
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._renew(
+                [pl_module, trainer.datamodule, *trainer.callbacks], 0
+            )  # whatever a sanity check draws
         for owner in (pl_module, trainer.datamodule) if stage == "fit" else ():
             for hook, stream in LOADERS.items():
                 if owner and is_overridden(hook, owner):
@@ -97,7 +106,7 @@ class EpochSeeds(Callback):
                 loaders = load()
         finally:
             progress.completed = epoch
-        self._renew(loaders, epoch)
+        self._renew([loaders], epoch)
         return loaders
 
     @override
@@ -110,23 +119,19 @@ class EpochSeeds(Callback):
     def on_train_epoch_start(self, trainer: Any, pl_module: LightningModule) -> None:
         epoch = trainer.current_epoch
         seed_all(self.seed, EPOCHS, epoch)
-        self._renew([trainer.train_dataloader, trainer.val_dataloaders, pl_module, trainer.datamodule], epoch)
+        loaders = trainer.train_dataloader, trainer.val_dataloaders
+        self._renew([*loaders, pl_module, trainer.datamodule, *trainer.callbacks], epoch)
 
-    def _renew(self, loaders: Any, epoch: int) -> None:
-        """Reseed the generators that data loaders and modules hold, and end persistent workers."""
-        loaders = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)
-        for loader in loaders.flattened:
-            parts = [loader]
-            if isinstance(loader, DataLoader):
-                batches = loader.batch_sampler
-                parts += [loader.dataset, loader.sampler, batches, getattr(batches, "sampler", None)]
-                if loader.persistent_workers:
-                    reason = "workers that outlive an epoch cannot be reseeded"
-                    warnings.warn(f"persistent_workers=True is ignored: {reason}", stacklevel=2)
-                    restart_workers(loader)
-            for each in (value for part in parts for value in getattr(part, "__dict__", {}).values()):
-                if isinstance(each, GENERATORS) and each is not torch.default_generator:
-                    self._reseed(each, epoch)
+    def _renew(self, roots: list[Any], epoch: int) -> None:
+        """Reseed the generators that other people's objects hold and end persistent workers."""
+        theirs = [each for each in roots if not type(each).__module__.startswith("tracklight.")]
+        for each in find_objects(theirs, (DataLoader, *GENERATORS)):
+            if not isinstance(each, DataLoader):
+                self._reseed(each, epoch)
+            elif each.persistent_workers:
+                reason = "workers that outlive an epoch cannot be reseeded"
+                warnings.warn(f"persistent_workers=True is ignored: {reason}", stacklevel=2)
+                restart_workers(each)
 
     def _reseed(self, generator: Any, epoch: int) -> None:
         is_torch = isinstance(generator, torch.Generator)
@@ -140,3 +145,18 @@ class EpochSeeds(Callback):
             generator.bit_generator.state = type(generator.bit_generator)(derived).state
         else:
             generator.seed(derived & 0xFFFFFFFF)
+
+
+def find_objects(roots: list[Any], kinds: tuple[type, ...], most: int = 10_000) -> list[Any]:
+    """Return the objects of some kinds that others hold, however deep, or the files of their classes."""
+    seen, todo = dict[int, Any](), [*roots]
+    for each in todo:  # which grows: the nearest come first
+        if isinstance(each, CLOSED) or id(each) in seen or len(seen) > 10 * most:
+            continue
+        seen[id(each)] = each
+        held = each if isinstance(each, dict) else getattr(each, "__dict__", {})
+        todo += islice(each if isinstance(each, list | tuple) else held.values(), most)
+        file = sys.modules.get(str(getattr(each, "__module__", "")))
+        if "-packages" not in (getattr(file, "__file__", None) or "-packages"):
+            todo += [value for value in vars(file).values() if isinstance(value, kinds)]
+    return [each for each in seen.values() if isinstance(each, kinds) and each not in GLOBAL]

@@ -68,6 +68,7 @@ def build_data(cfg: DictConfig, read: bool = True) -> LightningDataModule | None
     """
     if cfg.data.get("_target_") is None:
         return None
+    seed_run(cfg.seed)  # foreign data may be split as they are made
     data = instantiate(cfg.data, cfg.allowed_targets, LightningDataModule)
     if isinstance(data, TensorData):
         data.dtype = torch.float64 if cfg.trainer.precision == "64-true" else data.dtype

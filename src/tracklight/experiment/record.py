@@ -46,7 +46,8 @@ class Recorder:
             BadInput: The resumed run was started with other code, data or settings.
         """
         cfg, model, data = self.cfg, self.model, self.data
-        data_name = getattr(data, "name", None) or type(data).__name__
+        named = getattr(data, "name", None)  # which in a foreign class may be anything
+        data_name = named if isinstance(named, str) and named else type(data).__name__
         source_digest = data.source_digest if isinstance(data, TensorData) else None
         run_tags = {
             **tags.own_tags(flatten(cfg.tracking.tags), redact(cfg.tracking.note)),

@@ -25,7 +25,7 @@ from tracklight.engine import checkpoints, distributed, progress
 from tracklight.engine.blocks import Blocks
 from tracklight.engine.lightning_internals import evaluation_steps, logging_step, set_root_dir
 from tracklight.engine.monitors import ScoreMonitor
-from tracklight.engine.seeding import EpochSeeds
+from tracklight.engine.seeding import SETUPS, EpochSeeds, seed_all
 from tracklight.engine.signals import SafeStop
 from tracklight.errors import RunFailed
 from tracklight.experiment import build, stored
@@ -95,6 +95,7 @@ def run(
             score, step = training.load_best()
             metrics = {**training.trainer.callback_metrics}  # which a test empties
             if test and build.has_test(model, data) and not training.trainer.fast_dev_run:
+                seed_all(cfg.seed, SETUPS, 0)
                 for result in training.trainer.test(model, data, verbose=False):
                     training.tested |= result
                 stop.check()
@@ -174,6 +175,7 @@ class Training:
                     "ignore", ".*could not find the monitored key|ReduceLRO.* not available"
                 )
                 warnings.filterwarnings("ignore", ".*add the following callbacks: ..Timer..")  # max_time=null
+                seed_all(self.cfg.seed, SETUPS, 0)
                 self.trainer.fit(self.model, datamodule=self.data, ckpt_path=checkpoint)
         except Exception as error:
             if reason := _explain(error, self.cfg, self.trainer.world_size):

@@ -17,7 +17,7 @@ from tracklight.tracking.lock import RunLock
 from tracklight.tracking.mlflow_api import RunStore
 from tracklight.tracking.mlflow_client import mlflow
 from tracklight.tracking.sender import Sender, temporary_path
-from tracklight.tracking.tags import MAX_PARAM_CHARS, shorten
+from tracklight.tracking.tags import MAX_PARAM_CHARS, SCORE, shorten
 from tracklight.tracking.wal import Points, read_records
 
 _log = logging.getLogger(__name__)
@@ -101,7 +101,10 @@ class Run(MLFlowLogger):
                 self.log_value(key, int(step), value)
 
     def log_value(self, key: str, step: int, value: Any) -> None:
-        """Log one value; say what is no number, and leave it out."""
+        """Log one value of somebody else's; say what is no number, and leave it out."""
+        if key == SCORE:
+            key = f"model/{key}"
+            self._say_once(f"metric {SCORE} is logged as {key}: {SCORE} is the best value of score.metric")
         try:
             self.log_series(key, (step,), (float(value),))
         except (TypeError, ValueError):
