@@ -2,6 +2,7 @@ import math
 import os
 import struct
 import time
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -244,6 +245,19 @@ def test_a_record_that_is_whole_and_none_of_ours_ends_the_log(tmp_path, record):
     assert (log.end, log.repeats, log.sent) == (len(whole), {"loss": (1, 1)}, 0)
     log.close()
     assert path.read_bytes() == whole
+
+
+def test_a_record_of_gigabytes_is_not_held_in_memory(tmp_path):
+    path = tmp_path / "log"
+    whole = write(path, [("loss", [(1, 1.0)])])
+    with path.open("ab") as file:
+        file.write(struct.pack("<II", 3_000_000_000, 0))
+    os.truncate(path, 3_100_000_000)  # takes no place on the disk
+    tracemalloc.start()
+    assert content(path) == whole
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200_000_000
 
 
 def test_a_log_that_leads_elsewhere_is_not_written_to(tmp_path):

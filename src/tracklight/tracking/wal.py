@@ -22,6 +22,7 @@ from tracklight.paths import read_bounded
 _HEAD = struct.Struct("<II")  # length and CRC-32 of the payload
 _POINTS = struct.Struct("<cqHI")  # kind, timestamp, bytes of the key, number of points
 _CALL = struct.Struct("<cq")  # kind, timestamp
+_MAX_BYTES = 2**26  # of a record; of ours the longest has less than a megabyte
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +159,13 @@ class WriteAheadLog:
 def read_records(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[Points | Call, int]]:
     """Yield the whole records between two offsets, each with the offset of its end."""
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        size = file.seek(0, os.SEEK_END)
         file.seek(start)
         while stop is None or start < stop:
             head = file.read(_HEAD.size)
             if len(head) < _HEAD.size:
                 return
             length, crc = _HEAD.unpack(head)
-            payload = file.read(min(length, size))
+            payload = file.read(min(length, _MAX_BYTES))
             if len(payload) < max(length, _CALL.size) or zlib.crc32(payload) != crc:
                 return
             try:
