@@ -44,7 +44,7 @@ def template(tmp_path_factory) -> Iterator[Path]:
     mlflow_client.create_database(path, (path.parent / "artifacts").as_uri())
 
     def copy(target: Path, artifact_root: str) -> None:
-        shutil.copy(path, target)
+        shutil.copyfile(path, target)  # with the mode of a new file
         with closing(sqlite3.connect(target)) as database, database:
             query = "UPDATE experiments SET artifact_location = ? WHERE experiment_id = 0"
             database.execute(query, (f"{artifact_root}/0",))
