@@ -324,8 +324,9 @@ def fork_forkserver() -> None:
             if number not in descriptors:  # above all the end that keeps it alive
                 with contextlib.suppress(OSError):
                     os.close(number)
+        sys.argv = arguments[arguments.index("-c") :]
         try:
-            exec(arguments[-1])
+            exec(sys.argv.pop(1))
         finally:
             os._exit(0)
 
