@@ -22,6 +22,7 @@ from tracklight.config.compose import list_targets, to_plain
 from tracklight.config.hardware import default_threads, describe_machine
 from tracklight.config.overrides import redact_command
 from tracklight.engine import checkpoints, distributed, progress
+from tracklight.engine.attributes import AttributeKeeper
 from tracklight.engine.blocks import Blocks
 from tracklight.engine.lightning_internals import evaluation_steps, logging_step, set_root_dir
 from tracklight.engine.monitors import ScoreMonitor
@@ -129,7 +130,7 @@ class Training:
         self.best = checkpoints.BestCheckpoint(cfg.score.metric, cfg.score.mode, within_epochs)
         self.tested: dict[str, float] = {}
         tracked = cfg.tracking.enabled
-        first = [EpochSeeds(cfg.seed), *([self.last] if tracked else [])]
+        first = [EpochSeeds(cfg.seed), *([AttributeKeeper(), self.last] if tracked else [])]
         callbacks = [self.blocks, self.score, *callbacks, *([self.best] if tracked else [])]
         self.trainer: Any = build.build_trainer(cfg, data, first, callbacks, self.io)
 
