@@ -121,7 +121,7 @@ def tabulated(page, metric):
 def test_sweep_is_unfolded_selected_and_compared_with_its_charts_and_values(ui, page):
     address, trials = ui
     assert [run.data.params["optimizer.lr"] for run in trials] == list(RATES)
-    page.goto(address)
+    page.goto(address.partition("&viewStateShareKey=")[0])
     page.get_by_text("sweep optimizer.lr").first.wait_for()
     names = [run.info.run_name for run in trials]
     assert not any(page.get_by_text(name, exact=True).count() for name in names)  # nested
@@ -174,6 +174,27 @@ def test_sweep_is_unfolded_selected_and_compared_with_its_charts_and_values(ui, 
         arg=len(steps),
     )
     keep(page, "curves")
+
+
+def test_a_sweeps_view_shows_the_best_value_at_once_and_its_curves_after_one_click(ui, page):
+    address, trials = ui
+    ranked = sorted(trials, key=lambda run: run.data.metrics["score"])
+    assert f"&viewStateShareKey=sweep-{ranked[0].data.tags['mlflow.parentRunId'][:8]}" in address
+    page.goto(address)
+    cells = page.locator('.ag-row [col-id*="optimizer.lr"]')
+    page.get_by_text(ranked[0].info.run_name, exact=True).first.wait_for()
+    cells.first.wait_for()
+    shown = [each.inner_text() for each in cells.all()]
+    assert shown == [run.data.params["optimizer.lr"] for run in ranked]  # a row each, the best on top
+    keep(page, "view")
+    page.locator('label:has(input[value="CHART"])').click()
+    page.locator(".js-plotly-plot .axis-title").first.wait_for()
+    axes = plotted(page)
+    scores = [run.data.metrics["score"] for run in trials]
+    assert [*axes] == ["optimizer.lr", "score"]
+    assert axes["score"] == pytest.approx([min(scores), max(scores)], abs=5e-6)
+    page.wait_for_function("document.querySelectorAll('.js-plotly-plot .lines .js-line').length >= 3")
+    keep(page, "view-curves")
 
 
 def test_a_store_moved_three_times_shows_its_artifacts_answers_every_command_and_continues(page, tmp_path):

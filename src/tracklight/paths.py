@@ -15,6 +15,7 @@ CLONE = PACKAGE.parents[1] if (PACKAGE.parents[1] / "train.py").is_file() else N
 KEYS = ("package", "conf", "allowed_targets")  # of [tool.tracklight]
 REPLACES = "# replaces tracklight's own"
 MAX_TOML_BYTES = 1_000_000
+UI_PORT = 5001  # of MLflow's UI on this machine
 SMALL_BYTES = 64 * 1024  # of a lock, a checksum, an offset
 
 

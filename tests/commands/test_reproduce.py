@@ -67,7 +67,10 @@ def test_a_module_with_names_of_its_own_is_compared_in_all_that_it_logged(store,
     words = (
         *("model._target_=foreign.Net", "~model.bias", "data._target_=foreign.NoisyData"),
         *("data.batch_size=20", "+data.num_workers=0", "allowed_targets=[torch.optim,foreign]"),
-        *(f"~data.{key}" for key in ("seed", "slope", "intercept", "noise", "num_points")),
+        *(
+            f"~data.{key}"
+            for key in ("seed", "slope", "intercept", "noise", "num_points", "fold", "num_folds")
+        ),
         *("~data.num_features", "score.metric=val_loss", "trainer.max_epochs=2"),
     )
     one, other = (store.client.get_run(train(tmp_path, *words)) for _ in range(2))

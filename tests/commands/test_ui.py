@@ -15,7 +15,7 @@ from tracklight.commands.parser import main
 from tracklight.errors import BadInput, RunFailed
 from tracklight.tracking import store as store_module
 
-RUNS = "runs?workflowType=machine_learning"
+RUNS = "runs?workflowType=machine_learning&viewStateShareKey=runs"
 
 
 @pytest.fixture

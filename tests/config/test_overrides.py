@@ -27,6 +27,9 @@ def composed(*words, multirun=False):
         (["optimizer.learning_rate=1"], "did you mean optimizer.lr?"),
         (["@seed=1"], "there is no group before @; write seed=1"),
         (["callbacks={m: {a: 1}}"], "unknown key callbacks.m; `python train.py --cfg job`"),
+        (["model=[linear,mlp]"], "model=[linear,mlp] names no file of conf/model"),
+        (["callbacks=[ema,x]"], "callbacks=[ema,x] names no file of conf/callbacks"),
+        (["callbacks=[{a: 1}]"], "names no file of conf/callbacks"),
         (["overrides=[x]"], "tracklight fills overrides itself"),
         (["+optimizer.lr=1"], "optimizer.lr is there already; leave out the +: optimizer.lr=1"),
         (["+seed=1"], "leave out the +: seed=1"),
@@ -194,3 +197,7 @@ def test_a_key_may_be_added_for_a_class_or_an_interpolation():
     words = ["+width=16", "model=mlp", "model.hidden=['${width}']", "+callbacks.mine=null", "+model.own=1"]
     cfg = composed(*words)
     assert (cfg.width, cfg.model.own) == (16, 1)
+
+
+def test_several_files_of_callbacks_are_composed_into_one():
+    assert [*composed("callbacks=[early_stopping,ema]").callbacks] == ["early_stopping", "ema"]

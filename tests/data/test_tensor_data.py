@@ -9,7 +9,11 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, Sampler, TensorDataset
 
 from foreign import Blobs
+from tracklight.data.line import Line
+from tracklight.data.mnist import MNIST
+from tracklight.data.table import Table
 from tracklight.data.tensor_data import Loader, epoch_order
+from tracklight.errors import BadInput
 
 SEED, SIZE = 5, 16
 
@@ -125,3 +129,57 @@ def test_of_two_processes_each_takes_the_rows_of_a_distributed_sampler(rank):
     assert torch.equal(rows(loader_of(rank, overfit=1.0)), features[part])
     whole = loader_of(rank, sharded=False, epoch=2)
     assert torch.equal(rows(whole), features[epoch_order(33, SEED, 2)])
+
+
+def line(**folds) -> Line:
+    return Line(4, SEED, 2.0, 0.0, 0.0, 23, 1, **folds)
+
+
+def table(**folds) -> Table:
+    return Table(4, SEED, None, None, ["bmi", "bp", "s1"], 0.15, 0.15, False, ",", **folds)
+
+
+def digits(**folds) -> MNIST:
+    return MNIST(4, SEED, "nowhere", 100, True, 0.1307, 0.3081, False, **folds)
+
+
+def examples(data, split: str) -> list[bytes]:
+    part = data.splits.get(split)
+    rows = [] if part is None else zip(part.features, part.targets, strict=True)
+    return [x.numpy().tobytes() + y.numpy().tobytes() for x, y in rows]
+
+
+@pytest.mark.filterwarnings("ignore:data.root=nowhere. no MNIST files:UserWarning")
+@pytest.mark.parametrize(("make", "num_folds"), [(line, 4), (table, 3), (digits, 2)])
+def test_each_training_example_validates_in_one_fold_and_the_test_part_stays(make, num_folds):
+    whole = make()
+    training = sorted(examples(whole, "train") + examples(whole, "val"))
+    assert len({*training}) == len(training)
+    validated = []
+    for fold in range(num_folds):
+        data = make(fold=fold, num_folds=num_folds)
+        val = examples(data, "val")
+        assert sorted(examples(data, "train") + val) == training
+        assert len(val) in (len(training) // num_folds, len(training) // num_folds + 1)
+        assert examples(data, "test") == examples(whole, "test")
+        assert examples(make(fold=fold, num_folds=num_folds), "val") == val
+        validated += val
+    assert sorted(validated) == training
+
+
+def test_the_table_of_a_fold_is_standardised_by_what_trains():
+    data = Table(4, SEED, None, None, ["bmi"], 0.15, 0.15, True, ",", fold=2)
+    x = data.splits["train"].features.double()
+    assert abs(x.mean().item()) < 1e-6 and x.std(correction=0).item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("folds", "message"),
+    [
+        ({"fold": 5}, "data.fold=5 must be null or 0 to 4, below data.num_folds; try data.fold=0"),
+        ({"num_folds": 1}, "data.num_folds=1 must be a whole number, 2 or more; try data.num_folds=5"),
+    ],
+)
+def test_a_fold_that_there_is_not_is_refused(folds, message):
+    with pytest.raises(BadInput, match=message):
+        line(**folds)

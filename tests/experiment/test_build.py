@@ -32,11 +32,12 @@ def rates(tmp_path: Path):
     rows = [f"{i % 7},{i % 5},{i % 7 + 2 * (i % 5)}" for i in range(40)]
     path.write_text("\n".join(["a,b,y", *rows]) + "\n")
 
-    def rates(*overrides: str) -> list[float]:
+    def rates(*overrides: str, test: bool = True) -> list[float]:
         base = ["data=table", f"data.path={path}", "data.target=y", "data.batch_size=8", "tracking=none"]
         seen = Rates()
         quiet = "trainer.enable_progress_bar=false"
-        run(compose([*base, "scheduler=cosine", "optimizer.lr=0.1", quiet, *overrides]), callbacks=[seen])
+        words = [*base, "scheduler=cosine", "optimizer.lr=0.1", quiet, *overrides]
+        run(compose(words), callbacks=[seen], test=test)
         return seen.rates
 
     return rates
@@ -117,10 +118,10 @@ def test_what_would_fail_after_training_is_refused_before_it(rates, words, messa
         ("OnExceptionCheckpoint", "resume=auto"),
     ],
 )
-def test_a_finder_is_refused_with_the_search_that_records_what_it_finds(rates, name, instead):
+def test_a_finder_in_a_trial_is_refused_with_the_search_that_records_what_it_finds(rates, name, instead):
     with pytest.raises(BadInput, match=f"callbacks.finder={name}.*{instead}"):
         where = ", dirpath: a" * (name == "OnExceptionCheckpoint")
-        rates(f"+callbacks.finder={{_target_: pytorch_lightning.callbacks.{name}{where}}}")
+        rates(f"+callbacks.finder={{_target_: pytorch_lightning.callbacks.{name}{where}}}", test=False)
 
 
 @pytest.mark.parametrize("brought", [BatchSizeFinder(), [LearningRateFinder()]])

@@ -28,6 +28,7 @@ ALLOWED = (
 QUICK = ("num_threads=1", "trainer.accelerator=cpu", "tracking.figures=false", ALLOWED)
 TOLD = ("data=table", "model._target_=foreign.Scripted", "score.metric=val/told", "score.mode=min", *QUICK)
 UNUSED = [f"~data.{key}" for key in ("seed", "slope", "intercept", "noise", "num_points", "num_features")]
+UNUSED += ["~data.fold", "~data.num_folds"]
 FOREIGN = (
     *("model._target_=foreign.Net", "~model.bias", "data._target_=foreign.NoisyData", *UNUSED),
     *("data.batch_size=50", "+data.num_workers=0", "score.metric=val_loss"),

@@ -11,7 +11,10 @@ BLOBS = (
         "data.num_val=64",
         "+data.num_train=2400",
     ),
-    *(f"~data.{key}" for key in ("root", "download", "fallback", "mean", "std", "shift")),
+    *(
+        f"~data.{key}"
+        for key in ("root", "download", "fallback", "mean", "std", "shift", "fold", "num_folds")
+    ),
 )
 MLP = ("model=mlp", *BLOBS, "model.hidden=[16]", *QUICK)
 NET = (
@@ -20,7 +23,7 @@ NET = (
     "data._target_=foreign.NoisyData",
     "data.batch_size=20",
     "+data.num_workers=2",
-    *(f"~data.{key}" for key in ("seed", "slope", "intercept", "noise", "num_points")),
+    *(f"~data.{key}" for key in ("seed", "slope", "intercept", "noise", "num_points", "fold", "num_folds")),
     *("~data.num_features", "score.metric=val_loss", "score.mode=min", *QUICK),
 )
 LISTENER = "+callbacks.listener={_target_: foreign.Listener}"
@@ -43,7 +46,10 @@ def restless(kind: str, *more: str) -> tuple[str, ...]:
     return (
         *("model._target_=foreign_loaders.Restless", "~model.bias", "data._target_=foreign_loaders.Loaders"),
         *(f"+data.kind={kind}", "data.batch_size=20", "score.metric=val_loss", "score.mode=min"),
-        *(f"~data.{key}" for key in ("seed", "slope", "intercept", "noise", "num_points")),
+        *(
+            f"~data.{key}"
+            for key in ("seed", "slope", "intercept", "noise", "num_points", "fold", "num_folds")
+        ),
         *("~data.num_features", *QUICK, *more),
     )
 

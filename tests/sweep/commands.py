@@ -17,7 +17,10 @@ GRID = ("optimizer.lr=0.01,0.05,0.1", *QUICK)
 ODD = ("model._target_=odd.Odd", "score.metric=train/loss_epoch", *QUICK)
 BLOBS = (
     *("model=mlp", "model.hidden=[16]", "data._target_=foreign.Blobs", "data.batch_size=16"),
-    *("data.num_val=64", *(f"~data.{key}" for key in ("root", "download", "fallback", "shift"))),
+    *(
+        "data.num_val=64",
+        *(f"~data.{key}" for key in ("root", "download", "fallback", "shift", "fold", "num_folds")),
+    ),
     *("~data.mean", "~data.std", "score.metric=val/loss", "score.mode=min", *QUICK[:2], *QUICK[3:]),
 )
 

@@ -110,7 +110,7 @@ def keep_keys(monkeypatch):
 
 def plan(seeds, **attributes):
     settings = {"seeds": seeds, "on_failure": "continue"}
-    return SimpleNamespace(settings=settings, num_threads=1, prunes=False, **attributes)
+    return SimpleNamespace(settings=settings, num_runs=seeds, num_threads=1, prunes=False, **attributes)
 
 
 def search(seeds=1, refuses=False):

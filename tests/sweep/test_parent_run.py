@@ -16,6 +16,7 @@ PLAN = SimpleNamespace(
     metric="loss",
     mode="min",
     settings={"seeds": 1},
+    num_runs=1,
     first_cfg=SimpleNamespace(tracking=SimpleNamespace(note=None)),
 )
 

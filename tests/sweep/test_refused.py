@@ -80,6 +80,8 @@ BAD = {
     "secrets within": (("+callbacks.db={password: S-A},{password: S-B}",), "callbacks.db is secret"),
     "secrets in the space": (("sweep.space={+callbacks.u.api_key: 'S-A,S-B'}",), "callbacks.u.api_key is se"),
     "a secret of a URL": (("+data.path='http://u:S-A@h','http://u:S-B@h'",), "data.path is secret"),
+    "folds": (("data=table", "data.fold=0,1", "sweep.folds=3"), "sweep.folds sets data.fold"),
+    "no validation": (("seed=1,2", "sweep.folds=3"), "sweep.folds ranks by validation, not by train/loss"),
     "seeds": (("seed=1,2", "sweep.seeds=3"), "seed varies already"),
     "resume": (("seed=1,2", "resume=0123abcd"), "resume=0123abcd is one run"),
     "walk": (

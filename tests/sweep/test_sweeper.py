@@ -147,6 +147,27 @@ def test_each_point_under_several_seeds_is_ranked_by_its_mean(commander, tmp_pat
     assert swept.parent.metrics["score"][-1][1] == table[0]["score"]
 
 
+@pytest.mark.slow
+def test_each_point_on_several_folds_is_ranked_by_its_mean_and_tested_on_each(commander, tmp_path):
+    directory = tmp_path / "runs"
+    command = ("data=table", "optimizer.lr=0.01,0.1", "sweep.folds=3", *QUICK)
+    for _ in range(2):  # the second time, all is done
+        process = commander.sweep(directory, *command)
+        assert process.exit_code == 0, process.stderr
+    swept = Swept(directory)
+    assert sorted(run.name for run in swept.children) == [
+        *(f"0 lr=0.01 seed=0 fold={fold}" for fold in range(3)),
+        *(f"1 lr=0.1 seed=0 fold={fold}" for fold in range(3)),
+    ]
+    best = swept.leaderboard()[0]
+    runs = [run for run in swept.children if run.run_id in best["run_id"].split()]
+    assert len({run.score for run in runs}) == 3
+    assert best["score"] == pytest.approx(sum(run.score for run in runs) / 3, rel=1e-12)
+    assert len({run.tags["tracklight.setting"] for run in swept.children}) == 2  # one for each point
+    losses = [run.metrics["test/loss"][-1][1] for run in runs]
+    assert float(swept.parent.tags["best.test/loss"]) == pytest.approx(sum(losses) / 3, rel=1e-12)
+
+
 def test_only_the_winner_meets_the_test_set_and_only_once(commander, tmp_path):
     directory = tmp_path / "runs"
     command = ("optimizer.lr=0.01,0.1", "trainer.max_epochs=3", *BLOBS)

@@ -16,9 +16,8 @@ from typing import NoReturn
 
 from tracklight.config.hardware import choose_temporary_folder
 from tracklight.errors import BadInput
-from tracklight.paths import HOME, IN_CLONE
+from tracklight.paths import HOME, IN_CLONE, UI_PORT
 
-UI_PORT = 5001
 LIMIT = 50
 RUN_HELP = "id of a run, a unique prefix of one, `last`, or `best` (of those like the newest)"
 DONE = "Exit codes: 0 done, 2 bad input."

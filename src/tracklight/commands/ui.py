@@ -13,19 +13,19 @@ from contextlib import closing, suppress
 from http import HTTPStatus
 from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
 
-from tracklight.commands.parser import UI_PORT
 from tracklight.errors import BadInput, RunFailed
-from tracklight.paths import HOME
+from tracklight.paths import HOME, UI_PORT
 from tracklight.runs.select import select_run
+from tracklight.tracking import views
 from tracklight.tracking.address import is_server
 from tracklight.tracking.sqlite_file import find_former_root, relocate_artifacts
 from tracklight.tracking.store import Store, connect
-from tracklight.tracking.tags import RUNS_FOLDER
+from tracklight.tracking.tags import PARENT_TAG, RUNS_FOLDER
 
 HOST = "127.0.0.1"
 LOG = "ui.log"
-WORKFLOW = "workflowType=machine_learning"
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 
@@ -74,21 +74,24 @@ def _check_port(port: int) -> None:
 
 
 def _page(store: Store, experiment: str | None) -> str:
-    """Return the page of an experiment's runs; by default that of the newest run.
-
-    MLflow's first page is made for traces of language models: it shows no run.
-    """
+    """Return the page of an experiment's runs; by default the newest run's, by its sweep's view."""
     if experiment is not None:
         found = store.client.get_experiment_by_name(experiment)
         if found is None:
             raise BadInput(f"--experiment {experiment}: there is none in {store.display_uri}")
-        experiment_id = found.experiment_id
-    else:
-        try:
-            experiment_id = select_run(store, "last").info.experiment_id
-        except BadInput:  # nothing trained yet
-            return f"/#/experiments?{WORKFLOW}"
-    return f"/#/experiments/{experiment_id}/runs?{WORKFLOW}"
+        return _view(found, views.EXPERIMENT)
+    try:
+        newest = select_run(store, "last")
+    except BadInput:  # nothing trained yet
+        return "/#/experiments?workflowType=machine_learning"
+    sweep = views.view_name(newest.data.tags.get(PARENT_TAG, newest.info.run_id))
+    return _view(store.client.get_experiment(newest.info.experiment_id), sweep, views.EXPERIMENT)
+
+
+def _view(experiment: Any, *names: str) -> str:
+    """Return the page of an experiment by the first of these views that it has."""
+    saved = (name for name in names if views.PREFIX + name in experiment.tags)
+    return views.page(experiment.experiment_id, next(saved, None))
 
 
 def _serve(store: Store, args: Namespace, page: str, uri: str, folder: Path) -> None:

@@ -226,9 +226,9 @@ def config_digest(cfg: Any) -> str:
 
 
 def digest_without_seed(cfg: Any, data: str | None = None) -> str:
-    """Return the digest that runs share which differ in their seeds alone; `data` is the data set's."""
+    """Return the digest that runs share which differ in seed or fold alone; `data` is the data set's."""
     tree = result_keys(cfg) | {"trainer.max_epochs": to_plain(cfg)["trainer"]["max_epochs"]}
-    tree = {key: value for key, value in tree.items() if key.rpartition(".")[2] != "seed"}
+    tree = {key: value for key, value in tree.items() if key.rpartition(".")[2] not in ("seed", "fold")}
     if data is not None:
         tree["data"] = data
     return json_digest(tree)

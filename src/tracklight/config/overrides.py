@@ -132,7 +132,9 @@ def _check_override(word: str, override: Override, key: str, multirun: bool) -> 
         raise BadInput(f"{word}: there is no group before @; write {key[1:]}={listed}")
     if not override.is_sweep_override():
         choices = group_choices(key)
-        if choices and ("${" in listed or not isinstance(override.value(), str | dict)):
+        value: Any = override.value()  # of callbacks alone, several at once make sense
+        is_several = key == "callbacks" and isinstance(value, list) and all(each in choices for each in value)
+        if choices and ("${" in listed or not (is_several or isinstance(value, str | dict))):
             raise BadInput(f"{word} names no file of conf/{key}; {key} can be {', '.join(choices)}")
     elif not multirun and override.is_interval_sweep():
         raise BadInput(f"{word} is an interval; add -m to search it")

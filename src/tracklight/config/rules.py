@@ -209,6 +209,7 @@ RULES = (
     Rule("tracking.tags", TAGS, "{project: x}"),
     Rule("sweep.trials", _or_null(COUNT), "20"),
     Rule("sweep.seeds", COUNT, "5"),
+    Rule("sweep.folds", _or_null(_integer(2), " for none"), "5"),
     Rule("sweep.sampler", _one_of("tpe", "random", "qmc", "grid", "cmaes", "gp"), "tpe"),
     Rule("sweep.pruner", _one_of("none", "median", "percentile", "hyperband", "asha"), "median"),
     Rule("sweep.warmup_trials", _integer(0), "5"),
@@ -298,7 +299,11 @@ def check_relations(tree: Mapping[str, Any], on_this_machine: bool = True) -> No
             raise BadInput(f"{name}._target_ is missing: it names the class; choose one by {name}=NAME")
     if tree.get("resume") and not tracking.get("enabled", True):
         raise BadInput(f"resume={tree['resume']} needs the record of a run; use tracking=mlflow")
-    if data.get("num_val", 1) == 0 and str(score.get("metric")).startswith("val/"):
+    if (
+        data.get("num_val", 1) == 0
+        and data.get("fold") is None
+        and str(score.get("metric")).startswith("val/")
+    ):
         raise BadInput(
             f"score.metric={score['metric']} needs validation examples, but data.num_val=0; "
             "use score.metric=train/loss_epoch score.mode=min"

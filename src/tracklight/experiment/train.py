@@ -30,6 +30,7 @@ from tracklight.engine.seeding import SETUPS, EpochSeeds, seed_all
 from tracklight.engine.signals import SafeStop
 from tracklight.errors import RunFailed
 from tracklight.experiment import build, stored
+from tracklight.experiment.find import find_values
 from tracklight.experiment.record import Recorder, finish_run
 from tracklight.models.supervised import Supervised
 from tracklight.paths import PACKAGE, ROOT
@@ -66,6 +67,8 @@ def run(
         _set_num_threads(cfg)  # part of the digest by which resume=auto finds its run
         cfg, resumed = stored.resolve_resume(cfg, store, run_id)
         _set_num_threads(cfg)  # a stored config has its own number
+        found = {} if resumed or not test else find_values(cfg)  # a sweep's trials are given theirs
+        stop.check()
         code = provenance.code_digest(list_targets(cfg))
         source = provenance.collect(ROOT, redact_command(sys.argv), code, describe_machine())
 
@@ -73,6 +76,7 @@ def run(
         model = build.build_model(cfg, data)
         build.check_module_callbacks(model)
         tags, callbacks = dict(tags or {}), [*callbacks, stop]
+        tags |= {f"tracklight.found.{key}": str(value) for key, value in found.items()}
         if cfg.init_from is not None and not (resumed and resumed.find_checkpoint()):
             tags["tracklight.init_from"] = stored.load_best_weights(model, store, cfg.init_from, callbacks)
         training = Training(cfg, data, model, callbacks)

@@ -281,7 +281,8 @@ def _differing_params(groups: list[list[RunRecord]]) -> list[str]:
     keys = dict.fromkeys(key for runs in groups for key in ("data", "name", *result_params(runs[0])))
     values = {key: [_joined_value(runs, key) for runs in groups] for key in keys}
     several = any(len(runs) > 1 for runs in groups)
-    seeds = {key for key in values if key.endswith(".seed") or (several and key == "seed")}
+    repeated = {"seed", "data.fold"} if several else set()
+    seeds = {key for key in values if key.endswith(".seed") or key in repeated}
     differing = [key for key, column in values.items() if len({*column}) > 1 and key not in seeds]
 
     def weight(key: str) -> tuple[bool, int, int]:
@@ -313,10 +314,10 @@ def _flag_differences(runs: Sequence[RunRecord], first: Sequence[RunRecord]) -> 
             flags.append(f"mixed {name}")
         elif found != {first[0].tags.get(tag)}:
             flags.append(f"other {name}")
-    # A seed may decide how the data are split: digests are compared seed by seed.
-    all_runs = (*runs, *first)
-    digests = {(run.params.get("seed"), run.tags.get(tags.DATA_TAG)) for run in all_runs}
-    if len(digests) > len({seed for seed, _ in digests}):
+    # Seed and fold may decide how the data are split: digests are compared one by one.
+    keys = ("seed", "data.fold")
+    digests = {(*map(run.params.get, keys), run.tags.get(tags.DATA_TAG)) for run in (*runs, *first)}
+    if len(digests) > len({digest[:-1] for digest in digests}):
         flags.append("other data")
     if any(run.tags.get(tags.DIRTY_TAG) == "true" for run in runs):
         flags.append("uncommitted")

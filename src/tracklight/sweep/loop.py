@@ -55,7 +55,6 @@ class SweepLoop:
     def __post_init__(self) -> None:
         self._prunes = self.plan.prunes and not self.executor.blocks
         self._stops_on_failure = self.plan.settings["on_failure"] == "stop"
-        self._num_seeds: int = self.plan.settings["seeds"]
         self._grid = deque(() if self.plan.is_search else self.plan.configs)
 
     def run(self) -> None:
@@ -87,7 +86,7 @@ class SweepLoop:
     def num_remaining(self) -> int:
         """How many runs have not started."""
         num_trials = self.study.num_remaining if self.plan.is_search else len(self._grid)
-        return len(self._queue) + num_trials * self._num_seeds
+        return len(self._queue) + num_trials * self.plan.num_runs
 
     @property
     def _is_over(self) -> bool:
@@ -183,7 +182,7 @@ class SweepLoop:
         if request is None:
             return None
         try:
-            return request, self.plan.compose_jobs(request.number, request.params, self._num_seeds)
+            return request, self.plan.compose_jobs(request.number, request.params, self.plan.num_runs)
         except BadInput as error:
             self._fail_invalid(request.number, request.params, str(error))
             return request, []

@@ -17,13 +17,14 @@ from tracklight.config.hardware import describe_machine
 from tracklight.config.overrides import redact_command
 from tracklight.engine.checkpoints import DurableCheckpointIO
 from tracklight.errors import BadInput, RunFailed
-from tracklight.paths import ROOT
+from tracklight.paths import ROOT, UI_PORT
 from tracklight.redact import redact
 from tracklight.runs.leaderboard import LeaderboardRow, rank_trials, read_trial_run, short_names
 from tracklight.runs.select import restore_command
 from tracklight.sweep.plan import Plan
 from tracklight.sweep.progress import plot_page
-from tracklight.tracking import provenance, tags
+from tracklight.tracking import provenance, tags, views
+from tracklight.tracking.address import is_server
 from tracklight.tracking.lock import LockHeld, RunLock, exclusive_lock
 from tracklight.tracking.mlflow_client import mlflow, retry
 from tracklight.tracking.run import Run
@@ -95,7 +96,7 @@ def _reopen(store: Store, run_id: str) -> Run:
 
 def _tags(plan: Plan) -> dict[str, str]:
     """Return tags for the search space, the settings and the provenance of a sweep."""
-    keys = ("sampler", "pruner", "trials", "seeds", "workers")
+    keys = ("sampler", "pruner", "trials", "seeds", "folds", "workers")
     settings = {f"sweep.{key}": str(plan.settings[key]) for key in keys}
     space = {f"space.{name}": values for name, values in plan.space.expressions().items()}
     command = redact_command(sys.argv)
@@ -161,7 +162,8 @@ class ParentRun:
         self._outage_since_s: float | None = None
         stored = store.client.get_run(run.run_id)
         self._start_ms: int = stored.info.start_time
-        self._experiment = store.client.get_experiment(stored.info.experiment_id).name
+        self._experiment_id: str = stored.info.experiment_id
+        self._experiment = store.client.get_experiment(self._experiment_id).name
         self._best_id = stored.data.tags.get(tags.BEST_TAG)
         self._test_tags = [key for key in stored.data.tags if key.startswith("best.test/")]
         self._metrics: dict[str, float] = {}
@@ -266,10 +268,24 @@ class ParentRun:
         self._refresh_due_s = end_s + max(REFRESH_S, (end_s - start_s) / MAX_SHARE)
         return rows
 
+    def save_view(self) -> str:
+        """Save the view of the sweep in MLflow's UI; return its address, of `make ui` or the server."""
+        plan, params = self._plan, dict[str, str]()
+        for child in self.children():
+            params |= child.data.params
+        names = [axis.name.partition("@")[0] for axis in plan.space.axes]
+        names += ["seed"] * (plan.settings["seeds"] > 1) + ["data.fold"] * (plan.num_folds > 1)
+        shown = [short if (short := name.rpartition(".")[2]) in params else name for name in names]
+        shown = [name for name in shown if name in params]  # a list by its short text
+        metrics = dict.fromkeys((plan.metric, "train/loss"))
+        views.save_view(self.store.client, self._experiment_id, self.run.run_id, shown, [*metrics], plan.mode)
+        uri = self.store.display_uri if is_server(self.store.uri) else f"http://127.0.0.1:{UI_PORT}"
+        return uri.rstrip("/") + views.page(self._experiment_id, views.view_name(self.run.run_id))
+
     def _rank(self, timeout_s: float | None) -> list[LeaderboardRow]:
         names = [axis.name for axis in self._plan.space.axes]
         runs = [read_trial_run(child, names) for child in self.children(timeout_s)]
-        return rank_trials(runs, self._plan.mode, self._plan.settings["seeds"])
+        return rank_trials(runs, self._plan.mode, self._plan.num_runs)
 
     def _log_table(self, rows: Sequence[LeaderboardRow]) -> None:
         table = [row.to_dict() for row in rows]

@@ -44,9 +44,11 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The trial's number, its params and the seed."""
-        seed = "" if "seed" in self.params else f" seed={self.cfg.seed}"
-        return f"{self.number} {format_params(self.params)}{seed}"
+        """The trial's number, its params, the seed and the fold."""
+        repeated = {} if "seed" in self.params else {"seed": str(self.cfg.seed)}
+        fold = OmegaConf.select(self.cfg, "data.fold")
+        repeated |= {} if fold is None or "data.fold" in self.params else {"fold": str(fold)}
+        return f"{self.number} {format_params({**self.params, **repeated})}"
 
 
 def format_params(params: Mapping[str, str]) -> str:
@@ -101,6 +103,8 @@ class Plan:
         axes = self.space.axes
         # Whether Optuna samples the trials; otherwise they are a grid.
         self.is_search = settings["trials"] is not None or any(axis.is_interval for axis in axes)
+        self.num_folds: int = settings["folds"] or 1
+        self.num_runs: int = settings["seeds"] * self.num_folds  # of each trial
         self._check_space()
         target = master.hydra.launcher._target_
         self.launcher: str | None = None if target == BASIC_LAUNCHER else target  # for our own processes
@@ -115,7 +119,7 @@ class Plan:
             configs = [[self._compose_corner(n, c)] for n, c in enumerate(self.space.corners())]
         else:
             configs = [
-                [self.compose(number, params, offset) for offset in range(settings["seeds"])]
+                [self.compose(number, params, index) for index in range(self.num_runs)]
                 for number, params in enumerate(self.space.grid())
             ]
         distinct: dict[str, list[Job]] = {}
@@ -133,8 +137,8 @@ class Plan:
         if self.is_search or self.prunes or settings["pruner_options"]:
             self.optuna_settings.check(self.space.distributions() if self.is_search else {})
 
-    def compose(self, number: int, params: Mapping[str, str], seed_offset: int = 0) -> Job:
-        """Compose the config of a trial, `seed_offset` added to its seed; refuse one that is not valid."""
+    def compose(self, number: int, params: Mapping[str, str], index: int = 0) -> Job:
+        """Compose the config of a trial's run at `index`, its seed and fold; refuse one that is not valid."""
         overrides = self.space.overrides(params)
         pairs = list(zip(overrides, self._is_group, strict=True))
         groups = tuple(override for override, is_group in pairs if is_group)
@@ -142,18 +146,22 @@ class Plan:
         with explaining(dotted):
             cfg = self._compose_groups(groups)
             apply_parsed_overrides(self._parser.parse_overrides(dotted), cfg)
-        if seed_offset:
-            cfg.seed += seed_offset
-            overrides.append(f"seed={cfg.seed}")
+            seed_offset, fold = divmod(index, self.num_folds)
+            repeated = [f"seed={cfg.seed + seed_offset}"] if seed_offset else []
+            repeated += (
+                [f"data.fold={fold}", f"data.num_folds={self.num_folds}"] if self.num_folds > 1 else []
+            )
+            apply_parsed_overrides(self._parser.parse_overrides(repeated), cfg)
+        overrides += repeated
         is_local = self.launcher in (None, JOBLIB_LAUNCHER)
         cfg = (compose.resolve_config if groups in self._checked else compose.resolve_composed)(cfg, is_local)
         self._checked.add(groups)
         key = _job_key(cfg, params)
         return Job(number, dict(params), cfg, [*self.space.fixed, *overrides], key)
 
-    def compose_jobs(self, number: int, params: Mapping[str, str], num_seeds: int) -> list[Job]:
-        """Compose and check the configs of a trial, one per seed, with the number of threads."""
-        jobs = [self.compose(number, params, offset) for offset in range(num_seeds)]
+    def compose_jobs(self, number: int, params: Mapping[str, str], num_runs: int) -> list[Job]:
+        """Compose and check the configs of a trial, one per seed and fold, with the number of threads."""
+        jobs = [self.compose(number, params, index) for index in range(num_runs)]
         return [with_num_threads(job, self.num_threads) for job in jobs]
 
     def _compose_groups(self, groups: tuple[str, ...]) -> DictConfig:
@@ -209,6 +217,7 @@ class Plan:
         settings = {key: self.settings[key] for key in keys}
         settings["score"] = [self.metric, self.mode]
         settings["is_mean"] = self.settings["seeds"] > 1  # not comparable with a single score
+        settings |= {"folds": self.num_folds} if self.num_folds > 1 else {}
         varied = self.space.expressions() if self.is_search else sorted(names)
         return compose.json_digest([self.is_search, shared, varied, settings])
 
@@ -245,6 +254,7 @@ class Plan:
     def describe(self) -> str:
         """List what would run."""
         seeds = f", {self.settings['seeds']} seeds each" if self.settings["seeds"] > 1 else ""
+        seeds += f", {self.num_folds} folds each" if self.num_folds > 1 else ""
         if self.is_search:
             lines = [f"{self.num_trials} trials{seeds} by {self.settings['sampler']}, of"]
             lines += [f"  {name} = {text}" for name, text in self.space.expressions().items()]
@@ -257,7 +267,7 @@ class Plan:
 
     def _check_space(self) -> None:
         axes, seeds = self.space.axes, self.settings["seeds"]
-        if not axes and (self.is_search or seeds == 1):
+        if not axes and (self.is_search or self.num_runs == 1):
             raise BadInput(
                 "nothing varies in this sweep; give a key several values, optimizer.lr=0.1,0.01 or "
                 "'optimizer.lr=interval(0.01,0.1)', or drop -m"
@@ -273,6 +283,8 @@ class Plan:
             raise BadInput("sweeps need Optuna and Plotly: pip install 'tracklight[sweep]'")
         if seeds != 1 and any(axis.name == "seed" for axis in axes):
             raise BadInput(f"seed varies already; drop it, or sweep.seeds={seeds}, the seeds of each trial")
+        if self.num_folds > 1 and any(axis.name in ("data.fold", "data.num_folds") for axis in axes):
+            raise BadInput("sweep.folds sets data.fold and data.num_folds; drop them, or sweep.folds")
 
     def _compose_corner(self, number: int, params: Mapping[str, str]) -> Job:
         try:
@@ -293,6 +305,10 @@ class Plan:
             raise BadInput(
                 f"the trials are scored by different metrics, {metrics}, and cannot be ranked; "
                 "set score.metric and score.mode for all of them"
+            )
+        if self.num_folds > 1 and not str(self.metric).startswith("val"):
+            raise BadInput(
+                f"sweep.folds ranks by validation, not by {self.metric}; try score.metric=val/loss"
             )
         if self.metric is None:
             raise BadInput("score.metric=null ranks no trials; set score.metric=METRIC score.mode=min or max")

@@ -160,7 +160,7 @@ def _conclude(loop: "SweepLoop") -> float | None:
     """Print the closing table and return the best score; of a completed sweep, test the winner."""
     plan, parent, progress = loop.plan, loop.parent, loop.progress
     if parent is None:
-        rows = rank_trials(loop.trial_runs, plan.mode, plan.settings["seeds"])
+        rows = rank_trials(loop.trial_runs, plan.mode, plan.num_runs)
     else:
         rows = parent.refresh(final=True) or []
     num = max(len(rows), len(loop.study.finished_trials()))
@@ -175,6 +175,8 @@ def _conclude(loop: "SweepLoop") -> float | None:
         progress.note(test_winner(loop, parent, winner))
         if plan.first_cfg.tracking.keep == "best":
             parent.drop_last_checkpoints(winner.run_ids)
+    if parent and rows:
+        progress.note(f"view  {parent.save_view()}")
     if parent and winner:
         ended = {"id": parent.run.run_id, "metric": plan.metric, "mode": plan.mode, "score": winner.score}
         summary.update(ended, trials=num, params=winner.params, runs=winner.run_ids)
@@ -221,8 +223,8 @@ def _run_tests(
 ) -> None:
     """Test runs of the winner, given by job key."""
     plan, executor = loop.plan, loop.executor
-    num_seeds = max(plan.settings["seeds"], len(winner.run_ids))
-    jobs = plan.compose_jobs(winner.trial, winner.params, num_seeds)
+    num_runs = max(plan.num_runs, len(winner.run_ids))
+    jobs = plan.compose_jobs(winner.trial, winner.params, num_runs)
     waiting = [job for job in jobs if job.key in untested]
     for key in untested.keys() - {job.key for job in waiting}:
         raise RunFailed(

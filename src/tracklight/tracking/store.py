@@ -29,6 +29,7 @@ from tracklight.tracking.mlflow_client import is_locked, is_transient, mlflow, r
 from tracklight.tracking.provenance import source_tags
 from tracklight.tracking.sender import MlflowWriter, Sender
 from tracklight.tracking.tags import KEY_TAG, NEW_PREFIX, RUNS_FOLDER, WAL_FILE, is_run_id
+from tracklight.tracking.views import experiment_tags
 from tracklight.tracking.wal import WriteAheadLog
 
 if TYPE_CHECKING:
@@ -187,7 +188,8 @@ class Store:
         def get_or_create() -> Any:
             found = self.client.get_experiment_by_name(name)
             if found is None:
-                created = self.client.create_experiment(name, artifact_location=location)
+                view = experiment_tags()
+                created = self.client.create_experiment(name, artifact_location=location, tags=view)
                 found = self.client.get_experiment(created)
             return found
 
