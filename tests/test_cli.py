@@ -135,7 +135,7 @@ def test_the_entry_script_only_enters():
 def test_help_explains_the_groups_in_readable_form(programs, tmp_path):
     ended = programs.run(tmp_path, ENTER, "--help")
     assert ended.returncode == 0
-    for part in ("model: linear, mlp", "experiment=mnist_fast", "resume=auto", "optimizer:\n  "):
+    for part in ("model: cnn, linear, mlp", "experiment=mnist_fast", "resume=auto", "optimizer:\n  "):
         assert part in ended.stdout
     assert max(map(len, ended.stdout.splitlines())) <= 120
     assert not list(tmp_path.iterdir())

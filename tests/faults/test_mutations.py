@@ -145,7 +145,7 @@ KNOWN = {
     "+optimizer._args_=5": "optimizer._args_=5 must be a list",
     "+optimizer._partial_=maybe": "optimizer._partial_=maybe must be a bool",
     "callbacks={m: {_target_: pytorch_lightning.callbacks.Timer}}": "callbacks.m; .*\\+callbacks.m=",
-    "~callbacks": "~callbacks: callbacks cannot be deleted, .*; it can be early_stopping, none",
+    "~callbacks": "~callbacks: callbacks cannot be deleted, .*; it can be .*, ema, lr_finder, none",
     "~scheduler": "~scheduler: scheduler cannot be deleted, .*; it can be cosine,",
     "~optimizer": "~optimizer: optimizer cannot be deleted, .*; it can be adagrad, adam,",
     "~score.metric": "~score.metric: .* cannot be deleted, .*; it can be set",
