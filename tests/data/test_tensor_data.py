@@ -168,7 +168,7 @@ def test_each_training_example_validates_in_one_fold_and_the_test_part_stays(mak
 
 
 def test_the_table_of_a_fold_is_standardised_by_what_trains():
-    data = Table(4, SEED, None, None, ["bmi"], 0.15, 0.15, True, ",", fold=2)
+    data = Table(4, SEED, None, None, ["bmi"], 0.15, 0.15, True, ",", fold=2, num_folds=5)
     x = data.splits["train"].features.double()
     assert abs(x.mean().item()) < 1e-6 and x.std(correction=0).item() == pytest.approx(1, abs=1e-6)
 
@@ -176,8 +176,12 @@ def test_the_table_of_a_fold_is_standardised_by_what_trains():
 @pytest.mark.parametrize(
     ("folds", "message"),
     [
-        ({"fold": 5}, "data.fold=5 must be null or 0 to 4, below data.num_folds; try data.fold=0"),
-        ({"num_folds": 1}, "data.num_folds=1 must be a whole number, 2 or more; try data.num_folds=5"),
+        (
+            {"fold": 5, "num_folds": 5},
+            "data.fold=5 must be from 0 to below data.num_folds=5; try data.fold=0",
+        ),
+        ({"num_folds": 1}, "data.num_folds=1 must be 0 for none, or 2 or more; try data.num_folds=5"),
+        ({"fold": 1}, "data.fold=1 must be from 0 to below data.num_folds=0"),
     ],
 )
 def test_a_fold_that_there_is_not_is_refused(folds, message):

@@ -301,7 +301,7 @@ def check_relations(tree: Mapping[str, Any], on_this_machine: bool = True) -> No
         raise BadInput(f"resume={tree['resume']} needs the record of a run; use tracking=mlflow")
     if (
         data.get("num_val", 1) == 0
-        and data.get("fold") is None
+        and not data.get("num_folds")
         and str(score.get("metric")).startswith("val/")
     ):
         raise BadInput(

@@ -11,7 +11,7 @@ from tracklight.data.tensor_data import Split, TensorData, check_argument, split
 
 
 class Line(TensorData):
-    """y = slope * (x_1 + ... + x_F) + intercept + noise, as a training part alone unless there is a fold.
+    """y = slope * (x_1 + ... + x_F) + intercept + noise, as a training part alone unless there are folds.
 
     The first feature counts 1, 2, ..., N; further ones are drawn from the standard normal
     distribution. Both they and the noise follow from the seed.
@@ -32,8 +32,8 @@ class Line(TensorData):
         noise: float,
         num_points: int,
         num_features: int,
-        fold: int | None = None,
-        num_folds: int = 5,
+        fold: int = 0,
+        num_folds: int = 0,
     ):
         super().__init__(batch_size, seed, fold, num_folds)
         for key, count in (("num_points", num_points), ("num_features", num_features)):

@@ -78,8 +78,8 @@ class MNIST(TensorData):
         std: float,
         download: bool = True,
         shift: int = 0,
-        fold: int | None = None,
-        num_folds: int = 5,
+        fold: int = 0,
+        num_folds: int = 0,
     ):
         super().__init__(batch_size, seed, fold, num_folds)
         check_argument("root", repr(root), root != "", "a folder", "data")

@@ -38,8 +38,8 @@ class Table(TensorData):
         standardise: bool,
         delimiter: str,
         decimal: str = ".",
-        fold: int | None = None,
-        num_folds: int = 5,
+        fold: int = 0,
+        num_folds: int = 0,
     ):
         super().__init__(batch_size, seed, fold, num_folds)
         if path == "":
@@ -65,7 +65,7 @@ class Table(TensorData):
         self.source_digest = hash_tensors([(repr((self.feature_names, targets)), torch.from_numpy(values))])
         self.in_features, self.out_features = len(self.feature_names), len(targets)
         num_val, num_test = (_count(part, len(values)) for part in (self.num_val, self.num_test))
-        if self.fold is not None:
+        if self.num_folds:
             num_val = math.ceil((len(values) - num_test) / self.num_folds)
         num_train = len(values) - num_val - num_test
         if num_train < 2:

@@ -49,15 +49,15 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> Tensor:
 
 
 def split_rows(
-    order: Tensor, num_val: int, num_test: int, fold: int | None = None, num_folds: int = 1
+    order: Tensor, num_val: int, num_test: int, fold: int = 0, num_folds: int = 0
 ) -> dict[str, Tensor]:
     """Split an order of rows into sorted indices of "train", "val" and "test", test drawn first.
 
-    Of what is not test, a fold is validation instead of `num_val` rows; each row is in one of `num_folds`.
+    With `num_folds`, a fold of what is not test is validation, not `num_val` rows; each row is in one fold.
     """
     test, others = order[:num_test], order[num_test:]
     position = torch.arange(len(others))
-    is_val = position < num_val if fold is None else position % num_folds == fold
+    is_val = position % num_folds == fold if num_folds else position < num_val
     parts = {"train": others[~is_val], "val": others[is_val], "test": test}
     return {name: part.sort().values for name, part in parts.items()}
 
@@ -84,9 +84,8 @@ class TensorData(LightningDataModule):
         batch_size: Examples in a training minibatch; None takes the whole training part at once,
             in its natural order.
         seed: Seed of the epochs' orders.
-        fold: Which of `num_folds` parts of the training examples validates, from 0; None: as the data
-            set has it.
-        num_folds: In how many such parts the data seed divides them.
+        fold: Which part of the training examples validates, from 0.
+        num_folds: In how many such parts the seed divides them; 0: the data set has its own validation.
     """
 
     name: str  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -102,12 +101,12 @@ class TensorData(LightningDataModule):
     # seeds of one setting. None where config and seed alone make the examples, or nothing is known.
     source_digest: str | None = None
 
-    def __init__(self, batch_size: int | None, seed: int, fold: int | None = None, num_folds: int = 5):
+    def __init__(self, batch_size: int | None, seed: int, fold: int = 0, num_folds: int = 0):
         super().__init__()
-        is_count = type(num_folds) is int and num_folds >= 2
-        check_argument("num_folds", num_folds, is_count, "a whole number, 2 or more", 5)
-        is_fold = fold is None or (type(fold) is int and 0 <= fold < num_folds)
-        check_argument("fold", fold, is_fold, f"null or 0 to {num_folds - 1}, below data.num_folds", 0)
+        is_count = type(num_folds) is int and (num_folds == 0 or num_folds >= 2)
+        check_argument("num_folds", num_folds, is_count, "0 for none, or 2 or more", 5)
+        is_fold = type(fold) is int and 0 <= fold < max(num_folds, 1)
+        check_argument("fold", fold, is_fold, f"from 0 to below data.num_folds={num_folds}", 0)
         self.fold, self.num_folds = fold, num_folds
         self.batch_size = batch_size
         self.seed = seed

@@ -46,8 +46,8 @@ class Job:
     def name(self) -> str:
         """The trial's number, its params, the seed and the fold."""
         repeated = {} if "seed" in self.params else {"seed": str(self.cfg.seed)}
-        fold = OmegaConf.select(self.cfg, "data.fold")
-        repeated |= {} if fold is None or "data.fold" in self.params else {"fold": str(fold)}
+        folds = OmegaConf.select(self.cfg, "data.num_folds") and "data.fold" not in self.params
+        repeated |= {"fold": str(self.cfg.data.fold)} if folds else {}
         return f"{self.number} {format_params({**self.params, **repeated})}"
 
 
