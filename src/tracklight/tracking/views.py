@@ -44,7 +44,7 @@ def save_view(
     """Save the view of a sweep's runs, the best first, with their parameters, scores and curves."""
     params = [*params][:MAX_PARAMS]
     axes = {"type": "PARALLEL", "selectedParams": params, "selectedMetrics": [SCORE], "showAllRuns": True}
-    lines = [{"type": "LINE", "metricKey": metric, "displayName": metric} for metric in metrics]
+    lines = [{"type": "LINE", "metricKey": m, "displayName": m, "lineSmoothness": 0} for m in metrics]
     charts = [
         {"uuid": f"{SECTION}-{at}", "metricSectionId": SECTION, "deleted": False, "isGenerated": False}
         | chart
