@@ -1,6 +1,7 @@
 import gc
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
@@ -15,6 +16,11 @@ from process import Programs, Trainees
 
 ROOT = Path(__file__).resolve().parents[1]
 MNIST_ROOT = Path(os.environ.get("MNIST_ROOT", ROOT.parent / "shared" / "mnist"))
+
+
+signal.signal(
+    signal.SIGHUP, signal.SIG_DFL
+)  # a run obeys it unless it was started under nohup, as tests may be
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

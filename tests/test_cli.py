@@ -137,7 +137,7 @@ def test_help_explains_the_groups_in_readable_form(programs, tmp_path):
     assert ended.returncode == 0
     for part in ("model: cnn, linear, mlp", "experiment=mnist_fast", "resume=auto", "optimizer:\n  "):
         assert part in ended.stdout
-    assert max(map(len, ended.stdout.splitlines())) <= 120
+    assert max(map(len, ended.stdout.splitlines())) <= 140
     assert not list(tmp_path.iterdir())
 
 
