@@ -17,10 +17,9 @@ from process import Programs, Trainees
 ROOT = Path(__file__).resolve().parents[1]
 MNIST_ROOT = Path(os.environ.get("MNIST_ROOT", ROOT.parent / "shared" / "mnist"))
 
-
-signal.signal(
-    signal.SIGHUP, signal.SIG_DFL
-)  # a run obeys it unless it was started under nohup, as tests may be
+# Started under nohup or in the background the tests would ignore these, and so would their runs.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
