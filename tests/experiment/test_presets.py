@@ -28,7 +28,7 @@ def test_a_preset_prints_what_its_header_promises(train, spare_model, capsys, mn
     if not QUICK.search((CONF / "experiment" / f"{preset}.yaml").read_text()):
         pytest.skip("takes minutes, or was not measured")
     words = ("model=mlp", *FALLBACK) if preset == "debug" else ()
-    if preset in ("mnist_fast", "seed_mlp"):
+    if ON_IMAGES.search(preset):
         words = (f"data.root={mnist_root}",)
     finished = train(f"experiment={preset}", *words, "trainer.accelerator=cpu", "tracking.figures=false")
     printed, text = capsys.readouterr().out, expected(preset)

@@ -83,7 +83,7 @@ def _page(store: Store, experiment: str | None) -> str:
     try:
         newest = select_run(store, "last")
     except BadInput:  # nothing trained yet
-        return "/#/experiments?workflowType=machine_learning"
+        return views.page(None)
     sweep = views.view_name(newest.data.tags.get(PARENT_TAG, newest.info.run_id))
     return _view(store.client.get_experiment(newest.info.experiment_id), sweep, views.EXPERIMENT)
 

@@ -83,11 +83,10 @@ class EpochSeeds(Callback):
 
     @override
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self._renew(
-                [pl_module, trainer.datamodule, *trainer.callbacks], 0
-            )  # whatever a sanity check draws
-        for owner in (pl_module, trainer.datamodule) if stage == "fit" else ():
+        if stage != "fit":
+            return
+        self._renew([pl_module, trainer.datamodule, *trainer.callbacks], 0)  # whatever a sanity check draws
+        for owner in (pl_module, trainer.datamodule):
             for hook, stream in LOADERS.items():
                 if owner and is_overridden(hook, owner):
                     load = getattr(owner, hook)

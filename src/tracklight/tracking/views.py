@@ -21,11 +21,12 @@ def view_name(sweep_id: str) -> str:
     return f"sweep-{sweep_id[:8]}"
 
 
-def page(experiment_id: str, view: str | None = None) -> str:
-    """Return the page of an experiment's runs in MLflow's UI, as it is or by a saved view."""
+def page(experiment_id: str | None, view: str | None = None) -> str:
+    """Return the page of an experiment's runs in MLflow's UI, as it is or by a saved view; or of all."""
     # MLflow's first page is made for traces of language models: it shows no run.
+    of_one = f"/{experiment_id}/runs" if experiment_id else ""
     shown = f"&viewStateShareKey={view}" if view else ""
-    return f"/#/experiments/{experiment_id}/runs?workflowType=machine_learning{shown}"
+    return f"/#/experiments{of_one}?workflowType=machine_learning{shown}"
 
 
 def experiment_tags() -> dict[str, str]:
