@@ -2,6 +2,7 @@
 
 import logging
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,24 +14,15 @@ from tracklight.config.compose import compose
 from tracklight.errors import BadInput
 from tracklight.experiment.build import build_data
 
-# NIST's Statistical Reference Datasets, Norris: y and x, and the certified intercept and slope.
-NORRIS = """0.1 0.2 338.8 337.4 118.1 118.2 888.0 884.6 9.2 10.1 228.1 226.5 668.5 666.3 998.5 996.3
-449.1 448.6 778.9 777.0 559.2 558.2 0.3 0.4 0.1 0.6 778.1 775.5 668.8 666.9 339.3 338.0
-448.9 447.5 10.8 11.6 557.7 556.0 228.3 228.1 998.0 995.8 888.8 887.6 119.6 120.2 0.3 0.3
-0.6 0.3 557.6 556.8 339.3 339.1 888.0 887.2 998.5 999.0 778.9 779.0 10.2 11.1 117.6 118.3
-228.9 229.2 668.4 669.1 449.2 448.9 0.2 0.5"""
+# NIST's Statistical Reference Datasets, and the certified intercept and slope.
+NORRIS = Path(__file__).parents[2] / "docs/nist/norris.csv"
 CERTIFIED = (-0.262323073774029, 1.00211681802045)
 
 
 @pytest.fixture
-def norris(tmp_path) -> list[str]:
+def norris() -> list[str]:
     """The overrides that train on all of its rows at once."""
-    numbers = NORRIS.split()
-    pairs = [f"{y},{x}" for y, x in zip(numbers[::2], numbers[1::2], strict=True)]
-    assert len(pairs) == 36
-    path = tmp_path / "norris.csv"
-    path.write_text("\n".join(["y,x", *pairs]) + "\n")
-    data = ["data=table", f"data.path={path}", "data.target=y", "data.num_val=0", "data.num_test=0"]
+    data = ["data=table", f"data.path={NORRIS}", "data.target=y", "data.num_val=0", "data.num_test=0"]
     score = ["score.metric=train/loss_epoch", "score.mode=min", "data.batch_size=null"]
     return [*data, *score, "trainer.precision=64-true"]
 
@@ -44,7 +36,7 @@ def test_a_table_in_double_precision_has_norris_certified_digits_wherever_it_is_
     # Half the inverse curvature of a standardised feature: one step arrives, the others polish.
     run = train(*norris, "optimizer.lr=0.5", "trainer.max_epochs=20")
     weights = run.checkpoint("best")["state_dict"]
-    x = np.array(NORRIS.split()[1::2], dtype=float)
+    x = np.loadtxt(NORRIS, delimiter=",", skiprows=1)[:, 1]
     slope = weights["linear.weight"].item() / x.std()
     intercept = weights["linear.bias"].item() - slope * x.mean()
     assert min(map(digits, (intercept, slope), CERTIFIED)) > 10

@@ -12,6 +12,7 @@ FALLBACK = ("data.root=nowhere", "data.download=false", "data.fallback=true")
 QUICK = re.compile(r"# Time: .*(under a second|\b\d+ s) of training on a two-core CPU$", re.M)
 SLOW = (pytest.mark.slow, pytest.mark.full_mnist)
 ON_IMAGES = re.compile("ml|mnist|simard|srivastava|fashion")
+LONG = "longley"  # three thousand epochs
 PRESETS = [path.stem for path in sorted((CONF / "experiment").glob("*.yaml"))]
 
 
@@ -22,7 +23,11 @@ def expected(preset: str) -> str:
 @pytest.mark.filterwarnings("ignore:data.root=nowhere. no MNIST files:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key:UserWarning")
 @pytest.mark.parametrize(
-    "preset", [pytest.param(name, marks=SLOW if ON_IMAGES.search(name) else ()) for name in PRESETS]
+    "preset",
+    [
+        pytest.param(name, marks=SLOW if ON_IMAGES.search(name) else SLOW[:1] if name == LONG else ())
+        for name in PRESETS
+    ],
 )
 def test_a_preset_prints_what_its_header_promises(train, spare_model, capsys, mnist_root, preset):
     if not QUICK.search((CONF / "experiment" / f"{preset}.yaml").read_text()):
