@@ -1,7 +1,13 @@
 """Hydra's own nodes pass the gate: a `_target_` under `hydra.` is as good as one under `model.`"""
 
-import pytest
+import os
 
+import hydra
+import pytest
+from omegaconf import OmegaConf
+
+from tracklight.config import hydra_internals
+from tracklight.config.hydra_internals import compose_config, initialize
 from tracklight.paths import ROOT
 
 ENTER = f"import runpy; runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"
@@ -52,3 +58,44 @@ def test_what_hydra_brings_itself_is_allowed(programs, tmp_path):
     ended = programs.run(tmp_path, ENTER, *words)
     assert ended.returncode == 0, ended.stderr
     assert "2 trials" in ended.stdout
+
+
+def attempt(compose, words):
+    """Return all of a composed config, or the error."""
+    try:
+        tree = OmegaConf.to_container(cfg := compose(words))
+    except Exception as error:
+        return type(error), str(error)
+    del tree["hydra"]["job"]["override_dirname"]  # read by nothing
+    tree["hydra"]["overrides"]["task"].sort()
+    return tree, OmegaConf.is_struct(cfg), OmegaConf.is_struct(cfg.hydra)
+
+
+def test_a_composition_from_memory_is_that_of_hydra():
+    lines = (
+        [],
+        ["model=mlp", "optimizer.lr=0.5", "seed=3", "model.hidden=[1,2]"],
+        ["experiment=debug", "optimizer=adam", "+model.extra={a: 1}", "++seed=7"],
+        ["hydra/job_logging=default", "hydra.verbose=true", "seed=1"],
+        ["~trainer.profiler", "trainer.max_epochs=${seed}"],
+        *(["sede=1"], ["seed=1,2"], ["model=none"], ["+seed=1"], ["optimizer.lr=["], ["model@x=mlp"]),
+        *(["nowhere/model=mlp"], ["optimizer={lr: 3}"], ["optimizer.lr.x=1"], ["~model"]),
+    )
+    with initialize():
+        for words in lines * 2:  # the second time from memory
+            whole = attempt(lambda words: hydra.compose("config", words, return_hydra_config=True), words)
+            assert attempt(compose_config, words) == whole, words
+
+
+def test_a_config_file_that_changed_is_read_again(tmp_path, monkeypatch):
+    project = hydra_internals.PROJECT._replace(conf=tmp_path)
+    monkeypatch.setattr(hydra_internals, "PROJECT", project)
+    (tmp_path / "optimizer").mkdir()
+    for count, name in enumerate(("ours", "ours", "theirs")):
+        file = tmp_path / "optimizer" / f"{name}.yaml"
+        file.write_text(f"lr: {count}")
+        os.utime(file, ns=(count, count))
+        with initialize():
+            cfg = compose_config([f"optimizer={name}"])
+            cfg.optimizer.lr = 9  # of the copy
+            assert compose_config([f"optimizer={name}"]).optimizer.lr == count

@@ -17,7 +17,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from tracklight.config import rules
 from tracklight.config.hardware import resolve_precision
-from tracklight.config.hydra_internals import initialize, register_resolver
+from tracklight.config.hydra_internals import compose_config, initialize, register_resolver
 from tracklight.config.instantiate import (
     check_hydra_nodes,
     check_plain,
@@ -52,7 +52,7 @@ def compose(overrides: Sequence[str] = (), on_this_machine: bool = True) -> Dict
     try:
         with initialize():
             with explaining(overrides):
-                cfg = hydra.compose("config", list(overrides), return_hydra_config=True)
+                cfg = compose_config(overrides)
             check_hydra_nodes(cfg.hydra, allowed_targets())
             HydraConfig.instance().set_config(cfg)
             with open_dict(cfg):
