@@ -6,7 +6,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "src"), str(HERE)]
 
-from pages import link_within_site, write_generated  # noqa: E402
+from pages import break_long_names, link_within_site, write_generated  # noqa: E402
 
 project = "tracklight"
 copyright = "the authors of tracklight, MIT license"
@@ -23,6 +23,7 @@ autodoc_preserve_defaults = True  # no path of the machine that builds
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
 
+napoleon_use_ivar = True  # an attribute is one line
 default_role = "literal"  # docstrings write `code`, as Markdown does
 autodoc_typehints = "signature"
 autodoc_inherit_docstrings = False  # a hook of Lightning is explained there
@@ -37,3 +38,4 @@ def setup(app):
     """Write the generated pages before any page is read."""
     app.connect("builder-inited", lambda app: write_generated(HERE / "generated"))
     app.connect("source-read", link_within_site)
+    app.connect("html-page-context", break_long_names)

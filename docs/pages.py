@@ -47,6 +47,13 @@ def link_within_site(app: Any, name: str, content: list[str]) -> None:
     content[0] = re.sub(r"\]\(\.\./conf/(\w+)\)", r"](generated/config-\1.md)", content[0])
 
 
+def break_long_names(app: Any, page: str, template: str, context: dict[str, Any], tree: Any) -> None:
+    """Let a browser break long words of code after a slash, an underscore, a dot or a colon."""
+    names = re.compile(r'(?<=<span class="pre">)[^<]{25,}(?=</span>)')
+    body = context.get("body", "")
+    context["body"] = names.sub(lambda name: re.sub(r"(?<=[/_.:])(?=\w)", "<wbr>", name[0]), body)
+
+
 def root_page(path: Path) -> str:
     """Return a file of the root as a page, its links changed to the pages."""
     text = re.sub(r"\]\(docs/", "](../", path.read_text())
@@ -71,7 +78,7 @@ def top_page() -> str:
     tree = yaml.safe_load(body)
     keys = ", ".join(f"`{key}`" for key in tree if key not in ("defaults", "hydra"))
     about = f"`conf/config.yaml` chooses a file of each group and holds the keys that belong to none: {keys}."
-    return f"# Keys of no group\n\n{about}\n\n```yaml\n{body}```\n"
+    return f"# Top-level keys\n\n{about}\n\n```yaml\n{body}```\n"
 
 
 def split_file(text: str) -> tuple[list[str], str]:
@@ -88,7 +95,7 @@ def split_file(text: str) -> tuple[list[str], str]:
         elif re.match(r"[A-Z]\w+: ", line):
             name, _, rest = line.partition(": ")
             paragraphs.append(f"**{name}**: {rest}\n")
-        elif paragraphs and not paragraphs[-1].startswith("```") and not line.startswith("*"):
+        elif paragraphs and not paragraphs[-1].startswith(("```", "**")):
             paragraphs[-1] = f"{paragraphs[-1].rstrip()} {line}\n"
         else:
             paragraphs.append(f"{line}\n")
