@@ -194,6 +194,23 @@ def test_a_sweeps_view_shows_the_best_value_at_once_and_its_curves_after_one_cli
     keep(page, "view-curves")
 
 
+def test_an_experiments_view_has_the_parameters_that_vary_and_the_curves(ui, page):
+    address, trials = ui
+    page.goto(re.sub("viewStateShareKey=.*", "viewStateShareKey=runs", address))
+    page.get_by_text("sweep optimizer.lr").first.wait_for()
+    keep(page, "experiment")
+    headers = page.locator(".ag-header")
+    headers.get_by_text("optimizer.lr", exact=True).first.wait_for()
+    assert headers.get_by_text("score", exact=True).count() and not headers.get_by_text("seed").count()
+    page.locator('.ag-cell[col-id*="Run Name"] button').first.click()  # a sweep's runs are folded
+    page.get_by_text(trials[0].info.run_name, exact=True).first.wait_for()
+    page.locator('label:has(input[value="CHART"])').click()
+    page.get_by_text("Parallel Coordinates").first.wait_for()
+    curves = "document.querySelectorAll('.js-plotly-plot .scatterlayer .trace').length"
+    page.wait_for_function(f"{curves} >= {len(trials)}")
+    keep(page, "experiment-curves")
+
+
 def test_a_store_moved_three_times_shows_its_artifacts_answers_every_command_and_continues(page, tmp_path):
     last, words = tmp_path / "last", ["model=linear", "num_threads=1", "optimizer.lr=0.05"]
     train = (ROOT / "train.py", *words, "trainer.max_epochs=20")

@@ -1,5 +1,6 @@
 """The script behind `make ui`."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -34,6 +35,19 @@ def test_it_opens_at_the_runs_of_the_experiment_trained_last(store, add, served)
     assert main("ui", ["--dir", str(store.directory)]) == 0
     assert main("ui", ["--dir", str(store.directory), "--experiment", "first"]) == 0
     assert served == [f"/#/experiments/{number}/{RUNS}" for number in (second, first)]
+
+
+def test_an_experiments_view_has_the_parameters_that_vary_and_the_curves(store, add, served):
+    for rate, score in (("0.1", 0.5), ("0.2", 0.25)):
+        add(score, params={"optimizer.lr": rate, "trainer.max_epochs": "3"}, experiment="mine")
+    assert main("ui", ["--dir", str(store.directory), "--experiment", "mine"]) == 0
+    tags = store.client.get_experiment_by_name("mine").tags
+    view = json.loads(tags["mlflow.sharedViewState.runs"])
+    assert view["selectedColumns"] == ["metrics.`score`", "params.`optimizer.lr`"]
+    assert (view["orderByKey"], view["orderByAsc"]) == ("attributes.start_time", False)
+    axes, *lines = view["compareRunCharts"]
+    assert (axes["selectedParams"], axes["selectedMetrics"]) == (["optimizer.lr"], ["score"])
+    assert [line["metricKey"] for line in lines] == ["val/accuracy", "train/loss"]
 
 
 def test_it_opens_before_anything_was_trained(tmp_path, served, monkeypatch):

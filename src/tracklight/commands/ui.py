@@ -17,6 +17,8 @@ from typing import Any
 
 from tracklight.errors import BadInput, RunFailed
 from tracklight.paths import HOME, UI_PORT
+from tracklight.runs.leaderboard import rank_runs
+from tracklight.runs.reader import RunFilter, reader_of
 from tracklight.runs.select import select_run
 from tracklight.tracking import views
 from tracklight.tracking.address import is_server
@@ -26,6 +28,7 @@ from tracklight.tracking.tags import PARENT_TAG, RUNS_FOLDER
 
 HOST = "127.0.0.1"
 LOG = "ui.log"
+NUM_COMPARED = 100  # settings, whose parameters an experiment's view compares
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 
@@ -79,17 +82,22 @@ def _page(store: Store, experiment: str | None) -> str:
         found = store.client.get_experiment_by_name(experiment)
         if found is None:
             raise BadInput(f"--experiment {experiment}: there is none in {store.display_uri}")
-        return _view(found, views.EXPERIMENT)
+        return _view(store, found, views.EXPERIMENT)
     try:
         newest = select_run(store, "last")
     except BadInput:  # nothing trained yet
         return views.page(None)
     sweep = views.view_name(newest.data.tags.get(PARENT_TAG, newest.info.run_id))
-    return _view(store.client.get_experiment(newest.info.experiment_id), sweep, views.EXPERIMENT)
+    return _view(store, store.client.get_experiment(newest.info.experiment_id), sweep, views.EXPERIMENT)
 
 
-def _view(experiment: Any, *names: str) -> str:
+def _view(store: Store, experiment: Any, *names: str) -> str:
     """Return the page of an experiment by the first of these views that it has."""
+    if not store.why_read_only:
+        with suppress(BadInput):  # nothing trained yet
+            board = rank_runs(reader_of(store), RunFilter(experiment.name), None, None, NUM_COMPARED)
+            lines = dict.fromkeys((board.metric, "train/loss"))
+            views.save_experiment_view(store.client, experiment.experiment_id, board.columns, [*lines])
     saved = (name for name in names if views.PREFIX + name in experiment.tags)
     return views.page(experiment.experiment_id, next(saved, None))
 

@@ -11,9 +11,11 @@ from tracklight.tracking.tags import PARENT_TAG, SCORE
 
 PREFIX = "mlflow.sharedViewState."
 MAX_PARAMS = 12  # an experiment's tag holds 5000 characters
-SECTION = "sweep"  # of the charts
+SECTION = "compared"  # of the charts
 EXPERIMENT = "runs"  # name of the view of a whole experiment
-USUAL = ("model", "optimizer", "optimizer.lr", "data.batch_size", "trainer.max_epochs", "seed")  # its params
+# Its parameters until it is known which vary.
+USUAL = ("model", "optimizer", "optimizer.lr", "data.batch_size", "trainer.max_epochs", "seed")
+NEWEST_FIRST = {"orderByKey": "attributes.start_time", "orderByAsc": False}
 
 
 def view_name(sweep_id: str) -> str:
@@ -30,19 +32,36 @@ def page(experiment_id: str | None, view: str | None = None) -> str:
 
 
 def experiment_tags() -> dict[str, str]:
-    """Return the tag of an experiment's view: the newest run first, with its score and usual parameters."""
-    view = {"orderByKey": "attributes.start_time", "orderByAsc": False, "selectedColumns": _columns(USUAL)}
-    return {PREFIX + EXPERIMENT: json.dumps(view)}
+    """Return the tag of a new experiment's view: the newest run first, its score and usual parameters."""
+    return {PREFIX + EXPERIMENT: json.dumps(NEWEST_FIRST | {"selectedColumns": _columns(USUAL)})}
 
 
 def _columns(params: Sequence[str]) -> list[str]:
     return [f"metrics.`{SCORE}`", *(f"params.`{name}`" for name in params)]
 
 
-def save_view(
+def save_experiment_view(
+    client: Any, experiment_id: str, params: Sequence[str], metrics: Sequence[str]
+) -> None:
+    """Save the view of an experiment, the newest run first, with the parameters that vary and the curves."""
+    view = NEWEST_FIRST | _compared(params, metrics, "Runs")
+    client.set_experiment_tag(experiment_id, PREFIX + EXPERIMENT, json.dumps(view))
+
+
+def save_sweep_view(
     client: Any, experiment_id: str, sweep_id: str, params: Sequence[str], metrics: Sequence[str], mode: str
 ) -> None:
     """Save the view of a sweep's runs, the best first, with their parameters, scores and curves."""
+    view = {
+        "searchFilter": f"tags.`{PARENT_TAG}` = '{sweep_id}'",
+        "orderByKey": f"metrics.`{SCORE}`",
+        "orderByAsc": mode == "min",
+    } | _compared(params, metrics, "Sweep")
+    client.set_experiment_tag(experiment_id, PREFIX + view_name(sweep_id), json.dumps(view))
+
+
+def _compared(params: Sequence[str], metrics: Sequence[str], title: str) -> dict[str, Any]:
+    """Return the columns and the charts of a view."""
     params = [*params][:MAX_PARAMS]
     axes = {"type": "PARALLEL", "selectedParams": params, "selectedMetrics": [SCORE], "showAllRuns": True}
     lines = [{"type": "LINE", "metricKey": m, "displayName": m, "lineSmoothness": 0} for m in metrics]
@@ -51,14 +70,10 @@ def save_view(
         | chart
         for at, chart in enumerate([axes, *lines])
     ]
-    view = {
-        "searchFilter": f"tags.`{PARENT_TAG}` = '{sweep_id}'",
-        "orderByKey": f"metrics.`{SCORE}`",
-        "orderByAsc": mode == "min",
+    return {
         "selectedColumns": _columns(params),
         "compareRunCharts": charts,
-        "compareRunSections": [{"uuid": SECTION, "name": "Sweep", "display": True, "isReordered": False}],
+        "compareRunSections": [{"uuid": SECTION, "name": title, "display": True, "isReordered": False}],
         "isAccordionReordered": True,
         "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
     }
-    client.set_experiment_tag(experiment_id, PREFIX + view_name(sweep_id), json.dumps(view))
