@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run that has ended: what it came to, and where it lies.
+    """A finished run: its score, its metrics and its folder.
 
     Attributes:
-        id: MLflow's; None for a run that was not tracked.
+        id: MLflow's run id; None for a run that was not tracked.
         score: The best value of `score.metric`.
-        metrics: The last value of each.
-        folder: Its artifacts: config.yaml, summary.json, figures, checkpoints/best.ckpt and last.ckpt.
+        metrics: The last value of each metric.
+        folder: Of its artifacts: config.yaml, summary.json, figures, checkpoints/best.ckpt and last.ckpt.
     """
 
     id: str | None
@@ -38,7 +38,7 @@ class TrainedRun:
     stored: Any = field(default=None, repr=False)  # the store, and MLflow's run in it
 
     def load_model(self) -> "LightningModule":
-        """Build the model with its best weights; data that describe themselves are not read for it."""
+        """Build the model with its best weights; read the data only if the run did not record their shape."""
         return self._rebuild(
             read=self.stored and self.stored[1].data.tags.get(tags.DATA_TAG) == "unknown"
         ).model
@@ -57,7 +57,7 @@ class TrainedRun:
 
 
 def train(overrides: Sequence[str] = ()) -> TrainedRun:
-    """Train what these words describe, those of `tracklight train`, and return the finished run.
+    """Train with these overrides, as `tracklight train` does, and return the finished run.
 
     Raises:
         BadInput: The config cannot be run; no run was created.
@@ -76,7 +76,7 @@ def train(overrides: Sequence[str] = ()) -> TrainedRun:
 
 
 def load(run: str = "last", uri: str | None = None, directory: str | Path = HOME) -> TrainedRun:
-    """Load a run by its id, the unique beginning of one, `last` or `best`; of a sweep its best trial."""
+    """Load a run by its id, a unique prefix of one, `last` or `best`; for a sweep, its best trial."""
     quiet()
     check_project(warn=True)
     from tracklight.experiment.stored import open_store

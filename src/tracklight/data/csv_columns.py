@@ -78,7 +78,7 @@ def read_columns(
     white space; a first line `sep=;`, as spreadsheets write it, wins over the delimiter.
 
     Returns:
-        Names of the features, names of the targets, and their values in this order: (N, C) float64,
+        Names of the features, names of the targets, and their values in this order, (N, C) float64,
         all finite in float32.
 
     Raises:

@@ -56,9 +56,9 @@ CHUNK = 1 << 20  # bytes read at a time
 class MNIST(TensorData):
     """Handwritten digits; validation is drawn by seed from the official training part.
 
-    `conf/data/mnist.yaml` describes the arguments. A download fills only the default folder, one that
-    holds some of the files or a folder of their name: neither a stored config nor a misspelt `root` fills
-    another.
+    `conf/data/mnist.yaml` describes the arguments. Files are downloaded only into the default
+    folder, or into one with some of the files or a folder of the data set's name, so that neither a stored
+    config nor a misspelt `root` fills another folder.
     """
 
     published = "MNIST"  # torchvision's name, and that of the folder

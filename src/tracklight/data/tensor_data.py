@@ -85,7 +85,7 @@ class TensorData(LightningDataModule):
             in its natural order.
         seed: Seed of the epochs' orders.
         fold: Which part of the training examples validates, from 0.
-        num_folds: In how many such parts the seed divides them; 0: the data set has its own validation.
+        num_folds: Number of these parts, split by the seed; 0: the data set's own validation part.
     """
 
     name: str  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -114,7 +114,7 @@ class TensorData(LightningDataModule):
         self.use_distributed_sampler = True  # the Trainer's argument: each process takes a part
 
     def load(self) -> dict[str, Split]:
-        """Read the splits: "train", and where there are such "val" and "test"."""
+        """Read the splits: "train", and "val" and "test" if the data set has them."""
         raise NotImplementedError
 
     def transform(self, features: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class TensorData(LightningDataModule):
         return features
 
     def augmentation(self, num_examples: int, epoch: int) -> Augmentation | None:
-        """Return what changes training rows at random in an epoch, a pure function of seed and epoch."""
+        """Return a function that changes training rows at random, depending on seed and epoch only."""
         return None
 
     @cached_property
@@ -157,9 +157,9 @@ class Loader:
     """Iterates over a split in minibatches, or in blocks of several, as (inputs, targets).
 
     In training a block is `data.steps_per_block` minibatches gathered and transformed at once: rows
-    (k * B, ...). What Lightning does to a sampler this does itself. With several processes each takes
-    every `world_size`-th row; in training the order is padded from its front so that all take equally
-    many steps. Under `overfit_batches` the natural order makes every epoch's batches the same.
+    (k * B, ...). It does itself what Lightning's samplers do: with several processes, each takes every
+    `world_size`-th row, and in training the order is padded from its front so that all take equally
+    many steps. With `overfit_batches`, the natural order makes every epoch's batches the same.
     """
 
     def __init__(self, data: TensorData, split: str, batch_size: int | None, training: bool = False):

@@ -18,11 +18,11 @@ class CNN(Supervised):
     """Blocks of convolution, ReLU and pooling, and two linear layers, under cross-entropy.
 
     Args:
-        image_shape: `C`, `H` and `W`.
-        out_features: `K`.
-        channels: Of each block, whose pooling halves height and width.
+        image_shape: Shape of an image, (`C`, `H`, `W`).
+        out_features: Number of classes, `K`.
+        channels: Number of channels of each block, whose pooling halves height and width.
         kernel_size: Side of the kernels, an odd number of pixels.
-        width: Of the hidden linear layer.
+        width: Width of the hidden linear layer.
         dropout: Probability of dropping a hidden unit, in [0, 1).
     """
 

@@ -15,8 +15,8 @@ class LinearRegression(Supervised):
     """One linear layer under the mean squared error.
 
     Args:
-        in_features: `F`.
-        out_features: `T`.
+        in_features: Number of features, `F`.
+        out_features: Number of targets, `T`.
         bias: Whether the layer has an intercept.
     """
 

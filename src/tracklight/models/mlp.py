@@ -19,11 +19,11 @@ class MLP(Supervised):
     """Linear layers with an activation and dropout between them, under cross-entropy.
 
     Args:
-        in_features: `F`.
-        out_features: `K`.
+        in_features: Number of values of an example, `F`.
+        out_features: Number of classes, `K`.
         hidden: Widths of the hidden layers; an empty list gives softmax regression.
         dropout: Probability of dropping a hidden unit, in [0, 1).
-        activation: One of `ACTIVATIONS`.
+        activation: relu, gelu, silu, tanh or sigmoid.
     """
 
     pure = True

@@ -16,11 +16,11 @@ class Supervised(LightningModule):
     """Learns targets from inputs; a subclass defines `forward`, `loss` and optionally `metrics`.
 
     A subclass calls `save_hyperparameters()` first, with plain values only, so that its checkpoint
-    reloads alone. The optimizer and scheduler come as factories, which are no hyperparameters:
-    without them, plain SGD.
+    can be loaded by itself. Optimizer and scheduler are given as factories, which are not
+    hyperparameters; the default is plain SGD.
 
-    With a `block_runner`, each batch is a block of minibatches. The runner takes all of its
-    optimizer steps and returns the last step's loss and the mean loss of the block's examples, and
+    With a `block_runner`, each batch is a block of minibatches. The runner takes all optimizer steps
+    of the block and returns the last step's loss and the mean loss of the block's examples;
     Lightning's automatic optimization only calls `training_step`.
     """
 
@@ -96,7 +96,7 @@ class Supervised(LightningModule):
 
     @override
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Step; on a metric only if it was measured since the last time: else it is the same object."""
+        """Step a scheduler; one that follows a metric only on a new value, which is a new object."""
         if metric is None:
             scheduler.step()
         elif metric is not getattr(self, "last_metric", None):
