@@ -36,7 +36,9 @@ LINES = {"authorization", "cookie", "cookies"}  # headers, whose value is the re
 
 _NAME = r"\w[\w.\-]{0,200}"
 _QUOTED = r"\\\".*?\\\"|\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'"
-_USER_IN_URL = re.compile(r"(?<=://)(?:[^\s'\"<>]*|[^\s/:@'\"<>]+:(?!\d+[\s/])[^\n@'\"<>]*)@")
+_USER_IN_URL = re.compile(  # in bounded time for each of many URLs
+    r"(?<=://)(?:[^\s'\"<>]{,2000}|[^\s/:@'\"<>]+:(?!\d+[\s/])[^\n@'\"<>]{,2000})@"
+)
 _USER_AT_HOST = re.compile(r"(?<![\w/.])[\w.+-]{1,64}:(?!//)[^\s@'\"]{1,256}@(?=[\w-])")
 _PARAMETER = re.compile(rf"([?&;]({_NAME})=)[^\s&;'\"<>]+")
 _NAMED = re.compile(
