@@ -1,3 +1,4 @@
+import functools
 import gc
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from process import Programs, Trainees
+from trainee import LATEST
 
 ROOT = Path(__file__).resolve().parents[1]
 MNIST_ROOT = Path(os.environ.get("MNIST_ROOT", ROOT.parent / "shared" / "mnist"))
@@ -41,8 +43,11 @@ def mnist_root() -> Path:
 def template(tmp_path_factory) -> Iterator[Path]:
     """A new database, to be copied, and copied in this process wherever a new one is asked for.
 
-    Making one takes MLflow a second and a half.
+    Making one takes MLflow a second and a half, and reading which schema is the latest, at each opening,
+    longer than all else.
     """
+    from mlflow.store.db import utils
+
     from tracklight.tracking import mlflow_client, sqlite_file
 
     path = tmp_path_factory.mktemp("template") / "mlflow.db"
@@ -56,6 +61,7 @@ def template(tmp_path_factory) -> Iterator[Path]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sqlite_file, "create_database", copy)
+        patch.setattr(utils, LATEST, functools.cache(getattr(utils, LATEST)))
         yield path
 
 

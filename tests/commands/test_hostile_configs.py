@@ -17,6 +17,7 @@ from small_runs import QUICK, train
 from process import Trainees, free_port
 from tracklight.commands.parser import main
 from tracklight.config.compose import allowed_targets, check_stored_paths, compose
+from tracklight.config.types import LOADER
 from tracklight.engine.checkpoints import DurableCheckpointIO
 from tracklight.errors import BadInput, RunFailed
 from tracklight.experiment.stored import load_config
@@ -57,9 +58,9 @@ COMMANDS = ("evaluate", "predict", "reproduce", "resume")
 
 
 def plant(config: Path, place: tuple[str, str], text: str, ran: Path) -> None:
-    tree = yaml.safe_load(config.read_text())
+    tree = yaml.load(config.read_text(), LOADER)
     tree[place[0]][place[1]] = text.format(ran=ran)
-    config.write_text(yaml.safe_dump(tree))
+    config.write_text(json.dumps(tree))
 
 
 def start(command: str, run_id: str, directory: Path, uri: str | None = None) -> None:
@@ -151,16 +152,16 @@ def test_no_command_hangs_on_a_stored_config_that_never_ends(kept, copied, confi
 
 
 def test_whatever_key_a_stored_config_lacks_or_holds_it_is_one_line(kept, copied, config):
-    tree, read = yaml.safe_load(config.read_text()), load(kept, copied)
+    tree, read = yaml.load(config.read_text(), LOADER), load(kept, copied)
     for key in ("seed", "trainer", "model", "data", "optimizer", "scheduler", "score", "callbacks"):
         without = {name: value for name, value in tree.items() if name != key}
-        config.write_text(yaml.safe_dump(without))
+        config.write_text(json.dumps(without))
         assert_no_config(read, f"config.yaml has no {key}")
         for value in (None, [1]) if key in ("seed", "trainer", "model") else ():
-            config.write_text(yaml.safe_dump({**without, key: value}))
+            config.write_text(json.dumps({**without, key: value}))
             assert_no_config(read, key)
     for section in ("model", "optimizer"):  # without a class
-        config.write_text(yaml.safe_dump({**tree, section: {"_target_": None}}))
+        config.write_text(json.dumps({**tree, section: {"_target_": None}}))
         assert_one_line("predict", kept.line, copied, says=f"{section}._target_ is missing")
 
 
@@ -225,9 +226,9 @@ def test_a_stored_config_writes_nowhere_but_into_the_runs_folder(kept, copied, t
     }
     kind = "callbacks" if section == "callbacks" else "profilers"
     config = copied / "artifacts" / kept.line / "artifacts" / "config.yaml"
-    tree = yaml.safe_load(config.read_text())
+    tree = yaml.load(config.read_text(), LOADER)
     tree[section][name_of_node] = {"_target_": f"pytorch_lightning.{kind}.{name}", **values}
-    config.write_text(yaml.safe_dump(tree))
+    config.write_text(json.dumps(tree))
     before = {*tmp_path.iterdir()}
     for command in ("reproduce", "resume"):
         assert_one_line(

@@ -34,6 +34,19 @@ register_resolver: Callable[..., None] = getattr(OmegaConf, _NAME)
 _composed: dict[tuple[Any, ...], bytes] = {}  # by overrides, and by config files with their times
 
 
+class _CheckedLoader(ConfigLoaderImpl):
+    """Composes, and checks the node `hydra` before Hydra acts on it."""
+
+    def __init__(self, path: ConfigSearchPath, check_nodes: Callable[[DictConfig], None]):
+        super().__init__(path)
+        self._check_nodes = check_nodes
+
+    def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
+        cfg = super().load_configuration(*args, **kwargs)
+        self._check_nodes(cfg.hydra)
+        return cfg
+
+
 def run_hydra(
     parser: ArgumentParser,
     args: Namespace,  # that it parsed
@@ -45,13 +58,13 @@ def run_hydra(
     name, overrides = args.config_name or "config", args.overrides
     before = [] if args.config_dir is None else [_folder("--config-dir", args.config_dir)]
     path = _search_path(_folder("--config-path", args.config_path or str(CONF)), before)
-    app = Hydra.create_main_hydra2("train", path)
+    app = Hydra("train", _CheckedLoader(path, check_nodes))
+    GlobalHydra.instance().initialize(app)
     try:
         mode, load = RunMode.MULTIRUN, app.config_loader.load_configuration
         if not args.multirun:  # one of the overrides may say it; composed as several runs, lists pass
             asked = load(name, overrides, mode, validate_sweep_overrides=False).hydra.mode
             mode = asked or RunMode.RUN
-        check_nodes(app.compose_config(name, overrides, mode, with_log_configuration=False).hydra)
         if args.help:
             app.app_help(name, parser, args)
         elif args.hydra_help:
