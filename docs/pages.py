@@ -15,14 +15,14 @@ CONF = ROOT / "conf"
 # What each group is for, in the order in which a newcomer meets them.
 GROUPS = {
     "model": "The network, its loss and its metrics. A model brings its data along; `data=` still wins.",
-    "data": "The examples: where they come from, how they are split, how many make a minibatch.",
+    "data": "The examples: where they come from, how they are split, and the batch size.",
     "optimizer": "PyTorch's optimizers, with all of their arguments.",
     "scheduler": "How the learning rate changes. `interval` says whether it changes by `step` or by `epoch`.",
     "trainer": "The arguments of Lightning's Trainer.",
-    "callbacks": "Callbacks of Lightning, by name. A file of your own beside these is chosen by its name.",
+    "callbacks": "Lightning's callbacks. A file that you add to `conf/callbacks` is chosen by its name.",
     "tracking": "Where runs are recorded, under which name, and what is recorded beside metrics.",
     "sweep": "What `-m` does when keys have several values: a grid or a search.",
-    "experiment": "Presets. Each opens with its command, the score to expect, and the time it takes.",
+    "experiment": "Presets. Each begins with its command, the score to expect, and the time it takes.",
 }
 ROOT_PAGES = {"BENCHMARKS.md": "benchmarks.md", "CONTRIBUTING.md": "contributing.md", "LOG.md": "log.md"}
 
@@ -77,7 +77,7 @@ def top_page() -> str:
     _, body = split_file((CONF / "config.yaml").read_text())
     tree = yaml.safe_load(body)
     keys = ", ".join(f"`{key}`" for key in tree if key not in ("defaults", "hydra"))
-    about = f"`conf/config.yaml` chooses a file of each group and holds the keys that belong to none: {keys}."
+    about = f"`conf/config.yaml` chooses a file of each group, and holds the keys outside the groups: {keys}."
     return f"# Top-level keys\n\n{about}\n\n```yaml\n{body}```\n"
 
 

@@ -40,13 +40,13 @@ KEY=VALUE says where the data are now, or names other data of the same kind:
   evaluate.py RUN --table new.csv               every row of a CSV file with the same columns,
                                                 standardised as in training
 Of a sweep, the best trial is evaluated. The metrics are logged to a child of the run; with
---into-run to the run itself, as evaluate/SPLIT_NAME, once a split.
+--into-run to the run itself, as evaluate/SPLIT_NAME, once per split.
 Exit codes: 0 done, 1 failed, 2 bad input."""
 PREDICT = """\
 Images may have any size, depth and colour (PNG, JPEG, GIF, BMP, TIFF, WebP, PPM); of an animation
 the first frame is used. A table is a CSV file whose header names the columns the model was trained
-on; further columns are ignored. Of a sweep, the best trial predicts. A digit unlike those of MNIST (not
-centred, several, with what lies around a page) is noted as doubtful beside the answer.
+on; further columns are ignored. Of a sweep, the best trial predicts. A picture that is unlike MNIST's
+digits (off-centre, several digits, things around the page) is marked as doubtful beside the answer.
 
 A file that cannot be read is named on stderr and the others are still predicted. Exit codes: 0 all
 files were predicted, 1 some were not, 2 none was, or the run is not available."""
@@ -169,7 +169,7 @@ def _check_compare(args: argparse.Namespace) -> None:
 
 def _add_evaluate(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
-    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="of data")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="of its data config")
     splits = ("train", "val", "test")
     parser.add_argument("--split", choices=splits, help="default: test, if there is one")
     parser.add_argument("--table", type=Path, metavar="FILE", help="test on all rows of this CSV")

@@ -44,8 +44,8 @@ class LinearRegression(Supervised):
 
         Returns:
             `ols/loss`, the least mean squared error of any such layer on these examples, and
-            `ols/gap`, the largest difference of a parameter from its least-squares value over the
-            largest of these.
+            `ols/gap`, the largest difference between a parameter and its least-squares
+            value, divided by the largest such value.
 
         Source: minimum-norm least squares by singular value decomposition (LAPACK gelsd), in
         float64.
