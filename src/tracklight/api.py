@@ -39,9 +39,8 @@ class TrainedRun:
 
     def load_model(self) -> "LightningModule":
         """Build the model with its best weights; read the data only if the run did not record their shape."""
-        return self._rebuild(
-            read=self.stored and self.stored[1].data.tags.get(tags.DATA_TAG) == "unknown"
-        ).model
+        is_unknown = self.stored and self.stored[1].data.tags.get(tags.DATA_TAG) == "unknown"
+        return self._rebuild(read=is_unknown).model
 
     def load_data(self) -> "LightningDataModule | None":
         """Build the data module; None for a model that brings its own data."""

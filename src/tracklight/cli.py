@@ -13,7 +13,7 @@ import sys
 import traceback
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
@@ -88,18 +88,20 @@ def tracklight() -> None:
         enter(command, words)
     else:
         with _exit_codes():
-            _help(command, {"train": ("Train what the words describe.",), **COMMANDS})
+            _help(command)
 
 
-def _help(command: str, commands: Mapping[str, tuple[Any, ...]]) -> None:
+def _help(command: str) -> None:
+    from tracklight.commands.parser import COMMANDS, help_of
+
     if command not in ("-h", "--help"):
-        hint = "".join(
-            f"; did you mean {each}?" for each in difflib.get_close_matches(command, commands, n=1)
-        )
+        close = difflib.get_close_matches(command, ["train", *COMMANDS], n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
         raise BadInput(f"tracklight {command} is no command{hint}; `tracklight --help` lists them")
     print("tracklight COMMAND ...; `tracklight COMMAND --help` explains one\n")
-    for name, (description, *_) in commands.items():
-        print(f"  {name:<11} {description}")
+    print("  train       Train what the words describe.")
+    for name in COMMANDS:
+        print(f"  {name:<11} {help_of(name).splitlines()[0]}")
 
 
 def _train(summary: dict[str, Any], cfg: Any) -> Any:
@@ -274,9 +276,8 @@ def _run_through_hydra(task: Task, args: Namespace) -> Any:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come out as they are
     try:
         with redirect_stdout(printed) if prints else nullcontext():
-            run_hydra(
-                flags_parser(), args, run_job, lambda hydra: check_hydra_nodes(hydra, allowed_targets())
-            )
+            check_nodes = partial(check_hydra_nodes, allowed=allowed_targets())
+            run_hydra(flags_parser(), args, run_job, check_nodes)
     except Exception as error:  # of a single run, only Hydra's and OmegaConf's: nothing of it has begun
         by_hydra = HydraException | OmegaConfBaseException | YAMLError | UnicodeDecodeError
         is_other = args.multirun and not isinstance(error, by_hydra)

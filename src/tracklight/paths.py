@@ -80,9 +80,8 @@ def find_project(start: Path) -> Project:
     ):
         if is_wrong:
             return Project(root, problem=f"[tool.tracklight] in {root / 'pyproject.toml'} {problem}")
-    return Project(
-        root, package, sources, folder if folder.is_dir() else None, (package, *targets), "", outer
-    )
+    conf = folder if folder.is_dir() else None
+    return Project(root, package, sources, conf, (package, *targets), "", outer)
 
 
 def _read_table(folder: Path) -> dict[str, Any] | None:

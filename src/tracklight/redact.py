@@ -94,9 +94,8 @@ def _redact(tree: Any, values: Sequence[str]) -> Any:
         name, safe = tree.get("name"), {}  # as in {name: password, value: ...}
         for key, value in tree.items():
             hides = is_secret(str(name if key == "value" else key), value) or is_secret(str(key), value)
-            safe[redact_text(key, values) if isinstance(key, str) else key] = (
-                STARS if hides else _redact(value, values)
-            )
+            shown = redact_text(key, values) if isinstance(key, str) else key
+            safe[shown] = STARS if hides else _redact(value, values)
         return safe
     if not isinstance(tree, list | tuple):
         return tree

@@ -19,11 +19,9 @@ from rich.table import Table
 
 from tracklight.commands.parser import LIMIT
 from tracklight.errors import BadInput
-from tracklight.runs import leaderboard
-from tracklight.runs.diff import diff_runs
+from tracklight.runs import diff, leaderboard, select
 from tracklight.runs.leaderboard import RIGHT, Leaderboard, LeaderboardRow, count, short_names
 from tracklight.runs.reader import RunFilter, RunReader, batches, open_reader
-from tracklight.runs.select import select_id
 from tracklight.tracking.tags import DATA_NAME_TAG, PARENT_TAG, RUNS_FOLDER, SCORE, SWEEP_TAG
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -36,7 +34,7 @@ def run(args: Namespace) -> int:
     """Print the leaderboard, or the report on two runs; return the exit code."""
     reader = open_reader(args.uri, args.dir)
     if args.runs:
-        print(diff_runs(reader, args), end="")
+        print(diff.diff_runs(reader, args), end="")
         return 0
     folders = args.dir.absolute() / RUNS_FOLDER
     run_filter, limit = _parse_filter(reader, args), args.limit or LIMIT
@@ -57,12 +55,10 @@ def run(args: Namespace) -> int:
 
 
 def _parse_filter(reader: RunReader, args: Namespace) -> RunFilter:
-    tags = {}
     for word in args.tag:
-        key, separator, value = word.partition("=")
-        if not separator or not key:
+        if word.find("=") < 1:
             raise BadInput(f"--tag {word} must be KEY=VALUE")
-        tags[key] = value
+    tags = dict(word.split("=", 1) for word in args.tag)
     if args.sweep is not None:
         tags[PARENT_TAG] = _find_sweep(reader, args.sweep, args.experiment)
     if args.data is not None:
@@ -82,7 +78,7 @@ def _parse_time(text: str) -> int:
 
 def _find_sweep(reader: RunReader, word: str, experiment: str | None) -> str:
     if word != "last":
-        run_id = select_id(reader, word, experiment)
+        run_id = select.select_id(reader, word, experiment)
         if SWEEP_TAG not in reader.get_runs([run_id])[0].tags:
             raise BadInput(f"--sweep {word}: run {run_id} is no sweep; name one, or `last`")
         return run_id

@@ -9,23 +9,15 @@ from argparse import Namespace
 
 import yaml
 
-from tracklight.commands.parser import COMMANDS
+from tracklight.commands.parser import COMMANDS, HELP
 from tracklight.config.rules import RULE_OF, nested_items
 from tracklight.config.types import LOADER, read_conf
 from tracklight.paths import CONF, PROJECT, group_choices
 
-SCRIPT = """\
-_tracklight() {{
-  local IFS=$'\\n'
-  COMPREPLY=($('{python}' -P -m tracklight.commands.completion "${{COMP_LINE:0:COMP_POINT}}" 2>/dev/null))
-}}
-complete -o nospace -o default -F _tracklight tracklight
-"""
-
 
 def run(args: Namespace) -> int:
     """Print the script for the shell; return the exit code."""
-    script = SCRIPT.format(python=sys.executable)
+    script = (HELP / "completion.bash").read_text(encoding="utf-8").replace("PYTHON", sys.executable)
     args.emit({"script": script})
     print(script, end="")
     return 0

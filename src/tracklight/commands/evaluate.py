@@ -14,21 +14,14 @@ from pytorch_lightning.loggers.logger import DummyLogger
 
 from tracklight.config.compose import list_targets
 from tracklight.config.overrides import redact_command
-from tracklight.data.csv_columns import read_features
-from tracklight.data.table import Table
+from tracklight.data import csv_columns, table
 from tracklight.data.tensor_data import Split, TensorData
-from tracklight.engine.distributed import cluster_environment
-from tracklight.engine.progress import align_lines, format_metrics
-from tracklight.engine.seeding import SETUPS, seed_all
+from tracklight.engine import distributed, progress, seeding
 from tracklight.errors import BadInput, RunFailed
-from tracklight.experiment import stored
-from tracklight.experiment.build import has_test
-from tracklight.experiment.record import finish_run
+from tracklight.experiment import build, record, stored
 from tracklight.runs.select import resolve_sweep, select_run
-from tracklight.tracking import tags
-from tracklight.tracking.mlflow_api import logging_to
+from tracklight.tracking import mlflow_api, provenance, tags
 from tracklight.tracking.mlflow_client import mlflow, retry, short_reason
-from tracklight.tracking.provenance import code_digest
 from tracklight.tracking.run import to_key
 from tracklight.tracking.store import Store
 
@@ -65,9 +58,8 @@ def run(args: Namespace) -> int:
     lines["run"] = f"{trained.info.run_id} ({trained.info.run_name})"
     lines["data"] = f"{split} of {type(rebuilt.data).__name__}"
     if isinstance(rebuilt.data, TensorData):
-        num_examples = len(rebuilt.data.splits[split])
-        lines["data"] = f"{split} of {rebuilt.data.name}, {num_examples:,} examples"
-    lines["score"] = format_metrics(scores)
+        lines["data"] = f"{split} of {rebuilt.data.name}, {len(rebuilt.data.splits[split]):,} examples"
+    lines["score"] = progress.format_metrics(scores)
     if split == "test":
         lines |= _compare_with_recorded(rebuilt, scores)
     if store.why_read_only:
@@ -75,7 +67,7 @@ def run(args: Namespace) -> int:
     elif not args.no_log:
         lines["logged"] = _log(store, rebuilt, split, scores, args.into_run)
     args.emit({**lines, "run": trained.info.run_id, "split": split, "score": scores})
-    print(align_lines(lines))
+    print(progress.align_lines(lines))
     return 0
 
 
@@ -84,7 +76,7 @@ def _choose_split(rebuilt: stored.RebuiltRun, wanted: str | None) -> str:
     if not isinstance(rebuilt.data, TensorData):
         if wanted == "train":
             raise BadInput("--split train needs a tracklight data set (TensorData)")
-        if wanted != "val" and not has_test(rebuilt.model, rebuilt.data):
+        if wanted != "val" and not build.has_test(rebuilt.model, rebuilt.data):
             name = type(rebuilt.model).__name__
             raise BadInput(f"{name} has no test_step, or its data no test_dataloader; try --split val")
         return wanted or "test"
@@ -111,10 +103,10 @@ def _check_overrides(rebuilt: stored.RebuiltRun, overrides: Sequence[str]) -> No
 
 def _read_rows(rebuilt: stored.RebuiltRun, inputs: dict[str, Any], path: Path) -> str:
     """Read every row of a table, encoded as in training, as the only split; return its name."""
-    if not isinstance(rebuilt.data, Table):
+    if not isinstance(rebuilt.data, table.Table):
         raise BadInput(f"--table {path}: the run was not trained on a table; use data.KEY=VALUE")
     names, targets = inputs["feature_names"], inputs["target_names"]
-    values = read_features(path, [*names, *targets], rebuilt.data.delimiter, rebuilt.data.decimal)
+    values = csv_columns.read_features(path, [*names, *targets], rebuilt.data.delimiter, rebuilt.data.decimal)
     features = rebuilt.data.encode(values[:, : len(names)])
     rebuilt.data.splits = {ROWS: Split(features, features.new_tensor(values[:, len(names) :]))}
     rebuilt.data.name, rebuilt.data.source = path.name, str(path.absolute())
@@ -125,25 +117,19 @@ def measure(rebuilt: stored.RebuiltRun, split: str) -> dict[str, float]:
     """Return the metrics of the model on a split, computed and named as the run's own test does."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    trainer = Trainer(
-        accelerator=rebuilt.cfg.trainer.accelerator,
-        devices=1,
-        precision=rebuilt.cfg.trainer.precision,
-        plugins=cluster_environment(),
-        logger=DummyLogger(),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    asked, environment = rebuilt.cfg.trainer, distributed.cluster_environment()
+    off: Any = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    where: Any = {"accelerator": asked.accelerator, "devices": 1, "precision": asked.precision}
+    trainer = Trainer(plugins=environment, logger=DummyLogger(), **where, **off)
     stage, evaluate = "test", trainer.test
     if isinstance(rebuilt.data, TensorData):
         _ = rebuilt.data.digest  # of the splits as they were read
         rebuilt.data.splits = {**rebuilt.data.splits, "test": rebuilt.data.splits[split]}
     elif split == "val":
         stage, evaluate = "val", trainer.validate
-    with logging_to(None), warnings.catch_warnings():
+    with mlflow_api.logging_to(None), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*add the following callbacks")  # their weights are all it needs
-        seed_all(rebuilt.cfg.seed, SETUPS, 0)
+        seeding.seed_all(rebuilt.cfg.seed, seeding.SETUPS, 0)
         results = evaluate(rebuilt.model, rebuilt.data, ckpt_path=rebuilt.checkpoint, verbose=False)
     return {
         name if split == stage else f"{split}/{name.removeprefix(f'{stage}/')}": value
@@ -158,13 +144,12 @@ def _compare_with_recorded(rebuilt: stored.RebuiltRun, scores: dict[str, float])
     gaps = [abs(value - recorded[to_key(key)]) for key, value in scores.items() if to_key(key) in recorded]
     if not gaps:
         return {}
+    lines = {"note": "the same to the bit as recorded by the run"}
     if not _is_own_data(rebuilt):
         lines = {"note": "this is not the data that the run was tested on"}
     elif any(gaps):
         lines = {"note": f"up to {max(gaps):.2g} from what the run recorded"}
-    else:
-        lines = {"note": "the same to the bit as recorded by the run"}
-    code = code_digest(list_targets(rebuilt.cfg))
+    code = provenance.code_digest(list_targets(rebuilt.cfg))
     if code != rebuilt.run.data.tags.get(tags.CODE_TAG, code):
         lines["code"] = "differs from the code that trained the run"
     return lines
@@ -191,10 +176,9 @@ def _log(
     run, run_id = rebuilt.run, rebuilt.run.info.run_id
     step = max((each.step for each in store.client.get_metric_history(run_id, tags.SCORE)), default=0)
     if into_run:
-        now_ms = time.time_ns() // 1_000_000
-        names = {key: INTO_RUN_KEY.format(split, key.removeprefix(f"{split}/")) for key in scores}
-        metric = mlflow.entities.Metric
-        points = [metric(to_key(names[key]), value, now_ms, step) for key, value in scores.items()]
+        now_ms, metric = time.time_ns() // 1_000_000, mlflow.entities.Metric
+        names = [to_key(INTO_RUN_KEY.format(split, key.removeprefix(f"{split}/"))) for key in scores]
+        points = [metric(*each, now_ms, step) for each in zip(names, scores.values(), strict=True)]
         try:
             retry(lambda: store.client.log_batch(run_id, points), store.timeout_s)
         except mlflow.exceptions.MlflowException as error:
@@ -204,12 +188,12 @@ def _log(
         tags.PARENT_TAG: run_id,
         tags.EVALUATES_TAG: run_id,
         tags.DATA_TAG: _data_digest(rebuilt),
-        tags.CODE_TAG: code_digest(list_targets(rebuilt.cfg)),
+        tags.CODE_TAG: provenance.code_digest(list_targets(rebuilt.cfg)),
         tags.COMMAND_TAG: redact_command(sys.argv),
     }
     experiment = store.client.get_experiment(run.info.experiment_id).name
     child = store.create(experiment, f"evaluate-{split}", child_tags)
-    with finish_run(child, rebuilt.model, None, figures=False):
+    with record.finish_run(child, rebuilt.model, None, figures=False):
         for name, value in scores.items():
             child.log_value(name, step, value)
         if isinstance(data := rebuilt.data, TensorData):
@@ -217,10 +201,9 @@ def _log(
     return f"to {child.run_id}, a child of the run"
 
 
-def _is_own_data(rebuilt: stored.RebuiltRun) -> bool:
-    digest = _data_digest(rebuilt)
-    return digest == rebuilt.run.data.tags.get(tags.DATA_TAG, digest)
-
-
 def _data_digest(rebuilt: stored.RebuiltRun) -> str:
     return rebuilt.data.digest if isinstance(rebuilt.data, TensorData) else "unknown"
+
+
+def _is_own_data(rebuilt: stored.RebuiltRun) -> bool:
+    return rebuilt.run.data.tags.get(tags.DATA_TAG) in (None, _data_digest(rebuilt))

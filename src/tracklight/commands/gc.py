@@ -51,9 +51,8 @@ def _kinds(store: Store) -> dict[str, dict[str, list[Path]]]:
     folders = {run.info.run_id: store.folders(run) for run in (*deleted, *active)}
     known = {path for paths in folders.values() for path in paths}
     runs = (path for path in store.runs_folder.iterdir() if tags.is_run_id(path.name))
-    models = [
-        each for each in (store.runs_folder / MODELS).glob("m-*") if _lost_its_run(store, each.name, folders)
-    ]
+    models = (store.runs_folder / MODELS).glob("m-*")
+    models = (path for path in models if _lost_its_run(store, path.name, folders))
     kinds: dict[str, dict[str, list[Path]]] = {kind: {} for kind in _MEANING}
     kinds["deleted"] = {run.info.run_id: folders[run.info.run_id] for run in deleted}
     kinds["deleted"] |= {path.name: [path] for path in (*runs, *models) if path not in known}

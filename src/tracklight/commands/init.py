@@ -10,17 +10,11 @@ import shutil
 from argparse import Namespace
 from pathlib import Path
 
+from tracklight.commands.parser import HELP
 from tracklight.errors import BadInput
 from tracklight.paths import PACKAGE
 
 TEMPLATE = PACKAGE / "commands" / "template"
-SAID = """\
-{folder} is a project. Next:
-  cd {folder}
-  make train                 trains its preset, tracked in mlruns/
-  pip install -e '.[dev]'    what its tests need
-  make test                  its tests
-README.md says what else there is."""
 
 
 def run(args: Namespace) -> int:
@@ -43,5 +37,5 @@ def run(args: Namespace) -> int:
             target.write_text(path.read_text(encoding="utf-8").replace("NAME", name), encoding="utf-8")
     shutil.copytree(PACKAGE / "schema", folder / ".schema")
     args.emit({"folder": str(folder.absolute()), "package": name})
-    print(SAID.format(folder=folder))
+    print((HELP / "made.txt").read_text(encoding="utf-8").replace("FOLDER", str(folder)), end="")
     return 0

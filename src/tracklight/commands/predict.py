@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pandas import json_normalize
-from rich.console import Console
-from rich.table import Table
+from pandas import DataFrame, Series, json_normalize
 from torch import Tensor
 
 from tracklight.commands.digit_image import doubts, read_image
@@ -75,19 +73,17 @@ def _predict(
     classes = inputs.get("class_names")
     names = classes or inputs.get("target_names") or []
     if outputs.shape[1:] != (len(names),):
-        raise BadInput(
-            f"{labels[0]['file']}: the model's outputs are {list(outputs.shape[1:])}, named are {names[:9]}"
-        )
-    if not classes:
-        rows = (dict(zip(names, row, strict=True)) for row in outputs.tolist())
-        return [label | row for label, row in zip(labels, rows, strict=True)]
-    predictions = []
-    for label, row in zip(labels, outputs.double().softmax(1).tolist(), strict=True):
-        shares = dict(zip(names, row, strict=True))
-        best = max(shares, key=shares.__getitem__)
-        top = {"prediction": best, "probability": shares[best]}
-        predictions.append(label | top | {"probabilities": shares})
-    return predictions
+        shape = list(outputs.shape[1:])
+        raise BadInput(f"{labels[0]['file']}: the model's outputs are {shape}, named are {names[:9]}")
+    rows = (outputs.double().softmax(1) if classes else outputs).tolist()
+    found: list[Prediction] = [dict(zip(names, row, strict=True)) for row in rows]
+    if classes:
+        best = [max(shares, key=shares.__getitem__) for shares in found]
+        found = [
+            {"prediction": name, "probability": shares[name], "probabilities": shares}
+            for name, shares in zip(best, found, strict=True)
+        ]
+    return [label | each for label, each in zip(labels, found, strict=True)]
 
 
 def _write_predictions(predictions: list[Prediction], form: str) -> None:
@@ -104,20 +100,12 @@ def _write_predictions(predictions: list[Prediction], form: str) -> None:
 
 
 def _print_table(predictions: list[Prediction]) -> None:
-    rows = []
-    for each in predictions:
-        row = {key: value for key, value in each.items() if key not in ("probabilities", "note")}
-        if "probabilities" in each:
-            ranked = sorted(each["probabilities"].items(), key=lambda item: -item[1])
-            row["next"] = ", ".join(f"{name} {share:.1%}" for name, share in ranked[1:3])
-            row["probability"] = f"{each['probability']:.1%}"
-        if any("note" in other for other in predictions):
-            row["note"] = each.get("note", "")
-        rows.append(row)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for key, value in rows[0].items():
-        is_number = isinstance(value, int | float) or key == "probability"
-        table.add_column(key, justify="right" if is_number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
+    frame = DataFrame(predictions)
+    if "probabilities" in frame:
+        ranked = [Series(each).nlargest(3) for each in frame.pop("probabilities")]
+        rest = [", ".join(f"{name} {share:.1%}" for name, share in each.iloc[1:].items()) for each in ranked]
+        frame["probability"] = frame["probability"].map("{:.1%}".format)
+        frame.insert(3, "next", rest)
+    if "note" in frame:
+        frame["note"] = frame.pop("note").fillna("")
+    print(frame.to_string(index=False, float_format="{:.6g}".format))

@@ -16,11 +16,9 @@ from mlflow.models import Model
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from tracklight.errors import BadInput, RunFailed
-from tracklight.runs.reader import open_reader
+from tracklight.experiment.stored import open_store
 from tracklight.runs.select import select_run
-from tracklight.tracking import tags
-from tracklight.tracking.address import sqlite_path
-from tracklight.tracking.logged_model import store_model
+from tracklight.tracking import address, logged_model, tags
 from tracklight.tracking.mlflow_client import mlflow, retry, short_reason
 from tracklight.tracking.store import Store, connect, refuse_links
 
@@ -31,9 +29,7 @@ SETTINGS = re.compile(r"\b(tracking\.(uri|dir)|MLFLOW_TRACKING_URI)\b=?")
 
 def run(args: Namespace) -> int:
     """Copy the runs, print what was copied and return the exit code."""
-    open_reader(args.uri, args.dir)  # raises if there is no store, where `connect` creates one
-    source = connect(args.uri, args.dir, reads_only=True)
-    source.recover()
+    source = open_store(args.uri, args.dir)
     target = _open_target(args.target)
     same_file = source.database and target.database and source.database.samefile(target.database)
     if same_file or source.uri.rstrip("/") == target.uri.rstrip("/"):
@@ -69,10 +65,10 @@ def run(args: Namespace) -> int:
 
 def _open_target(target: str) -> Store:
     """Open the store at a URI, or in a folder as `tracking.dir` names it."""
-    path = sqlite_path(target)
-    with_folder = path.parent if path else Path(tempfile.gettempdir())  # a server keeps its artifacts itself
+    path = address.sqlite_path(target)
+    folder = path.parent if path else Path(tempfile.gettempdir())  # a server keeps its artifacts itself
     try:
-        return connect(target, with_folder) if ":/" in target else connect(None, Path(target))
+        return connect(target, folder) if ":/" in target else connect(None, Path(target))
     except BadInput as error:
         raise BadInput(SETTINGS.sub("TARGET ", str(error)).rstrip()) from None
 
@@ -177,4 +173,4 @@ def _copy_model(source: Store, target: Store, output: Any, run_id: str) -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = download_artifacts(logged.artifact_location, dst_path=scratch, tracking_uri=source.uri)
-        store_model(target.client, run_id, Model.load(folder), Path(folder), output.step)
+        logged_model.store_model(target.client, run_id, Model.load(folder), Path(folder), output.step)

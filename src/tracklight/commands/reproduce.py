@@ -11,14 +11,12 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from tracklight.config import compose
-from tracklight.config.hardware import describe_machine
+from tracklight.config import compose, hardware
 from tracklight.data.tensor_data import TensorData
 from tracklight.engine.checkpoints import load_plain
 from tracklight.engine.monitors import PruningCallback
 from tracklight.errors import BadInput, RunFailed
-from tracklight.experiment import train
-from tracklight.experiment.build import build_data
+from tracklight.experiment import build, train
 from tracklight.experiment.stored import load_config, open_store
 from tracklight.paths import ROOT
 from tracklight.runs import diff
@@ -112,8 +110,7 @@ def _kept_checkpoints(store: Store, run: Any) -> list[str]:
 def compare_runs(checkpoints: Sequence[str], *pair: tuple[Store, Any]) -> tuple[int, int, list[str]]:
     """Compare the weights in these checkpoints and the metrics of two runs, each with its store.
 
-    Of metrics that are logged at the end of training only the last point counts. Returns the number
-    of weights, the number of metric points, and a line for each difference.
+    Returns the number of weights, the number of metric points, and a line for each difference.
     """
     num_weights, num_points, differences = 0, 0, []
     for path in checkpoints:
@@ -125,9 +122,8 @@ def compare_runs(checkpoints: Sequence[str], *pair: tuple[Store, Any]) -> tuple[
         if NOT_A_RESULT.match(key):
             continue
         start = -1 if LOGGED_AT_END.match(key) else 0
-        before, after = (
-            reader.get_histories([run_id], key).get(run_id, [])[start:] for reader, run_id in readers
-        )
+        found = [reader.get_histories([run_id], key).get(run_id, []) for reader, run_id in readers]
+        before, after = (history[start:] for history in found)
         num_points += len(before)
         differences += _diff_histories(key, before, after)
     return num_weights, num_points, differences
@@ -147,9 +143,7 @@ def _diff_weights(path: str, before: dict[str, Tensor], after: dict[str, Tensor]
 
 
 def _diff_histories(key: str, before: Sequence[Any], after: Sequence[Any]) -> list[str]:
-    lines = []
-    if len(before) != len(after):
-        lines.append(f"{key}: {len(before):,} points and {len(after):,}")
+    lines = [f"{key}: {len(before):,} points and {len(after):,}"] if len(before) != len(after) else []
     for one, other in zip(before, after, strict=False):
         if one != other:
             first = f"first differs at step {one[0]}, {one[1]:.9g} and {other[1]:.9g}"
@@ -177,14 +171,14 @@ def _known_differences(store: Store, run: Any, cfg: DictConfig) -> list[str]:
         commit = run_tags.get(tags.COMMIT_TAG, "an unknown commit")[:12]
         lines.append(f"code: other than the run's, of {commit}{patch}")
     before = diff.read_environment(store.uri, store.directory, run.info.run_id)
-    now = provenance.collect(ROOT, "", "", describe_machine()).texts
+    now = provenance.collect(ROOT, "", "", hardware.describe_machine()).texts
     for name, changed in diff.diff_environments(before, now).items():
         if changed:
             more = f" and {len(changed) - MAX_LISTED} more" if len(changed) > MAX_LISTED else ""
             lines.append(f"{name}: {', '.join(changed[:MAX_LISTED])}{more}")
     if tags.CHANGES_TAG in run_tags:
         lines.append(f"the run was continued under changes: {run_tags[tags.CHANGES_TAG]}")
-    data = build_data(cfg)
+    data = build.build_data(cfg)
     digest = run_tags.get(tags.DATA_TAG)
     if isinstance(data, TensorData) and digest not in (None, data.digest):
         name = run_tags.get(tags.DATA_NAME_TAG, "data")

@@ -20,11 +20,8 @@ from tracklight.paths import HOME, UI_PORT
 from tracklight.runs.leaderboard import rank_runs
 from tracklight.runs.reader import RunFilter, reader_of
 from tracklight.runs.select import select_run
-from tracklight.tracking import views
-from tracklight.tracking.address import is_server
-from tracklight.tracking.sqlite_file import find_former_root, relocate_artifacts
+from tracklight.tracking import address, sqlite_file, tags, views
 from tracklight.tracking.store import Store, connect
-from tracklight.tracking.tags import PARENT_TAG, RUNS_FOLDER
 
 HOST = "127.0.0.1"
 LOG = "ui.log"
@@ -42,7 +39,7 @@ def run(args: Namespace) -> int:
     store = connect(args.uri, args.dir, reads_only=True)
     store.recover()
     page = _page(store, args.experiment)
-    if is_server(store.uri):
+    if address.is_server(store.uri):
         url = f"{store.display_uri.rstrip('/')}{page}"
         args.emit({"url": url})
         print(f"MLflow UI: {url} (served there)")
@@ -56,12 +53,12 @@ def _uri(store: Store, folder: Path) -> str:
     """Return the URI to serve; that of a copy in `folder` where a store that moved may only be read."""
     if store.database is None or not store.why_read_only:
         return store.uri
-    root = store.database.parent / RUNS_FOLDER
-    if not (former := find_former_root(store.database, root)):
+    root = store.database.parent / tags.RUNS_FOLDER
+    if not (former := sqlite_file.find_former_root(store.database, root)):
         return store.uri
     copy = folder / store.database.name
     shutil.copyfile(store.database, copy)
-    relocate_artifacts(copy, former, root)
+    sqlite_file.relocate_artifacts(copy, former, root)
     return f"sqlite:///{copy}"
 
 
@@ -87,7 +84,7 @@ def _page(store: Store, experiment: str | None) -> str:
         newest = select_run(store, "last")
     except BadInput:  # nothing trained yet
         return views.page(None)
-    sweep = views.view_name(newest.data.tags.get(PARENT_TAG, newest.info.run_id))
+    sweep = views.view_name(newest.data.tags.get(tags.PARENT_TAG, newest.info.run_id))
     return _view(store, store.client.get_experiment(newest.info.experiment_id), sweep, views.EXPERIMENT)
 
 
@@ -115,16 +112,11 @@ def _serve(store: Store, args: Namespace, page: str, uri: str, folder: Path) -> 
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "PYTHONWARNINGS": "ignore",
     }
-    path = folder / LOG
+    path, command = folder / LOG, [sys.executable, "-m", "mlflow", "ui", *options]
     with path.open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "ui", *options],
-            cwd=folder,  # empty, and nobody else's: it is the first from which the server imports
-            env=env,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a group, since its children must be stopped with it
-        )
+        # An empty folder is the first from which the server imports; its children stop with its group.
+        place: Any = {"cwd": folder, "env": env, "start_new_session": True}
+        process = subprocess.Popen(command, **place, stdout=log, stderr=subprocess.STDOUT)
     try:
         if _wait_until_healthy(process, port):
             args.emit({"url": url})
@@ -136,7 +128,7 @@ def _serve(store: Store, args: Namespace, page: str, uri: str, folder: Path) -> 
     raise RunFailed(f"MLflow's server did not start, or ended by itself: {said[-300:]}")
 
 
-def _wait_until_healthy(process: subprocess.Popen[bytes], port: int) -> bool:
+def _wait_until_healthy(process: subprocess.Popen[Any], port: int) -> bool:
     end_s = time.monotonic() + START_TIMEOUT_S
     while process.poll() is None and time.monotonic() < end_s:
         with suppress(OSError), closing(HTTPConnection(HOST, port, timeout=2)) as connection:
@@ -146,7 +138,7 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], port: int) -> bool:
     return False
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[Any]) -> None:
     for signum in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):  # all of them have ended
             os.killpg(process.pid, signum)

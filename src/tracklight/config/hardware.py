@@ -22,9 +22,8 @@ def check_machine(accelerator: str, devices: Any) -> None:
     gpus = count_gpus()
     no_gpu = accelerator in ("gpu", "cuda") and gpus == 0
     if no_gpu or (accelerator == "mps" and platform.system() != "Darwin"):
-        raise BadInput(
-            f"trainer.accelerator={accelerator}: no GPU found on this machine; use trainer.accelerator=auto"
-        )
+        problem = f"trainer.accelerator={accelerator}: no GPU found on this machine"
+        raise BadInput(f"{problem}; use trainer.accelerator=auto")
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and gpus == 0)
     if not on_cpu and accelerator not in ("auto", "gpu", "cuda"):
         return
@@ -32,10 +31,8 @@ def check_machine(accelerator: str, devices: Any) -> None:
     needed = max(_device_indices(devices) or (), default=-1) + 1
     if available is not None and needed > available:
         kind = "CPU processes" if on_cpu else "GPUs"
-        raise BadInput(
-            f"trainer.devices={devices} asks for {needed} {kind}, but this machine has room for "
-            f"{available}; try trainer.devices={available}"
-        )
+        problem = f"trainer.devices={devices} asks for {needed} {kind}, but this machine has room for"
+        raise BadInput(f"{problem} {available}; try trainer.devices={available}")
 
 
 def resolve_precision(precision: Any, accelerator: str) -> str:

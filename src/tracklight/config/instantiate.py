@@ -77,10 +77,8 @@ def check_plain(tree: Any, where: str = "") -> None:
         if isinstance(value, str) and len(value) > 1 and CONTROL.search(value):  # alone: a delimiter
             raise BadInput(f"{key}={value[:80]!r} holds a control character; leave it out")
         if isinstance(value, str) and "${" in value:
-            raise BadInput(
-                f"{key}={value[:80]}: '${{' is refused in a value that is resolved already; "
-                "write the value itself"
-            )
+            problem = f"{key}={value[:80]}: '${{' is refused in a value that is resolved already"
+            raise BadInput(f"{problem}; write the value itself")
 
 
 def check_targets(tree: Any, allowed: Sequence[str], where: str = "") -> None:
@@ -201,8 +199,7 @@ def _construct(tree: Any, factories: Mapping[str, bind], where: str) -> Any:
         return kwargs
     names = {str(name): value for name, value in kwargs.items()}
     factory = bind(factories[where], *values.get("_args_", ()), **names)
-    is_partial = bool(tree.get("_partial_"))
-    return build(factory, where, is_partial)
+    return build(factory, where, is_partial=bool(tree.get("_partial_")))
 
 
 def build(factory: bind, where: str, is_partial: bool = False) -> Any:
@@ -261,7 +258,5 @@ def _join(where: str, name: str) -> str:
 
 def _check_allowed(got: str, name: str, allowed: Sequence[str]) -> None:
     if not any(name.startswith(f"{prefix.rstrip('.')}.") for prefix in allowed if prefix):
-        raise BadInput(
-            f"{got} is not on the allow-list; if you trust it, list "
-            f"{name.rpartition('.')[0]} under allowed_targets in {ALLOW_LIST}"
-        )
+        cure = f"if you trust it, list {name.rpartition('.')[0]} under allowed_targets in {ALLOW_LIST}"
+        raise BadInput(f"{got} is not on the allow-list; {cure}")

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tracklight.config.hydra_internals import unresolved_root
 from tracklight.config.rules import OWNED, RULE_OF, mode_of, nested_items
-from tracklight.config.types import value_in_conf
+from tracklight.config.types import read_conf, value_in_conf
 from tracklight.errors import BadInput
 from tracklight.paths import CONF, PROJECT, TRAIN, group_choices
 from tracklight.redact import STARS, redact
@@ -152,13 +152,10 @@ def check_added(cfg: DictConfig, words: Iterable[str], groups: Iterable[str]) ->
         if not word.startswith("+"):
             continue
         key = word.lstrip("+").partition("=")[0].partition("@")[0]
-        base = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
-        name, known = key.partition(".")[0], [*base, *groups, "experiment"]
+        trees = dict(read_conf(*filter(None, (PROJECT.conf, CONF))))
+        name, known = key.partition(".")[0], [*trees[CONF / "config.yaml"], *groups, "experiment"]
         if name in WITHOUT_CLASS:
-            folders = [each / name for each in (PROJECT.conf, CONF) if each]
-            files = [path for folder in folders for path in folder.glob("*.yaml")]
-            trees = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in files]
-            known = [f"{name}.{each}" for tree in (base.get(name), *trees) for each in tree or ()]
+            known = [f"{name}.{each}" for tree in trees.values() for each in tree.get(name) or ()]
             name = ".".join(key.split(".")[:2])
         is_interpolated = re.search(rf"\$\{{{re.escape(name)}[.}}\[]", OmegaConf.to_yaml(cfg))
         if name not in known and not is_interpolated:
@@ -207,11 +204,10 @@ def _redact_override(word: str) -> str:
         override = OverridesParser.create().parse_override(word)
         if text[:1] in ("{", "[") and not override.is_sweep_override():
             value = override.value()
-    safe = redact({key: value})
-    ((name, text),) = safe.items()
-    return (
-        word if safe == {key: value} else f"{name}={text if isinstance(text, str) else Transformer.str(text)}"
-    )
+    ((name, safe),) = redact({key: value}).items()
+    if (name, safe) == (key, value):
+        return word
+    return f"{name}={safe if isinstance(safe, str) else Transformer.str(safe)}"
 
 
 def split_for_resume(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -233,10 +229,9 @@ def split_for_resume(words: Sequence[str]) -> tuple[list[str], list[str]]:
     now = [word for word, key in keys.items() if key.partition(".")[0] in of_command]
     for word, key in keys.items():
         if group_choices(key.partition("@")[0]):
-            raise BadInput(
-                f"{word} chooses a group, but resume={run_id} takes the run's own config; "
-                f"set single keys of it, {key}.KEY=VALUE, or start a new run without resume"
-            )
+            problem = f"{word} chooses a group, but resume={run_id} takes the run's own config"
+            cure = f"set single keys of it, {key}.KEY=VALUE, or start a new run without resume"
+            raise BadInput(f"{problem}; {cure}")
         if "${" in word and word not in now:
             raise BadInput(f"{word}: a stored config is plain text; write the value itself")
     return now, [word for word, key in keys.items() if key != "resume" and key[:6] != "hydra."]
@@ -245,11 +240,9 @@ def split_for_resume(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def explain(error: Exception, words: Sequence[str] = (), config_dir: str | None = None) -> str:
     """Return in one line what Hydra or OmegaConf objects to in these words, and what would work."""
     if isinstance(error, OverrideParseException):
-        reason = _explain_call(str(error.override)) or (
-            _first_line(str(error).removeprefix("LexerNoViableAltException: "))
-            + _quote(str(error.override), words)
-        )
-        return f"cannot read {error.override}: {reason}"
+        word, text = str(error.override), str(error).removeprefix("LexerNoViableAltException: ")
+        reason = _explain_call(word) or _first_line(text) + _quote(word, words)
+        return f"cannot read {word}: {reason}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         if not group:
@@ -328,8 +321,7 @@ def _nearest(word: str, candidates: Sequence[str]) -> str:
     found = found or difflib.get_close_matches(word, candidates, n=1)
     if not found:
         last = {name.rpartition(".")[2]: name for name in reversed(candidates)}
-        parts = difflib.get_close_matches(typed, last, n=1)
-        found = [last[part] for part in parts]
+        found = [last[part] for part in difflib.get_close_matches(typed, last, n=1)]
     return f"; did you mean {found[0]}?" if found else ""
 
 

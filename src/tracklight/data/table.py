@@ -13,7 +13,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from tracklight.data.csv_columns import TOLERATED, choose_columns, read_columns
-from tracklight.data.tensor_data import Split, TensorData, check_argument, hash_tensors, split_rows
+from tracklight.data.tensor_data import Split, TensorData, hash_tensors, split_rows
 from tracklight.errors import BadInput
 
 
@@ -47,8 +47,8 @@ class Table(TensorData):
         if delimiter == "\\t":  # as one can type it
             delimiter = "\t"
         is_one = isinstance(delimiter, str) and len(delimiter) == 1 and delimiter not in '"\r\n'
-        check_argument("delimiter", repr(delimiter), is_one, "one character", "','")
-        check_argument("decimal", repr(decimal), decimal in (".", ","), "a point or a comma", "','")
+        self.check_argument("delimiter", repr(delimiter), is_one, "one character", "','")
+        self.check_argument("decimal", repr(decimal), decimal in (".", ","), "a point or a comma", "','")
         self.path = path
         self.target = [target] if isinstance(target, str) else target
         self.features = features
@@ -69,11 +69,9 @@ class Table(TensorData):
             num_val = math.ceil((len(values) - num_test) / self.num_folds)
         num_train = len(values) - num_val - num_test
         if num_train < 2:
-            raise BadInput(
-                f"{self._where}: {len(values)} rows leave {max(num_train, 0)} for training, at "
-                f"least 2 are needed; add rows, or lower data.num_val={self.num_val} and "
-                f"data.num_test={self.num_test}"
-            )
+            problem = f"{len(values)} rows leave {max(num_train, 0)} for training, at least 2 are needed"
+            cure = f"add rows, or lower data.num_val={self.num_val} and data.num_test={self.num_test}"
+            raise BadInput(f"{self._where}: {problem}; {cure}")
         order = torch.randperm(len(values), generator=torch.Generator().manual_seed(self.seed))
         rows = {
             name: np.split(values[part.numpy()], [self.in_features], axis=1)
@@ -102,9 +100,8 @@ class Table(TensorData):
             beyond, cure = "", "set trainer.precision=32-true"
         for name, column in zip(names, values.T, strict=True):
             if not (np.abs(column) <= torch.finfo(dtype := self.half or self.dtype).max).all():
-                raise BadInput(
-                    f"{self._where}: column {name!r} reaches too far{beyond} for {_name(dtype)}; {cure}"
-                )
+                problem = f"column {name!r} reaches too far{beyond} for {_name(dtype)}"
+                raise BadInput(f"{self._where}: {problem}; {cure}")
         return torch.tensor(values, dtype=self.dtype)
 
     def _warn_of_lost_digits(self, values: np.ndarray, splits: list[Split], names: list[str]) -> None:
@@ -117,11 +114,9 @@ class Table(TensorData):
             # Half precision has few numbers; of a million that differ, many share one in float32 by chance.
             enough = min(distinct, 64) / 2 if self.half else (1 - TOLERATED) * min(distinct, 10**6)
             if left < enough:
-                rank_zero_warn(
-                    f"{self._where}: the {distinct} different values of column {name!r} are {left} in "
-                    f"{_name(dtype)}; set trainer.precision={32 if self.half else 64}-true, subtract what "
-                    "they share, or correct outliers"
-                )
+                problem = f"the {distinct} different values of column {name!r} are {left} in {_name(dtype)}"
+                cure = f"set trainer.precision={32 if self.half else 64}-true, subtract what they share"
+                rank_zero_warn(f"{self._where}: {problem}; {cure}, or correct outliers")
 
     @property
     def _where(self) -> str:
@@ -146,11 +141,9 @@ class Table(TensorData):
         """Compute the moments of the raw training features (N, F)."""
         for name, column in zip(self.feature_names or [], rows.T, strict=True):
             if column.min() == column.max():
-                raise BadInput(
-                    f"{self._where}: column {name!r} is constant ({column[0]:g} in all "
-                    f"{len(column)} training rows) and cannot be standardised; leave it out of "
-                    "data.features"
-                )
+                problem = f"column {name!r} is constant ({column[0]:g} in all {len(column)} training rows)"
+                cure = "and cannot be standardised; leave it out of data.features"
+                raise BadInput(f"{self._where}: {problem} {cure}")
         self.mean = np.array([math.fsum(column) / len(rows) for column in rows.T])
         deviations = rows - self.mean
         scale = np.abs(deviations).max(axis=0)  # keeps the squares from underflowing

@@ -71,18 +71,11 @@ def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def check_argument(key: str, value: Any, is_valid: bool, allowed: str, example: Any) -> None:
-    """Refuse an argument of a data set that is not valid, by its config key."""
-    if not is_valid:
-        raise BadInput(f"data.{key}={value} must be {allowed}; try data.{key}={example}")
-
-
 class TensorData(LightningDataModule):
     """Splits held as tensors; subclasses define `load` and, for raw rows, `transform`.
 
     Args:
-        batch_size: Examples in a training minibatch; None takes the whole training part at once,
-            in its natural order.
+        batch_size: Examples in a training minibatch; None takes all at once, in their natural order.
         seed: Seed of the epochs' orders.
         fold: Which part of the training examples validates, from 0.
         num_folds: Number of these parts, split by the seed; 0: the data set's own validation part.
@@ -104,14 +97,20 @@ class TensorData(LightningDataModule):
     def __init__(self, batch_size: int | None, seed: int, fold: int = 0, num_folds: int = 0):
         super().__init__()
         is_count = type(num_folds) is int and (num_folds == 0 or num_folds >= 2)
-        check_argument("num_folds", num_folds, is_count, "0 for none, or 2 or more", 5)
+        self.check_argument("num_folds", num_folds, is_count, "0 for none, or 2 or more", 5)
         is_fold = type(fold) is int and 0 <= fold < max(num_folds, 1)
-        check_argument("fold", fold, is_fold, f"from 0 to below data.num_folds={num_folds}", 0)
+        self.check_argument("fold", fold, is_fold, f"from 0 to below data.num_folds={num_folds}", 0)
         self.fold, self.num_folds = fold, num_folds
         self.batch_size = batch_size
         self.seed = seed
         self.steps_per_block = 1
         self.use_distributed_sampler = True  # the Trainer's argument: each process takes a part
+
+    @staticmethod
+    def check_argument(key: str, value: Any, is_valid: bool, allowed: str, example: Any) -> None:
+        """Refuse an argument that is not valid, by its config key."""
+        if not is_valid:
+            raise BadInput(f"data.{key}={value} must be {allowed}; try data.{key}={example}")
 
     def load(self) -> dict[str, Split]:
         """Read the splits: "train", and "val" and "test" if the data set has them."""
@@ -185,13 +184,12 @@ class Loader:
         epoch = data.trainer.current_epoch if data.trainer else 0
         augment = data.augmentation(len(split), epoch) if self.training else None
         rows = self._rows(len(split), epoch)
-        if rows is None and augment:
-            rows = torch.arange(len(split))
-        if rows is None:  # natural order: views, no gathering
+        if rows is None and not augment:  # natural order: views, no gathering
             for start in range(0, self.num_rows, self.rows_per_item):
                 end = start + self.rows_per_item
                 yield data.transform(split.features[start:end]), split.targets[start:end]
         else:
+            rows = torch.arange(len(split)) if rows is None else rows
             for chosen in rows.to(device).split(self.rows_per_item):
                 inputs = split.features.index_select(0, chosen)  # 8 times as fast as indexing
                 inputs = augment(inputs, chosen) if augment else inputs
@@ -202,8 +200,8 @@ class Loader:
             return None
         if not self.training:
             return torch.arange(self.rank, num_examples, self.world_size)
-        order = (
-            epoch_order(num_examples, self.data.seed, epoch) if self.shuffle else torch.arange(num_examples)
-        )
+        order = torch.arange(num_examples)
+        if self.shuffle:
+            order = epoch_order(num_examples, self.data.seed, epoch)
         padding = self.num_rows * self.world_size - num_examples
         return torch.cat([order, order[:padding]])[self.rank :: self.world_size]

@@ -144,10 +144,8 @@ def confusion(counts: np.ndarray, class_names: Sequence[str], split: str) -> Fig
 
 def worst_mistakes(probabilities: np.ndarray, targets: np.ndarray, count: int = MISTAKES) -> np.ndarray:
     """Return up to `count` wrong rows of probabilities (N, K), the most confident first."""
-    predicted = probabilities.argmax(axis=1)
-    wrong = np.flatnonzero(predicted != targets)
-    confidence = probabilities[wrong, predicted[wrong]]
-    return wrong[np.argsort(-confidence, kind="stable")][:count]
+    wrong = np.flatnonzero(probabilities.argmax(axis=1) != targets)
+    return wrong[np.argsort(-probabilities[wrong].max(axis=1), kind="stable")][:count]
 
 
 def mistakes(
@@ -160,11 +158,10 @@ def mistakes(
     title = f"the most confident of {num_wrong:,} mistakes   (true → predicted, probability)"
     shown = images[rows].astype(float)
     low, high = (edge(shown, axis=(1, 2), keepdims=True) for edge in (np.min, np.max))
-    height, width = images.shape[1:]
-    gaps = (round(height * 0.35), round(width * 0.12))
     shown = (shown - low) / np.where(high > low, high - low, 1)
+    height, width = images.shape[1:]
+    gaps, look = (round(height * 0.35), round(width * 0.12)), {"cmap": "gray_r", "vmin": 0, "vmax": 1}
     title = f"{split}: {title if num_wrong else 'no mistake'}"
-    look = {"cmap": "gray_r", "vmin": 0, "vmax": 1}
     figure, axes, corners = _draw_mosaic(shown, MISTAKES_ACROSS, gaps, title, **look)
     for row, (y, x) in zip(rows, corners, strict=True):
         names = f"{class_names[int(targets[row])]} → {class_names[predicted[row]]}"
@@ -281,8 +278,7 @@ def _scale_y(axes: Axes, curves: Sequence[_Curve]) -> None:
 
 def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Average neighbours until at most `MAX_DRAWN` points are left."""
-    size = -(-len(x) // MAX_DRAWN)
-    starts = np.arange(0, len(x), size)
+    starts = np.arange(0, len(x), -(-len(x) // MAX_DRAWN))
     counts = np.diff(np.append(starts, len(x)))
     return np.add.reduceat(x, starts) / counts, np.add.reduceat(y, starts) / counts
 
@@ -301,14 +297,11 @@ def _draw_mosaic(
     """Draw images (N, H, W) in rows, gaps above and beside them; return their corners too."""
     num, height, width = images.shape
     cell_y, cell_x = height + gaps[0], width + gaps[1]
+    corners = [(i // across * cell_y + gaps[0], i % across * cell_x + gaps[1] // 2) for i in range(num)]
     mosaic = np.full((max(1, -(-num // across)) * cell_y, across * cell_x), np.nan)
-    corners = []
-    for at, image in enumerate(images):
-        y, x = at // across * cell_y + gaps[0], at % across * cell_x + gaps[1] // 2
+    for image, (y, x) in zip(images, corners, strict=True):
         mosaic[y : y + height, x : x + width] = image
-        corners.append((y, x))
-    height_in = 8.8 * mosaic.shape[0] / mosaic.shape[1] + 0.5
-    figure, axes = _subplots(9.0, height_in, (0.1, 0.1, 0.1, 0.4))
+    figure, axes = _subplots(9.0, 8.8 * mosaic.shape[0] / mosaic.shape[1] + 0.5, (0.1, 0.1, 0.1, 0.4))
     axes.set_axis_off()
     axes.set_title(title, fontsize=11, loc="left")
     axes.imshow(mosaic, interpolation="nearest", **options)

@@ -11,15 +11,13 @@ from typing import Any
 
 import yaml
 
-from tracklight.config.compose import flatten, parse_stored
-from tracklight.config.rules import guess_mode
+from tracklight.config import compose, rules
 from tracklight.errors import BadInput
 from tracklight.paths import PROJECT, ROOT, read_bounded
 from tracklight.runs.leaderboard import count, difference, half_width, result_params
 from tracklight.runs.reader import RunFilter, RunReader, RunRecord, finite, latest_seeds
 from tracklight.runs.select import MAX_TEXT_BYTES, parse_mapping, read_text, select_id, select_run, trained_id
-from tracklight.tracking import tags
-from tracklight.tracking.provenance import GIT_ERRORS, ask_git
+from tracklight.tracking import provenance, tags
 
 ENVIRONMENT = {"packages": "provenance/packages.txt", "machine": "provenance/machine.json"}
 PATCH = "provenance/diff.patch"
@@ -76,7 +74,7 @@ def _whole_params(uri: str | None, directory: Path, run: RunRecord) -> dict[str,
     cut = [key for key, text in params.items() if len(text) >= tags.MAX_PARAM_CHARS]
     if cut and (text := _read_artifact(uri, directory, run.run_id, tags.CONFIG)):
         with suppress(yaml.YAMLError, ValueError, TypeError):
-            whole = flatten(parse_stored(text))
+            whole = compose.flatten(compose.parse_stored(text))
             params |= {key: whole[key] for key in cut if key in whole}
     return params
 
@@ -119,13 +117,11 @@ def diff_runs(reader: RunReader, args: Any) -> str:
 
 def _trained_run(reader: RunReader, run_id: str) -> RunRecord:
     (run,) = reader.get_runs([run_id])
-    best_id = trained_id(run_id, run.tags)
-    if best_id == run_id:
+    if (best_id := trained_id(run_id, run.tags)) == run_id:
         return run
-    found = reader.get_runs([best_id])
-    if not found:
-        raise BadInput(f"run {run_id} is a sweep whose best trial was deleted; name a run")
-    return replace(found[0], name=f"{found[0].name}, the best of {run.name}")
+    for best in reader.get_runs([best_id]):
+        return replace(best, name=f"{best.name}, the best of {run.name}")
+    raise BadInput(f"run {run_id} is a sweep whose best trial was deleted; name a run")
 
 
 def _parse_packages(text: str) -> dict[str, str]:
@@ -142,13 +138,11 @@ def _diff_tags(a: RunRecord, b: RunRecord, names: Mapping[str, str]) -> list[str
 def _git_diff(a: RunRecord, b: RunRecord, *options: str) -> str:
     """Return git's diff of the two commits, or nothing if it does not know them."""
     commits = [run.tags.get(tags.COMMIT_TAG, "") for run in (a, b)]
-    if commits[0] == commits[1] or not all(len(c) >= 40 and c.isalnum() for c in commits):
-        return ""
-    try:
+    if commits[0] != commits[1] and all(len(c) >= 40 and c.isalnum() for c in commits):
         code = (".",) if PROJECT.package else ("src", "conf")
-        return ask_git(ROOT, "diff", "--no-color", *options, *commits, "--", *code)
-    except GIT_ERRORS:
-        return ""
+        with suppress(*provenance.GIT_ERRORS):
+            return provenance.ask_git(ROOT, "diff", "--no-color", *options, *commits, "--", *code)
+    return ""
 
 
 def _diff_patches(a: RunRecord, b: RunRecord, before: Texts, after: Texts) -> str:
@@ -224,7 +218,7 @@ def _describe_scores(a: RunRecord, b: RunRecord, scores: list[Scores]) -> list[s
     found = difference(*scores)
     if found is None:
         return [*lines, "a single seed cannot tell chance apart; train both with several seeds"]
-    mode = a.params.get("score.mode") or guess_mode(str(metric)) or "max"
+    mode = a.params.get("score.mode") or rules.guess_mode(str(metric)) or "max"
     better = "better" if (found.value > 0) == (mode == "max") else "worse"
     verdict = f"more than noise: B is {better}" if found.is_significant else "no more than noise"
     pairs = ", seed by seed" if found.is_paired else ""

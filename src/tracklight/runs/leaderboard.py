@@ -12,12 +12,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from tracklight.config.compose import NOT_IN_DIGEST
-from tracklight.config.rules import guess_mode
+from tracklight.config import compose, rules
 from tracklight.errors import BadInput
 from tracklight.runs.reader import RunFilter, RunReader, RunRecord, RunScore, finite, latest_seeds
-from tracklight.tracking import tags
-from tracklight.tracking.lock import was_abandoned
+from tracklight.tracking import lock, tags
 
 MIN_PAIRS = 3  # of two, the interval would be wider than what it compares, almost always
 # Groups by how much their parameters matter, and keys that hardly do: they are shown last.
@@ -168,14 +166,12 @@ def to_table(rows: Sequence[LeaderboardRow], columns: Sequence[Column]) -> Table
 
 def rank_rows(rows: Sequence[LeaderboardRow], mode: str) -> list[LeaderboardRow]:
     """Sort rows by score, the best first, and set ranks; the sort is stable, unranked rows last."""
-    sign = 1 if mode == "min" else -1
-    ranked = [row for row in rows if row.scores and row.state == "complete"]
-    ranked.sort(key=lambda row: sign * statistics.fmean(row.scores))
-    for rank, row in enumerate(ranked, 1):
-        row.rank = rank
-        if rank > 1:
-            row.delta = statistics.fmean(row.scores) - statistics.fmean(ranked[0].scores)
-    return ranked + [row for row in rows if row.rank is None]
+    scored = [(row, row.score) for row in rows if row.state == "complete"]
+    ranked = [(row, score) for row, score in scored if score is not None]
+    ranked.sort(key=lambda each: each[1] if mode == "min" else -each[1])
+    for rank, (row, score) in enumerate(ranked, 1):
+        row.rank, row.delta = rank, score - ranked[0][1] if rank > 1 else None
+    return [row for row, _ in ranked] + [row for row in rows if row.rank is None]
 
 
 def rank_runs(
@@ -210,7 +206,7 @@ def rank_runs(
     if metric in (None, tags.SCORE, score_metric):
         mode = mode or newest.params.get("score.mode")
     shown_metric = metric or score_metric or tags.SCORE
-    mode = mode or guess_mode(shown_metric) or "max"
+    mode = mode or rules.guess_mode(shown_metric) or "max"
     why = "scored by another metric" if metric is None else f"without a finite {metric}"
     left_out = f"{count(num_all - len(scores), 'run')} {why} left out" if len(scores) < num_all else ""
     rows = [row for group in _group_by_setting(scores, each) for row in rank_rows(group, mode)]
@@ -220,12 +216,12 @@ def rank_runs(
 
 def result_params(run: RunRecord) -> dict[str, str]:
     """Return the parameters on which the result may depend, each once (see `short_params`)."""
-    ignored = [key for key in NOT_IN_DIGEST if key != "trainer.max_epochs"]
+    ignored = [key for key in compose.NOT_IN_DIGEST if key != "trainer.max_epochs"]
     for key, value in run.params.items():
         group, _, name = key.rpartition(".")
         lists = [name, f"{group}-{name}"] if group and value[:1] == "[" else []
         ignored += [group] if name == "_target_" else lists
-    below = tuple(f"{key}." for key in NOT_IN_DIGEST)
+    below = tuple(f"{key}." for key in compose.NOT_IN_DIGEST)
     return {k: v for k, v in run.params.items() if k not in ignored and not k.startswith(below)}
 
 
@@ -280,8 +276,7 @@ def _differing_params(groups: list[list[RunRecord]]) -> list[str]:
     """Return the parameters that differ between rows, by how much they matter and how many rows have them."""
     keys = dict.fromkeys(key for runs in groups for key in ("data", "name", *result_params(runs[0])))
     values = {key: [_joined_value(runs, key) for runs in groups] for key in keys}
-    several = any(len(runs) > 1 for runs in groups)
-    repeated = {"seed", "data.fold"} if several else set()
+    repeated = {"seed", "data.fold"} if any(len(runs) > 1 for runs in groups) else set()
     seeds = {key for key in values if key.endswith(".seed") or key in repeated}
     differing = [key for key, column in values.items() if len({*column}) > 1 and key not in seeds]
 
@@ -328,7 +323,7 @@ def _flag_states(runs: Sequence[RunRecord], folders: Path | None) -> list[str]:
     """Flag runs that ended early; the store takes a run whose process died for running."""
     flags = []
     for run in runs:
-        died = run.status == "RUNNING" and folders and was_abandoned(folders / run.run_id)
+        died = run.status == "RUNNING" and folders and lock.was_abandoned(folders / run.run_id)
         flags += [] if run.status == "FINISHED" else ["died" if died else run.status.lower()]
         flags += [tags.PRUNED] if tags.is_pruned(run.tags) else []
     return [*dict.fromkeys(flags)]

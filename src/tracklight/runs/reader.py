@@ -121,14 +121,12 @@ class SqliteReader:
     def _query_batches(self, sql: str, ids: Sequence[str], *values: str) -> Iterator[Any]:
         """Yield the rows for all ids, whose list stands in the statement as {ids}."""
         for batch in batches(ids):
-            marks = ", ".join("?" * len(batch))
-            yield from self._query(sql.format(ids=marks), (*values, *batch))
+            yield from self._query(sql.format(ids=", ".join("?" * len(batch))), (*values, *batch))
 
     def find_ids(self, prefix: str, deleted: bool = False) -> list[str]:
         """Return up to two ids with this prefix, of runs of any kind, or of deleted ones."""
         sql = "SELECT run_uuid FROM runs WHERE lifecycle_stage = ? AND run_uuid LIKE ? LIMIT 2"
-        stage = "deleted" if deleted else "active"
-        return [row[0] for row in self._query(sql, (stage, f"{prefix}%"))]
+        return [row[0] for row in self._query(sql, ("deleted" if deleted else "active", f"{prefix}%"))]
 
     def search_scores(self, run_filter: RunFilter, metric: str) -> list[RunScore]:
         """Return the last value of a metric of all training runs that pass the filter."""
@@ -169,13 +167,12 @@ class SqliteReader:
         )
         newest_first = sorted(rows, key=operator.itemgetter(-1), reverse=True)
         runs = {row[0]: RunRecord(*row[:-1]) for row in newest_first}
-        active = [*runs]
         for table in ("params", "tags"):
             sql = f"SELECT run_uuid, key, value FROM {table} WHERE run_uuid IN ({{ids}})"
-            for run_id, key, value in self._query_batches(sql, active):
+            for run_id, key, value in self._query_batches(sql, [*runs]):
                 getattr(runs[run_id], table)[key] = value
         sql = "SELECT run_uuid, key, value, is_nan FROM latest_metrics WHERE run_uuid IN ({ids})"
-        for run_id, key, value, is_nan in self._query_batches(sql, active):
+        for run_id, key, value, is_nan in self._query_batches(sql, [*runs]):
             runs[run_id].metrics[key] = math.nan if is_nan else _as_logged(value)
         return _with_epochs(runs.values())
 
@@ -266,12 +263,11 @@ def open_reader(uri: str | None, directory: Path) -> RunReader:
 
         return ClientReader(connect(uri, directory, reads_only=True))
     try:
-        is_there = path.is_file()
+        if path.is_file():
+            return SqliteReader(path)
     except OSError as error:  # of a folder above
         raise BadInput(f"{path} cannot be read ({error.strerror})") from None
-    if not is_there:
-        raise BadInput(f"there is no store {path} yet; train something first, or name it: --uri")
-    return SqliteReader(path)
+    raise BadInput(f"there is no store {path} yet; train something first, or name it: --uri")
 
 
 def reader_of(store: "Store") -> RunReader:

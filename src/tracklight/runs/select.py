@@ -12,15 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tracklight.errors import BadInput
 from tracklight.paths import read_bounded
 from tracklight.runs.reader import RunFilter, RunReader, reader_of
-from tracklight.tracking.tags import (
-    ARTIFACTS_FOLDER,
-    BEST_TAG,
-    EVALUATES_TAG,
-    SCORE,
-    is_run_id,
-    is_sweep,
-    same_data,
-)
+from tracklight.tracking import tags
 
 if TYPE_CHECKING:
     from tracklight.tracking.store import Store
@@ -40,17 +32,16 @@ def select_id(reader: RunReader, word: str, experiment: str | None = None) -> st
     """Return the id of the run that a word names, as `select_run` does."""
     if word not in WORDS:
         if not re.fullmatch(r"[0-9a-f]{4,32}", word):
-            shown = repr(word[:60])
-            raise BadInput(f"run id {shown} must be 4 to 32 hexadecimal digits, as MLflow shows it")
+            raise BadInput(f"run id {word[:60]!r} must be 4 to 32 hexadecimal digits, as MLflow shows it")
         found = reader.find_ids(word)
         if len(found) == 1:
             return found[0]
         if not found and (deleted := reader.find_ids(word, deleted=True)):
             command = restore_command(deleted[0], reader.display_uri)
             raise BadInput(f"run {deleted[0]} is deleted; restore it with {command}")
-        none = "there is no run" if is_run_id(word) else "no run begins with"
+        none = "there is no run" if tags.is_run_id(word) else "no run begins with"
         raise BadInput(f"{'several runs begin with' if found else none} {word} in {reader.display_uri}")
-    runs = reader.search_scores(RunFilter(experiment), SCORE)
+    runs = reader.search_scores(RunFilter(experiment), tags.SCORE)
     if word == "best":
         runs = [run for run in runs if run.value is not None]
     if not runs:
@@ -60,25 +51,25 @@ def select_id(reader: RunReader, word: str, experiment: str | None = None) -> st
         return runs[0].run_id
     (newest,) = reader.get_runs([runs[0].run_id])
     params = {"score.metric": newest.params["score.metric"]}
-    comparable = reader.search_scores(RunFilter(experiment, same_data(newest.tags), params), SCORE)
+    comparable = reader.search_scores(RunFilter(experiment, tags.same_data(newest.tags), params), tags.SCORE)
     values = {run.run_id: run.value for run in comparable if run.value is not None}
     best = max if newest.params["score.mode"] == "max" else min
     return best(values, key=values.__getitem__)
 
 
-def trained_id(run_id: str, tags: Mapping[str, str]) -> str:
+def trained_id(run_id: str, run_tags: Mapping[str, str]) -> str:
     """Return the run's own id, or that of its best trial if it is a sweep.
 
     Raises:
         BadInput: The sweep has no best trial, or the run is an evaluation of another.
     """
-    if EVALUATES_TAG in tags:
-        raise BadInput(f"run {run_id} is an evaluation of run {tags[EVALUATES_TAG]}; name that one")
-    if not is_sweep(tags):
+    if tags.EVALUATES_TAG in run_tags:
+        raise BadInput(f"run {run_id} is an evaluation of run {run_tags[tags.EVALUATES_TAG]}; name that one")
+    if not tags.is_sweep(run_tags):
         return run_id
-    if not tags.get(BEST_TAG):
+    if not run_tags.get(tags.BEST_TAG):
         raise BadInput(f"run {run_id} is a sweep without a finished trial; name a run")
-    return tags[BEST_TAG]
+    return run_tags[tags.BEST_TAG]
 
 
 def select_run(store: "Store", word: str, experiment: str | None = None) -> Any:
@@ -111,7 +102,7 @@ def fetch(store: "Store", run: Any, path: str) -> Path:
 
     run_id, max_bytes = run.info.run_id, _max_bytes(path)
     folder = store.folder(run_id)
-    local = folder / ARTIFACTS_FOLDER / path
+    local = folder / tags.ARTIFACTS_FOLDER / path
     try:
         if is_here := local.exists():
             if not local.resolve().is_relative_to(folder.resolve()) or not local.is_file():

@@ -36,10 +36,8 @@ def resolve_uri(uri: str | None, directory: Path) -> str:
     scheme, separator, rest = uri.partition(":")
     dialect = scheme.partition("+")[0].lower()
     if not separator or dialect == "file":
-        raise BadInput(
-            f"{shown}: MLflow's file store is gone since 3.13; "
-            f"try tracking.uri=sqlite:///{directory / DATABASE}"
-        )
+        gone = "MLflow's file store is gone since 3.13"
+        raise BadInput(f"{shown}: {gone}; try tracking.uri=sqlite:///{directory / DATABASE}")
     if dialect == "sqlite":
         if not rest.startswith("///") or rest in ("///", "///:memory:"):
             raise BadInput(f"{shown} names no file; try sqlite:////ABSOLUTE/PATH.db")
@@ -83,8 +81,7 @@ def contact(uri: str) -> None:
     try:
         if port is None:
             # That is the limit of each silence; the whole answer has one, too.
-            answer = call_in_thread(lambda: urlopen(url, timeout=_TIMEOUT_S).close())
-            answer.result(2 * _TIMEOUT_S)
+            call_in_thread(lambda: urlopen(url, timeout=_TIMEOUT_S).close()).result(2 * _TIMEOUT_S)
         elif parts.hostname:
             socket.create_connection((parts.hostname, parts.port or port), _TIMEOUT_S).close()
     except HTTPError as error:
@@ -92,10 +89,8 @@ def contact(uri: str) -> None:
     except OSError as error:
         cause = getattr(error, "reason", None) or error
         if not isinstance(cause, ssl.SSLError):  # MLflow itself reports on certificates
-            raise BadInput(
-                f"no tracking server answers at {redact(uri)} ({str(cause) or 'in time'}); start it, or "
-                f"choose another {uri_setting(uri)}"
-            ) from None
+            problem = f"no tracking server answers at {redact(uri)} ({str(cause) or 'in time'})"
+            raise BadInput(f"{problem}; start it, or choose another {uri_setting(uri)}") from None
 
 
 def call_in_thread(function: Callable[[], Any]) -> Future[Any]:

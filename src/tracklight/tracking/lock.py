@@ -118,10 +118,9 @@ def was_abandoned(folder: Path) -> bool:
 
 def read_lock(folder: Path) -> dict[str, Any]:
     """Return the content of a folder's lock file; empty if there is none, or none that parses."""
-    try:
+    content: Any = None
+    with suppress(OSError, ValueError, RecursionError):
         content = json.loads(read_bounded(folder / FILE_NAME))
-    except (OSError, ValueError, RecursionError):
-        return {}
     if not isinstance(content, dict):
         return {}
     pid = content.get("pid")

@@ -81,16 +81,11 @@ def _export(model: nn.Module, example: Tensor, folder: Path) -> Model:
         raise TypeError(f"it returns a {type(outputs).__name__}, where a tensor can be served")
     mlmodel = Model()
     with skip_requirements_check():
-        flavor.save_model(
-            twin,
-            str(folder),
-            mlflow_model=mlmodel,
-            signature=infer_signature(inputs.numpy(), outputs.numpy()),
-            input_example=inputs.numpy(),
-            pip_requirements=[f"{package}=={version(package)}" for package in _REQUIRED],
-            code_paths=[served_model.__file__],
-            serialization_format="pt2",
-        )
+        signature = infer_signature(inputs.numpy(), outputs.numpy())
+        needs: Any = {"pip_requirements": [f"{package}=={version(package)}" for package in _REQUIRED]}
+        needs |= {"code_paths": [served_model.__file__], "serialization_format": "pt2"}
+        shown: Any = {"signature": signature, "input_example": inputs.numpy()}
+        flavor.save_model(twin, str(folder), mlflow_model=mlmodel, **shown, **needs)
     for copied in (folder / "code").glob("*.py"):  # with the mode of the source, not that of the umask
         text = copied.read_bytes()
         copied.unlink()

@@ -137,9 +137,8 @@ def _source_files(name: str) -> Iterator[tuple[str, Path]]:
 def _is_installed_or_ours(path: Path) -> bool:
     keys = ("stdlib", "platstdlib", "purelib", "platlib")
     folders = [*(Path(sysconfig.get_path(key)).resolve() for key in keys), *OWN_CODE]
-    return any(map(path.is_relative_to, folders)) or not {"site-packages", "dist-packages"}.isdisjoint(
-        path.parts
-    )
+    is_installed = {"site-packages", "dist-packages"} & {*path.parts}
+    return bool(is_installed) or any(map(path.is_relative_to, folders))
 
 
 def _imports(module: str, path: Path) -> Iterator[str]:
@@ -189,14 +188,9 @@ def ask_git(root: Path, *arguments: str) -> str:
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
     # A repository of another user may name programs for git to run; his code in it runs here already.
     command = ["git", "-c", f"safe.directory={root}", "-C", str(root), *arguments]
-    output = subprocess.run(
-        command,
-        env=environment | {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=_GIT_TIMEOUT_S,
-        check=True,
-    ).stdout
+    environment |= {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"}
+    options: Any = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": _GIT_TIMEOUT_S}
+    output = subprocess.run(command, env=environment, check=True, **options).stdout
     cut = "" if len(output) <= _MAX_DIFF_BYTES else f"\n[cut: {len(output)} bytes in all]\n"
     return output[:_MAX_DIFF_BYTES].decode(errors="replace") + cut
 

@@ -238,13 +238,6 @@ class Run(MLFlowLogger):
         self._lock.close()
 
 
-def check_key(kind: str, key: str) -> None:
-    """Raise BadInput for a name that MLflow does not allow; `kind` is metric, param or tag."""
-    if key != to_key(key):
-        allowed = f"at most {_MAX_KEY_CHARS} letters, digits and any of '_-.: /'"
-        raise BadInput(f"{kind} {key[:80]!r}: a name is {allowed}, without an empty part between slashes")
-
-
 @functools.lru_cache
 def to_key(name: str) -> str:
     """Return a name as MLflow takes it: without other characters, and without empty parts between slashes."""
@@ -267,6 +260,8 @@ def _cut_texts(value: Any) -> Any:
 def _to_text(kind: str, values: Mapping[str, Any], limit: int) -> dict[str, str]:
     """Return params or tags as MLflow takes them: names checked, secrets redacted, long values cut."""
     for key in values:
-        check_key(kind, key)
+        if key != to_key(key):
+            allowed = f"at most {_MAX_KEY_CHARS} letters, digits and any of '_-.: /'"
+            raise BadInput(f"{kind} {key[:80]!r}: a name is {allowed}, without an empty part between slashes")
     texts = {key: str(value) for key, value in redact(values).items()}
     return {key: shorten(text, limit) for key, text in texts.items()}

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -31,10 +32,9 @@ _UPSERT = """
     WHERE (excluded.step, excluded.timestamp, excluded.value)
         > (latest_metrics.step, latest_metrics.timestamp, latest_metrics.value)"""
 
-_LOCATIONS = (  # tables and columns that hold absolute addresses of artifacts
-    *(("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location")),
-    *(("model_versions", "source"), ("model_versions", "storage_location")),
-)
+# Tables and columns that hold absolute addresses of artifacts.
+_LOCATIONS = [("experiments", "artifact_location"), ("runs", "artifact_uri"), ("model_versions", "source")]
+_LOCATIONS += [("logged_models", "artifact_location"), ("model_versions", "storage_location")]
 _BELOW = "substr({} || '/', 1, ?) = ? || '/'"  # a prefix, and its length with the slash
 
 Row = tuple[str, float, int, int, bool]  # key, value, timestamp, step, is_nan
@@ -170,10 +170,8 @@ class MetricTables:
         # One statement for many rows: SQLite then works without holding Python's lock.
         values = ",".join([f"({rowid},?1,?,?,?,?,?)"] * len(rows))
         columns = "rowid, run_uuid, key, value, timestamp, step, is_nan"
-        self._connection.execute(
-            f"{insert} ({columns}) VALUES {values}{conflict}",
-            [self._run_id, *(field for row in rows for field in row)],
-        )
+        fields = [self._run_id, *(field for row in rows for field in row)]
+        self._connection.execute(f"{insert} ({columns}) VALUES {values}{conflict}", fields)
 
     def close(self) -> None:
         """Close the connection."""
@@ -182,22 +180,15 @@ class MetricTables:
 
 def _connect(path: Path, mode: str = "rw") -> sqlite3.Connection:
     # Never creates the file; the sender's thread uses what another one may have opened.
-    return sqlite3.connect(
-        f"{path.as_uri()}?mode={mode}",
-        uri=True,
-        timeout=_BUSY_S,
-        isolation_level=None,
-        check_same_thread=False,
-    )
+    options: Any = {"isolation_level": None, "check_same_thread": False}
+    return sqlite3.connect(f"{path.as_uri()}?mode={mode}", uri=True, timeout=_BUSY_S, **options)
 
 
 def has_known_columns(path: Path) -> bool:
     """Return whether the metric tables at `path` have the columns that `MetricTables` fills."""
     with closing(_connect(path)) as connection:
-        return all(
-            {row[1] for row in connection.execute(f"PRAGMA table_info({table})")} == _COLUMNS
-            for table in ("metrics", "latest_metrics")
-        )
+        tables = (connection.execute(f"PRAGMA table_info({name})") for name in ("metrics", "latest_metrics"))
+        return all({row[1] for row in rows} == _COLUMNS for rows in tables)
 
 
 def creation_order(path: Path, run_ids: Sequence[str]) -> dict[str, int]:

@@ -186,12 +186,11 @@ class Store:
         location = None if is_server(self.uri) else self.runs_folder.as_uri()
 
         def get_or_create() -> Any:
-            found = self.client.get_experiment_by_name(name)
-            if found is None:
-                view = experiment_tags()
-                created = self.client.create_experiment(name, artifact_location=location, tags=view)
-                found = self.client.get_experiment(created)
-            return found
+            if found := self.client.get_experiment_by_name(name):
+                return found
+            return self.client.get_experiment(
+                self.client.create_experiment(name, location, experiment_tags())
+            )
 
         def may_pass(error: Exception) -> bool:
             return is_transient(error) or "ALREADY_EXISTS" in getattr(error, "error_code", "")
@@ -273,8 +272,7 @@ class Store:
                     wal.repeats[key] = math.inf, max(metric.step for metric in history)
             if wal.end or run.info.status != "RUNNING":
                 wal.add_call("status", status="RUNNING")
-            writer = MlflowWriter(self.client, run, wal, self.database)
-            sender = Sender(writer, self.display_uri)
+            sender = Sender(MlflowWriter(self.client, run, wal, self.database), self.display_uri)
             opened = Run(run, sender, lock, self.ui_hint(run.info), self.timeout_s)
             if not opened.flush(self.timeout_s):
                 opened.abandon()
@@ -297,10 +295,8 @@ class Store:
         def search() -> list[Any]:
             known = _all_pages(self.client.search_experiments)
             ids = [each.experiment_id for each in known if experiment in (None, each.name)]
-            newest = ["attributes.start_time DESC"]
-            return (
-                _all_pages(self.client.search_runs, ids, filter_string, view, order_by=newest) if ids else []
-            )
+            newest = {"run_view_type": view, "order_by": ["attributes.start_time DESC"]}
+            return _all_pages(self.client.search_runs, ids, filter_string, **newest) if ids else []
 
         runs = retry(search, self.timeout_s if timeout_s is None else timeout_s)
         if self.database is not None and len(runs) > 1:  # between two, the clock may have been set back
@@ -383,7 +379,7 @@ def refuse_links(folder: Path) -> None:
 
 def _all_pages(search: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
     page = search(*args, **kwargs)
-    found = list(page)
+    found = [*page]
     while page.token:
         page = search(*args, **kwargs, page_token=page.token)
         found += page

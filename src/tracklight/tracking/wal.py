@@ -60,10 +60,9 @@ class WriteAheadLog:
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         self._fd = os.open(path, flags | os.O_NOFOLLOW, 0o666)
         self._sent_path = path.with_suffix(".sent")
-        try:
+        confirmed = 0
+        with contextlib.suppress(OSError, ValueError):
             confirmed = int(read_bounded(self._sent_path))
-        except (OSError, ValueError):
-            confirmed = 0
         for record, end in read_records(path):
             self.end = end
             if end == confirmed:
@@ -135,8 +134,7 @@ class WriteAheadLog:
         except OSError as error:
             with contextlib.suppress(OSError):  # else it is cut at the next open
                 os.ftruncate(self._fd, self.end)
-            what = f"{len(record)} bytes to {self.path}"
-            raise RunFailed(f"cannot write {what}: {error.strerror}") from None
+            raise RunFailed(f"cannot write {len(record)} bytes to {self.path}: {error.strerror}") from None
         self.end += len(record)
 
     def sync(self) -> None:
