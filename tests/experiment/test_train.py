@@ -35,7 +35,7 @@ WARNING = "ignore:data.root=nowhere. no MNIST files:UserWarning"
         pytest.param("trainer.fast_dev_run=true", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_that_compares_no_epochs_ends_well_with_its_last_weights(train, capsys, limit):
+def test_a_run_that_compares_no_epochs_ends_well_with_its_last_weights(train, spare_model, capsys, limit):
     limit = limit.removeprefix("+")
     finished = train(*SMALL, "data.root=nowhere", "trainer.max_epochs=1", limit)
     assert finished.run.info.status == "FINISHED" and finished.score is None
@@ -110,7 +110,7 @@ def test_a_schedule_with_a_frequency_steps_so_many_epochs_apart(train):
     assert state["param_groups"][0]["lr"] == pytest.approx(0.01 * 0.5**2, rel=1e-12)
 
 
-def test_last_names_the_newest_run_to_start_from_or_to_continue(train, tmp_path):
+def test_last_names_the_newest_run_to_start_from_or_to_continue(train, spare_model, tmp_path):
     short = ("trainer.accelerator=cpu", "tracking.figures=false", "trainer.max_epochs=2")
     first = train(*short)
     second = train(*short, "init_from=last")

@@ -185,7 +185,7 @@ def test_what_only_a_library_refuses_is_one_line_with_its_key(enter, directory):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("num", "seed"), [(200, 0), *(pytest.param(250, seed, marks=pytest.mark.slow) for seed in range(1, 9))]
+    ("num", "seed"), [(150, 0), *(pytest.param(250, seed, marks=pytest.mark.slow) for seed in range(1, 9))]
 )
 def test_a_mutated_command_line_ends_in_a_run_or_in_one_line(enter, directory, num, seed):
     codes = [check(enter, directory, words) for words in islice(command_lines(seed), num)]
