@@ -189,7 +189,7 @@ def plot_page(rows: Sequence[LeaderboardRow], metric: str, mode: str) -> str | N
     for plot in plots:
         with warnings.catch_warnings(), suppress(ValueError, RuntimeError):  # too few values
             warnings.simplefilter("ignore")
-            parts.append(plot().to_html(full_html=False, include_plotlyjs=not parts))
+            parts.append(plot().to_html(full_html=False, include_plotlyjs=not parts, default_height=480))
     return f"<html><head><meta charset='utf-8'></head><body>{''.join(parts)}</body></html>"
 
 
