@@ -179,7 +179,7 @@ def test_one_of_version_0_1_whose_best_was_a_plain_model_checkpoint_is_continued
     checkpoint = torch.load(newest_resume_checkpoint(tmp_path), weights_only=True)
     states = checkpoint["callbacks"]
     states[before.state_key.replace("Best", "Model")] = states.pop(before.state_key)
-    del states["ResumeCheckpoint"]["further"], states["ResumeCheckpoint"]["position"]
+    del states["ResumeCheckpoint"]["position"]
     IO.save_checkpoint(checkpoint, tmp_path / "old.ckpt")
     continued, best = fit(2, str(tmp_path / "old.ckpt"))  # trains no more
     assert best.best_model_score == before.best_model_score and best.best_model_path

@@ -1,6 +1,7 @@
 """What may be continued, and how: by the same command or by id, and never otherwise unnoticed."""
 
 import re
+import shutil
 import sqlite3
 from contextlib import closing
 
@@ -217,6 +218,38 @@ def test_a_second_model_checkpoint_keeps_its_best_ones_among_the_artifacts_also_
     folder = run.folder / "checkpoints" / "further"
     assert {path.name for path in folder.glob("*.ckpt")} == names
     assert [path.name for path in run.folder.parent.iterdir() if path.is_dir()] == ["artifacts"]
+
+
+def checkpoints_in(folder):
+    """The weights, by name, and the step of all checkpoints; and the names of all files."""
+    paths = sorted(folder.rglob("*.ckpt"))
+    loaded = {str(path.relative_to(folder)): torch.load(path, weights_only=True) for path in paths}
+    kept = {name: [each["global_step"], *each["state_dict"].values()] for name, each in loaded.items()}
+    return kept, sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_model_checkpoint_with_a_folder_of_its_own_leaves_what_an_undisturbed_run_does(trainees, tmp_path):
+    def command(folder, seed, epochs):
+        node = "+callbacks.top={_target_: pytorch_lightning.callbacks.ModelCheckpoint, save_top_k: 3"
+        node += ", monitor: val/loss, save_last: true, filename: '{epoch}/{val/loss:.4f}'"
+        node += f", dirpath: {folder}}}"
+        return (*MLP, *BRIEF, "optimizer.lr=0.003", node, f"trainer.max_epochs={epochs}", f"seed={seed}")
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    trainees.train(tmp_path / "theirs", *command(whole, 1, 3), faults=SPARE)
+    theirs, names = checkpoints_in(whole)
+    assert len(theirs) == 4
+    shutil.copytree(whole, killed)
+    trainees.train(tmp_path / "a", *command(whole, 0, 5), faults=SPARE)
+    before_third = [*DIE[:-1], ["strike", COMMIT, 3, ["SIGKILL"]]]
+    assert trainees.train(tmp_path / "b", *command(killed, 0, 5), faults=before_third).exit_code == -9
+    later = checkpoints_in(killed)[0].keys() - theirs.keys()
+    assert any(torch.load(killed / name)["global_step"] == 450 for name in later)
+    assert trainees.train(tmp_path / "b", *command(killed, 0, 5), "resume=auto", faults=SPARE).exit_code == 0
+    (kept, names), (wanted, wanted_names) = checkpoints_in(killed), checkpoints_in(whole)
+    assert names == wanted_names and len(wanted) == 8 and theirs.keys() < wanted.keys()
+    for name in wanted:
+        assert all(map(torch.equal, map(torch.as_tensor, kept[name]), map(torch.as_tensor, wanted[name])))
 
 
 def test_a_model_checkpoint_that_a_module_brings_takes_no_place_but_its_own(train, no_model, capsys):

@@ -51,13 +51,14 @@ class Checksum(NamedTuple):
 
     sha256: Sequence[str] = ()
     step: int = -1
+    run: str = ""  # that wrote it
 
     @classmethod
     def of(cls, checkpoint: Path) -> "Checksum":
         """Read the checksum of a checkpoint; an empty one if there is none that can be read."""
         try:
             stored = json.loads(read_bounded(checksum_path(checkpoint)))
-            return cls([*map(str, stored["sha256"])], int(stored["step"]))
+            return cls([*map(str, stored["sha256"])], int(stored["step"]), str(stored.get("run", "")))
         except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError):
             return cls()
 
@@ -178,7 +179,7 @@ class DurableCheckpointIO(CheckpointIO):
     """
 
     def __init__(self, before_commit: Callable[[], None] = lambda: None):
-        self.before_commit = before_commit
+        self.before_commit, self.run_id = before_commit, ""
         self._pending: tuple[dict[str, Any], Path] | None = None
         self._written_at = -math.inf
 
@@ -213,7 +214,7 @@ class DurableCheckpointIO(CheckpointIO):
             _write_synced(temporary, content)
             self.before_commit()
             digests = [hashlib.sha256(content).hexdigest(), *Checksum.of(final).sha256[:1]]
-            write_checksum(final, Checksum(digests, checkpoint.get("global_step", -1)))
+            write_checksum(final, Checksum(digests, checkpoint.get("global_step", -1), self.run_id))
             temporary.replace(final)
             sync_folder(final.parent)
             self._written_at = time.monotonic()
@@ -270,7 +271,7 @@ def remove_leftovers(folder: Path) -> None:
 def rename_checkpoint(checkpoint: Path, name: Path) -> None:
     """Rename a checkpoint within its folder, its checksum first."""
     digests = [*Checksum.of(checkpoint).sha256[:1], *Checksum.of(name).sha256[:1]]
-    write_checksum(name, Checksum(digests, Checksum.of(checkpoint).step))
+    write_checksum(name, Checksum.of(checkpoint)._replace(sha256=digests))
     sync_folder(name.parent)
     checkpoint.replace(name)
     sync_folder(name.parent)
@@ -343,19 +344,17 @@ class ResumeCheckpoint(Callback):
         self.stopped_early = self.is_partial = False
         self.first_epoch = 0
         self.changed: Mapping[str, tuple[Any, Any]] = {}  # config keys, since the checkpoint
-        self.further: list[str] = []  # files of other ModelCheckpoints at the time of the checkpoint
 
     @override
     def state_dict(self) -> dict[str, Any]:
         state = {"stopped_early": self.stopped_early, "is_partial": self.is_partial, "stops": self.stops}
-        return state | {"further": self._further(), "position": self.wal and self.wal.position}
+        return state | {"position": self.wal and self.wal.position}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.stopped_early = bool(state_dict["stopped_early"])
         self.is_partial = state_dict.get("is_partial", False)
         self.stops_before = state_dict.get("stops", self.stops)
-        self.further = [*state_dict.get("further", [])]
         if self.wal and (position := state_dict.get("position")):  # older checkpoints have none
             self.wal.replay_from(position)
 
@@ -388,9 +387,17 @@ class ResumeCheckpoint(Callback):
             if isinstance(each, ModelCheckpoint) and each.dirpath is None:
                 each.dirpath = str(self.folder / FURTHER)  # else beside the artifacts, under the run's name
 
-    def _further(self) -> list[str]:
-        """Return the names, within the folder, of the files of other ModelCheckpoints."""
-        return sorted(str(path.relative_to(self.folder)) for path in self.folder.glob(f"{FURTHER}/**/*.ckpt"))
+    def _remove_later(self, trainer: Trainer) -> None:
+        """Remove what this run wrote after its checkpoint: Lightning would name the new files otherwise."""
+        savers = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+        known = {p for c in savers for p in (*c.best_k_models, c.best_model_path, c.last_model_path)}
+        for each in savers if trainer.is_global_zero else ():
+            for depth in range(str(each.filename).count("/") + 1):  # a metric's name may hold one
+                for path in Path(each.dirpath or "").glob("*/" * depth + f"*{each.FILE_EXTENSION}"):
+                    _, step, run_id = Checksum.of(path)
+                    is_later = run_id == self.io.run_id != "" and step > trainer.global_step
+                    if is_later and str(path) not in known:
+                        self.io.remove_checkpoint(path)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
@@ -417,9 +424,7 @@ class ResumeCheckpoint(Callback):
         holds = self.stops == self.stops_before or any(s.wait_count >= s.patience for s in stopping)
         self.stopped_early &= holds
         trainer.should_stop |= self.stopped_early
-        # Files of the epoch that a crash cut short would make others be named otherwise.
-        for name in set(self._further()) - set(self.further) if trainer.is_global_zero else ():
-            self.io.remove_checkpoint(self.folder / name)
+        self._remove_later(trainer)
 
     @override
     def on_exception(self, *_: Any) -> None:
@@ -457,10 +462,8 @@ class ResumeCheckpoint(Callback):
 def apply_changes(changed: Mapping[str, tuple[Any, Any]], checkpoint: dict[str, Any]) -> None:
     """Put changed settings into the stored states of optimizer and scheduler, which would win.
 
-    Args:
-        changed: Dotted config key to its value before and now. The learning rate that a schedule
-            has reached changes in proportion.
-        checkpoint: Is changed in place.
+    `changed` has by dotted config key the value before and now; the learning rate that a schedule has
+    reached changes in proportion. `checkpoint` is changed in place.
     """
     groups = [each for state in checkpoint["optimizer_states"] for each in state["param_groups"]]
     states = {"optimizer": groups, "scheduler": checkpoint["lr_schedulers"]}

@@ -154,7 +154,7 @@ class Training:
         run.evaluation_steps = lambda: evaluation_steps(self.trainer)
         self.trainer.logger = self.blocks.logger = run
         set_root_dir(self.trainer, run.folder)
-        self.io.before_commit = run.sync
+        self.io.before_commit, self.io.run_id = run.sync, run.run_id
         profiler = self.trainer.profiler  # its tables are too wide for a screen
         if not isinstance(profiler, PassThroughProfiler) and profiler.filename is None:
             profiler.dirpath, profiler.filename = str(run.artifacts), PROFILE
