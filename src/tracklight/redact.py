@@ -62,7 +62,10 @@ _SHAPES = re.compile(
 
 def redact(tree: Any) -> Any:
     """Return a text, or a tree of mappings, lists and texts, with `***` in place of every secret."""
-    return _redact(tree, _secrets_of_environment())
+    named = ((k, v) for k, v in os.environ.items() if len(v) >= MIN_SECRET_CHARS and is_secret(k))
+    # Where a secret lies (`SSH_AUTH_SOCK`) is none, nor is `PWD`.
+    values = [v for k, v in named if k not in ("PWD", "OLDPWD") and not (v[0] == "/" and Path(v).exists())]
+    return _redact(tree, values)
 
 
 def redact_messages() -> None:
@@ -79,12 +82,6 @@ def is_secret(key: str, value: Any = "") -> bool:
     numbers = value if isinstance(value, list | tuple) and value else [value]
     is_count = _COUNTED.search(words) and all(isinstance(each, int | float) for each in numbers)
     return not is_count and _SECRET.search(words) is not None
-
-
-def _secrets_of_environment() -> list[str]:
-    """Return the values to redact anywhere; where a secret lies (`SSH_AUTH_SOCK`) and `PWD` are none."""
-    named = ((k, v) for k, v in os.environ.items() if len(v) >= MIN_SECRET_CHARS and is_secret(k))
-    return [v for k, v in named if k not in ("PWD", "OLDPWD") and not (v[0] == "/" and Path(v).exists())]
 
 
 def _redact(tree: Any, values: Sequence[str]) -> Any:
