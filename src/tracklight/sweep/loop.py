@@ -16,8 +16,7 @@ from tracklight.engine.signals import stop_signals
 from tracklight.errors import BadInput, RunFailed
 from tracklight.experiment.stored import is_unfinished
 from tracklight.runs.leaderboard import TrialRun, read_trial_run
-from tracklight.sweep.executors import Executor
-from tracklight.sweep.parent_run import ParentRun
+from tracklight.sweep import executors, parent_run
 from tracklight.sweep.plan import Job, Plan, format_params, make_trial_spec, with_num_threads
 from tracklight.sweep.progress import Progress
 from tracklight.sweep.study import INVALID_ATTR, OUTAGE_S, RUN_KEYS_ATTR, OptunaStudy, TrialRequest
@@ -37,8 +36,8 @@ class SweepLoop:
 
     plan: Plan
     study: OptunaStudy
-    executor: Executor
-    parent: ParentRun | None  # None if the sweep is not tracked
+    executor: executors.Executor
+    parent: parent_run.ParentRun | None  # None if the sweep is not tracked
     progress: Progress
     signum: int | None = None  # of the signal that ended the sweep
     halted: bool = False  # whether a failure ended the sweep
@@ -103,10 +102,8 @@ class SweepLoop:
 
     def _wait_for_store(self) -> None:
         if self.parent and self.parent.outage_s > OUTAGE_S:
-            raise RunFailed(
-                f"the tracking store has not answered for {OUTAGE_S:.0f} s; "
-                "the same command continues the sweep"
-            )
+            problem = f"the tracking store has not answered for {OUTAGE_S:.0f} s"
+            raise RunFailed(f"{problem}; the same command continues the sweep")
         time.sleep(WAIT_S)
 
     def _stop_runs(self) -> None:
@@ -193,8 +190,7 @@ class SweepLoop:
         self.halted |= self._stops_on_failure
         if self.parent:
             run_tags = self._tags(number, params, json_digest(params))
-            name = f"{number} {format_params(params)}"
-            self.parent.record_failure(None, name, run_tags, reason)
+            self.parent.record_failure(None, f"{number} {format_params(params)}", run_tags, reason)
         self.study.fail_invalid(number, reason)
         self.progress.update(self.num_remaining)
         self.progress.invalid(number, reason)
@@ -225,13 +221,8 @@ class SweepLoop:
             self.parent.delete_child(child.info.run_id)
             child = None
         run_id = None if child is None else child.info.run_id
-        spec = make_trial_spec(
-            job,
-            tags=self._tags(job.number, job.params, job.key),
-            run_id=run_id,
-            awaits_decision=self._decides(job),
-            log=self._log(job),
-        )
+        facts = {"tags": self._tags(job.number, job.params, job.key), "log": self._log(job)}
+        spec = make_trial_spec(job, run_id=run_id, awaits_decision=self._decides(job), **facts)
         if run_id is not None:
             self.progress.note(f"trial {job.name}  goes on in run {run_id}")
         self.progress.started(job)
@@ -254,8 +245,7 @@ class SweepLoop:
     def _handle(self, job: Job, message: EpochReport | TrialResult) -> None:
         if isinstance(message, EpochReport):
             if self._decides(job):
-                prune = self.study.report(job.number, message.epoch, message.value)
-                self.executor.answer(job, prune)
+                self.executor.answer(job, self.study.report(job.number, message.epoch, message.value))
             self.progress.epoch_ended(job, message.epoch)
             return
         if message.kind == "stopped" and not self._is_over:
@@ -263,9 +253,8 @@ class SweepLoop:
         if message.kind == "failed" and self.parent:
             run_tags = self._tags(job.number, job.params, job.key)
             self.parent.record_failure(message.run_id, job.name, run_tags, message.reason)
-        ended = (message.kind, message.score, message.epochs, message.seconds)
-        run = TrialRun(job.number, job.params, job.cfg.seed, *ended, reason=message.reason)
-        self.trial_runs.append(run)
+        ended = (job.cfg.seed, message.kind, message.score, message.epochs, message.seconds)
+        self.trial_runs.append(TrialRun(job.number, job.params, *ended, reason=message.reason))
         if message.kind != "stopped":
             self._results[job.key] = message
         for sharing in self._in_progress.pop(job.key, [job]):

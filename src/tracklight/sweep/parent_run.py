@@ -75,19 +75,18 @@ def _children_query(run_id: str) -> str:
 def _check_not_deleted(store: Store, query: str) -> None:
     """Refuse to repeat a sweep whose parent was deleted, as its trials may still exist."""
     for run in store.search(query, deleted=True):
-        raise BadInput(
-            f"the parent run of this sweep, {run.info.run_id}, was deleted; sweep.fresh=true "
-            f"starts over, {restore_command(run.info.run_id, store.display_uri)} brings it back"
+        deleted = (
+            f"the parent run of this sweep, {run.info.run_id}, was deleted; sweep.fresh=true starts over"
         )
+        raise BadInput(f"{deleted}, {restore_command(run.info.run_id, store.display_uri)} brings it back")
 
 
 def _reopen(store: Store, run_id: str) -> Run:
     """Continue a parent run that is in progress neither here nor elsewhere."""
     is_here = store.folder(run_id).is_dir()
     if not is_here and store.client.get_run(run_id).info.status == "RUNNING":
-        raise BadInput(
-            f"this very sweep is RUNNING elsewhere, as run {run_id}; wait for it, or sweep.fresh=true"
-        )
+        where = f"elsewhere, as run {run_id}"
+        raise BadInput(f"this very sweep is RUNNING {where}; wait for it, or sweep.fresh=true")
     try:
         return store.reopen(run_id)
     except BadInput as error:
@@ -123,11 +122,9 @@ def _check_unchanged(plan: Plan, children: Iterable[Any], data: str | None) -> N
 
 def _check_digest(what: str, before: str | None, now: set[str]) -> None:
     if before is not None and before not in {*now, "unknown"}:
-        raise BadInput(
-            f"the {what} has changed since this sweep began (digest {before[:12]} -> "
-            f"{min(now)[:12]}); sweep.fresh=true starts over, allow_changes=true continues "
-            "all the same"
-        )
+        digests = f"digest {before[:12]} -> {min(now)[:12]}"
+        cures = "sweep.fresh=true starts over, allow_changes=true continues all the same"
+        raise BadInput(f"the {what} has changed since this sweep began ({digests}); {cures}")
 
 
 def _data_params(params: Mapping[str, Any]) -> dict[str, str]:

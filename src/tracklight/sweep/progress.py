@@ -187,8 +187,7 @@ def plot_page(rows: Sequence[LeaderboardRow], metric: str, mode: str) -> str | N
         plots.insert(1, lambda: visualization.plot_param_importances(study, target_name=metric))
     parts = []
     for plot in plots:
-        with warnings.catch_warnings(), suppress(ValueError, RuntimeError):  # too few values
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), suppress(ValueError, RuntimeError):  # too few values
             parts.append(plot().to_html(full_html=False, include_plotlyjs=not parts, default_height=480))
     return f"<html><head><meta charset='utf-8'></head><body>{''.join(parts)}</body></html>"
 
@@ -203,11 +202,10 @@ def _to_study(rows: Sequence[LeaderboardRow], mode: str) -> optuna.Study:
     numeric = {name for name, each in space.items() if isinstance(each, FloatDistribution)}
     states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
     for row in sorted(rows, key=lambda row: row.trial):
-        if row.state not in states or row.score is None or row.params.keys() != space.keys():
-            continue
-        params = {key: float(text) if key in numeric else text for key, text in row.params.items()}
-        state, value = states[row.state], row.score
-        study.add_trial(optuna.create_trial(state=state, value=value, params=params, distributions=space))
+        state, value = states.get(row.state), row.score
+        if state is not None and value is not None and row.params.keys() == space.keys():
+            params = {key: float(text) if key in numeric else text for key, text in row.params.items()}
+            study.add_trial(optuna.create_trial(state=state, value=value, params=params, distributions=space))
     return study
 
 

@@ -50,10 +50,8 @@ class Axis:
             if not self.texts:
                 raise BadInput(f"{assignment} has no values; try {key}=A,B")
             if is_search and self._is_log:
-                raise BadInput(
-                    f"{assignment}: only an interval is searched logarithmically; "
-                    f"try {key}=tag(log,interval(A,B)), or list the values"
-                )
+                cure = f"try {key}=tag(log,interval(A,B)), or list the values"
+                raise BadInput(f"{assignment}: only an interval is searched logarithmically; {cure}")
             return
         low, high = self._sweep.start, self._sweep.end
         if not (math.isfinite(low) and math.isfinite(high)):
@@ -61,10 +59,8 @@ class Axis:
         if low >= high:
             is_int = isinstance(low, int)  # from `int(interval(...))`
             fix = f"interval({high:g},{low:g})" if low > high else f"interval({low:g},{low + 1:g})"
-            raise BadInput(
-                f"{assignment} is empty: the first {'whole ' * is_int}number must be below the "
-                f"second; try {key}={f'int({fix})' if is_int else fix}"
-            )
+            problem = f"is empty: the first {'whole ' * is_int}number must be below the second"
+            raise BadInput(f"{assignment} {problem}; try {key}={f'int({fix})' if is_int else fix}")
         if is_search and self._is_log and low <= 0:
             raise BadInput(f"{assignment}: a logarithmic interval must start above 0")
 

@@ -28,29 +28,17 @@ from tracklight.errors import BadInput
 from tracklight.paths import read_bounded
 from tracklight.redact import redact
 from tracklight.sweep.space import Space
-from tracklight.tracking.address import call_in_thread
-from tracklight.tracking.mlflow_client import retry
+from tracklight.tracking import address, mlflow_client
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 # Its one warning is a page of SQL about a query that is retried; if that fails too, it raises.
 logging.getLogger("optuna.storages._rdb.storage").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
-SAMPLERS = {
-    "tpe": "TPESampler",
-    "random": "RandomSampler",
-    "qmc": "QMCSampler",
-    "grid": "GridSampler",
-    "cmaes": "CmaEsSampler",
-    "gp": "GPSampler",
-}
-PRUNERS = {
-    "none": "NopPruner",
-    "median": "MedianPruner",
-    "percentile": "PercentilePruner",
-    "hyperband": "HyperbandPruner",
-    "asha": "SuccessiveHalvingPruner",
-}
+SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler", "qmc": "QMCSampler", "grid": "GridSampler"}
+SAMPLERS |= {"cmaes": "CmaEsSampler", "gp": "GPSampler"}
+PRUNERS = {"none": "NopPruner", "median": "MedianPruner", "percentile": "PercentilePruner"}
+PRUNERS |= {"hyperband": "HyperbandPruner", "asha": "SuccessiveHalvingPruner"}
 DIRECTIONS: dict[str, Literal["minimize", "maximize"]] = {"min": "minimize", "max": "maximize"}
 MAX_JOURNAL_BYTES = 1_000_000_000
 STORAGE_TIMEOUT_S = 15.0  # not every driver has its own
@@ -115,10 +103,8 @@ class OptunaSettings:
                 low, high, step = distribution.low, distribution.high, distribution.step
                 cells[name] = [low + i * step for i in range(round((high - low) / step) + 1)]
             else:
-                raise BadInput(
-                    f"sweep.sampler=grid cannot enumerate the interval of {name}; "
-                    f"list its values, {name}=A,B, or try sweep.sampler=tpe"
-                )
+                cure = f"list its values, {name}=A,B, or try sweep.sampler=tpe"
+                raise BadInput(f"sweep.sampler=grid cannot enumerate the interval of {name}; {cure}")
         return cells
 
     def build_pruner(self) -> Any:
@@ -146,10 +132,8 @@ def _build(kind: str, name: str, cls: type, options: dict[str, Any]) -> Any:
     given = {key: value for key, value in options.items() if key != "seed"}
     for key in given:
         if key not in allowed:
-            raise BadInput(
-                f"sweep.{kind}_options.{key}: {kind} {name} has no such option; "
-                f"it takes {', '.join(allowed) or 'none'}"
-            )
+            takes = f"{kind} {name} has no such option; it takes {', '.join(allowed) or 'none'}"
+            raise BadInput(f"sweep.{kind}_options.{key}: {takes}")
     with _option_errors(kind, name, given):
         return cls(**options)
 
@@ -158,15 +142,12 @@ def _build(kind: str, name: str, cls: type, options: dict[str, Any]) -> Any:
 def _option_errors(kind: str, name: str, options: Mapping[str, Any]) -> Iterator[None]:
     """Name the options in what Optuna raises; it checks few of them itself."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # some are called experimental
+        with warnings.catch_warnings(action="ignore"):  # some are called experimental
             yield
     except Exception as error:
         pairs = ", ".join(f"{key}: {value}" for key, value in options.items())
-        reason = " ".join(str(error).split())
-        raise BadInput(
-            f"sweep.{kind}_options={{{pairs}}} cannot be those of {kind} {name}: {reason}"
-        ) from error
+        reason = f"cannot be those of {kind} {name}: {' '.join(str(error).split())}"
+        raise BadInput(f"sweep.{kind}_options={{{pairs}}} {reason}") from error
 
 
 def open_storage(url: str | None, journal: Path | None) -> BaseStorage:
@@ -174,15 +155,13 @@ def open_storage(url: str | None, journal: Path | None) -> BaseStorage:
     if url is None:
         return _open_journal(journal) if journal else optuna.storages.InMemoryStorage()
     try:
-        return call_in_thread(partial(optuna.storages.RDBStorage, url)).result(STORAGE_TIMEOUT_S)
+        return address.call_in_thread(partial(optuna.storages.RDBStorage, url)).result(STORAGE_TIMEOUT_S)
     except Exception as error:
         reason = redact(" ".join(str(error).split("\n")[0].split()))[:200]
         if isinstance(error, TimeoutError):
             reason = f"does not answer within {STORAGE_TIMEOUT_S:.0f} s"
-        raise BadInput(
-            f"sweep.storage={redact(url)} cannot be opened ({reason}); give a database that runs, "
-            "sqlite:///FILE or postgresql://..., or null for a file in tracking.dir"
-        ) from None
+        cure = "a database that runs, sqlite:///FILE or postgresql://..., or null for a file in tracking.dir"
+        raise BadInput(f"sweep.storage={redact(url)} cannot be opened ({reason}); give {cure}") from None
 
 
 def _open_journal(path: Path) -> JournalStorage:
@@ -197,9 +176,9 @@ def _open_journal(path: Path) -> JournalStorage:
         # The kernel releases this lock when a process is killed; Optuna's own would last 30 s.
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         descriptor = os.open(path.with_suffix(".lock"), flags, 0o666)
+        flock = partial(fcntl.flock, descriptor)
         lock: Any = SimpleNamespace(
-            acquire=partial(fcntl.flock, descriptor, fcntl.LOCK_EX),
-            release=partial(fcntl.flock, descriptor, fcntl.LOCK_UN),
+            acquire=partial(flock, fcntl.LOCK_EX), release=partial(flock, fcntl.LOCK_UN)
         )
         return JournalStorage(JournalFileBackend(str(path), lock))
     except Exception as error:  # Optuna checks nothing of what it reads
@@ -225,7 +204,7 @@ class PatientStorage:
             return is_away
 
         try:
-            return retry(partial(call, *args, **kwargs), OUTAGE_S, is_outage, "sweep.storage")
+            return mlflow_client.retry(partial(call, *args, **kwargs), OUTAGE_S, is_outage, "sweep.storage")
         except UpdateFinishedTrialError:
             if not self.is_waiting:
                 raise
@@ -325,10 +304,9 @@ class OptunaStudy:
             self._study.enqueue_trial({}, user_attrs={PARAMS_ATTR: dict(params)})
             return self._ask_waiting(len(self.get_trials()) - 1)
         trial = same[-1]
-        if trial.state == TrialState.WAITING:
-            return self._ask_waiting(trial.number)
-        if trial.state == TrialState.RUNNING:
-            return self._reopen(trial.number)
+        if not trial.state.is_finished():
+            ask = self._ask_waiting if trial.state == TrialState.WAITING else self._reopen
+            return ask(trial.number)
         return TrialRequest(self.trial_number(trial), dict(params), has_ended=True)
 
     def enqueue_retry(self, number: int) -> int:
