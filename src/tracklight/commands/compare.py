@@ -104,19 +104,10 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def _to_dict(board: Leaderboard, row: LeaderboardRow) -> dict[str, Any]:
-    return {
-        "rank": row.rank,
-        "metric": board.metric,
-        "score": row.score,
-        "half_width": row.half_width,
-        "delta": row.delta,
-        "seeds": [run.params.get("seed") for run in row.runs],
-        "params": row.params,
-        "flags": row.flags,
-        "runs": row.run_ids,
-        "names": [run.name for run in row.runs],
-        "loss": row.losses,
-    }
+    own = {key: getattr(row, key) for key in ("score", "half_width", "delta", "params", "flags")}
+    seeds, names = [run.params.get("seed") for run in row.runs], [run.name for run in row.runs]
+    own |= {"seeds": seeds, "runs": row.run_ids, "names": names, "loss": row.losses}
+    return {"rank": row.rank, "metric": board.metric, **own}
 
 
 def _to_csv_row(board: Leaderboard, row: LeaderboardRow) -> dict[str, Any]:
