@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,25 +114,19 @@ def _source_files(name: str) -> Iterator[tuple[str, Path]]:
 
     Only the file system is asked, since asking Python for a submodule imports its package.
     """
-    module, *parts = name.split(".")
+    top, *parts = name.split(".")
     try:
-        spec = importlib.util.find_spec(module)
+        spec = importlib.util.find_spec(top)
     except (ImportError, ValueError, AttributeError):  # ValueError: `__main__`, an empty name
         return
-    folders = [Path(each).resolve() for each in (spec and spec.submodule_search_locations) or ()]
-    origin = Path((spec and spec.origin) or "")
-    if any(_is_installed_or_ours(each) for each in (*folders, origin.resolve())):
-        return
-    if origin.suffix == ".py":
-        yield module, origin
-    for part in parts:
-        module = f"{module}.{part}"
-        packages = [folder / part for folder in folders if (folder / part).is_dir()]
-        paths = [package / "__init__.py" for package in packages]
-        paths += [folder / f"{part}.py" for folder in folders]
-        if (path := next((each for each in paths if each.is_file()), None)) is not None:
-            yield module, path
-        folders = packages
+    while spec is not None:
+        origin, folders = Path(spec.origin or ""), [*(spec.submodule_search_locations or ())]
+        if any(_is_installed_or_ours(Path(each).resolve()) for each in (*folders, origin)):
+            return
+        if origin.suffix == ".py":
+            yield spec.name, origin
+        below = f"{spec.name}.{parts.pop(0)}" if parts and folders else ""
+        spec = PathFinder.find_spec(below, folders) if below else None
 
 
 def _is_installed_or_ours(path: Path) -> bool:
