@@ -1,19 +1,10 @@
 from types import SimpleNamespace
 
-import pytest
-
 from tracklight.config.compose import compose
 from tracklight.runs.leaderboard import TrialRun, rank_trials
 from tracklight.sweep.plan import format_params
-from tracklight.sweep.progress import Progress, format_duration
+from tracklight.sweep.progress import Progress
 from tracklight.sweep.trial import TrialResult
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (61, "1 min 1 s"), (3720, "1 h 2 min")]
-)
-def test_durations_have_their_two_largest_units(seconds, text):
-    assert format_duration(seconds) == text
 
 
 def test_params_are_short_and_never_ambiguous():

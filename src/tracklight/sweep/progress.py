@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
@@ -121,7 +122,7 @@ class Progress:
         if self._best:
             parts.append(f"best {self._best[0]:.5g} ({self._best[1]})")
         if self._seconds and (self._num_remaining or self._started_s):
-            parts.append(f"about {format_duration(self._seconds_left())} left")
+            parts.append(f"about {timedelta(seconds=round(self._seconds_left()))} left")
         return ", ".join(parts)
 
     def _seconds_left(self) -> float:
@@ -158,15 +159,6 @@ def _closing_table(rows: Sequence[LeaderboardRow], metric: str) -> Table:
     if any(row.state == "failed" for row in rows):
         columns.append(("reason", fold, lambda row: row.reason))
     return to_table(rows, columns)
-
-
-def format_duration(seconds: float) -> str:
-    """Format a duration in its two largest units."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def plot_page(rows: Sequence[LeaderboardRow], metric: str, mode: str) -> str | None:
