@@ -276,11 +276,10 @@ def _scale_y(axes: Axes, curves: Sequence[_Curve]) -> None:
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.7g}"))
 
 
-def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Average neighbours until at most `MAX_DRAWN` points are left."""
-    starts = np.arange(0, len(x), -(-len(x) // MAX_DRAWN))
-    counts = np.diff(np.append(starts, len(x)))
-    return np.add.reduceat(x, starts) / counts, np.add.reduceat(y, starts) / counts
+def _thinned(x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
+    """Average neighbours so that at most `MAX_DRAWN` points are left."""
+    num = min(len(x), MAX_DRAWN)
+    return [np.array([part.mean() for part in np.array_split(each, num)]) for each in (x, y)]
 
 
 def _scatter(axes: Axes, points: Pairs) -> None:
