@@ -1,6 +1,7 @@
 """The project one stands in: its runs, its config files, its code; and ours."""
 
 import errno
+import json
 import os
 import stat
 import sys
@@ -33,6 +34,15 @@ def read_bounded(path: Path, max_bytes: int = SMALL_BYTES) -> str:
         if facts.st_size > max_bytes:
             raise OSError(errno.EFBIG, f"{facts.st_size:,} bytes, of which {max_bytes:,} are allowed")
         return file.read(max_bytes).decode()
+
+
+def parse_mapping(text: str) -> dict[str, Any]:
+    """Parse a JSON mapping; empty if the text is anything else."""
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
 
 
 class Project(NamedTuple):

@@ -21,8 +21,9 @@ from tracklight.data.tensor_data import TensorData
 from tracklight.engine.checkpoints import load_plain, newest_resume_checkpoint
 from tracklight.errors import BadInput
 from tracklight.experiment.build import build_data, build_model, depends_on_total
+from tracklight.paths import parse_mapping
 from tracklight.runs.reader import open_reader
-from tracklight.runs.select import WORDS, fetch, parse_mapping, read_text, resolve_sweep, select_run
+from tracklight.runs.select import WORDS, fetch, read_text, resolve_sweep, select_run
 from tracklight.tracking import tags
 from tracklight.tracking.provenance import code_digest
 from tracklight.tracking.store import Store, connect

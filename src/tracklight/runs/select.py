@@ -1,7 +1,6 @@
 """Selects a run by its id, a prefix of it, `last` or `best`, and reads its artifacts."""
 
 import functools
-import json
 import os
 import re
 import tempfile
@@ -145,15 +144,6 @@ def read_text(store: "Store", run: Any, path: str) -> str:
         return read_bounded(local, MAX_TEXT_BYTES)
     except (OSError, ValueError) as error:
         raise BadInput(f"run {run.info.run_id}: {path} cannot be read: {error}") from None
-
-
-def parse_mapping(text: str) -> dict[str, Any]:
-    """Parse a JSON mapping; empty if the text is anything else."""
-    try:
-        tree = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return tree if isinstance(tree, dict) else {}
 
 
 def remove_downloads() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tracklight.paths import read_bounded, sync_folder
+from tracklight.paths import parse_mapping, read_bounded, sync_folder
 
 FILE_NAME = "run.lock"
 
@@ -118,10 +118,8 @@ def was_abandoned(folder: Path) -> bool:
 
 def read_lock(folder: Path) -> dict[str, Any]:
     """Return the content of a folder's lock file; empty if there is none, or none that parses."""
-    content: Any = None
-    with suppress(OSError, ValueError, RecursionError):
-        content = json.loads(read_bounded(folder / FILE_NAME))
-    if not isinstance(content, dict):
-        return {}
+    content: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        content = parse_mapping(read_bounded(folder / FILE_NAME))
     pid = content.get("pid")
     return content if pid is None or (type(pid) is int and 0 < pid < 2**31) else {}
