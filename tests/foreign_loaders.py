@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -198,3 +199,21 @@ class Restless(Net):
         steps = self.trainer.estimated_stepping_batches
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=int(steps))
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+class Hiding(Restless):
+    """Draws from generators that only a closure, a default, a partial or a bound method holds."""
+
+    def __init__(self, in_features: int = FEATURES, out_features: int = CLASSES):
+        super().__init__(in_features, out_features)
+        closed, default = torch.Generator().manual_seed(13), np.random.RandomState(14)
+        draws = (
+            lambda: torch.rand(1, generator=closed).item(),
+            lambda rng=default: rng.rand(),
+            partial(np.random.Generator.random, np.random.default_rng(15)),
+            random.Random(16).random,
+        )
+        self.draws = lambda: sum(draw() for draw in draws)
+
+    def draw(self) -> float:
+        return super().draw() + self.draws()

@@ -12,7 +12,7 @@ from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.callbacks import EMAWeightAveraging, LearningRateMonitor
 from torch import nn
 
-from foreign_loaders import KINDS, Loaders, Restless
+from foreign_loaders import KINDS, Hiding, Loaders, Restless
 from tracklight.engine import checkpoints
 from tracklight.engine.checkpoints import DurableCheckpointIO, ResumeCheckpoint, newest_resume_checkpoint
 from tracklight.engine.seeding import EpochSeeds
@@ -130,9 +130,10 @@ class Mixing(Callback):
         batch[0].mul_(self.options["rngs"][0].beta(1, 1) + IN_THIS_FILE.random())
 
 
-@pytest.mark.parametrize("owner", ["layer", "callback"])
+@pytest.mark.parametrize("owner", ["layer", "callback", "function"])
 def test_generators_are_reseeded_wherever_they_are(thrice, owner):
-    make, callbacks = (Within, []) if owner == "layer" else (Restless, [Mixing])
+    make = {"layer": Within, "function": Hiding}.get(owner, Restless)
+    callbacks = [Mixing] if owner == "callback" else []
     whole, continued, begun = thrice(make, partial(Loaders, "in_process"), *callbacks)
     assert begun > 0 and tail(continued, "train_loss", begun) == tail(whole, "train_loss", begun)
     assert continued.same_bits(whole)

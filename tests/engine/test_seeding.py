@@ -104,3 +104,16 @@ def test_circles_and_long_containers_end_a_search():
     one += [other, *range(10**6)]
     other["one"] = one
     assert [*map(id, find_objects([other], (list,)))] == [id(one)]
+
+
+def test_a_function_not_yet_whole_ends_no_search():
+    def outer():
+        def inner():
+            return later, generator
+
+        found = find_objects([inner], (torch.Generator,))
+        later = 1
+        return found, later
+
+    generator = torch.Generator()
+    assert outer()[0] == [generator]

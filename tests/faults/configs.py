@@ -67,6 +67,7 @@ FURTHER_CONFIGS = {
     "double_precision": (*DROPOUT_ADAM_COSINE, "trainer.precision=64-true"),
     "total": restless("workers", "+model.total=true"),
     "manual": restless("dictionary", "+model.manual=true", RATES),
+    "hidden": ("model._target_=foreign_loaders.Hiding", *restless("in_process")[1:]),
     "accumulated": restless("workers", "trainer.accumulate_grad_batches=4", RATES),
     **{
         kind: restless(kind, f"trainer.reload_dataloaders_every_n_epochs={int(kind == 'subsets')}")

@@ -10,9 +10,9 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from itertools import islice
-from types import ModuleType
+from types import BuiltinMethodType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -147,7 +147,10 @@ class EpochSeeds(Callback):
 
 
 def find_objects(roots: list[Any], kinds: tuple[type, ...], most: int = 10_000) -> list[Any]:
-    """Return the objects of some kinds that others hold, however deep, or the files of their classes."""
+    """Return the objects of some kinds that others hold, however deep, or the files of their classes.
+
+    A function holds what it closes over and its defaults, a partial its arguments, a bound method its object.
+    """
     seen, todo = dict[int, Any](), [*roots]
     for each in todo:  # which grows: the nearest come first
         if isinstance(each, CLOSED) or id(each) in seen or len(seen) > 10 * most:
@@ -155,6 +158,13 @@ def find_objects(roots: list[Any], kinds: tuple[type, ...], most: int = 10_000) 
         seen[id(each)] = each
         held = each if isinstance(each, dict) else getattr(each, "__dict__", {})
         todo += islice(each if isinstance(each, list | tuple) else held.values(), most)
+        if isinstance(each, FunctionType):
+            todo += [cell.cell_contents for cell in each.__closure__ or () if cell != CellType()]
+            todo += [each.__defaults__, each.__kwdefaults__]
+        elif isinstance(each, partial):
+            todo += [each.func, each.args, each.keywords]
+        elif isinstance(each, MethodType | BuiltinMethodType):
+            todo.append(each.__self__)
         file = sys.modules.get(str(getattr(each, "__module__", "")))
         if "-packages" not in (getattr(file, "__file__", None) or "-packages"):
             todo += [value for value in vars(file).values() if isinstance(value, kinds)]
