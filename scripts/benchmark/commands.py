@@ -172,11 +172,11 @@ def _section(ended: dict[str, list[Ended]], arguments: Namespace, setting: Setti
     ]  # fmt: skip
     notes = [
         *setting.lines(),
-        f"{arguments.repeats} runs of each command, in an order drawn anew each time, after one"
+        f"{arguments.repeats} runs of each command, in random order, after one"
         f" that is not counted. The full store has {arguments.crowd:,} runs, each with its params"
         " and tags and every 100th of its metric points, the others none.",
         "`train.py` trains on 55,000 images, tracks every step, validates and checkpoints each"
-        " epoch, tests, draws and logs the model; the script by hand trains on as many, no more.",
+        " epoch, tests, draws and logs the model; the script by hand only trains, on as many images.",
     ]
     times = [(name, of_mean(each)) for name, each in seconds.items()]
     return Section("Whole commands", notes, claims, times, "s")

@@ -169,9 +169,9 @@ def _notes(epochs: int, setting: Setting) -> list[str]:
         *setting.lines(),
         f"{epochs} epochs of MNIST's 60,000 training images, 784-128-10, batch"
         f" {by_hand.BATCH_SIZE}, SGD, {torch.get_num_threads()} threads; slices of {SLICE} steps,"
-        " in one process and an order drawn anew each round.",
-        "Nobody shows a progress bar.",
-        "An epoch of ours that is tracked ends when MLflow has all of it.",
+        " in one process, in a new random order each round.",
+        "No progress bars are shown.",
+        "A tracked epoch of ours ends when MLflow has all its values.",
     ]
 
 

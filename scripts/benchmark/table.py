@@ -9,8 +9,8 @@ from benchmark.interval import Interval
 
 HEAD = """# Benchmarks
 
-What `make bench` measured last. Brackets hold 95 % intervals; a target is reached if the interval
-reaches it.
+These are the last measurements of `make bench`. Brackets hold 95 % intervals; a target is reached if the
+interval reaches it. "Ours" is tracklight, "by hand" a hand-written loop, and A / B the ratio of their times.
 """
 
 

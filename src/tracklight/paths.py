@@ -1,4 +1,4 @@
-"""The project one stands in: its runs, its config files, its code; and ours."""
+"""The current project: its runs, config files and code; and tracklight's own."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Redact secrets in whatever is shown, logged or stored.
+"""Redact secrets in everything that is shown, logged or stored.
 
 Structure comes first: the keys of a mapping, the words of a list (`config.overrides` parses a command
 line). Text comes last: URLs, `name=value` in its many spellings, headers, and the shapes that well-known

@@ -1,1 +1,1 @@
-"""What is typed beside training: parse, call, print. Not here: ranking and training themselves."""
+"""The commands other than train: parse, call, print. Not here: ranking and training themselves."""

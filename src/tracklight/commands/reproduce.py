@@ -1,4 +1,4 @@
-"""Trains a run again from its stored config and compares weights and metrics to the bit."""
+"""Trains a run again from its stored config and compares weights and metrics bit for bit."""
 
 import re
 import tempfile

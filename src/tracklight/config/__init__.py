@@ -1,1 +1,1 @@
-"""What a run is asked to do: composed, checked, made into objects. Not here: torch, MLflow."""
+"""A run's config: composed, checked, made into objects. Not here: torch, MLflow."""

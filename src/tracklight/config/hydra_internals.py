@@ -1,4 +1,4 @@
-"""Hydra's command line with our gate before it: all that uses private names of Hydra or OmegaConf.
+"""Hydra's command line after our checks, and all use of private names of Hydra and OmegaConf.
 
 Checked with Hydra 1.3.8 and 1.4.0rc3. `hydra.main` instantiates callbacks and configures logging
 from whatever was composed, before any code of ours runs; here the nodes are checked first.

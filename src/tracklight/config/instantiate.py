@@ -1,4 +1,4 @@
-"""The one gate from config to objects, Hydra's own nodes included.
+"""The only place that builds objects from a config, Hydra's own nodes included.
 
 A `_target_` names a class that is defined in an allowed module, or nothing is instantiated.
 """

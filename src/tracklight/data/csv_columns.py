@@ -1,4 +1,4 @@
-"""Numbers from named columns of a CSV file, strictly: what is not a number is never guessed.
+"""Reads numbers from named columns of a CSV file, strictly: nothing is guessed.
 
 Shapes: `N` rows, `C` chosen columns.
 """

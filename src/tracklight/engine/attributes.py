@@ -1,4 +1,4 @@
-"""What other people's objects remember beside weights, kept for a resumed run."""
+"""Attributes of users' objects that training has changed, kept for a resumed run."""
 
 import pickle
 from typing import Any

@@ -1,4 +1,4 @@
-"""Whether optimizer steps can be taken in blocks: only where nothing could tell the difference."""
+"""Whether optimizer steps can be taken in blocks: only if nothing could tell the difference."""
 
 from typing import Any
 

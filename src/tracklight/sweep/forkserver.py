@@ -1,8 +1,8 @@
-"""What the process from which all trials are forked does first, as this file is imported.
+"""Imported by the process from which all trials are forked: signals, code digest, imports.
 
-It ignores Ctrl-C and SIGUSR1, which the sweep's process handles, and reads the digest of the code, so
-that all trials have that of the sweep's start, whatever is edited meanwhile. Then it imports what trials
-need; what cannot be imported fails in the trial again, which says so.
+The process ignores Ctrl-C and SIGUSR1, which the sweep's process handles. It reads the digest of the code,
+so that all trials have that of the sweep's start, whatever is edited meanwhile. Then it imports what trials
+need; an import that fails here fails again in the trial, which reports it.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Locks held by the kernel for a living process; they vanish with it, however it died."""
+"""Locks that the kernel holds for a living process; they end with it, however it ends."""
 
 import fcntl
 import json

@@ -1,4 +1,4 @@
-"""MLflow's own API within training: what a module logs by it goes to the run."""
+"""MLflow's own API during training: what a module logs with it goes to the run."""
 
 import contextlib
 import tempfile

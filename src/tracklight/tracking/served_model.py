@@ -1,4 +1,4 @@
-"""How a logged model answers: a copy of this file lies in the model, where tracklight is not needed.
+"""How a logged model answers: the model has a copy of this file, so that it does not need tracklight.
 
 MLflow's own wrapper of a graph takes columns by position and as float32, drops those that it does not
 know, and writes NaN into JSON. This one follows the signature or refuses, which MLflow's server answers
