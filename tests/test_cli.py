@@ -137,7 +137,8 @@ def test_help_explains_the_groups_in_readable_form(programs, tmp_path):
     assert ended.returncode == 0
     for part in ("model: cnn, linear, mlp", "experiment=mnist_fast", "resume=auto", "optimizer:\n  "):
         assert part in ended.stdout
-    assert max(map(len, ended.stdout.splitlines())) <= 140
+    lines = [line for line in ended.stdout.splitlines() if not line.startswith("experiment:")]
+    assert max(map(len, lines)) <= 120  # the list of presets is as long as there are presets
     assert not list(tmp_path.iterdir())
 
 
