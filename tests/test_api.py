@@ -48,12 +48,15 @@ def test_importing_the_package_imports_nothing_else(tmp_path):
     assert ended.stdout == "module 'tracklight' has no attribute 'trian'\n"
 
 
-def test_runs_are_trained_and_found_whatever_was_imported_before_and_what_cannot_be_run_raises(project):
+def test_runs_are_trained_and_found_whatever_was_imported_before_and_what_cannot_be_run_raises(
+    project, template
+):
     (project / "conf" / "optimizer").mkdir(parents=True)
     (project / "conf" / "optimizer" / "sgd.yaml").write_text("_target_: torch.optim.SGD\nlr: 0.01\n")
     ended = run(
         project,
         """
+        import shutil
         import tracklight.runs.reader as reader, tracklight
         from pathlib import Path
         from tracklight.errors import BadInput
@@ -70,6 +73,8 @@ def test_runs_are_trained_and_found_whatever_was_imported_before_and_what_cannot
         except BadInput as error:
             print(error)
         assert not Path("mlruns").exists()
+        Path("mlruns").mkdir()
+        shutil.copy("TEMPLATE", "mlruns")  # to make a new one takes seconds
         from tracklight.experiment import record
         record.log_model = lambda *_, **__: None  # whose imports take seconds
         made = tracklight.train(["trainer.max_epochs=1", "tracking.figures=false"])
@@ -85,7 +90,7 @@ def test_runs_are_trained_and_found_whatever_was_imported_before_and_what_cannot
         frames += [tracklight.runs(), runs(experiment="none"), tracklight.api.runs()]
         assert [[*frame.index] for frame in frames] == [[made.id], [made.id], [], [made.id]]
         assert cloudpickle.loads(cloudpickle.dumps(lambda: tracklight))() is tracklight
-        """,
+        """.replace("TEMPLATE", str(template)),
     )
     assert ended.returncode == 0, ended.stderr
     said = [line for line in ended.stdout.splitlines() if line[:5] in ("unkno", "seed=", "seed ", "this ")]

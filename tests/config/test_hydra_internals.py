@@ -39,8 +39,18 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("node", NODES)
+PAIRS = [
+    (node, mode) for node in NODES for mode in MODES
+]  # each node in one mode, one node in each, are quick
+
+
+@pytest.mark.parametrize(
+    ("node", "mode"),
+    [
+        pytest.param(node, mode, marks=[pytest.mark.slow] * (node != "callback" and mode != "sweep"))
+        for node, mode in PAIRS
+    ],
+)
 def test_a_node_of_hydra_builds_and_calls_only_what_is_allowed(programs, node, mode, tmp_path):
     ran = tmp_path / "ran"
     words = [word.format(ran=ran) for word in NODES[node]]
