@@ -79,7 +79,7 @@ def write_checksum(checkpoint: Path, checksum: Checksum) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _write_synced(path: Path, content: bytes | memoryview) -> None:
+def _write_synced(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -145,7 +145,7 @@ def _to_plain(value: Any) -> Any:
     return value if value is None or type(value) in PLAIN else ...
 
 
-def _serialize(checkpoint: dict[str, Any]) -> memoryview:
+def _serialize(checkpoint: dict[str, Any]) -> bytes:
     """Return the content of a checkpoint's file, with the plain hyperparameters alone."""
     kept = dict(checkpoint)
     for owner in (LightningModule, LightningDataModule):  # they are rebuilt from the config
@@ -160,7 +160,7 @@ def _serialize(checkpoint: dict[str, Any]) -> memoryview:
     if refused := torch.serialization.get_unsafe_globals_in_checkpoint(buffer):
         names = ", ".join(sorted(refused))
         raise RunFailed(f"a checkpoint holds plain values and tensors, not {names} of a module or callback")
-    return buffer.getbuffer()
+    return buffer.getvalue()  # a view would outlive the buffer, which Python 3.13 warns of
 
 
 def _release(written: str) -> tuple[int, ...]:
