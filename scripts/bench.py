@@ -36,6 +36,10 @@ def main() -> None:
             from benchmark import pruning
 
             _report(pruning.measure(setting), arguments)
+        if "populations" in arguments.only:
+            from benchmark import populations
+
+            _report(populations.measure(root, folder, setting), arguments)
         if {"steps", "cuda"} & {*arguments.only}:
             import torch
 
@@ -54,8 +58,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=20, help="of the fast rivals: 20 or more")
     parser.add_argument("--repeats", type=int, default=5, help="of each whole command")
     parser.add_argument("--crowd", type=int, default=10_000, help="runs in the full store")
-    parts = ("commands", "steps", "cuda", "sweeps", "pruning")
-    only = "parts to measure; sweeps, half an hour more, and pruning, some minutes, only if named"
+    parts = ("commands", "steps", "cuda", "sweeps", "pruning", "populations")
+    only = "parts to measure; sweeps, half an hour more, pruning and populations, some minutes, only if named"
     parser.add_argument("--only", nargs="+", default=parts[:3], choices=parts, help=only)
     root = Path(os.environ.get("MNIST_ROOT", ROOT / "data"))
     parser.add_argument("--root", type=Path, default=root, help="folder of MNIST/raw (MNIST_ROOT)")

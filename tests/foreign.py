@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tracklight.data.tensor_data import Split, TensorData
 from tracklight.models.linear_regression import LinearRegression
+from tracklight.models.mlp import MLP
 from tracklight.models.supervised import Supervised
 
 CLASSES, FEATURES = 4, 8
@@ -43,6 +44,10 @@ class Blobs(TensorData):
     def load(self) -> dict[str, Split]:
         train, val, test = blobs(self.num_train, 1), blobs(self.num_val, 2), blobs(64, 3)
         return {"train": train} | ({"val": val} if self.num_val else {}) | {"test": test}
+
+
+class NotPure(MLP):
+    """Promises nothing of its steps: `pure` is not inherited."""
 
 
 class Relabelled(Blobs):

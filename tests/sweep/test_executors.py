@@ -13,10 +13,10 @@ def test_the_last_messages_of_stopped_trials_are_yielded():
     executor = ProcessExecutor(1)
     ours, theirs = multiprocessing.Pipe()
     process = SimpleNamespace(join=lambda _: None, terminate=lambda: None)
-    executor._workers[ours] = _Worker(process, "trial", 0)  # pyright: ignore
+    executor._workers[ours] = _Worker(process, {0: ("spec", "trial")}, 0)  # pyright: ignore
     sent = [EpochReport(3, 0.5), TrialResult("stopped")]
     for message in sent:
-        theirs.send(message)
+        theirs.send([(0, message)])
     assert list(executor.stop()) == [("trial", message) for message in sent]
     theirs.close()
 
@@ -27,7 +27,7 @@ def test_the_workers_take_turns_on_the_gpus_that_are_visible(monkeypatch, visibl
     executor, specs = ProcessExecutor(3, num_gpus=2), []
     process = SimpleNamespace(start=lambda: None)
     context = SimpleNamespace(
-        Pipe=multiprocessing.Pipe, Process=lambda target, args: specs.append(args[0]) or process
+        Pipe=multiprocessing.Pipe, Process=lambda target, args: specs.extend(args[0]) or process
     )
     monkeypatch.setattr(executor, "_context", context)
     for _ in gpus:

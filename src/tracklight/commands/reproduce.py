@@ -26,6 +26,7 @@ from tracklight.tracking import provenance, tags
 from tracklight.tracking.store import Store, connect
 
 MACHINE_KEYS = ("trainer.accelerator:", "trainer.devices:")  # another machine may need others
+POPULATION_REL = 1e-4  # relative difference of a run of a population from the run alone
 MAX_LISTED = 8  # changed packages in one line
 NOT_A_RESULT = re.compile(r"(system|gradient|evaluate)/")  # metrics that do not depend on training
 LOGGED_AT_END = re.compile(r"test|score|ols")  # a run given more epochs has a point for each end
@@ -62,14 +63,18 @@ def run(args: Namespace) -> int:
         reproductions = there.search(f"tags.`{tags.REPRODUCES_TAG}` = '{run_id}'")
         if not reproductions:
             raise RunFailed(f"the new run is not in {there.display_uri}")
-        num_weights, num_points, differences = compare_runs(kept, (store, old), (there, reproductions[0]))
+        # Others were trained with it, by other kernels: the bits are not the same.
+        rel = POPULATION_REL if tags.POPULATION_TAG in run_tags else 0.0
+        pair = (store, old), (there, reproductions[0])
+        num_weights, num_points, differences = compare_runs(kept, *pair, rel=rel)
     found = {"run": run_id, "new": reproductions[0].info.run_id, "identical": not differences}
     found |= {"weights": num_weights, "points": num_points, "differences": differences, "known": reasons}
     args.emit(found)
     if not differences:
         which = "final" if tags.LAST in kept else "best"
         compared = f"{num_weights:,} {which} weights and {num_points:,} metric points"
-        print(f"\nidentical: {compared} are the same to the bit")
+        how = f"equal: {compared} agree to {rel:g}, as a member of a population should"
+        print(f"\n{how}" if rel else f"\nidentical: {compared} are the same to the bit")
         return 0
     print("\nnot identical", *differences, sep="\n  ")
     if cfg.trainer.accelerator != "cpu" and torch.cuda.is_available():
@@ -107,16 +112,19 @@ def _kept_checkpoints(store: Store, run: Any) -> list[str]:
     return [tags.LAST, tags.BEST]
 
 
-def compare_runs(checkpoints: Sequence[str], *pair: tuple[Store, Any]) -> tuple[int, int, list[str]]:
+def compare_runs(
+    checkpoints: Sequence[str], *pair: tuple[Store, Any], rel: float = 0.0
+) -> tuple[int, int, list[str]]:
     """Compare the weights in these checkpoints and the metrics of two runs, each with its store.
 
-    Returns the number of weights, the number of metric points, and a line for each difference.
+    Returns the number of weights, the number of metric points, and a line for each difference, by more than
+    `rel`, relative to the size of a weight tensor or to the largest value of a metric.
     """
     num_weights, num_points, differences = 0, 0, []
     for path in checkpoints:
         before, after = (load_plain(fetch(*each, path))["state_dict"] for each in pair)
         num_weights = sum(tensor.numel() for tensor in before.values())
-        differences += _diff_weights(path, before, after)
+        differences += _diff_weights(path, before, after, rel)
     readers = [(reader_of(store), run.info.run_id) for store, run in pair]
     for key in sorted({key for _, run in pair for key in run.data.metrics}):
         if NOT_A_RESULT.match(key):
@@ -125,11 +133,11 @@ def compare_runs(checkpoints: Sequence[str], *pair: tuple[Store, Any]) -> tuple[
         found = [reader.get_histories([run_id], key).get(run_id, []) for reader, run_id in readers]
         before, after = (history[start:] for history in found)
         num_points += len(before)
-        differences += _diff_histories(key, before, after)
+        differences += _diff_histories(key, before, after, rel)
     return num_weights, num_points, differences
 
 
-def _diff_weights(path: str, before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
+def _diff_weights(path: str, before: dict[str, Tensor], after: dict[str, Tensor], rel: float) -> list[str]:
     lines = []
     for name in dict.fromkeys((*before, *after)):
         one, other = before.get(name), after.get(name)
@@ -137,15 +145,18 @@ def _diff_weights(path: str, before: dict[str, Tensor], after: dict[str, Tensor]
             lines.append(f"{path}: {name} has another shape, or is there only once")
         elif not torch.equal(one, other):
             gap = (one.double() - other.double()).abs()
+            if gap.norm() <= rel * one.double().norm():
+                continue
             number = f"{int((gap > 0).sum()):,} of {gap.numel():,} values"
             lines.append(f"{path}: {name} differs in {number}, by up to {gap.max():.3g}")
     return lines
 
 
-def _diff_histories(key: str, before: Sequence[Any], after: Sequence[Any]) -> list[str]:
+def _diff_histories(key: str, before: Sequence[Any], after: Sequence[Any], rel: float) -> list[str]:
     lines = [f"{key}: {len(before):,} points and {len(after):,}"] if len(before) != len(after) else []
+    most = rel * max((abs(value) for _, value in before), default=0.0)
     for one, other in zip(before, after, strict=False):
-        if one != other:
+        if one != other and not (one[0] == other[0] and abs(one[1] - other[1]) <= most):
             first = f"first differs at step {one[0]}, {one[1]:.9g} and {other[1]:.9g}"
             end = f"at the end {before[-1][1]:.6g} and {after[-1][1]:.6g}"
             return [*lines, f"{key}: {first}; {end}"]

@@ -36,7 +36,7 @@ def why_no_blocks(trainer: Any, module: LightningModule, data: object) -> str | 
         return f"{type(data).__name__} is not a tracklight data set (TensorData)"
     return (
         unsupported_argument(trainer)
-        or _overridden_hook(module, data)
+        or overridden_hook(module, data)
         or next(filter(None, map(_unsupported_callback, trainer.callbacks)), None)
         or _unsupported_optimizer(trainer)
     )
@@ -69,7 +69,8 @@ def unsupported_argument(trainer: Any) -> str | None:
     return None
 
 
-def _overridden_hook(module: Supervised, data: TensorData) -> str | None:
+def overridden_hook(module: Supervised, data: TensorData) -> str | None:
+    """Return the first hook of a step that a model or its data override, in words."""
     if is_overridden("training_step", module, Supervised) or not module.automatic_optimization:
         return f"{type(module).__name__} takes its training steps in its own way"
     hooks = [(module, Supervised, hook) for hook in MODULE_HOOKS]

@@ -27,6 +27,20 @@ def count_optimizer_step(trainer: Any) -> None:
         setattr(batches.total, name, getattr(batches.total, name) + 1)
 
 
+def set_progress(trainer: Any, epochs: int, batches: int) -> dict[str, Any]:
+    """Count epochs of so many optimizer steps as done; return what a checkpoint holds of the counters."""
+    loop = trainer.fit_loop.epoch_loop
+    steps, current = epochs * batches, batches * bool(epochs)
+    optimizer = loop.automatic_optimization.optim_progress.optimizer
+    counted = [(trainer.fit_loop.epoch_progress, epochs, epochs), (loop.batch_progress, steps, current)]
+    counted += [(optimizer.step, steps, current), (optimizer.zero_grad, steps, current)]
+    for progress, *values in counted:
+        for counter, value in zip((progress.total, progress.current), values, strict=True):
+            vars(counter).update(dict.fromkeys(vars(counter), value))
+    loop.batch_progress.is_last_batch, loop._batches_that_stepped = epochs > 0, steps
+    return trainer._checkpoint_connector._get_loops_state_dict()
+
+
 def reload_train_dataloader(trainer: Any) -> None:
     """Discard the data loader that `estimated_stepping_batches` may have built before the fit.
 

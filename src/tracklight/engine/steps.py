@@ -7,7 +7,7 @@ on memory that is allocated once.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import getitem, is_
 from typing import Any
@@ -123,18 +123,45 @@ class TracedStep:
             loss = torch.func.functional_call(self.loss_of_batch, named, (x, y))
             return loss.detach(), *torch.autograd.grad(loss, parameters)
 
-        leaves = [parameter.detach().requires_grad_() for parameter in self.parameters]
-        with torch.random.fork_rng(devices=()):  # tracing draws dropout's numbers too
-            try:
-                traced = torch_internals.make_fx(loss_and_gradients)(*leaves, inputs, targets)
-            except RuntimeError:  # such as a parameter that has no part in the loss
-                return None
-            _drop_aliases(traced)
-            parameters = [leaf.detach() for leaf in leaves]
-            if not type(self.optimizer).__module__.startswith("torch."):  # may keep a gradient
-                return partial(traced.forward, *parameters)
-            with torch.no_grad():
-                return _Replay(traced, parameters, (inputs, targets)).compiled()
+        keeps_gradients = not type(self.optimizer).__module__.startswith("torch.")  # or it may
+        return trace(loss_and_gradients, self.parameters, (inputs, targets), is_compiled=not keeps_gradients)
+
+
+def trace(
+    function: Callable[..., tuple[Tensor, ...]],
+    state: Sequence[Tensor],
+    batch: tuple[Tensor, Tensor],
+    rewrite: Callable[[torch.fx.Graph], None] = lambda _: None,
+    is_compiled: bool = True,  # whether each call may write to the memory of the one before
+) -> Callable[..., tuple[Tensor, ...]] | None:
+    """Return a function of a batch that replays one of state and batch; None if a trace cannot hold it.
+
+    The function may change the state, which is as before after the tracing.
+    """
+    leaves = [each.detach().requires_grad_(each.requires_grad) for each in state]
+    before = [leaf.detach().clone() for leaf in leaves]
+    with torch.random.fork_rng(devices=()):  # tracing draws dropout's numbers too
+        try:
+            traced = torch_internals.make_fx(function)(*leaves, *batch)
+        except RuntimeError:  # such as a parameter that has no part in the loss
+            return None
+        finally:
+            _restore(leaves, before)
+        _drop_aliases(traced)
+        rewrite(traced.graph)
+        traced.graph.eliminate_dead_code()
+        traced.recompile()
+        parameters = [leaf.detach() for leaf in leaves]
+        if not is_compiled:
+            return partial(traced.forward, *parameters)
+        with torch.no_grad():
+            return _Replay(traced, parameters, batch).compiled()
+
+
+@torch.no_grad()
+def _restore(tensors: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, before, strict=True):
+        tensor.copy_(value)
 
 
 class _Replay:
@@ -161,17 +188,21 @@ class _Replay:
             for node in nodes
             for index in torch_internals.written_arguments(node.target)
         }
-        if any(node.op != "call_function" for node in (*nodes, *written)):
+        is_known = [node.op == "call_function" or node.name in self.fixed for node in (*nodes, *written)]
+        if not all(is_known):
             return by_trace
-        state = torch.get_rng_state()
-        expected = by_trace(*self.batch)
+        rng, before = torch.get_rng_state(), [each.clone() for each in self.parameters]
         for node in nodes:
             self._add(node, node in written)
         head = f"def step({', '.join(self.inputs)}):"
         exec("\n    ".join([head, *self.lines, f"return {self._word(output.args[0])}"]), self.values)
-        step = self.values["step"]
-        torch.set_rng_state(state)
-        return step if all(map(torch.equal, step(*self.batch), expected)) else by_trace
+        step, found = self.values["step"], list[list[Tensor]]()
+        for call in (by_trace, step):
+            _restore(self.parameters, before)
+            torch.set_rng_state(rng)
+            found.append([each.nan_to_num() for each in (*call(*self.batch), *self.parameters)])
+        _restore(self.parameters, before)
+        return step if all(map(torch.equal, *found)) else by_trace
 
     def _add(self, node: Any, is_written: bool) -> None:
         """Run an operation, and write the line that runs it at each step where one has to."""
@@ -232,8 +263,6 @@ def _drop_aliases(traced: torch.fx.GraphModule) -> None:
         if node.op == "call_function" and node.target is torch.ops.aten.alias.default:
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
-    traced.graph.eliminate_dead_code()
-    traced.recompile()
 
 
 def _is_plain_sgd(optimizer: Optimizer, parameters: list[Tensor]) -> bool:

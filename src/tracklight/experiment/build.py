@@ -177,11 +177,7 @@ def rehearse(cfg: DictConfig, model: Any, data: LightningDataModule | None, trai
             cure = f"try trainer.val_check_interval={max(num_grouped, every - every % num_grouped)}"
             amid = f"would validate amid the {num_grouped} batches of a step"
             raise BadInput(f"trainer.val_check_interval={interval} {amid}; {cure}")
-        # A model with steps or hooks of its own may log anything in them.
-        hooks = [name for name in dir(Supervised) if re.match("on_.*|.*_step$", name)]
-        hooks = [name for name in hooks if inspect.isfunction(getattr(Supervised, name))]
-        plain = isinstance(model, Supervised) and not any(is_overridden(n, model, Supervised) for n in hooks)
-        if plain and not cfg.compile:  # which would take seconds
+        if is_plain(model) and not cfg.compile:  # which would take seconds
             parts = [each for each in ("train", "val") if getattr(trainer, f"limit_{each}_batches")]
             _check_monitored(cfg, trainer, _logged_names(model, data, parts))
     if not hasattr(model, "optimizer_factory"):
@@ -200,6 +196,13 @@ def rehearse(cfg: DictConfig, model: Any, data: LightningDataModule | None, trai
     with naming("scheduler"):
         if scheduler is not None:
             scheduler.step(*[0.0] * isinstance(scheduler, ReduceLROnPlateau))
+
+
+def is_plain(model: LightningModule) -> bool:
+    """Return whether a model has no steps or hooks of its own, which may do and log anything."""
+    hooks = [name for name in dir(Supervised) if re.match("on_.*|.*_step$", name)]
+    hooks = [name for name in hooks if inspect.isfunction(getattr(Supervised, name))]
+    return isinstance(model, Supervised) and not any(is_overridden(n, model, Supervised) for n in hooks)
 
 
 def _check_limit(cfg: DictConfig, part: str, num_batches: int) -> None:

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
@@ -22,6 +22,7 @@ from tracklight.redact import redact_messages
 from tracklight.sweep.plan import Job
 from tracklight.sweep.trial import (
     EpochReport,
+    NotStacked,
     TrialResult,
     TrialSpec,
     describe_error,
@@ -39,7 +40,7 @@ Message = tuple[Job, EpochReport | TrialResult]
 @dataclass
 class _Worker:
     process: Any
-    job: Job
+    jobs: dict[int, tuple[TrialSpec, Job]]  # that have not ended, by their index in its messages
     number: int
 
 
@@ -53,6 +54,7 @@ class ProcessExecutor:
         self._num_workers = num_workers
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num_gpus)))
         self._gpus = [name.strip() for name in visible.split(",")] if num_gpus else [None]
+        self.max_members: int | None = None  # of a population that are trained at once
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
 
@@ -64,14 +66,19 @@ class ProcessExecutor:
     @property
     def running(self) -> list[Job]:
         """The jobs in progress."""
-        return [worker.job for worker in self._workers.values()]
+        return [job for worker in self._workers.values() for _, job in worker.jobs.values()]
 
     def start(self, spec: TrialSpec, job: Job) -> None:
         """Start a trial; its messages are yielded with the job."""
+        self.start_group([(spec, job)])
+
+    def start_group(self, group: Sequence[tuple[TrialSpec, Job]]) -> None:
+        """Start trials that one process trains together, or one of them."""
         number = min({*range(self._num_workers)} - {each.number for each in self._workers.values()})
         ours, theirs = self._context.Pipe()
-        spec = replace(spec, gpu=self._gpus[number % len(self._gpus)])
-        process = self._context.Process(target=run_in_worker, args=(spec, theirs))
+        gpu = self._gpus[number % len(self._gpus)]
+        specs = [replace(spec, gpu=gpu) for spec, _ in group]
+        process = self._context.Process(target=run_in_worker, args=(specs, theirs, self.max_members))
         try:
             process.start()
         except (EOFError, OSError):  # the process that forks them has died, or cannot be started
@@ -79,30 +86,45 @@ class ProcessExecutor:
                 "no process could be started for a trial; is memory short, or `ulimit -u` too low?"
             ) from None
         theirs.close()
-        self._workers[ours] = _Worker(process, job, number)
+        self._workers[ours] = _Worker(process, dict(enumerate(group)), number)
 
     def messages(self, timeout_s: float) -> Iterator[Message]:
         """Yield the reports and results of trials, waiting for the first."""
         for connection in wait([*self._workers], timeout_s):
             assert isinstance(connection, Connection)
             worker = self._workers[connection]
+            jobs, found = dict(worker.jobs), list[tuple[int, Any]]()
             try:
-                message = connection.recv()
+                while worker.jobs and (not found or connection.poll()):
+                    found += (received := connection.recv())
+                    for index, message in received:
+                        if not isinstance(message, EpochReport):
+                            worker.jobs.pop(index, None)
             except (EOFError, OSError):
-                message = TrialResult("failed", reason=_exit_reason(worker.process))
+                failed = TrialResult("failed", reason=_exit_reason(worker.process))
+                found += [(index, failed) for index in worker.jobs]
+                worker.jobs.clear()
                 _kill_group(worker.process.pid)  # the trial's own children outlive it
-            if isinstance(message, TrialResult):
+            if not worker.jobs:
                 del self._workers[connection]
                 connection.close()
                 worker.process.join(JOIN_S)
-            yield worker.job, message
+            unstacked = [index for index, message in found if isinstance(message, NotStacked)]
+            if unstacked:
+                self.take_back([jobs[index] for index in unstacked], found[-1][1])
+            yield from ((jobs[i][1], message) for i, message in found if i not in unstacked)
+
+    def take_back(self, group: Sequence[tuple[TrialSpec, Job]], why: NotStacked) -> None:
+        """Start trials otherwise that could not be trained together."""
+        raise AssertionError(why)
 
     def answer(self, job: Job, prune: bool) -> None:
         """Answer the epoch report of a trial that awaits a decision."""
         for connection, worker in self._workers.items():
-            if worker.job is job:
-                with suppress(OSError):  # the trial has died; `messages` yields its result next
-                    connection.send(prune)
+            for index, (_, each) in worker.jobs.items():
+                if each is job:
+                    with suppress(OSError):  # the trial has died; `messages` yields its result next
+                        connection.send((index, prune))
 
     def stop(self) -> Iterator[Message]:
         """Stop all trials at the next safe point; yield their last messages."""
@@ -111,8 +133,8 @@ class ProcessExecutor:
         end_s = time.monotonic() + STOP_S
         while self._workers and time.monotonic() < end_s:
             yield from self.messages(1.0)
-        for worker in self._workers.values():
-            yield worker.job, TrialResult("stopped")
+        for job in self.running:
+            yield job, TrialResult("stopped")
         self.kill()
 
     def kill(self) -> None:

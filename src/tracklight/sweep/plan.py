@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 JOBLIB_LAUNCHER = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"  # local
+POPULATION_LAUNCHER = "hydra_plugins.tracklight.launcher.PopulationLauncher"
 NOT_SWEEPABLE = ("sweep", "tracking", "resume", "allow_changes", "overrides", "allowed_targets", "hydra")
 DEFAULT_TRIALS = 20  # of a search
 WARMUP_KEYS = ("warmup_trials", "warmup_epochs")
@@ -107,7 +108,10 @@ class Plan:
         self.num_runs: int = settings["seeds"] * self.num_folds  # of each trial
         self._check_space()
         target = master.hydra.launcher._target_
-        self.launcher: str | None = None if target == BASIC_LAUNCHER else target  # for our own processes
+        is_population = target == POPULATION_LAUNCHER
+        self.population: Any = master.hydra.launcher if is_population else None  # its settings
+        # None for our own processes.
+        self.launcher: str | None = None if is_population or target == BASIC_LAUNCHER else target
         self.prunes: bool = settings["pruner"] != "none"
         self.num_threads = default_threads(settings["workers"])  # of each trial
         self._parser = OverridesParser.create(config_loader=self._loader)

@@ -21,7 +21,8 @@ from tracklight.errors import BadInput, RunFailed
 from tracklight.runs.leaderboard import LeaderboardRow, rank_trials
 from tracklight.runs.select import WORDS, select_run
 from tracklight.sweep.executors import Executor, LauncherExecutor, ProcessExecutor
-from tracklight.sweep.plan import Job, Plan, format_params, make_trial_spec
+from tracklight.sweep.plan import Job, Plan, format_params, make_trial_spec, with_num_threads
+from tracklight.sweep.populations import PopulationExecutor, group_jobs
 from tracklight.sweep.trial import TrialResult
 from tracklight.tracking.address import call_in_thread
 from tracklight.tracking.tags import PARENT_TAG, POINT_TAG, SUMMARY, TESTED_TAG
@@ -49,6 +50,9 @@ def sweep(overrides: list[str], master: DictConfig, context: HydraContext) -> fl
     plan = Plan(overrides, master, context)
     if plan.settings["dry_run"]:
         print(plan.describe())
+        if plan.population and not plan.is_search:
+            jobs = [with_num_threads(job, plan.num_threads) for jobs in plan.configs for job in jobs]
+            print(group_jobs(jobs)[1])
         return None
     choose_temporary_folder(Path(plan.first_cfg.tracking.dir))
     before = os.environ.get("PYTHONSAFEPATH", "")
@@ -151,6 +155,9 @@ def _build_loop(
         takes_all = not plan.is_search and plan.settings["on_failure"] != "stop"
         batch_size = None if takes_all else plan.settings["workers"]
         executor = LauncherExecutor(plan.context, plan.master, batch_size)
+    if plan.population:
+        size = plan.settings["workers"], plan.num_gpus
+        executor = PopulationExecutor(*size, plan.population, plan.is_search, progress.note)
     for note in plan.notes:
         progress.note(note)
     return SweepLoop(plan, study, executor, parent, progress)

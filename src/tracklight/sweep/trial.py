@@ -1,12 +1,14 @@
 """One trial in the process that runs it; importing this file imports nothing heavy."""
 
+import math
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
@@ -18,6 +20,7 @@ from tracklight.redact import redact, redact_messages
 
 PACKAGE = Path(__file__).resolve().parents[1]
 MAX_REASON_CHARS = 500
+REPORT_S = 1.0  # from one report of a population that awaits no decision to the next
 
 PREFLIGHT = {  # one batch of one epoch; the length of a schedule stays
     "tracking": {"enabled": False},
@@ -74,27 +77,74 @@ class TrialResult:
     warnings: tuple[str, ...] = ()  # of tracklight's own code, of a preflight only
 
 
-def run_in_worker(spec: TrialSpec, connection: Connection) -> None:
-    """Run a trial in a process of its own and send its reports and its result to the sweep."""
+@dataclass(frozen=True)
+class NotStacked:
+    """A trial that was to be trained together with others cannot be, for a reason in words."""
+
+    reason: str
+
+
+def run_in_worker(specs: Sequence[TrialSpec], connection: Connection, max_members: int | None) -> None:
+    """Run a trial, or several together, in a process of its own that sends their reports and results."""
     os.setsid()  # the sweep's process handles Ctrl-C in the terminal
-    _redirect_output(spec.log)
-    if spec.gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = spec.gpu
-    sys.argv[1 + (sys.argv[1:2] == ["train"]) :] = spec.overrides  # after `tracklight train`
+    _redirect_output(specs[0].log)
+    if specs[0].gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = specs[0].gpu
+    sys.argv[1 + (sys.argv[1:2] == ["train"]) :] = specs[0].overrides  # after `tracklight train`
     try:
         redact_messages()
         threading.Thread(target=_die_with_parent, daemon=True).start()
-        result = run_trial(spec, connection)
+        if len(specs) == 1:
+            connection.send([(0, run_trial(specs[0], connection))])
+        else:
+            run_population(specs, connection, max_members)
     except Exception as error:  # a broken installation, or no thread to be had
         print(redact(traceback.format_exc()))
-        result = TrialResult("failed", reason=describe_error(error))
-    connection.send(result)
+        failed = TrialResult("failed", reason=describe_error(error))
+        connection.send([(index, failed) for index in range(len(specs))])  # of those that have not ended
     sys.stdout.flush()
     sys.stderr.flush()
     from tracklight.runs import select
 
     select.remove_downloads()
     os._exit(0)  # the run is closed; shutting down the interpreter would only keep the worker busy
+
+
+def run_population(specs: Sequence[TrialSpec], connection: Connection, max_members: int | None) -> None:
+    """Train trials together, and send what each of them comes to."""
+    os.environ.pop("PYTHONSAFEPATH", None)
+    from omegaconf import OmegaConf
+
+    from tracklight.engine.signals import Stopped
+    from tracklight.experiment import population
+
+    reported_s, going = -math.inf, {*range(len(specs))}
+
+    def end(index: int, **result: Any) -> None:
+        going.discard(index)
+        connection.send([(index, TrialResult(**result))])
+
+    def report(scores: Mapping[int, float], epoch: int) -> set[int]:
+        nonlocal reported_s
+        asked = [index for index in scores if specs[index].awaits_decision]
+        if not asked and time.monotonic() - reported_s < REPORT_S:
+            return set()
+        reported_s = time.monotonic()
+        connection.send([(index, EpochReport(epoch, value)) for index, value in scores.items()])
+        return {index for index, prune in (connection.recv() for _ in asked) if prune}
+
+    rest: TrialResult | NotStacked = TrialResult("stopped")
+    cfgs = [OmegaConf.create(spec.cfg) for spec in specs]
+    for cfg in cfgs:
+        OmegaConf.set_struct(cfg, True)
+    try:
+        of_each = [spec.tags for spec in specs], [spec.run_id for spec in specs]
+        population.run(cfgs, *of_each, max_members, report, end)
+    except population.NotStackable as error:
+        rest = NotStacked(str(error))
+    except Stopped:
+        pass
+    connection.send([(index, rest) for index in going])
 
 
 def run_trial(spec: TrialSpec, connection: Connection | None = None) -> TrialResult:
@@ -115,8 +165,8 @@ def run_trial(spec: TrialSpec, connection: Connection | None = None) -> TrialRes
     def report(epoch: int, value: float) -> bool:
         if connection is None:
             return False
-        connection.send(EpochReport(epoch, value))
-        return spec.awaits_decision and bool(connection.recv())
+        connection.send([(0, EpochReport(epoch, value))])
+        return spec.awaits_decision and bool(connection.recv()[1])
 
     callback = PruningCallback(metric, report, one_epoch=spec.preflight)
     with warnings.catch_warnings(record=spec.preflight) as caught:

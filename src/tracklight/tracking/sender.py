@@ -129,15 +129,19 @@ class MlflowWriter:
         """Close the connection to the database, if one was opened."""
         if self._tables:
             self._tables.close()
+            self._tables = None
 
 
 class Sender(threading.Thread):
-    """The daemon thread that sends a run's log while training goes on."""
+    """The daemon thread that sends a run's log while training goes on.
 
-    def __init__(self, writer: MlflowWriter, display_uri: str):
+    A direct one sends in the caller's thread instead, when asked to: for hundreds of runs in one process.
+    """
+
+    def __init__(self, writer: MlflowWriter, display_uri: str, is_direct: bool = False):
         super().__init__(name="tracklight-sender", daemon=True)
         self.writer = writer
-        self._display_uri = display_uri
+        self._display_uri, self._is_direct = display_uri, is_direct
         self._wake = threading.Event()
         self._stopped = False
         self._draining = False
@@ -145,28 +149,40 @@ class Sender(threading.Thread):
         self._is_lasting = False  # whether waiting is no cure for the last failure
         self._progress_s = time.monotonic()
 
+    def start(self) -> None:
+        """Start the thread, unless all is sent by the caller's."""
+        if not self._is_direct:
+            super().start()
+
     def run(self) -> None:
         """Send what is there once in a period; after a failure wait longer each time."""
         pause_s = _PERIOD_S
         while not self._stopped:
             self._wake.wait(pause_s)
             self._wake.clear()
-            try:
-                while self.writer.pending and not self._stopped:
-                    self.writer.send_next()
-                    self._progress_s = time.monotonic()
-                    if self._failing:
-                        self._failing = False
-                        _log.warning("MLflow at %s answers again", self._display_uri)
+            if self._send():
                 pause_s = _PERIOD_S
-            except Exception as error:  # whatever it is, the points stay and training goes on
-                self._is_lasting = not is_transient(error)
-                if not self._failing:
-                    self._failing = True
-                    now = f"training goes on, points wait in {self.writer.wal.path}"
-                    reason = short_reason(error)
-                    _log.warning(f"MLflow at {self._display_uri} takes nothing now ({reason}); {now}")
+            else:
                 pause_s = _DRAIN_PERIOD_S if self._draining else min(2 * pause_s, _MAX_BACK_OFF_S)
+
+    def _send(self) -> bool:
+        """Send what is there; return whether all of it was taken."""
+        try:
+            while self.writer.pending and not self._stopped:
+                self.writer.send_next()
+                self._progress_s = time.monotonic()
+                if self._failing:
+                    self._failing = False
+                    _log.warning("MLflow at %s answers again", self._display_uri)
+            return True
+        except Exception as error:  # whatever it is, the points stay and training goes on
+            self._is_lasting = not is_transient(error)
+            if not self._failing:
+                self._failing = True
+                now = f"training goes on, points wait in {self.writer.wal.path}"
+                reason = short_reason(error)
+                _log.warning(f"MLflow at {self._display_uri} takes nothing now ({reason}); {now}")
+            return False
 
     def drain(self, timeout_s: float) -> bool:
         """Return whether everything was sent; give up at a lasting error, or without progress for long."""
@@ -176,7 +192,10 @@ class Sender(threading.Thread):
         while (
             self.writer.pending and not self._is_lasting and time.monotonic() < self._progress_s + timeout_s
         ):
-            time.sleep(_POLL_S)
+            if not (self._is_direct and self._send()):
+                time.sleep(_POLL_S)
+        if self._is_direct:
+            self.writer.close()  # a connection each would be too many
         self._draining = False
         return not self.writer.pending
 
@@ -184,6 +203,7 @@ class Sender(threading.Thread):
         """Send nothing more; a request under way may still end."""
         self._stopped = True
         self._wake.set()
-        self.join(timeout=1)
+        if self.ident is not None:
+            self.join(timeout=1)
         if not self.is_alive():
             self.writer.close()

@@ -122,6 +122,7 @@ class Store:
         # How long a call waits for a store that is busy or away.
         self.timeout_s = _TIMEOUT_S["server" if self.database is None else "database"]
         self.recovered: set[str] = set()  # ids of the runs that `recover` has ended
+        self.sends_directly = False  # whether runs are sent in the caller's thread, when asked to
         self.why_read_only = ""  # what of the store cannot be written; empty if all of it can
 
     def ui_hint(self, info: Any) -> str:
@@ -272,7 +273,8 @@ class Store:
                     wal.repeats[key] = math.inf, max(metric.step for metric in history)
             if wal.end or run.info.status != "RUNNING":
                 wal.add_call("status", status="RUNNING")
-            sender = Sender(MlflowWriter(self.client, run, wal, self.database), self.display_uri)
+            writer = MlflowWriter(self.client, run, wal, self.database)
+            sender = Sender(writer, self.display_uri, self.sends_directly)
             opened = Run(run, sender, lock, self.ui_hint(run.info), self.timeout_s)
             if not opened.flush(self.timeout_s):
                 opened.abandon()

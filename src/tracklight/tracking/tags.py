@@ -42,6 +42,7 @@ EPOCHS_RUN_TAG = "tracklight.epochs_run"
 SECONDS_TAG = "tracklight.seconds"  # that a trial trained, all its starts together
 REASON_TAG = "tracklight.reason"
 TESTED_TAG = "tracklight.tested"  # of the winner, once it met the test set
+POPULATION_TAG = "tracklight.population"  # of a trial that was trained with others: how many they were
 NEVER_BEGAN_TAG = "tracklight.never_began"  # of a failed run that holds nothing to continue
 THREADS_TAG = "tracklight.threads"
 
