@@ -18,16 +18,7 @@ from typing import Any, cast
 import torch
 from omegaconf import DictConfig
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
-from pytorch_lightning.callbacks import (
-    BatchSizeFinder,
-    EarlyStopping,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    ModelCheckpoint,
-    OnExceptionCheckpoint,
-    ProgressBar,
-    Timer,
-)
+from pytorch_lightning import callbacks as kinds
 from pytorch_lightning.profilers import Profiler
 from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.utilities.model_helpers import is_overridden
@@ -50,9 +41,9 @@ from tracklight.redact import redact
 TOTALS = ("T_max", "total_steps", "total_iters")  # scheduler arguments that mean the whole run
 UNRECORDED, FOREIGN = "train with values that are not recorded", "start a run from the weights of another"
 REFUSED = {  # callbacks, what they would do, and what to use instead
-    BatchSizeFinder: (UNRECORDED, "-m data.batch_size=32,64,128"),
-    LearningRateFinder: (UNRECORDED, "-m sweep=lr"),
-    OnExceptionCheckpoint: (FOREIGN, "resume=auto"),
+    kinds.BatchSizeFinder: (UNRECORDED, "-m data.batch_size=32,64,128"),
+    kinds.LearningRateFinder: (UNRECORDED, "-m sweep=lr"),
+    kinds.OnExceptionCheckpoint: (FOREIGN, "resume=auto"),
 }
 STEPS = {"train": "training_step", "val": "validation_step", "test": "test_step"}
 OPTIMIZER_KEYS = ("optimizer", "scheduler")  # not used by a model that configures its own
@@ -85,11 +76,8 @@ def build_data(cfg: DictConfig, read: bool = True) -> LightningDataModule | None
 
 def build_model(cfg: DictConfig, data: LightningDataModule | None) -> LightningModule:
     """Build the model directly after seeding; arguments that are null come from the data."""
-    from_data = {
-        key: getattr(data, str(key))
-        for key, value in cfg.model.items()
-        if value is None and hasattr(data, key)
-    }
+    empty = [str(key) for key, value in cfg.model.items() if value is None]
+    from_data = {key: getattr(data, key) for key in empty if hasattr(data, key)}
     for key in ("in_features", "out_features") if isinstance(data, TensorData) else ():
         given, needed = cfg.model.get(key), getattr(data, key, None)
         if type(given) is int and needed not in (None, given):
@@ -131,14 +119,12 @@ def _scheduler_factory(cfg: DictConfig, model: Any) -> Callable[..., dict[str, A
 
     def factory(optimizer: Optimizer, num_batches: int | None = None) -> dict[str, Any]:
         missing = [key for key in TOTALS if key in node and node[key] is None]
-        often = settings.get("frequency", 1)
-        totals = {
-            key: _run_length(model.trainer, settings["interval"], num_batches, often) for key in missing
-        }
+        how_often = settings["interval"], num_batches, settings.get("frequency", 1)
+        totals = {key: _run_length(model.trainer, *how_often) for key in missing}
         make = instantiate(node | totals, cfg.allowed_targets, LRScheduler, partial=True, where="scheduler")
         scheduler = make(optimizer)
         if isinstance(scheduler, OneCycleLR):
-            length = _run_length(model.trainer, settings["interval"], num_batches, often)
+            length = _run_length(model.trainer, *how_often)
             if scheduler.total_steps < length:
                 got = f"scheduler.total_steps={scheduler.total_steps}"
                 raise BadInput(f"{got} must not be below {length}, the run's length; try null for that")
@@ -230,7 +216,7 @@ def _logged_names(model: Supervised, data: TensorData, parts: Sequence[str]) -> 
 
 def _check_monitored(cfg: DictConfig, trainer: Any, names: set[str]) -> None:
     """Refuse to monitor what no step logs, unless there are callbacks of other people."""
-    known = (EarlyStopping, ModelCheckpoint, ProgressBar, Timer)
+    known = (kinds.EarlyStopping, kinds.ModelCheckpoint, kinds.ProgressBar, kinds.Timer)
     if not all(isinstance(c, known) or "tracklight" in type(c).__module__ for c in trainer.callbacks):
         return
     monitored = {f"{type(c).__name__}.monitor": getattr(c, "monitor", None) for c in trainer.callbacks}
@@ -266,7 +252,9 @@ def _run_length(trainer: Any, interval: str, known: int | None, frequency: int) 
     steps = max_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
     groups = [trainer.accumulate_grad_batches] * max_epochs
     if num_batches < math.inf:
-        by_epoch = [each for each in trainer.callbacks if isinstance(each, GradientAccumulationScheduler)]
+        by_epoch = [
+            each for each in trainer.callbacks if isinstance(each, kinds.GradientAccumulationScheduler)
+        ]
         if by_epoch:
             groups = [by_epoch[0].get_accumulate_grad_batches(epoch) for epoch in range(max_epochs)]
         taken = [*itertools.accumulate(math.ceil(num_batches / group) for group in groups)]
@@ -317,7 +305,7 @@ def _config_callbacks(cfg: DictConfig) -> list[Callback]:
     callbacks = [instantiate(node, cfg.allowed_targets, Callback) for node in nodes.values()]
     for key, callback in zip(nodes, callbacks, strict=True):
         check_callback(callback, f"callbacks.{key}=")
-        if isinstance(callback, EarlyStopping) and "check_finite" not in nodes[key]:
+        if isinstance(callback, kinds.EarlyStopping) and "check_finite" not in nodes[key]:
             callback.check_finite = False  # a score that is no number is said, and is no reason to stop
     callbacks += [GradientMonitor()] if cfg.tracking.enabled and cfg.tracking.gradients else []
     callbacks += [SystemMetricsMonitor()] if cfg.tracking.enabled and cfg.tracking.system_metrics else []
@@ -343,7 +331,7 @@ def build_trainer(
             raise BadInput(f"trainer.{key}._target_={cfg.trainer[key]._target_} is no {kind.__name__}")
     callbacks = [*first, *_config_callbacks(cfg), *callbacks]
     if cfg.trainer.enable_progress_bar:
-        is_own = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        is_own = any(isinstance(callback, kinds.ProgressBar) for callback in callbacks)
         callbacks += [] if is_own else [progress_callback(cfg.score.metric)]
         arguments["enable_progress_bar"] = is_own
     if isinstance(data, TensorData):

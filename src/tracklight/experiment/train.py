@@ -176,9 +176,8 @@ class Training:
                 # The folder of a resumed run holds its checkpoints.
                 warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
                 # Where validation is rarer than epochs; `load_best` tells of a metric that never came.
-                warnings.filterwarnings(
-                    "ignore", ".*could not find the monitored key|ReduceLRO.* not available"
-                )
+                rare = ".*could not find the monitored key|ReduceLRO.* not available"
+                warnings.filterwarnings("ignore", rare)
                 warnings.filterwarnings("ignore", ".*add the following callbacks: ..Timer..")  # max_time=null
                 seed_all(self.cfg.seed, SETUPS, 0)
                 self.trainer.fit(self.model, datamodule=self.data, ckpt_path=checkpoint)

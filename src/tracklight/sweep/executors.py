@@ -82,9 +82,8 @@ class ProcessExecutor:
         try:
             process.start()
         except (EOFError, OSError):  # the process that forks them has died, or cannot be started
-            raise RunFailed(
-                "no process could be started for a trial; is memory short, or `ulimit -u` too low?"
-            ) from None
+            problem = "no process could be started for a trial"
+            raise RunFailed(f"{problem}; is memory short, or `ulimit -u` too low?") from None
         theirs.close()
         self._workers[ours] = _Worker(process, dict(enumerate(group)), number)
 
@@ -196,19 +195,14 @@ class LauncherExecutor:
         batch, self._batch = self._batch, []
         first, self._num_launched = self._num_launched, self._num_launched + len(batch)
         specs = {first + index: spec for index, (_, spec) in enumerate(batch)}
-        launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=self._context,
-            task_function=functools.partial(_run_launched, specs),
-            config=self._master,
-        )
+        task, make = functools.partial(_run_launched, specs), Plugins.instance().instantiate_launcher
+        launcher = make(hydra_context=self._context, task_function=task, config=self._master)
         name = type(launcher).__name__
         try:
             returned = launcher.launch([list(job.overrides) for job, _ in batch], first)
         except Exception as error:  # third-party launchers may raise anything
-            raise RunFailed(
-                f"{name} failed ({describe_error(error)}); the same command continues, "
-                "hydra/launcher=basic without it"
-            ) from error
+            cure = "the same command continues, hydra/launcher=basic without it"
+            raise RunFailed(f"{name} failed ({describe_error(error)}); {cure}") from error
         if len(returned) != len(batch):
             raise RunFailed(f"{name} returned {len(returned)} results for {len(batch)} trials")
         for (job, _), job_return in zip(batch, returned, strict=True):

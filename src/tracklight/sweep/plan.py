@@ -152,9 +152,8 @@ class Plan:
             apply_parsed_overrides(self._parser.parse_overrides(dotted), cfg)
             seed_offset, fold = divmod(index, self.num_folds)
             repeated = [f"seed={cfg.seed + seed_offset}"] if seed_offset else []
-            repeated += (
-                [f"data.fold={fold}", f"data.num_folds={self.num_folds}"] if self.num_folds > 1 else []
-            )
+            folds = [f"data.fold={fold}", f"data.num_folds={self.num_folds}"]
+            repeated += folds if self.num_folds > 1 else []
             apply_parsed_overrides(self._parser.parse_overrides(repeated), cfg)
         overrides += repeated
         is_local = self.launcher in (None, JOBLIB_LAUNCHER)
@@ -236,23 +235,18 @@ class Plan:
             notes.append("lists alone are a grid: sweep.sampler needs sweep.trials")
         num_points = 0 if self.is_search else math.prod(axis.num_given for axis in self.space.axes)
         if num_points > (num := len(self.configs)):
-            notes.append(
-                f"{num_points} points of the grid, {num} of them different: each of these trains once"
-            )
+            points = f"{num_points} points of the grid, {num} of them different"
+            notes.append(f"{points}: each of these trains once")
         if self.launcher not in (None, JOBLIB_LAUNCHER) and self.first_cfg.num_threads is None:
-            notes.append(
-                f"trials use {self.num_threads} threads each, this machine's cores divided by "
-                "sweep.workers; num_threads=N for those of another"
-            )
+            threads = f"{self.num_threads} threads each, this machine's cores divided by sweep.workers"
+            notes.append(f"trials use {threads}; num_threads=N for those of another")
         if self.is_search and sampler == "cmaes":
             random = [axis.name for axis in self.space.axes if not axis.is_numeric]
             if len(self.space.axes) - len(random) < 2:
                 random = [axis.name for axis in self.space.axes]
             if random:
-                notes.append(
-                    f"sweep.sampler=cmaes draws {', '.join(random)} at random: it needs two ranges "
-                    "of numbers at least, and no lists"
-                )
+                needs = "it needs two ranges of numbers at least, and no lists"
+                notes.append(f"sweep.sampler=cmaes draws {', '.join(random)} at random: {needs}")
         return notes
 
     def describe(self) -> str:
@@ -272,16 +266,12 @@ class Plan:
     def _check_space(self) -> None:
         axes, seeds = self.space.axes, self.settings["seeds"]
         if not axes and (self.is_search or self.num_runs == 1):
-            raise BadInput(
-                "nothing varies in this sweep; give a key several values, optimizer.lr=0.1,0.01 or "
-                "'optimizer.lr=interval(0.01,0.1)', or drop -m"
-            )
+            values = "optimizer.lr=0.1,0.01 or 'optimizer.lr=interval(0.01,0.1)'"
+            raise BadInput(f"nothing varies in this sweep; give a key several values, {values}, or drop -m")
         for axis in axes:
             if axis.name.partition("@")[0].partition(".")[0] in NOT_SWEEPABLE:
-                raise BadInput(
-                    f"{axis.name}={axis.expression}: {axis.name} is of the command as a whole, and "
-                    "cannot vary within a sweep; give it one value"
-                )
+                why = f"{axis.name} is of the command as a whole, and cannot vary within a sweep"
+                raise BadInput(f"{axis.name}={axis.expression}: {why}; give it one value")
             axis.check(self.is_search)
         if importlib.util.find_spec("optuna") is None:
             raise BadInput("sweeps need Optuna and Plotly: pip install 'tracklight[sweep]'")
@@ -306,14 +296,11 @@ class Plan:
         scores = {(jobs[0].cfg.score.metric, jobs[0].cfg.score.mode): None for jobs in self.configs}
         if len(scores) > 1:
             metrics = ", ".join(f"{metric} ({mode})" for metric, mode in scores)
-            raise BadInput(
-                f"the trials are scored by different metrics, {metrics}, and cannot be ranked; "
-                "set score.metric and score.mode for all of them"
-            )
+            problem = f"the trials are scored by different metrics, {metrics}, and cannot be ranked"
+            raise BadInput(f"{problem}; set score.metric and score.mode for all of them")
         if self.num_folds > 1 and not str(self.metric).startswith("val"):
-            raise BadInput(
-                f"sweep.folds ranks by validation, not by {self.metric}; try score.metric=val/loss"
-            )
+            problem = f"sweep.folds ranks by validation, not by {self.metric}"
+            raise BadInput(f"{problem}; try score.metric=val/loss")
         if self.metric is None:
             raise BadInput("score.metric=null ranks no trials; set score.metric=METRIC score.mode=min or max")
         if self.settings["storage"] and not cfg.tracking.enabled:
@@ -321,7 +308,5 @@ class Plan:
         if cfg.resume not in (None, "auto"):
             raise BadInput(f"resume={cfg.resume} is one run; drop -m, or resume: a sweep continues by itself")
         if self.prunes and num_devices(cfg.trainer.devices) != 1:
-            raise BadInput(
-                f"sweep.pruner={self.settings['pruner']} needs trials on one device, not "
-                f"trainer.devices={cfg.trainer.devices}; try sweep.pruner=none"
-            )
+            problem = f"needs trials on one device, not trainer.devices={cfg.trainer.devices}"
+            raise BadInput(f"sweep.pruner={self.settings['pruner']} {problem}; try sweep.pruner=none")

@@ -174,9 +174,8 @@ def _conclude(loop: "SweepLoop") -> float | None:
     different = f", {len(rows)} of them different" if num > len(rows) else ""
     progress.table(rows, f"{plan.metric} ({plan.mode}), {num} trial{'s' * (num != 1)}{different}")
     if loop.halted and loop.num_remaining:
-        progress.note(
-            f"sweep.on_failure=stop: runs not begun: {loop.num_remaining}; the same command goes on with them"
-        )
+        left = f"runs not begun: {loop.num_remaining}; the same command goes on with them"
+        progress.note(f"sweep.on_failure=stop: {left}")
     winner = rows[0] if rows and rows[0].rank == 1 else None
     if parent and winner and loop.signum is None and not loop.halted:
         progress.note(test_winner(loop, parent, winner))
@@ -230,15 +229,12 @@ def _run_tests(
 ) -> None:
     """Test runs of the winner, given by job key."""
     plan, executor = loop.plan, loop.executor
-    num_runs = max(plan.num_runs, len(winner.run_ids))
-    jobs = plan.compose_jobs(winner.trial, winner.params, num_runs)
+    jobs = plan.compose_jobs(winner.trial, winner.params, max(plan.num_runs, len(winner.run_ids)))
     waiting = [job for job in jobs if job.key in untested]
     for key in untested.keys() - {job.key for job in waiting}:
-        raise RunFailed(
-            f"the winner, run {untested[key].info.run_id}, was trained by another config than "
-            f"{format_params(winner.params)} stands for now, and is not tested; sweep.fresh=true "
-            "starts over"
-        )
+        config = f"by another config than {format_params(winner.params)} stands for now"
+        winner_run = f"the winner, run {untested[key].info.run_id}, was trained {config}"
+        raise RunFailed(f"{winner_run}, and is not tested; sweep.fresh=true starts over")
     tags = {PARENT_TAG: parent.run.run_id}
     log = parent.run.folder / "logs" / f"{winner.trial:04d}.log"
     while waiting or executor.running:
@@ -276,9 +272,8 @@ def preflight(plan: Plan, executor: ProcessExecutor) -> str | None:
         refusal = _refusal(result, plan.metric, on_cpu)
         if not refusal:
             for text in result.warnings:
-                if varied := [
-                    axis.name for axis in plan.space.axes if "ignored" in text and f" {axis.name}=" in text
-                ]:
+                named = [axis.name for axis in plan.space.axes if f" {axis.name}=" in text]
+                if varied := named if "ignored" in text else []:
                     raise BadInput(f"{', '.join(varied)} cannot vary: {text}")
                 print(f"warning: {text}", file=sys.stderr)
             return None if refusals else result.data
@@ -306,6 +301,5 @@ def _refusal(result: TrialResult, metric: str, on_cpu: bool) -> str:
         return result.reason if told else ""
     from tracklight.experiment.build import never_logged
 
-    return (
-        "" if metric in result.metrics else f"score.metric={metric} is {never_logged(metric, result.metrics)}"
-    )
+    problem = f"score.metric={metric} is {never_logged(metric, result.metrics)}"
+    return "" if metric in result.metrics else problem
