@@ -31,7 +31,7 @@ def test_a_linear_layer_weighs_and_sums():
     assert model(torch.tensor([[1.0, 2.0]])).item() == pytest.approx(w1 * 1 + w2 * 2 + b, abs=1e-6)
 
 
-def test_seed_linear_is_the_loop_by_hand(train):
+def test_seed_linear_is_the_loop_by_hand(train, spare_model):
     run = train("experiment=seed_linear", "seed=3")
 
     x = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
@@ -55,7 +55,7 @@ def test_seed_linear_is_the_loop_by_hand(train):
 
 
 @pytest.mark.full_mnist
-def test_seed_mlp_is_the_loop_by_hand(train, mnist_root):
+def test_seed_mlp_is_the_loop_by_hand(train, spare_model, mnist_root):
     run = train(
         "experiment=seed_mlp",
         "trainer.max_epochs=1",

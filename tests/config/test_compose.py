@@ -233,7 +233,7 @@ TREES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(TREES)
 def test_whatever_a_stored_config_holds_it_is_refused_or_stays_what_it_says(tree):
     stored = yaml.safe_load(yaml.safe_dump({**LINE, "extra": {"x": tree}}))
@@ -319,7 +319,7 @@ def watch(event: str, arguments: tuple) -> None:
 sys.addaudithook(watch)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(DOCUMENTS, st.sampled_from(["model", "data", "callbacks", "extra", "seed", "trainer"]))
 def test_whatever_text_a_stored_config_is_no_process_file_or_variable_is_touched(document, section):
     global is_watched

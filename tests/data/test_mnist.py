@@ -411,7 +411,7 @@ def test_loading_takes_little_more_memory_than_the_images(full_mnist):
     assert megabytes < 100  # the images are 55; one copy more would pass this
 
 
-def test_shifted_training_has_the_same_bits_in_blocks_one_by_one_and_resumed(write_mnist, train):
+def test_shifted_training_has_the_same_bits_in_blocks_one_by_one_and_resumed(write_mnist, train, spare_model):
     words = ["model=mlp", "model.hidden=[8]", "data.num_val=60", "data.shift=2", "tracking.figures=false"]
     words += [f"data.root={write_mnist()}", "data.batch_size=16", "trainer.accelerator=cpu", "num_threads=1"]
     runs = [train(*words, "trainer.max_epochs=4")]
