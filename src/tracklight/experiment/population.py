@@ -45,6 +45,7 @@ MEMORY_SHARE = 0.5  # of what is free, that members may take
 ROWS_PER_BLOCK = 1 << 15  # of all members
 OPEN_FILES = 6  # at most, of a run in progress
 NUM_TIMED, TIMED_STEPS = 8, 8  # members, and steps, to compare with single ones on a CPU
+LONG_S = 0.01  # that a stacked step takes at least, where single ones may be faster
 FASTER = 0.8  # share of the time at which single steps are taken
 
 
@@ -135,7 +136,7 @@ class Group:
             stacked_s = _time(lambda: population.train_block(*stacked, len(rows), 0, []))
         except (RuntimeError, ValueError, TypeError) as error:
             return f"{name} cannot be batched over models ({' '.join(str(error).split())[:200]})"
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" or stacked_s < LONG_S:
             return None
         alone = make_step(single := copy.deepcopy(model), model.optimizer_factory(single.parameters()))
         ratio = _time(lambda: alone(x, y)) * NUM_TIMED / stacked_s
