@@ -43,7 +43,7 @@ def test_the_closing_table_has_one_line_per_config(capsys):
     # Half of Student's interval of two values: 12.706 times half their difference.
     assert lines == [
         "val/accuracy (max)",
-        "# val/accuracy ± 95 % seeds trial hidden weight_decay state epochs s reason",
+        "# val/accuracy ± 95 % runs trial hidden weight_decay state epochs s reason",
         "1 0.9792 ±0.025 2 1 [256] 0.1 complete 8 13.6",
         "2 0.97895 ±0.022 2 0 [256] 0.05 complete 8 13.6",
         "- - 1 2 [-1] failed 0 0.0 no [such] width",

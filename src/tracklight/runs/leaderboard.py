@@ -120,7 +120,7 @@ class LeaderboardRow:
         if num > 1:
             std = statistics.stdev(self.scores) if len(self.scores) > 1 else None
             low, high = (None, None) if half is None or mean is None else (mean - half, mean + half)
-            cells |= {"std": std, "ci95_low": low, "ci95_high": high, "seeds": num}
+            cells |= {"std": std, "ci95_low": low, "ci95_high": high, "runs": num}
         cells |= {"state": self.state, "epochs": self.epochs, "seconds": round(self.seconds, 2)}
         return cells | {"reason": self.reason, "run_id": " ".join(self.run_ids)}
 
@@ -148,7 +148,7 @@ def score_columns(metric: str, with_seeds: bool) -> list[Column]:
         ("#", RIGHT, lambda row: str(row.rank or "-")),
         (metric, RIGHT, lambda row: "-" if row.score is None else f"{row.score:.5g}"),
         ("± 95 %", RIGHT, lambda row: "" if row.half_width is None else f"±{row.half_width:.2g}"),
-        ("seeds", RIGHT, lambda row: str(len(row.run_ids))),
+        ("runs", RIGHT, lambda row: str(len(row.run_ids))),
     ]
     return columns if with_seeds else columns[:2]
 
