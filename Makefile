@@ -111,7 +111,7 @@ bench: $(INSTALLED)
 	@$(BIN)/python scripts/bench.py $(ARGS)
 
 torture: $(INSTALLED)
-	@$(BIN)/python -m pytest -s tests/faults/torture.py tests/sweep/torture.py $(ARGS)
+	@$(BIN)/python -m pytest -s tests/faults/torture.py tests/sweep/torture_populations.py $(ARGS)
 
 # A warning is an error. Nothing is fetched; docs/conf.py writes the pages of the config groups.
 docs: $(INSTALLED)
