@@ -24,8 +24,9 @@ def test_the_status_line_tells_the_epochs_of_runs_before_the_first_has_ended(mon
         shown.started(job)
     shown.epoch_ended(jobs[0], 3)
     shown.epoch_ended(jobs[1], 1)
+    shown.epoch_ended(jobs[0], 1)
     shown.ended(jobs[0], TrialResult("complete", 0.5), None)
-    assert said[2:4] == ["2 running (epoch 3/9)", "2 running (epoch 3/9, 1/9)"]
+    assert said[2:5] == [f"2 running (epoch {each})" for each in ("3/9", "3/9, 1/9", "1/9")]
     assert said[-1].startswith("1 complete, 1 running (epoch 1/9)")
 
 

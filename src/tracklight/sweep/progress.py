@@ -116,7 +116,8 @@ class Progress:
     def _summary(self) -> str:
         states = ("complete", "pruned", "failed")
         parts = [f"{self._counts[state]} {state}" for state in states if self._counts[state]]
-        epochs = f" (epoch {', '.join(self._epochs.values())})" if self._epochs else ""
+        distinct = ", ".join(dict.fromkeys(self._epochs.values()))  # those trained together share one
+        epochs = f" (epoch {distinct})" if distinct else ""
         parts += [f"{len(self._started_s)} running{epochs}"] if self._started_s else []
         parts += [f"{self._num_remaining} to go"] if self._num_remaining else []
         if self._best:
