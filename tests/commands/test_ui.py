@@ -15,6 +15,7 @@ from tracklight.commands import ui
 from tracklight.commands.parser import main
 from tracklight.errors import BadInput, RunFailed
 from tracklight.tracking import store as store_module
+from tracklight.tracking.tags import EPOCHS_TAG
 
 RUNS = "runs?workflowType=machine_learning&viewStateShareKey=runs"
 
@@ -39,14 +40,19 @@ def test_it_opens_at_the_runs_of_the_experiment_trained_last(store, add, served)
 
 def test_an_experiments_view_has_the_parameters_that_vary_and_the_curves(store, add, served):
     for rate, score in (("0.1", 0.5), ("0.2", 0.25)):
-        add(score, params={"optimizer.lr": rate, "trainer.max_epochs": "3"}, experiment="mine")
+        params = {"optimizer.lr": rate, "trainer.max_epochs": "3"}
+        # The second was extended: its parameter stays.
+        add(score, params=params, tags={EPOCHS_TAG: "36"[rate == "0.2"]}, experiment="mine")
     assert main("ui", ["--dir", str(store.directory), "--experiment", "mine"]) == 0
     tags = store.client.get_experiment_by_name("mine").tags
     view = json.loads(tags["mlflow.sharedViewState.runs"])
-    assert view["selectedColumns"] == ["metrics.`score`", "params.`optimizer.lr`"]
+    assert view["selectedColumns"] == [*("metrics.`score`", "params.`optimizer.lr`", f"tags.`{EPOCHS_TAG}`")]
     assert (view["orderByKey"], view["orderByAsc"]) == ("attributes.start_time", False)
     axes, *lines = view["compareRunCharts"]
-    assert (axes["selectedParams"], axes["selectedMetrics"]) == (["optimizer.lr"], ["score"])
+    assert (axes["selectedParams"], axes["selectedMetrics"]) == (
+        ["optimizer.lr", "trainer.max_epochs"],
+        ["score"],
+    )
     assert [line["metricKey"] for line in lines] == ["val/accuracy", "train/loss"]
 
 

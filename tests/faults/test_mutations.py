@@ -83,7 +83,8 @@ def check(enter, directory, words):
     code, printed = enter(words)
     told = code in (0, 1, 2) and "Traceback" not in printed
     if code == 2:
-        told = told and "error: " in printed and num_runs(directory) == before
+        lines = [line for line in printed.splitlines() if "error: " in line]
+        told = told and len(lines) == 1 and "usage: " not in printed and num_runs(directory) == before
     if not told:
         pytest.fail(f"{words} exits with {code}:\n{printed}")
     return code

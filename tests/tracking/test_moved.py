@@ -34,7 +34,7 @@ def test_a_copy_reads_and_writes_its_own_artifacts_and_says_so_once(made, tmp_pa
     there = tmp_path_factory.mktemp("elsewhere") / name
     shutil.copytree(store.directory, there)
     shutil.rmtree(store.runs_folder / run_id)
-    with pytest.warns(UserWarning, match=f"was {store.directory}: the artifacts of 1 runs are now looked"):
+    with pytest.warns(UserWarning, match=f"was {store.directory}: the artifacts of 1 run are now looked"):
         copy = connect(None, there)
     assert listed(copy, run_id) == ("config.yaml", "seed: 0\n")
     new = connect(None, there).create("mine", None, {})  # no second warning, which would be an error

@@ -161,7 +161,7 @@ def test_a_directory_that_was_moved_is_still_recovered(directory, tmp_path_facto
     run.abandon()
     moved = tmp_path_factory.mktemp("elsewhere") / "mlruns"
     shutil.move(directory, moved)
-    with pytest.warns(UserWarning, match="artifacts of 1 runs are now looked for here"):
+    with pytest.warns(UserWarning, match="artifacts of 1 run are now looked for here"):
         store = connect(None, moved)
     store.recover()
     assert store.client.get_run(run.run_id).info.status == "KILLED"

@@ -175,5 +175,7 @@ def finish_run(
                     draw_figures(model, None, series, run.artifacts / FOLDER)
         run.finish(status)
         if status == "KILLED" and trainer is not None:
-            epoch = f"{trainer.current_epoch} of {trainer.max_epochs} epochs done"
+            epoch = (
+                f"{trainer.current_epoch} of {trainer.max_epochs} epoch{'s' * (trainer.max_epochs != 1)} done"
+            )
             print(f"stopped, {epoch}: run {run.run_id} ({run.name}); resume={run.run_id} continues it")

@@ -128,7 +128,7 @@ def _resume_by_id(cfg: DictConfig, store: Store) -> tuple[DictConfig, ResumedRun
     amended = _amend_config(stored, cfg.overrides, cfg)
     before, now = stored["trainer"]["max_epochs"], amended.trainer.max_epochs
     if now != before and depends_on_total(amended.scheduler) and not amended.allow_changes:
-        why = f"the schedule of run {run_id} spans its {before} epochs"
+        why = f"the schedule of run {run_id} spans its {before} epoch{'s' * (before > 1)}"
         cure = "would change for the epochs already trained; start a new run"
         raise BadInput(f"trainer.max_epochs={now}: {why} and {cure}")
     old, new = compose.result_keys(stored), compose.result_keys(amended)

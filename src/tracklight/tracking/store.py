@@ -83,8 +83,8 @@ def _follow_move(database: Path) -> None:
         former = sqlite_file.find_former_root(database, root)
         if former and (count := sqlite_file.relocate_artifacts(database, former, root)):
             before = unquote(former.removeprefix("file://")).removesuffix(f"/{RUNS_FOLDER}")
-            message = f"{database.parent} was {before}: the artifacts of {count} runs are now looked for here"
-            warnings.warn(message, stacklevel=2)
+            what = f"the artifacts of {count} run{'s' * (count > 1)} are now looked for here"
+            warnings.warn(f"{database.parent} was {before}: {what}", stacklevel=2)
     except sqlite3.Error:  # not a whole database, or busy: MLflow says what is the matter
         return
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from tracklight.tracking.tags import PARENT_TAG, SCORE
+from tracklight.tracking.tags import EPOCHS_TAG, PARENT_TAG, SCORE
 
 PREFIX = "mlflow.sharedViewState."
 MAX_PARAMS = 12  # an experiment's tag holds 5000 characters
@@ -37,7 +37,9 @@ def experiment_tags() -> dict[str, str]:
 
 
 def _columns(params: Sequence[str]) -> list[str]:
-    return [f"metrics.`{SCORE}`", *(f"params.`{name}`" for name in params)]
+    # A run's parameter stays when the run is extended; its tag tells the epochs.
+    own = {"trainer.max_epochs": f"tags.`{EPOCHS_TAG}`"}
+    return [f"metrics.`{SCORE}`", *(own.get(name, f"params.`{name}`") for name in params)]
 
 
 def save_experiment_view(
