@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from tracklight.config.compose import compose
 from tracklight.errors import BadInput
@@ -10,20 +11,30 @@ from tracklight.experiment.find import find_values
 TABLE = ("data=table", "num_threads=1", "tracking.figures=false", "trainer.max_epochs=2")
 
 
-def test_a_found_learning_rate_is_recorded_and_gives_the_bits_of_one_that_is_typed(train, capsys):
-    found = train(*TABLE, "callbacks=[lr_finder,ema]", "optimizer=adam", "scheduler=cosine")
-    rate = found.run.data.params["optimizer.lr"]
-    assert f"LearningRateFinder: optimizer.lr={rate}\n" in capsys.readouterr().out
-    assert found.run.data.tags["tracklight.found.optimizer.lr"] == rate
-    assert 1e-4 < float(rate) < 1 and float(rate) != compose(["optimizer=adam"]).optimizer.lr
-    assert not [key for key in found.run.data.params if "finder" in key]
-    typed = train(*TABLE, "callbacks=ema", "optimizer=adam", "scheduler=cosine", f"optimizer.lr={rate}")
+@pytest.mark.parametrize(
+    ("finder", "key", "least", "most"),
+    [
+        pytest.param("LearningRateFinder", "optimizer.lr", 1e-4, 1, id="rate"),
+        pytest.param("BatchSizeFinder", "data.batch_size", 64, 310, id="size", marks=pytest.mark.slow),
+    ],
+)
+def test_a_found_value_is_recorded_gives_the_bits_of_one_that_is_typed_and_is_not_sought_again(
+    train, spare_model, capsys, finder, key, least, most
+):
+    words = (*TABLE, "optimizer=adam", "scheduler=exponential")
+    choice = {"optimizer.lr": "lr_finder", "data.batch_size": "batch_size_finder"}[key]
+    found = train(*words, f"callbacks=[{choice},ema]")
+    value = found.run.data.params[key]
+    assert f"{finder}: {key}={value}\n" in capsys.readouterr().out
+    assert found.run.data.tags[f"tracklight.found.{key}"] == value
+    assert least <= float(value) <= most and float(value) != OmegaConf.select(compose(words), key)
+    assert not [each for each in found.run.data.params if "finder" in each]
+    train(f"resume={found.run.info.run_id}", "overrides=['trainer.max_epochs=3']")
+    assert "Finder" not in capsys.readouterr().out
+    typed = train(*words, "callbacks=ema", f"{key}={value}", "trainer.max_epochs=3")
+    assert typed.run.info.run_id != found.run.info.run_id
     weights = [run.checkpoint("last")["state_dict"] for run in (found, typed)]
     assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
-    again = train(
-        f"resume={found.run.info.run_id}", "overrides=['trainer.max_epochs=3']", "allow_changes=true"
-    )
-    assert again.run.data.params["optimizer.lr"] == rate
 
 
 def test_a_found_batch_size_is_as_large_as_memory_or_the_data_allow():

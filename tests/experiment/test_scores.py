@@ -154,6 +154,17 @@ def test_a_run_that_its_time_ended_goes_on_once_the_time_is_no_limit(train, tmp_
     assert all((found[key] == expected[key]).all() for key in found)
 
 
+def test_averaged_weights_of_a_run_that_is_extended_are_those_of_one_as_long(train, tmp_path):
+    words = ("data=table", "callbacks=ema", "callbacks.ema.decay=0.9", "optimizer=adam", *QUICK)
+    first = train(*words, EPOCHS + "2")
+    resumed(tmp_path, f"resume={first.run.info.run_id}", EPOCHS + "4")
+    whole = train(*words, EPOCHS + "4")
+    for name in ("best", "last"):
+        one, other = (each.checkpoint(name)["state_dict"] for each in (first, whole))
+        assert one.keys() == other.keys() and all(map(torch.equal, one.values(), other.values()))
+    assert first.history("val/loss") == whole.history("val/loss")
+
+
 def test_a_run_ended_amid_an_epoch_is_not_taken_up_there(train, tmp_path):
     ended = train("data=table", "data.batch_size=100", "trainer.max_steps=5", EPOCHS + "9", *QUICK)
     run_id, before = f"resume={ended.run.info.run_id}", ended.checkpoint("last")
@@ -197,7 +208,13 @@ def test_a_run_whose_batches_have_no_loss_fails_and_has_no_score(train, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("limits", "expected"), [((), 3 * 310), (("trainer.limit_train_batches=2",), 3 * 64)], ids=["all", "two"]
+    ("limits", "expected"),
+    [
+        pytest.param((), 3 * 310, id="all"),
+        pytest.param(("trainer.limit_train_batches=2",), 3 * 64, id="two"),
+        pytest.param(("experiment=debug",), 3 * 4 * 32, id="four"),
+        pytest.param(("trainer.fast_dev_run=true",), 32, id="one"),
+    ],
 )
 def test_the_speed_counts_the_examples_that_were_trained_on(tmp_path, monkeypatch, limits, expected):
     told = []

@@ -123,6 +123,19 @@ def test_last_names_the_newest_run_to_start_from_or_to_continue(train, spare_mod
     assert [step for step, _ in second.history("train/loss")] == [1, 2, 3, 4]
 
 
+def test_best_names_the_run_with_the_best_score_to_start_from(train, spare_model):
+    short = ("trainer.accelerator=cpu", "tracking.figures=false", "trainer.max_epochs=3")
+    scores = {}
+    for rate in ("0.001", "0.02", "0.002"):
+        finished = train(*short, f"optimizer.lr={rate}")
+        scores[finished.score] = finished
+    best = scores[min(scores)]
+    assert best.run.data.params["optimizer.lr"] == "0.02"  # neither the first nor the newest
+    started = train(*short, "init_from=best", "optimizer.lr=1e-9").run.data
+    assert started.params["init_from"] == started.tags["tracklight.init_from"] == best.run.info.run_id
+    assert started.metrics["score"] < min(scores)  # from its weights: none are trained here
+
+
 def test_what_lightning_refuses_in_training_fails_the_run_in_one_line(train):
     words = ("callbacks=early_stopping", "callbacks.early_stopping.monitor=x", "trainer.max_epochs=2")
     rates = "+callbacks.rates={_target_: pytorch_lightning.callbacks.LearningRateMonitor}"

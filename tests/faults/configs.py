@@ -41,17 +41,22 @@ CONFIGS = {
 }
 
 
+def loaders(kind: str) -> tuple[str, ...]:
+    """Foreign data loaders of a kind."""
+    keys = ("seed", "slope", "intercept", "noise", "num_points", "fold", "num_folds", "num_features")
+    target = "data._target_=foreign_loaders.Loaders"
+    return (target, f"+data.kind={kind}", "data.batch_size=20", *(f"~data.{key}" for key in keys), *QUICK)
+
+
 def restless(kind: str, *more: str) -> tuple[str, ...]:
     """A module that draws in every hook, on foreign data loaders of a kind."""
-    return (
-        *("model._target_=foreign_loaders.Restless", "~model.bias", "data._target_=foreign_loaders.Loaders"),
-        *(f"+data.kind={kind}", "data.batch_size=20", "score.metric=val_loss", "score.mode=min"),
-        *(
-            f"~data.{key}"
-            for key in ("seed", "slope", "intercept", "noise", "num_points", "fold", "num_folds")
-        ),
-        *("~data.num_features", *QUICK, *more),
-    )
+    model = ("model._target_=foreign_loaders.Restless", "~model.bias")
+    return (*model, *loaders(kind), "score.metric=val_loss", "score.mode=min", *more)
+
+
+def scheduled(kind: str, *more: str) -> tuple[str, ...]:
+    """A model of ours whose schedule takes the run's length from foreign data loaders."""
+    return ("model=mlp", "data=line", *loaders(kind), "model.hidden=[16]", "model.dropout=0.3", *more)
 
 
 RATES = "+callbacks.rates={_target_: pytorch_lightning.callbacks.LearningRateMonitor}"
@@ -71,8 +76,13 @@ FURTHER_CONFIGS = {
     "accumulated": restless("workers", "trainer.accumulate_grad_batches=4", RATES),
     **{
         kind: restless(kind, f"trainer.reload_dataloaders_every_n_epochs={int(kind == 'subsets')}")
-        for kind in ("persistent", "generator", "combined", "subsets", "stream", "numpy")
+        for kind in (
+            *("persistent", "generator", "combined", "subsets", "stream", "numpy"),
+            *("weighted", "python", "nested", "own_class", "stream_of_workers"),
+        )
     },
+    "cosine": scheduled("workers", "optimizer=adam", "scheduler=cosine"),
+    "onecycle": scheduled("python", "scheduler=onecycle"),
 }
 EPOCHS = "trainer.max_epochs=12"
 EACH_EPOCH = ["put", "tracklight.engine.checkpoints:INTERVAL_S", 0.0]

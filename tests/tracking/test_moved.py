@@ -3,6 +3,7 @@
 import re
 import shutil
 import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -64,6 +65,26 @@ def test_logged_and_registered_models_follow(made, tmp_path_factory):
         moved = connect(None, there)
     assert moved.client.get_logged_model(model.model_id).artifact_location.startswith(there.as_uri())
     assert moved.client.get_model_version("digits", "1").source.startswith(there.as_uri())
+
+
+@pytest.mark.parametrize("blocked", [False, True], ids=["gone", "blocked"])
+def test_the_old_path_is_neither_made_again_nor_needed(made, tmp_path_factory, blocked):
+    store, run_id = made
+    there = tmp_path_factory.mktemp("elsewhere") / "runs"
+    shutil.move(store.directory, there)
+    if blocked:
+        store.directory.write_text("in the way")
+    with pytest.warns(UserWarning, match="of 1 run are now looked for here"):
+        moved = connect(None, there)
+    start_s = time.monotonic()
+    for run in (moved.reopen(run_id), moved.create("mine", None, {})):
+        run.log_metrics({"train/loss": 1.0})
+        run.log_text("seed: 0\n", "config.yaml")
+        run.upload_artifacts()
+        run.finish("FINISHED")
+        assert listed(moved, run.run_id) == ("config.yaml", "seed: 0\n")
+    assert time.monotonic() - start_s < 10
+    assert store.directory.is_file() == store.directory.exists() == blocked
 
 
 def test_another_name_of_the_same_folder_and_artifacts_meant_to_lie_elsewhere_stay(made, tmp_path_factory):
