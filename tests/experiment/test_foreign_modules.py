@@ -242,7 +242,7 @@ def test_checkpoints_that_lightning_left_for_a_job_of_slurm_are_not_read(
 
 @slow
 @pytest.mark.parametrize("name", PUBLIC)
-def test_a_public_module_is_tracked_tested_and_evaluated(train, name, tmp_path, capsys):
+def test_a_public_module_is_tracked_tested_and_evaluated(train, name, tmp_path, capsys, caplog):
     finished = train(*PUBLIC[name], "trainer.max_epochs=3")
     run = finished.run
     main("evaluate", [run.info.run_id, "--dir", str(tmp_path / "runs")])
@@ -255,6 +255,10 @@ def test_a_public_module_is_tracked_tested_and_evaluated(train, name, tmp_path, 
     assert (finished.folder / "embedding.json").exists() == (name == "language model")
     logged = [] if run.outputs is None else run.outputs.model_outputs
     assert len(logged) == (name != "language model")  # whose forward is not defined
+    said = [line for line in caplog.messages if "was not logged as an MLflow model: " in line]
+    assert len(said) == (name == "language model") and all(
+        'missing the required "forward"' in s for s in said
+    )
 
 
 @slow

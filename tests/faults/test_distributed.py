@@ -143,6 +143,29 @@ def test_processes_that_torchrun_launched_are_one_run_too_and_resume_none(traine
         assert (after.runs, after.points, after.tags) == (before.runs, before.points, before.tags)
 
 
+def test_a_finished_run_is_left_alone_by_resume_auto_under_torchrun_with_more_epochs(trainees, tmp_path):
+    directory, kept = tmp_path / "runs", {}
+    for epochs in (2, 3):
+        port, command = (
+            free_port(),
+            (*CONFIGS["plateau"], *TWO, f"trainer.max_epochs={epochs}", "resume=auto"),
+        )
+        both = [
+            trainees.start(directory, command, [["spare_model"]], env=torchrun(rank, port)) for rank in (0, 1)
+        ]
+        assert [process.wait() for process in both] == [0, 0], both[0].stderr
+        assert "resume=auto: no unfinished run of this config, a new one starts" in both[0].stdout
+        folder = directory / "artifacts"
+        kept = kept or {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    runs = TrialResult(directory).runs
+    assert kept == {path: path.read_bytes() for path in kept}
+    assert {path for path in (folder / runs[0][0]).rglob("*") if path.is_file()} <= kept.keys()
+    assert [status for _, status in runs] == ["FINISHED"] * 2
+    with closing(sqlite3.connect(directory / "mlflow.db")) as connection:
+        query = "SELECT run_uuid, max(step) FROM metrics WHERE key = 'train/loss' GROUP BY run_uuid"
+        assert dict(connection.execute(query)) == {runs[0][0]: 2 * 75, runs[1][0]: 3 * 75}
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_processes_that_torchrun_launched_for_a_run_of_one_are_refused(trainees, tmp_path, rank):
     process = trainees.train(tmp_path / "runs", *CONFIGS["blocks"], EPOCHS, env=torchrun(rank, 1))

@@ -51,7 +51,11 @@ def test_ctrl_c_on_a_terminal_stops_a_run_and_its_workers(trainees, undisturbed,
     process.send(signal.SIGINT, group=True)
     mark.unlink()
     assert (process.wait(), process.stderr) == (130, "")
-    assert TrialResult(directory).status == "KILLED"
+    stopped = TrialResult(directory)
+    assert stopped.status == "KILLED"
+    told = f"stopped, 2 of 12 epochs done: run {stopped.run_id} "  # each has ten batches
+    (line,) = [each for each in process.stdout.splitlines() if each.startswith("stopped")]
+    assert line.startswith(told) and line.endswith(f"; resume={stopped.run_id} continues it")
     trainees.train(directory, *command, faults=[["spare_model"]])
     assert TrialResult(directory).differences(undisturbed("foreign")) == []
 

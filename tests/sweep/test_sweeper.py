@@ -187,6 +187,10 @@ def test_a_sweep_may_start_from_the_weights_of_a_run(commander, tmp_path):
     directory = tmp_path / "runs"
     commander.train(directory, *QUICK, faults=[["spare_model"]])
     first = Swept(directory).runs[0].run_id
+    for word in ("best", "last"):
+        process = commander.sweep(directory, *GRID, f"init_from={word}")
+        changes = f"error: init_from={word} changes with each run of a sweep; take init_from={first}\n"
+        assert (process.exit_code, process.stderr) == (2, changes)
     process = commander.sweep(directory, *GRID, f"init_from={first[:12]}")
     assert process.exit_code == 0, process.stderr
     swept = Swept(directory)
