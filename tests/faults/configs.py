@@ -35,7 +35,7 @@ CONFIGS = {
     "plateau": (*MLP, "model.dropout=0.3", "scheduler=plateau", "scheduler.patience=1"),
     "early_stopping": (
         *(*MLP, "model.dropout=0.3", "callbacks=early_stopping"),
-        *("callbacks.early_stopping.patience=2", "optimizer=adam", "optimizer.lr=0.1"),
+        *("callbacks.early_stopping.patience=5", "optimizer=adam", "optimizer.lr=0.1"),
     ),
     "foreign": NET,
 }

@@ -72,6 +72,14 @@ def test_a_run_killed_at_named_points_ends_in_the_same_bits(trainees, undisturbe
 
 
 @pytest.mark.slow
+def test_what_was_logged_beyond_a_later_runs_checkpoint_comes_once(trainees, undisturbed, tmp_path):
+    # The second process saves the epoch in which training stops; the first has tested already.
+    points = ("after the test", "before the last checkpoint is named so")
+    kill_at(trainees, tmp_path / "runs", "early_stopping", points)
+    assert TrialResult(tmp_path / "runs").differences(undisturbed("early_stopping")) == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FURTHER_CONFIGS)
 def test_every_further_kind_of_run_killed_where_it_writes_ends_in_the_same_bits(
     trainees, undisturbed, tmp_path, name

@@ -101,8 +101,11 @@ def told(name: str, campaign: Campaign) -> Campaign:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_kills_at_every_named_point_change_nothing(trainees, undisturbed, tmp_path, name):
-    kill_at(trainees, tmp_path / "runs", name, POINTS)
-    assert TrialResult(tmp_path / "runs").differences(undisturbed(name)) == []
+    points = [*POINTS]
+    for start in range(0, len(points), 6):  # one run is too short for all, if it stops early
+        directory = tmp_path / f"runs {start}"
+        kill_at(trainees, directory, name, points[start : start + 6])
+        assert TrialResult(directory).differences(undisturbed(name)) == []
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -96,23 +96,23 @@ def test_a_continued_run_logs_each_point_once_wherever_it_was_killed_and_however
     for index, (key, more) in enumerate(stream):  # as runs log them: no step before an earlier one's
         steps[key] += more
         points.append((key, steps[key], float(index)))
-    commit = data.draw(st.integers(0, len(points)))
-    kills = data.draw(st.lists(st.integers(commit, len(points)), max_size=3))
     path = tmp_path_factory.mktemp("wal") / "points.wal"
-    position = None
-    for life, end in enumerate([*kills, len(points)]):
+    start, position = 0, None  # of the newest checkpoint
+    for end in [*data.draw(st.lists(st.integers(0, len(points)), max_size=4)), len(points)]:
+        end = max(start, end)  # a life may be shorter than the one before
         wal = WriteAheadLog(path)
         wal.add_call("status", status="RUNNING")
         if position is not None:
             wal.replay_from(position)
-        for index, (key, step, value) in enumerate(points[: end + 1]):
-            if index == commit and life == 0:
+        saved = data.draw(st.none() | st.integers(start, end))
+        for index in range(start, end + 1):
+            if index == saved:
                 position = wal.position
-            if index < end and (life == 0 or index >= commit):
+            if index < end:
+                key, step, value = points[index]
                 wal.add_points(key, [step], [value])
-        if commit == len(points) and life == 0:
-            position = wal.position
         wal.close()
+        start = start if saved is None else saved
     logged = [(key, step[0], struct.unpack("<d", value[0])[0]) for key, step, value in content(path)]
     assert logged == points
 

@@ -77,15 +77,19 @@ class WriteAheadLog:
             os.ftruncate(self._fd, self.end)
 
     @property
-    def position(self) -> tuple[int, int]:
-        """When the file was begun, which tells it from another one of the same run, and its end so far."""
-        return next((record.timestamp_ms for record, _ in read_records(self.path)), 0), self.end
+    def position(self) -> tuple[int, int, dict[str, tuple[float, int]]]:
+        """When the file was begun, its end so far, and what before that end is still to come again.
 
-    def replay_from(self, position: tuple[int, int]) -> None:
-        """Expect only the points after a position again: those before it are in a checkpoint's past."""
-        began, start = position
+        The beginning tells it from another file of the same run.
+        """
+        began = next((record.timestamp_ms for record, _ in read_records(self.path)), 0)
+        return began, self.end, {key: each for key, each in self.repeats.items() if each[0]}
+
+    def replay_from(self, position: Sequence[Any]) -> None:
+        """Expect again what a position says and the points after it: others are in a checkpoint's past."""
+        began, start, *left = position  # older positions do not say what is still to come
         if began == self.position[0] and not self.damaged:
-            self.repeats.clear()
+            self.repeats = dict(*left)
             for record, _ in read_records(self.path, start, self.end):
                 self._expect(record)
 
