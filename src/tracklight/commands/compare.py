@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tracklight.commands.parser import LIMIT
-from tracklight.errors import BadInput
+from tracklight.errors import BadInput, count
 from tracklight.runs import diff, leaderboard, select
-from tracklight.runs.leaderboard import RIGHT, Leaderboard, LeaderboardRow, count, short_names
+from tracklight.runs.leaderboard import RIGHT, Leaderboard, LeaderboardRow, short_names
 from tracklight.runs.reader import RunFilter, RunReader, batches, open_reader
 from tracklight.tracking.tags import DATA_NAME_TAG, PARENT_TAG, RUNS_FOLDER, SCORE, SWEEP_TAG
 

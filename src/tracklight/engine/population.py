@@ -155,18 +155,15 @@ class StackedOptimizer:
     param_groups: Sequence[Any] = ()  # nothing here is a constant of a captured step
 
     def __init__(self, optimizers: Sequence[Optimizer], parameters: Sequence[Tensor]):
-        self.optimizers, self.num_steps = (
-            optimizers,
-            0,
-        )  # steps are set by the caller: SGD does not count them
+        self.optimizers = optimizers
+        self.num_steps = 0  # set by the caller: SGD does not count its steps
         self.groups = [optimizer.param_groups[0] for optimizer in optimizers]
-        self.is_sgd, self.is_nesterov = type(optimizers[0]) is SGD, self.groups[0].get("nesterov", False)
-        self.is_decoupled = type(optimizers[0]) is AdamW or self.groups[0].get(
-            "decoupled_weight_decay", False
-        )
+        kind, shared = type(optimizers[0]), self.groups[0]
+        self.is_sgd, self.is_nesterov = kind is SGD, shared.get("nesterov", False)
+        self.is_decoupled = kind is AdamW or shared.get("decoupled_weight_decay", False)
         self.has_decay = any(group["weight_decay"] for group in self.groups)
         has_moments = not self.is_sgd or any(group["momentum"] for group in self.groups)
-        self.moments = MOMENTS[type(optimizers[0])] if has_moments else ()
+        self.moments = MOMENTS[kind] if has_moments else ()
         self.state = [*parameters]  # then each moment of each parameter, then the table
         for name in self.moments:
             for index, parameter in enumerate(parameters):

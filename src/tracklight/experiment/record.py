@@ -16,7 +16,7 @@ from tracklight.config.compose import config_digest, digest_without_seed, flatte
 from tracklight.data.tensor_data import TensorData
 from tracklight.engine.blocks import NonFinite
 from tracklight.engine.signals import Stopped
-from tracklight.errors import BadInput, RunFailed
+from tracklight.errors import BadInput, RunFailed, count
 from tracklight.experiment.build import OPTIMIZER_KEYS
 from tracklight.experiment.stored import COMMAND_KEYS, ResumedRun, describe_inputs
 from tracklight.figures.choose import FOLDER, draw_figures
@@ -175,7 +175,5 @@ def finish_run(
                     draw_figures(model, None, series, run.artifacts / FOLDER)
         run.finish(status)
         if status == "KILLED" and trainer is not None:
-            epoch = (
-                f"{trainer.current_epoch} of {trainer.max_epochs} epoch{'s' * (trainer.max_epochs != 1)} done"
-            )
+            epoch = f"{trainer.current_epoch} of {count(trainer.max_epochs or 0, 'epoch')} done"
             print(f"stopped, {epoch}: run {run.run_id} ({run.name}); resume={run.run_id} continues it")

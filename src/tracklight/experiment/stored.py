@@ -19,7 +19,7 @@ from tracklight.config.rules import nested_items
 from tracklight.data.table import Table
 from tracklight.data.tensor_data import TensorData
 from tracklight.engine.checkpoints import load_plain, newest_resume_checkpoint
-from tracklight.errors import BadInput
+from tracklight.errors import BadInput, count
 from tracklight.experiment.build import build_data, build_model, depends_on_total
 from tracklight.paths import parse_mapping
 from tracklight.runs.reader import open_reader
@@ -128,7 +128,7 @@ def _resume_by_id(cfg: DictConfig, store: Store) -> tuple[DictConfig, ResumedRun
     amended = _amend_config(stored, cfg.overrides, cfg)
     before, now = stored["trainer"]["max_epochs"], amended.trainer.max_epochs
     if now != before and depends_on_total(amended.scheduler) and not amended.allow_changes:
-        why = f"the schedule of run {run_id} spans its {before} epoch{'s' * (before > 1)}"
+        why = f"the schedule of run {run_id} spans its {count(before, 'epoch')}"
         cure = "would change for the epochs already trained; start a new run"
         raise BadInput(f"trainer.max_epochs={now}: {why} and {cure}")
     old, new = compose.result_keys(stored), compose.result_keys(amended)

@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from tracklight.config import compose, rules
-from tracklight.errors import BadInput
+from tracklight.errors import BadInput, count
 from tracklight.paths import PROJECT, ROOT, parse_mapping, read_bounded
-from tracklight.runs.leaderboard import count, difference, half_width, result_params
+from tracklight.runs.leaderboard import difference, half_width, result_params
 from tracklight.runs.reader import RunFilter, RunReader, RunRecord, finite, latest_seeds
 from tracklight.runs.select import MAX_TEXT_BYTES, read_text, select_id, select_run, trained_id
 from tracklight.tracking import provenance, tags

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tracklight.config import compose, rules
-from tracklight.errors import BadInput
+from tracklight.errors import BadInput, count
 from tracklight.runs.reader import RunFilter, RunReader, RunRecord, RunScore, finite, latest_seeds
 from tracklight.tracking import lock, tags
 
@@ -37,11 +37,6 @@ class Difference:
     def is_significant(self) -> bool:
         """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
-
-
-def count(num: int, noun: str) -> str:
-    """Return a number with its noun, in the plural unless there is one."""
-    return f"{num:,} {noun}{'' if num == 1 else 's'}"
 
 
 def t_quantile(freedom: float) -> float:

@@ -17,7 +17,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from tracklight.config.hardware import choose_temporary_folder, num_devices
-from tracklight.errors import BadInput, RunFailed
+from tracklight.errors import BadInput, RunFailed, count
 from tracklight.runs.leaderboard import LeaderboardRow, rank_trials
 from tracklight.runs.select import WORDS, select_run
 from tracklight.sweep.executors import Executor, LauncherExecutor, ProcessExecutor
@@ -172,7 +172,7 @@ def _conclude(loop: "SweepLoop") -> float | None:
         rows = parent.refresh(final=True) or []
     num = max(len(rows), len(loop.study.finished_trials()))
     different = f", {len(rows)} of them different" if num > len(rows) else ""
-    progress.table(rows, f"{plan.metric} ({plan.mode}), {num} trial{'s' * (num != 1)}{different}")
+    progress.table(rows, f"{plan.metric} ({plan.mode}), {count(num, 'trial')}{different}")
     if loop.halted and loop.num_remaining:
         left = f"runs not begun: {loop.num_remaining}; the same command goes on with them"
         progress.note(f"sweep.on_failure=stop: {left}")
@@ -203,7 +203,7 @@ def _raise_outcome(loop: "SweepLoop") -> None:
         ][:MAX_FAILURES]
         more = ", ..." if len(loop.failures) > MAX_FAILURES else ""
         num = len(loop.failures)
-        raise RunFailed(f"{num} trial{'s' * (num > 1)} failed: {', '.join(failed)}{more}")
+        raise RunFailed(f"{count(num, 'trial')} failed: {', '.join(failed)}{more}")
 
 
 def test_winner(loop: "SweepLoop", parent: "ParentRun", winner: LeaderboardRow) -> str:

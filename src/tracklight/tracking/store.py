@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from tracklight.errors import BadInput, RunFailed
+from tracklight.errors import BadInput, RunFailed, count
 from tracklight.paths import HOME, IN_CLONE, UI, uri_setting
 from tracklight.redact import redact, redact_text
 from tracklight.tracking import sqlite_file
@@ -81,9 +81,9 @@ def _follow_move(database: Path) -> None:
     root = database.parent / RUNS_FOLDER
     try:
         former = sqlite_file.find_former_root(database, root)
-        if former and (count := sqlite_file.relocate_artifacts(database, former, root)):
+        if former and (num := sqlite_file.relocate_artifacts(database, former, root)):
             before = unquote(former.removeprefix("file://")).removesuffix(f"/{RUNS_FOLDER}")
-            what = f"the artifacts of {count} run{'s' * (count > 1)} are now looked for here"
+            what = f"the artifacts of {count(num, 'run')} are now looked for here"
             warnings.warn(f"{database.parent} was {before}: {what}", stacklevel=2)
     except sqlite3.Error:  # not a whole database, or busy: MLflow says what is the matter
         return
