@@ -138,11 +138,12 @@ class Trainees:
 
     Args:
         template: The empty store that each tracking directory starts with a copy of.
+        more: Environment variables of all of them, the trials of sweeps included.
     """
 
-    def __init__(self, template: Path) -> None:
+    def __init__(self, template: Path, **more: str) -> None:
         self._template = template
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "MNIST_ROOT"))}
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "MNIST_ROOT"))} | more
         self._server = subprocess.Popen(
             [sys.executable, TESTS / "trainee.py"],
             stdin=subprocess.PIPE,

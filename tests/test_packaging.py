@@ -96,3 +96,11 @@ def test_every_package_imported_is_declared():
         if not names & {canonicalize_name(name) for name in distributions.get(module, [module])}
     }
     assert undeclared == set()
+
+
+def test_the_teams_server_is_the_pinned_mlflow_and_takes_every_secret_from_its_user():
+    text = (ROOT / "scripts" / "server" / "compose.yaml").read_text()
+    assert re.findall(r"mlflow\[auth\]==([\d.]+)", text) == [PINS["mlflow"]]
+    secrets = re.findall(r"^ +\w*(?:PASSWORD|SECRET\w*): (.+)$", text, re.M)
+    assert len(secrets) == 6 and all(re.fullmatch(r"\$\{\w+(:\?.+)?\}", each) for each in secrets), secrets
+    assert "/scripts/server/.env" in (ROOT / ".gitignore").read_text().splitlines()

@@ -32,6 +32,7 @@ COMMANDS = {
     "model=mlp +model.x._target_=torch.load": "allow-list",
     "callbacks=early_stopping +callbacks.a={_target_:os._exit,_partial_:true}": "allow-list",
     # addresses
+    "tracking=server": "'MLFLOW_TRACKING_URI' not found; set it, or tracking.uri=VALUE",
     "tracking.uri=ftp://me:hunter2@host/": r"ftp://\*\*\*@host",
     "tracking.uri=http://me:hunter2@127.0.0.1:9": r"no tracking server answers .*\*\*\*@127",
     "tracking.uri=sqlite:///{text}": "is no SQLite database",

@@ -1,15 +1,8 @@
-import importlib.util
 import os
-import shutil
 import sqlite3
-import subprocess
-import tempfile
 import threading
 import time
-from contextlib import closing, suppress
-from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
+from contextlib import closing
 
 import optuna
 import pytest
@@ -17,7 +10,7 @@ import sqlalchemy.exc
 from sqlalchemy import Engine, event
 
 from commands import BLOBS, Swept, wait_until
-from process import free_port
+from team_server import PostgreSQL
 from tracklight.errors import BadInput
 from tracklight.sweep.space import read_space
 from tracklight.sweep.study import OptunaSettings, OptunaStudy, open_storage
@@ -138,31 +131,10 @@ def test_a_state_that_was_stored_though_its_answer_was_lost_is_not_stored_twice(
 
 @pytest.fixture
 def postgres():
-    """Starts and stops a PostgreSQL server of its own."""
-    programs = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
-    if programs is None or importlib.util.find_spec("psycopg") is None:
-        pytest.skip("needs PostgreSQL in /usr/lib/postgresql, and psycopg to speak with it")
-    folder, port = Path(tempfile.mkdtemp()), free_port()
-    as_user = []
-    if os.getuid() == 0:  # as which it does not run
-        as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
-        shutil.chown(folder, "postgres")
-
-    def call(program, *words):
-        command = [*as_user, programs / program, "-D", folder / "data", *words]
-        subprocess.run(command, cwd="/", check=True, stdout=subprocess.DEVNULL)
-
-    def start():
-        options = f"-F -p {port} -k {folder} -c listen_addresses=127.0.0.1"
-        call("pg_ctl", "-w", "-l", folder / "log", "-o", options, "start")
-
-    call("initdb", "-A", "trust", "-U", "me", "--no-sync")
-    start()
-    stop = partial(call, "pg_ctl", "-m", "immediate", "stop")
-    yield SimpleNamespace(url=f"postgresql+psycopg://me@127.0.0.1:{port}/postgres", start=start, stop=stop)
-    with suppress(subprocess.CalledProcessError):
-        stop()
-    shutil.rmtree(folder)
+    """A PostgreSQL server of its own."""
+    server = PostgreSQL("me")
+    yield server
+    server.close()
 
 
 @pytest.mark.slow

@@ -67,3 +67,4 @@ def test_a_server_that_is_not_mlflow_or_lets_nobody_in_is_told_in_one_line(tmp_p
         said = refused(f"http://me:s3cret@127.0.0.1:{stranger.server_address[1]}", tmp_path)
         stranger.shutdown()
     assert "cannot open tracking.uri" in said
+    assert ("set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in said) == (status == 401)

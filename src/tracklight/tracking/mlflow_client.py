@@ -60,6 +60,7 @@ _WARN_AFTER_S = 5.0
 _PAUSE_S = 0.5
 _MAX_CHARS = 300
 _AWAY = re.compile(r"API request to (\w+://[^/\s]+)\S* failed with exception .*retries exceeded")
+_REFUSED = re.compile(r"API request to endpoint \S+ failed with error code 401")
 _numbers = itertools.count()  # of the stores registered
 
 _SCHEMA = re.compile(r"Detected out-of-date database schema \(found version (\w+)")
@@ -190,6 +191,9 @@ def short_reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     if lines and (match := _AWAY.match(lines[0])):
         return redact(f"{match[1]} does not answer")
+    if lines and _REFUSED.match(lines[0]):
+        keys = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        return f"it knows no such user and password (HTTP 401); set {keys}"
     if lines and (match := _SCHEMA.match(lines[0])):  # MLflow calls a newer one out of date, too
         if any(_MIGRATIONS.glob(f"{match[1]}_*.py")):
             return "its schema is older than this MLflow's; back it up, then run `mlflow db upgrade URI`"
