@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+import slurm
 from process import Programs, Trainees
 from trainee import LATEST
 
@@ -151,6 +152,16 @@ def programs(tmp_path_factory) -> Iterator[Programs]:
     programs = Programs(tmp_path_factory.mktemp("programs"), "hydra.main", "hydra.experimental.callbacks")
     yield programs
     programs.close()
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory) -> Iterator[slurm.Cluster]:
+    """A Slurm cluster of one node with two cores."""
+    if problem := slurm.missing():
+        pytest.skip(problem)
+    cluster = slurm.Cluster(tmp_path_factory.mktemp("slurm"))
+    yield cluster
+    cluster.close()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Models and data that tracklight does not know, as a user might bring them; and small data."""
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -176,6 +177,16 @@ class Listener(Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         self.batches.append(len(batch[1]))
+
+
+class Slow(Callback):
+    """Lets each epoch take at least so long."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        time.sleep(self.seconds)
 
 
 class Scripted(LinearRegression):

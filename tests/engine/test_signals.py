@@ -14,7 +14,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from foreign import Blobs
 from tracklight.engine.blocks import Blocks
-from tracklight.engine.signals import SafeStop, Stopped
+from tracklight.engine.signals import SafeStop, Stopped, requeue_signal, stop_signals
 from tracklight.models.mlp import MLP
 
 
@@ -71,6 +71,33 @@ def test_a_signal_in_training_stops_it_once_the_hook_is_done(hook, call, signum)
             fit(stop, strike)
     assert (caught.value.signum, strike.went_on) == (signum, True)
     assert strike.calls <= call + 1
+
+
+@pytest.fixture
+def submitted(monkeypatch):
+    """As in a job of submitit, which has a handler for SIGUSR2; the signals that this one got."""
+    got = []
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    before = signal.signal(signal.SIGUSR2, lambda signum, _: got.append(signum))
+    yield got
+    signal.signal(signal.SIGUSR2, before)
+
+
+def test_in_a_job_of_submitit_sigterm_and_sigusr2_stop_at_a_safe_point(submitted):
+    with SafeStop().listening() as stop:
+        strikes = Strike("on_train_batch_start", 2, signal.SIGTERM), Strike(*HOOKS[3], signal.SIGUSR2)
+        with pytest.raises(Stopped) as caught, stop.converting_errors():
+            fit(stop, *strikes)
+        assert caught.value.signum == signal.SIGUSR2 and all(strike.went_on for strike in strikes)
+    assert submitted == []
+    os.kill(os.getpid(), requeue_signal())  # after the run, submitit's handler is there again
+    assert submitted == [signal.SIGUSR2]
+
+
+def test_without_a_handler_of_submitits_sigusr2_is_left_alone(monkeypatch):
+    assert requeue_signal() is None and signal.SIGUSR2 not in stop_signals()
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    assert requeue_signal() is None and signal.SIGUSR2 not in stop_signals()
 
 
 def test_a_signal_outside_of_training_stops_at_once():

@@ -17,8 +17,7 @@ from tracklight.engine.monitors import PruningCallback
 from tracklight.errors import BadInput, RunFailed
 from tracklight.experiment.train import run
 from tracklight.runs.reader import SqliteReader
-from tracklight.sweep.loop import final_result
-from tracklight.sweep.trial import TrialSpec, run_trial
+from tracklight.sweep.trial import TrialSpec, final_result, run_trial
 from tracklight.tracking.mlflow_client import mlflow
 
 pytestmark = pytest.mark.usefixtures("spare_model")

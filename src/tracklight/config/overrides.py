@@ -245,6 +245,8 @@ def explain(error: Exception, words: Sequence[str] = (), config_dir: str | None 
         return f"cannot read {word}: {reason}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
+        if error.missing_cfg_file == "hydra/launcher/submitit_slurm":
+            return "Slurm jobs need a plugin of Hydra: pip install 'tracklight[slurm]'"
         if not group:
             return f"there is no {choice}.yaml there; --config-dir=FOLDER adds files to those of conf/"
         options = sorted(error.options or [])

@@ -26,7 +26,16 @@ def stop_signals() -> list[signal.Signals]:
     """Return the signals that stop a run; SIGHUP and SIGUSR1 only if not ignored, as under nohup."""
     others = (signal.SIGHUP, signal.SIGUSR1)
     others = [each for each in others if signal.getsignal(each) is not signal.SIG_IGN]
+    if (number := requeue_signal()) not in (None, *others):
+        others.append(number)
     return [signal.SIGINT, signal.SIGTERM, *others]
+
+
+def requeue_signal() -> signal.Signals | None:
+    """Return the signal at which submitit requeues the job of this process; None in any other process."""
+    name = os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2")
+    number = getattr(signal, f"SIG{name}", None) if "SUBMITIT_EXECUTOR" in os.environ else None
+    return number if number and callable(signal.getsignal(number)) else None
 
 
 class Stopped(BaseException):
@@ -50,6 +59,8 @@ class SafeStop(Callback):
         self.in_loop = False
         # Whether the run has other processes, for which this one waits in PyTorch, where no handler runs.
         self.has_company = False
+        # Whether a second signal is no request to hurry: a cluster may send several.
+        self.is_requeued = requeue_signal() is not None
 
     @contextmanager
     def listening(self) -> Iterator["SafeStop"]:
@@ -75,7 +86,8 @@ class SafeStop(Callback):
                 if not (byte := os.read(reader, 1)):  # the run is over
                     return os.close(reader)
                 if byte[0] in numbers:
-                    signum, patience_s = byte[0], AGAIN_S if signum else STUCK_S
+                    is_again = signum and not self.is_requeued
+                    signum, patience_s = byte[0], AGAIN_S if is_again else STUCK_S
             elif patience_s == AGAIN_S or (self.has_company and (self.received is None or self.in_loop)):
                 print(
                     "error: no safe point was reached; the next start marks the run KILLED", file=sys.stderr
@@ -102,10 +114,11 @@ class SafeStop(Callback):
             raise Stopped(signum) from error
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        is_again = self.received is not None
+        if is_again and not self.is_requeued:
             os._exit(128 + signum)
         self.received = signum
-        if not self.in_loop:
+        if not (self.in_loop or is_again):
             raise Stopped(signum)
 
     def check(self, *_: Any, **__: Any) -> None:

@@ -4,6 +4,7 @@ import functools
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
@@ -26,6 +27,7 @@ from tracklight.sweep.trial import (
     TrialResult,
     TrialSpec,
     describe_error,
+    final_result,
     run_in_worker,
     run_trial,
 )
@@ -33,6 +35,7 @@ from tracklight.sweep.trial import (
 PRELOADED = ["tracklight.sweep.forkserver"]
 STOP_S = 60.0  # for a trial to reach a safe point and close its run
 JOIN_S = 5.0
+TERMINATED_S = 300.0  # from SIGTERM until a cluster kills a job's process, or sends it another signal
 
 Message = tuple[Job, EpochReport | TrialResult]
 
@@ -195,7 +198,8 @@ class LauncherExecutor:
         batch, self._batch = self._batch, []
         first, self._num_launched = self._num_launched, self._num_launched + len(batch)
         specs = {first + index: spec for index, (_, spec) in enumerate(batch)}
-        task, make = functools.partial(_run_launched, specs), Plugins.instance().instantiate_launcher
+        task = functools.partial(_run_launched, specs, [*sys.path])
+        make = Plugins.instance().instantiate_launcher
         launcher = make(hydra_context=self._context, task_function=task, config=self._master)
         name = type(launcher).__name__
         try:
@@ -223,13 +227,41 @@ class LauncherExecutor:
         """Do nothing: no trial runs between two calls."""
 
 
-def _run_launched(specs: Mapping[int, TrialSpec], cfg: DictConfig) -> TrialResult:
-    """Run the trial whose number is that of the launcher's job."""
+def _run_launched(specs: Mapping[int, TrialSpec], path: Sequence[str], cfg: DictConfig) -> TrialResult:
+    """Run the trial whose number is that of the launcher's job; `path` is the sweep's `sys.path`.
+
+    In a job that was requeued, the run that the trial has begun continues.
+    """
     redact_messages()  # the launcher's process has not begun as ours do
+    sys.path += [each for each in path if each not in sys.path]
+    from tracklight.engine.signals import requeue_signal
+
     spec = specs[int(HydraConfig.get().job.num)]
     log = spec.log or Path(os.devnull)
     with log.open("a") as file, redirect_stdout(file), redirect_stderr(file):
-        return run_trial(spec)
+        if (run := _find_run(spec)) is not None:
+            if result := final_result(run):
+                return result
+            spec = replace(spec, run_id=run.info.run_id)
+        result = run_trial(spec)
+    if result.kind == "stopped" and (number := requeue_signal()):
+        if result.signum == signal.SIGTERM:  # the cluster requeues the job if it is not over by itself
+            time.sleep(TERMINATED_S)
+        signal.raise_signal(number)  # submitit's handler requeues the job and exits
+    return result
+
+
+def _find_run(spec: TrialSpec) -> Any | None:
+    """Return the newest run of a trial of a tracked sweep; none for a test of the winner."""
+    from tracklight.experiment.stored import open_store
+    from tracklight.tracking.tags import PARENT_TAG, POINT_TAG
+
+    if POINT_TAG not in spec.tags:
+        return None
+    tracking = spec.cfg["tracking"]
+    store = open_store(tracking["uri"], Path(tracking["dir"]), create=True)
+    wanted = (f"tags.`{name}` = '{spec.tags[name]}'" for name in (PARENT_TAG, POINT_TAG))
+    return next(iter(store.search(" and ".join(wanted))), None)
 
 
 Executor = ProcessExecutor | LauncherExecutor

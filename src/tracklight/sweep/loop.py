@@ -14,13 +14,12 @@ from typing import Any
 from tracklight.config.compose import json_digest
 from tracklight.engine.signals import stop_signals
 from tracklight.errors import BadInput, RunFailed
-from tracklight.experiment.stored import is_unfinished
-from tracklight.runs.leaderboard import TrialRun, read_trial_run
+from tracklight.runs.leaderboard import TrialRun
 from tracklight.sweep import executors, parent_run
 from tracklight.sweep.plan import Job, Plan, format_params, make_trial_spec, with_num_threads
 from tracklight.sweep.progress import Progress
 from tracklight.sweep.study import INVALID_ATTR, OUTAGE_S, RUN_KEYS_ATTR, OptunaStudy, TrialRequest
-from tracklight.sweep.trial import EpochReport, TrialResult
+from tracklight.sweep.trial import EpochReport, TrialResult, final_result
 from tracklight.tracking import tags
 
 WAIT_S = 0.25  # the delay until a signal is noticed
@@ -277,14 +276,6 @@ class SweepLoop:
             kind, score = combine(list(results.values()))
             self.study.tell(job.number, kind, score)
             self.progress.combined(job.number, job.params, kind, score)
-
-
-def final_result(child: Any | None) -> TrialResult | None:
-    """Return how a run ended; None if there is no run or it is to be continued."""
-    if child is None or is_unfinished(child):
-        return None
-    run: Any = read_trial_run(child)
-    return TrialResult(run.state, run.score, run.reason, run.run_id)
 
 
 def combine(results: Sequence[TrialResult]) -> tuple[str, float | None]:

@@ -70,6 +70,7 @@ class TrialResult:
     reason: str = ""  # why it failed, in one line
     run_id: str | None = None  # None if the trial created no run
     is_input: bool = False  # whether it failed because of bad input
+    signum: int | None = None  # of the signal that stopped it
     epochs: int = 0
     seconds: float = 0.0  # of training, over all starts
     metrics: tuple[str, ...] = ()  # names of the logged metrics
@@ -175,8 +176,8 @@ def run_trial(spec: TrialSpec, connection: Connection | None = None) -> TrialRes
             result = TrialResult("pruned" if callback.pruned else "complete", score)
             if score is None and not spec.preflight:
                 result = TrialResult("failed", reason=f"{metric} was never logged")
-        except Stopped:
-            result = TrialResult("stopped")
+        except Stopped as stop:
+            result = TrialResult("stopped", signum=stop.signum)
         except Exception as error:
             if not isinstance(error, BadInput | RunFailed):
                 print(redact(traceback.format_exc()))
@@ -194,6 +195,17 @@ def run_trial(spec: TrialSpec, connection: Connection | None = None) -> TrialRes
         data=callback.data,
         warnings=tuple(dict.fromkeys(str(each.message) for each in ours)),
     )
+
+
+def final_result(child: Any | None) -> TrialResult | None:
+    """Return how a run ended; None if there is no run or it is to be continued."""
+    from tracklight.experiment.stored import is_unfinished
+    from tracklight.runs.leaderboard import read_trial_run
+
+    if child is None or is_unfinished(child):
+        return None
+    run: Any = read_trial_run(child)
+    return TrialResult(run.state, run.score, run.reason, run.run_id)
 
 
 def describe_error(error: BaseException) -> str:
