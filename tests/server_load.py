@@ -99,6 +99,10 @@ def train_many(opened: Any, trainees: Trainees, folder: Path, num: int, at_once:
         words = (*CONFIG, *QUIET, f"tracking.uri={opened.uri}")
         going.append(trainees.start(folder / "runs", words, log=folder / f"process-{number}"))
         if restarts and number == num // 2:
+            while len(opened.ask("SELECT 1 FROM runs")) <= number:
+                time.sleep(0.05)
+            running = opened.ask("SELECT 1 FROM runs WHERE status = 'RUNNING'")
+            print(f"restarted while {len(running)} runs were RUNNING")
             opened.restart()
         while len(going) >= (at_once if number < num - 1 else 1):
             codes += [each.exit_code for each in going if each.exit_code is not None]
@@ -109,7 +113,7 @@ def train_many(opened: Any, trainees: Trainees, folder: Path, num: int, at_once:
     found: dict[str, list] = {}
     for run_id, *point in opened.ask(POINTS):
         found.setdefault(run_id, []).append((*point[:3], bool(point[3])))
-    states = [state for (state,) in opened.ask("SELECT status FROM runs")]
+    states = [state for (state,) in opened.ask("SELECT status FROM runs WHERE lifecycle_stage = 'active'")]
     same = sum(sorted(points) == sorted(wanted) for points in found.values())
     print(
         f"{num} runs, {at_once} at once: exit 0 {codes.count(0)},"
@@ -118,6 +122,7 @@ def train_many(opened: Any, trainees: Trainees, folder: Path, num: int, at_once:
     print(f"with all points, once each: {same}; {len(wanted)} points a run; {wall_s:.0f} s")
     print("CPU s a run:", {name: round(s / num, 2) for name, s in spent.items()})
     errors = [(folder / f"process-{n}" / "stderr").read_text() for n in range(num)]
+    print({text.splitlines()[-1] for text in errors if "error: " in text})
     print(
         "warned:",
         sum("takes nothing now" in text for text in errors),

@@ -6,8 +6,11 @@ import time
 
 import pytest
 from disturbances import Server, points_of, wait_for
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST, PERMISSION_DENIED
 
 from tracklight.tracking.store import connect
+from tracklight.tracking.tags import KEY_TAG
 
 pytestmark = pytest.mark.server
 
@@ -87,6 +90,56 @@ def test_lost_answers_to_create_run_make_no_orphan(proxy, local, short_requests,
         run.run_id
     ]
     assert [path.name for path in (local / "artifacts").iterdir()] == [run.run_id]
+
+
+@pytest.mark.parametrize("may_delete", [True, False])
+def test_a_run_that_a_server_makes_late_of_a_repeated_request_is_gone_when_the_run_ends(
+    shared_server, local, swift, caplog, monkeypatch, may_delete
+):
+    store = connect(shared_server.uri, local)
+    run = store.create("late", None, {"mine": "1"})
+    run.log_params({"lr": 0.1})
+    made = store.client.get_run(run.run_id)
+    args = (run.experiment_id, made.info.start_time, made.data.tags)
+    late, used, other = (store.client.create_run(*args).info.run_id for _ in range(3))
+    store.client.log_metric(used, "loss", 1.0)
+    store.client.set_tag(other, KEY_TAG, "of another run")
+    if not may_delete:
+
+        def refuse(run_id):
+            raise MlflowException("Permission denied", PERMISSION_DENIED)
+
+        monkeypatch.setattr(run._writer.client, "delete_run", refuse)
+    run.finish("FINISHED")
+    found = {each.info.run_id for each in store.search("", experiment="late")}
+    assert found == {run.run_id, used, other} | (set() if may_delete else {late})
+    assert store.client.get_run(run.run_id).info.status == "FINISHED"
+    assert ("may not be deleted" in caplog.text) != may_delete
+    monkeypatch.undo()
+    for each in found:
+        store.client.delete_run(each)
+
+
+@pytest.mark.parametrize("driver", ["sqlite3.IntegrityError", "psycopg.errors.UniqueViolation"])
+def test_a_data_set_that_two_runs_record_at_once_is_recorded_without_a_word(
+    shared_server, local, caplog, monkeypatch, driver
+):
+    store = connect(shared_server.uri, local)
+    run = store.create("twice", None, {})
+    log_inputs, calls = store.client.log_inputs, []
+
+    def conflict_at_first(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise MlflowException(f"BAD_REQUEST: ({driver}) UNIQUE", BAD_REQUEST)
+        return log_inputs(*args)
+
+    monkeypatch.setattr(run._writer.client, "log_inputs", conflict_at_first)
+    run.log_input("digits", "0123", "here", "train")
+    run.finish("FINISHED")
+    found = store.client.get_run(run.run_id)
+    assert [each.dataset.digest for each in found.inputs.dataset_inputs] == ["0123"] and len(calls) == 2
+    assert found.info.status == "FINISHED" and not caplog.records
 
 
 @pytest.mark.parametrize("spoilt", ["500", pytest.param("hang", marks=pytest.mark.slow)])

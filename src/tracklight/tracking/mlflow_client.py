@@ -54,6 +54,8 @@ logging.getLogger("tracklight").setLevel(logging.WARNING)
 _log = logging.getLogger(__name__)
 
 _TRANSIENT = ("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED", "ABORTED")
+# Two runs that record the same data set at once: a server's answer to the second one.
+_CONFLICT = re.compile("IntegrityError|UniqueViolation|Duplicate entry")
 # Of a disk that is full, has no inode left or is read-only: waiting is no cure.
 _LASTING = re.compile("(disk is|File too) (full|large)|disk I/O error|unable to open|readonly|No space left")
 _WARN_AFTER_S = 5.0
@@ -162,6 +164,11 @@ def is_transient(error: Exception) -> bool:
     if isinstance(error, mlflow.exceptions.MlflowException):
         return error.error_code in _TRANSIENT
     return isinstance(error, OSError | sqlite3.OperationalError) or is_locked(error)
+
+
+def is_conflict(error: Exception) -> bool:
+    """Return whether another process stored the same row at the same time: now it is there."""
+    return _CONFLICT.search(str(error)) is not None
 
 
 def is_locked(error: Exception) -> bool:

@@ -8,9 +8,16 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from tracklight.tracking.mlflow_client import get_artifact_repository, is_transient, mlflow, short_reason
+from tracklight.tracking.mlflow_client import (
+    get_artifact_repository,
+    is_conflict,
+    is_transient,
+    mlflow,
+    retry,
+    short_reason,
+)
 from tracklight.tracking.sqlite_file import MetricTables, has_known_columns
-from tracklight.tracking.tags import ARTIFACTS_FOLDER
+from tracklight.tracking.tags import ARTIFACTS_FOLDER, KEY_TAG
 from tracklight.tracking.wal import Call, Points, WriteAheadLog, read_records
 
 _log = logging.getLogger(__name__)
@@ -19,6 +26,7 @@ _MAX_POINTS = 1000  # of one log_batch; mlflow.utils.validation.MAX_METRICS_PER_
 _PERIOD_S = 1.0
 _DRAIN_PERIOD_S = 0.2
 _POLL_S = 0.01
+_CONFLICT_S = 10.0
 _MAX_BACK_OFF_S = 10.0
 
 
@@ -27,12 +35,26 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
+def delete_duplicates(client: Any, run: Any) -> None:
+    """Delete the empty runs that a server made, late perhaps, where MLflow's client repeated the request."""
+    query = f"tags.`{KEY_TAG}` = '{run.data.tags.get(KEY_TAG)}' AND attributes.status = 'RUNNING'"
+    for other in client.search_runs([run.info.experiment_id], query):
+        if other.info.run_id != run.info.run_id and not (other.data.metrics or other.data.params):
+            try:
+                client.delete_run(other.info.run_id)
+            except mlflow.exceptions.MlflowException as error:
+                if error.error_code != "PERMISSION_DENIED":
+                    raise
+                _log.warning("run %s is an empty copy, but may not be deleted", other.info.run_id)
+
+
 class MlflowWriter:
     """Sends a run's log to MLflow, or its points to `database`, and uploads its artifacts."""
 
     def __init__(self, client: Any, run: Any, wal: WriteAheadLog, database: Path | None):
         self.client = client
         self.run_id: str = run.info.run_id
+        self._run = run  # as it was when opened
         self.wal = wal
         self.artifacts = wal.path.parent / ARTIFACTS_FOLDER
         self._artifact_uri: str = run.info.artifact_uri
@@ -98,12 +120,15 @@ class MlflowWriter:
                 case "input":
                     context = entities.InputTag("mlflow.data.context", arguments.pop("context"))
                     dataset = entities.Dataset(**arguments, source_type="local")
-                    client.log_inputs(self.run_id, [entities.DatasetInput(dataset, [context])])
+                    inputs = [entities.DatasetInput(dataset, [context])]
+                    retry(lambda: client.log_inputs(self.run_id, inputs), _CONFLICT_S, when=is_conflict)
                 case "publish":
                     self.upload_artifacts()
                 case "status" if arguments["status"] == "RUNNING":
                     client.update_run(self.run_id, "RUNNING")
                 case "status":
+                    if self.is_remote:
+                        delete_duplicates(client, self._run)
                     client.set_terminated(self.run_id, arguments["status"], arguments["end_ms"])
         except mlflow.exceptions.MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE" or call.name == "status":

@@ -27,7 +27,7 @@ from tracklight.tracking.address import DATABASE, contact, is_server, resolve_ur
 from tracklight.tracking.lock import LockHeld, RunLock, read_lock
 from tracklight.tracking.mlflow_client import is_locked, is_transient, mlflow, retry, short_reason
 from tracklight.tracking.provenance import source_tags
-from tracklight.tracking.sender import MlflowWriter, Sender
+from tracklight.tracking.sender import MlflowWriter, Sender, delete_duplicates
 from tracklight.tracking.tags import KEY_TAG, NEW_PREFIX, RUNS_FOLDER, WAL_FILE, is_run_id
 from tracklight.tracking.views import experiment_tags
 from tracklight.tracking.wal import WriteAheadLog
@@ -221,9 +221,7 @@ class Store:
 
         run = retry(create, self.timeout_s)
         if is_server(self.uri):  # MLflow's client repeats the request by itself, too
-            for other in self.search(query):
-                if other.info.run_id != run.info.run_id:
-                    self.client.delete_run(other.info.run_id)
+            delete_duplicates(self.client, run)
         return run
 
     def reopen(self, run_id: str) -> "Run":
