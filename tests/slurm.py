@@ -3,12 +3,14 @@
 import os
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from process import free_port
 
+ROOT = Path(__file__).resolve().parents[1]
 DAEMONS = ("munged", "slurmctld", "slurmd")
 ENDED_S = 300.0
 CONFIG = """
@@ -89,6 +91,13 @@ class Cluster:
         done = subprocess.run(command, env=self.env | env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
+
+    def submit(self, output: Path, words: Sequence[str], *options: str) -> str:
+        """Submit `scripts/slurm.sbatch WORDS`, which takes the whole node; return the job's id."""
+        found = [str(ROOT / "tests"), str(ROOT / "tests" / "sweep"), os.environ.get("PYTHONPATH", "")]
+        env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": ":".join(found)}
+        options = ("--parsable", "--cpus-per-task=2", f"--chdir={ROOT}", f"--output={output}", *options)
+        return self.run("sbatch", *options, ROOT / "scripts" / "slurm.sbatch", *words, **env)
 
     def state(self, job: str) -> str:
         """Return a job's state, RUNNING say; empty once it is forgotten."""

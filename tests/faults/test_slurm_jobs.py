@@ -1,7 +1,5 @@
 """Runs as jobs of a real Slurm cluster: preempted, out of time, killed."""
 
-import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,10 +9,8 @@ from process import TrialResult
 from slurm import Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
-ROOT = Path(__file__).resolve().parents[2]
-PYTHON = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 SLOW = "+callbacks.slow={_target_: foreign.Slow, seconds: %s}"
-EPOCHS = 9
+EPOCHS = 7
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +29,7 @@ class Submitted:
     def __init__(self, cluster: Cluster, directory: Path, *options: str):
         self.cluster, self.directory, self.output = cluster, directory, directory.parent / "output"
         words = (*CONFIGS["blocks"], f"trainer.max_epochs={EPOCHS}", SLOW % 1.1, f"tracking.dir={directory}")
-        tests = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
-        of_sbatch = ("--parsable", "--cpus-per-task=2", f"--chdir={ROOT}", f"--output={self.output}")
-        script = ROOT / "scripts" / "slurm.sbatch"
-        command = ("sbatch", *of_sbatch, *options, script, *words)
-        self.id = cluster.run(*command, PATH=PYTHON, PYTHONPATH=tests)
+        self.id = cluster.submit(self.output, words, *options)
 
     @property
     def epochs(self) -> int:
@@ -66,13 +58,13 @@ class Submitted:
 
 def test_a_job_that_is_preempted_three_times_ends_in_the_bits_of_one_that_is_not(cluster, whole, tmp_path):
     job = Submitted(cluster, tmp_path / "runs", "--partition=patient")
-    job.wait_for(2)
+    job.wait_for(1)
     cluster.run("scancel", "--signal=USR1", job.id)  # as `--signal=USR1@120` before the time is up
     cluster.start_now(job.id)
-    job.wait_for(4)
+    job.wait_for(3)
     cluster.run("srun", "--partition=urgent", "--cpus-per-task=2", "true")  # SIGTERM, and a minute of grace
     cluster.start_now(job.id, "Partition=main")
-    job.wait_for(6)
+    job.wait_for(5)
     cluster.run("srun", "--partition=urgent", "--cpus-per-task=2", "true")  # SIGTERM, SIGKILL soon after
     cluster.start_now(job.id)
     job.finish()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import ODD, Swept
+from commands import ODD, Swept, points
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,3 +67,16 @@ def test_trials_that_are_preempted_continue_and_the_sweep_ends_as_if_undisturbed
     process = commander.sweep(tmp_path / "whole", *TRIALS)
     assert process.exit_code == 0, process.stderr
     assert scores(swept) == scores(Swept(tmp_path / "whole"))
+
+
+def test_a_sweep_in_one_job_continues_once_the_job_is_requeued(cluster, tmp_path):
+    directory, output = tmp_path / "runs", tmp_path / "output"
+    words = ("-m", "seed=1,2", "sweep.workers=2", "+model.seconds=1.1", *ODD, f"tracking.dir={directory}")
+    job = cluster.submit(output, words)
+    cluster.wait_until(lambda: points(directory) >= 2)
+    cluster.run("scancel", "--signal=USR1", f"{job}.0")
+    cluster.start_now(job)
+    cluster.wait_until(lambda: cluster.state(job) in ("COMPLETED", "FAILED"))
+    swept, said = Swept(directory), output.read_text()
+    assert {run.status for run in swept.runs} == {"FINISHED"} and len(swept.runs) == 3, said
+    assert said.count("goes on in run") == 2, said
