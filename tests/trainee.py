@@ -248,6 +248,12 @@ def change_code() -> None:
     put("tracklight.tracking.provenance:code_digest", lambda targets: "f" * 64)
 
 
+def enter_network(name: str) -> None:
+    """Enter a network namespace, as `ip netns exec` does."""
+    with Path("/run/netns", name).open() as file:
+        assert ctypes.CDLL(None).setns(file.fileno(), 0x40000000) == 0  # CLONE_NEWNET
+
+
 def respect_modes() -> None:
     """Give up root's right to write where a mode forbids it, or no folder is read-only to it."""
     if os.geteuid() == 0:
@@ -287,7 +293,7 @@ FAULTS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
         *(strike, halve, meet, slow, put, spare_model, limit_files, fill, lead, ignore, respect_modes),
-        *(change_code, forget_epoch_order, forget_step_seeding, forget_replay_filter),
+        *(change_code, enter_network, forget_epoch_order, forget_step_seeding, forget_replay_filter),
     )
 }
 

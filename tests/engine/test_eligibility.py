@@ -192,7 +192,9 @@ def test_one_device_by_a_strategy_of_several_is_plain():
     trainer = Trainer(**QUIET, accelerator="cpu", devices=1, strategy="ddp", logger=False)
     assert str(unsupported_argument(trainer)).startswith("trainer.strategy=")
     several = Trainer(**QUIET, accelerator="cpu", devices=2, strategy="ddp", logger=False)
-    assert str(unsupported_argument(several)).startswith("trainer.devices=")
+    assert unsupported_argument(several) == "trainer.devices=2"
+    nodes = Trainer(**QUIET, accelerator="cpu", devices=2, num_nodes=2, strategy="ddp", logger=False)
+    assert unsupported_argument(nodes) == "trainer.num_nodes=2"
 
 
 def test_validation_by_the_clock_is_plain():

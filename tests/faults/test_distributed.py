@@ -1,6 +1,7 @@
 """Two processes of one run: whichever goes, both end, and continuing gives the same bits."""
 
 import re
+import shutil
 import signal
 import sqlite3
 import time
@@ -141,6 +142,21 @@ def test_processes_that_torchrun_launched_are_one_run_too_and_resume_none(traine
         assert process.stderr.startswith("error: processes launched from outside cannot be told which run")
         after = TrialResult(directory)
         assert (after.runs, after.points, after.tags) == (before.runs, before.points, before.tags)
+
+
+def test_processes_that_torchrun_launched_start_from_the_best_weights_of_another_run(
+    trainees, whole, tmp_path
+):
+    directory, port = tmp_path / "runs", free_port()
+    shutil.copytree(whole.directory, directory)
+    still = ("optimizer.lr=1e-30", "trainer.max_epochs=1", f"init_from={whole.run_id}")
+    command = (*CONFIGS["blocks"], *TWO, *still)
+    both = [
+        trainees.start(directory, command, [["spare_model"]], env=torchrun(rank, port)) for rank in (0, 1)
+    ]
+    assert [process.wait() for process in both] == [0, 0], both[1].stderr
+    best, last = whole.checkpoint("best"), TrialResult(directory).checkpoint("last")
+    assert all(last["state_dict"][name].equal(weight) for name, weight in best["state_dict"].items())
 
 
 def test_a_finished_run_is_left_alone_by_resume_auto_under_torchrun_with_more_epochs(trainees, tmp_path):

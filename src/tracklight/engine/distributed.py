@@ -3,9 +3,13 @@
 import importlib
 import json
 import os
+import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import psutil
 
 from tracklight.config.hardware import num_devices
 from tracklight.errors import BadInput
@@ -102,6 +106,8 @@ def check_resumable(trainer: Any) -> None:
 def export_rank_zero_run(strategy: Any, cfg: Mapping[str, Any], checkpoint: Path | None) -> None:
     """Pass the config and checkpoint on to the processes that the trainer's strategy will launch."""
     nodes = cfg["trainer"]["num_nodes"]
+    if nodes > 1:
+        _choose_interface(strategy.cluster_environment.main_address)
     if nodes > 1 and (environment := strategy.cluster_environment).local_rank() == 0:
         rank, place = environment.node_rank(), f"MASTER_ADDR={environment.main_address}"
         place += f" MASTER_PORT={environment.main_port}"
@@ -112,6 +118,16 @@ def export_rank_zero_run(strategy: Any, cfg: Mapping[str, Any], checkpoint: Path
     os.environ["OMP_NUM_THREADS"] = str(cfg["num_threads"])  # else Lightning decides
     run = RankZeroRun({**cfg, "resume": None, "init_from": None}, checkpoint and str(checkpoint))
     os.environ[RANK_ZERO_RUN] = json.dumps(run._asdict())
+
+
+def _choose_interface(address: str) -> None:
+    """Let gloo use the interface that leads to `address`; a host's own name often means its loopback."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))  # sends nothing
+        own = probe.getsockname()[0]
+        for name, addresses in psutil.net_if_addrs().items():
+            if own in (each.address for each in addresses) and not own.startswith("127."):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def read_rank_zero_run() -> RankZeroRun | None:

@@ -45,7 +45,8 @@ def why_no_blocks(trainer: Any, module: LightningModule, data: object) -> str | 
 def unsupported_argument(trainer: Any) -> str | None:
     """Return the first Trainer argument for which an epoch is not one step for each minibatch."""
     required = {
-        "devices": (trainer.world_size, (1,)),
+        "num_nodes": (trainer.num_nodes, (1,)),
+        "devices": (trainer.num_devices, (1,)),
         "precision": (trainer.precision, ("32-true", "64-true")),
         "gradient_clip_val": (trainer.gradient_clip_val, (None,)),
         "accumulate_grad_batches": (trainer.accumulate_grad_batches, (1,)),

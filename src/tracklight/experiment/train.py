@@ -77,7 +77,8 @@ def run(
         build.check_module_callbacks(model)
         tags, callbacks = dict(tags or {}), [*callbacks, stop]
         tags |= {f"tracklight.found.{key}": str(value) for key, value in found.items()}
-        if cfg.init_from is not None and not (resumed and resumed.find_checkpoint()):
+        has_weights = (resumed and resumed.find_checkpoint()) or distributed.is_nonzero_rank()  # rank zero's
+        if cfg.init_from is not None and not has_weights:
             tags["tracklight.init_from"] = stored.load_best_weights(model, store, cfg.init_from, callbacks)
         training = Training(cfg, data, model, callbacks)
         stop.has_company = training.trainer.world_size > 1
@@ -249,9 +250,11 @@ def _explain(error: Exception, cfg: DictConfig, num_processes: int) -> str | Non
     on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     if on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError):
         return f"out of memory; make data.batch_size={cfg.data.get('batch_size')} smaller first"
-    if num_processes > 1 and (isinstance(error, DistError) or "gloo" in str(error) or "NCCL" in str(error)):
+    is_silence = any(word in str(error) for word in ("gloo", "pair closure", "NCCL"))
+    if num_processes > 1 and (isinstance(error, DistError) or is_silence):
         silence = f"is gone, or has not answered for {distributed.WAIT_S:.0f} s"
-        return f"another of the {num_processes} processes of this run {silence}; resume=auto continues it"
+        cure = "start all of them again" if cfg.trainer.num_nodes > 1 else "resume=auto continues it"
+        return f"another of the {num_processes} processes of this run {silence}; {cure}"
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     text = " ".join(str(error).split())
     is_restoring = any(each.endswith("checkpoint_connector.py") for each in files)
