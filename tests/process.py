@@ -103,7 +103,9 @@ class Process:
 
     @property
     def stderr(self) -> str:
-        return self._output("stderr")
+        """Standard error, without what a run says where git is not installed."""
+        lines = self._output("stderr").splitlines(keepends=True)
+        return "".join(line for line in lines if "is not recorded (git: not installed)" not in line)
 
     def _output(self, name: str) -> str:
         path = self.folder / name  # which the process itself creates

@@ -57,3 +57,20 @@ def test_what_this_machine_lacks_is_refused_unless_a_launcher_runs_elsewhere(com
     process = commander.sweep(tmp_path / "runs", *words, elsewhere)
     assert process.exit_code == 0, process.stderr
     assert "this machine's cores divided by sweep.workers; num_threads=N" in process.stdout
+
+
+@pytest.mark.slow
+def test_launched_trials_ask_a_shared_storage_whether_they_are_pruned(tmp_path):
+    pytest.importorskip(
+        "hydra_plugins.hydra_joblib_launcher", reason="needs the package hydra-joblib-launcher"
+    )
+    words = ("optimizer.lr=0.1,0.08,1e-5", "trainer.max_epochs=6", "sweep.pruner=median")
+    words += ("sweep.warmup_trials=2", "sweep.workers=1", "sweep.on_failure=stop", *QUICK[:2], *QUICK[3:])
+    launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"tracking.dir={tmp_path}")
+    storage = f"sweep.storage=sqlite:///{tmp_path}/study.db"
+    command = [sys.executable, ROOT / "train.py", "-m", *words, *launcher, storage]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert process.returncode == 0, process.stderr + process.stdout
+    states = {row["optimizer.lr"]: row["state"] for row in Swept(tmp_path).leaderboard()}
+    assert states == {"0.1": "complete", "0.08": "complete", "1e-05": "pruned"}
+    assert "sweep.pruner ignored" not in process.stdout

@@ -13,7 +13,8 @@ from tracklight.sweep.loop import SweepLoop
 from tracklight.sweep.plan import Job
 from tracklight.sweep.progress import Progress
 from tracklight.sweep.space import read_space
-from tracklight.sweep.study import OptunaSettings, OptunaStudy, open_storage
+from tracklight.sweep.storage import open_storage
+from tracklight.sweep.study import OptunaSettings, OptunaStudy
 from tracklight.sweep.trial import EpochReport, TrialResult
 
 SPACE = read_space(["lr=1,2,3"], {}, None)
@@ -78,7 +79,7 @@ class FakeParent:
 
     def __init__(self, **children):
         self.children = {key.replace("_", "/"): run for key, run in children.items()}
-        self.run = SimpleNamespace(run_id="parent", folder=Path("parent"))
+        self.run_id, self.folder = "parent", Path("parent")
         self.failed, self.outage_s, self.num_refreshed = [], 0.0, 0
         self.on_refresh = lambda: None
 
@@ -88,7 +89,7 @@ class FakeParent:
     def record_failure(self, run_id, name, tags, reason):
         self.failed.append((tags["tracklight.point"], name, reason))
 
-    def refresh(self):
+    def refresh(self, logs):
         self.num_refreshed += 1
         self.on_refresh()
 
@@ -109,7 +110,7 @@ def keep_keys(monkeypatch):
 
 
 def plan(seeds, **attributes):
-    settings = {"seeds": seeds, "on_failure": "continue"}
+    settings = {"seeds": seeds, "on_failure": "continue", "storage": None}
     return SimpleNamespace(settings=settings, num_runs=seeds, num_threads=1, prunes=False, **attributes)
 
 

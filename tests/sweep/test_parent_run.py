@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import mlflow
@@ -43,6 +44,12 @@ class FakeStore:
             raise mlflow.exceptions.MlflowException("connection refused")
         return []
 
+    def folder(self, run_id):
+        return Path(run_id)
+
+    def ui_hint(self, _):
+        return "make ui"
+
     def create(self, *_):
         raise AssertionError("the run that there may be was not looked for")
 
@@ -52,7 +59,7 @@ def make_parent():
     run = SimpleNamespace(run_id="parent", upload_artifacts=lambda: None, log_text=lambda *_: None)
     run.set_tags = run.log_series = lambda *_: None
     run.now_ms = lambda: 12_250
-    return store, ParentRun(store, run, PLAN)  # pyright: ignore
+    return store, ParentRun(store, PLAN, run.run_id, run)  # pyright: ignore
 
 
 def test_a_failure_that_cannot_be_recorded_does_not_end_the_sweep():

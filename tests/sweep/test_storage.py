@@ -10,10 +10,10 @@ import sqlalchemy.exc
 from sqlalchemy import Engine, event
 
 from commands import BLOBS, Swept, wait_until
-from team_server import PostgreSQL
 from tracklight.errors import BadInput
 from tracklight.sweep.space import read_space
-from tracklight.sweep.study import OptunaSettings, OptunaStudy, open_storage
+from tracklight.sweep.storage import open_storage
+from tracklight.sweep.study import OptunaSettings, OptunaStudy
 from tracklight.tracking.address import call_in_thread
 
 
@@ -102,7 +102,7 @@ def test_a_database_that_is_away_for_a_while_is_waited_for(held, caplog, monkeyp
 
 def test_a_database_that_stays_away_is_given_up_and_a_signal_meanwhile_is_heard(held, monkeypatch):
     study, hold = held
-    monkeypatch.setattr("tracklight.sweep.study.OUTAGE_S", 0.3)
+    monkeypatch.setattr("tracklight.sweep.storage.OUTAGE_S", 0.3)
     assert not study.is_waiting
     hold(3)
     heard = []
@@ -127,14 +127,6 @@ def test_a_state_that_was_stored_though_its_answer_was_lost_is_not_stored_twice(
     monkeypatch.setattr(storage, "set_trial_state_values", lose_the_first_answer)
     study.tell(0, "complete", 0.5)
     assert [trial.value for trial in study.finished_trials()] == [0.5] and len(calls) == 1
-
-
-@pytest.fixture
-def postgres():
-    """A PostgreSQL server of its own."""
-    server = PostgreSQL("me")
-    yield server
-    server.close()
 
 
 @pytest.mark.slow

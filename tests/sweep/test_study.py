@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from tracklight.sweep.space import read_space
-from tracklight.sweep.study import PRUNERS, SAMPLERS, OptunaSettings, OptunaStudy, open_storage
+from tracklight.sweep.storage import open_storage
+from tracklight.sweep.study import PRUNERS, SAMPLERS, OptunaSettings, OptunaStudy
 
 SPACE = read_space(["lr=tag(log,interval(1e-3,1))", "width=8,16,32"], {}, None)
 METHODS = OptunaSettings("tpe", {"n_startup_trials": 3}, "median", {"n_startup_trials": 2}, 7, 10)
@@ -137,7 +138,7 @@ def test_a_quasi_random_search_whose_trials_fail_draws_other_points(tmp_path):
 def test_a_killed_process_leaves_no_lock(tmp_path):
     program = (
         "import os, signal; from pathlib import Path;"
-        "from tracklight.sweep.study import open_storage;"
+        "from tracklight.sweep.storage import open_storage;"
         f"backend = open_storage(None, Path({str(tmp_path / 'a.journal')!r}))._backend;"
         "backend._lock.acquire(); os.kill(os.getpid(), signal.SIGKILL)"
     )

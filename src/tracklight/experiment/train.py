@@ -70,8 +70,9 @@ def run(
         found = {} if resumed or not test else find_values(cfg)  # a sweep's trials are given theirs
         stop.check()
         code = provenance.code_digest(list_targets(cfg))
-        source = provenance.collect(ROOT, redact_command(sys.argv), code, describe_machine())
-
+        source = provenance.Provenance({}, {})
+        if store is not None:
+            source = provenance.collect(ROOT, redact_command(sys.argv), code, describe_machine())
         data = build.build_data(cfg)
         model = build.build_model(cfg, data)
         build.check_module_callbacks(model)

@@ -16,13 +16,16 @@ from tracklight.engine.signals import stop_signals
 from tracklight.errors import BadInput, RunFailed
 from tracklight.runs.leaderboard import TrialRun
 from tracklight.sweep import executors, parent_run
+from tracklight.sweep.machines import Machines
 from tracklight.sweep.plan import Job, Plan, format_params, make_trial_spec, with_num_threads
 from tracklight.sweep.progress import Progress
-from tracklight.sweep.study import INVALID_ATTR, OUTAGE_S, RUN_KEYS_ATTR, OptunaStudy, TrialRequest
+from tracklight.sweep.storage import OUTAGE_S
+from tracklight.sweep.study import INVALID_ATTR, RUN_KEYS_ATTR, OptunaStudy, TrialRequest
 from tracklight.sweep.trial import EpochReport, TrialResult, final_result
 from tracklight.tracking import tags
 
 WAIT_S = 0.25  # the delay until a signal is noticed
+MACHINES_S = 1.0  # from one look at what other machines do to the next
 
 
 @dataclass
@@ -38,6 +41,7 @@ class SweepLoop:
     executor: executors.Executor
     parent: parent_run.ParentRun | None  # None if the sweep is not tracked
     progress: Progress
+    machines: Machines | None = None  # this one among those that run the sweep, if there may be others
     signum: int | None = None  # of the signal that ended the sweep
     halted: bool = False  # whether a failure ended the sweep
     failures: dict[int, str] = field(default_factory=dict)  # reason by trial number
@@ -49,9 +53,12 @@ class SweepLoop:
     _ended: dict[int, dict[str, TrialResult]] = field(default_factory=dict)  # by number and job key
     _in_progress: dict[str, list[Job]] = field(default_factory=dict)  # jobs that share a run
     _started: dict[str, int] = field(default_factory=dict)  # trial number by job key
+    _elsewhere: list[list[Job]] = field(default_factory=list)  # configs of a grid that other machines run
+    _counted: set[int] = field(default_factory=set)  # numbers of finished trials that the progress has
 
     def __post_init__(self) -> None:
-        self._prunes = self.plan.prunes and not self.executor.blocks
+        self._storage = self.plan.settings["storage"] if self.executor.blocks else None
+        self._prunes = self.plan.prunes and (not self.executor.blocks or self._storage is not None)
         self._stops_on_failure = self.plan.settings["on_failure"] == "stop"
         self._grid = deque(() if self.plan.is_search else self.plan.configs)
 
@@ -59,19 +66,20 @@ class SweepLoop:
         """Run all trials; the first signal stops them so that the sweep can be continued."""
         handlers = {signum: signal.signal(signum, self._handle_signal) for signum in stop_signals()}
         try:
-            if self.parent:
-                self._children = self.parent.children_by_key()
-            self.progress.resumed([final_result(child) for child in self._children.values()])
+            self._read_children()
+            earlier = [final_result(child) for child in self._children.values()]
+            self.progress.resumed([*filter(None, earlier)] if self.machines else earlier)
             self._review_finished_trials()
             while not self._is_over:
                 is_exhausted = self._start_runs()
                 if self.parent:
-                    self.parent.refresh()  # slow, so only once no worker is idle
+                    self.parent.refresh(logs=self._leads)  # slow, so only once no worker is idle
                 if self.executor.running:
                     for job, message in self.executor.messages(WAIT_S):
                         self._handle(job, message)
                 elif is_exhausted:
-                    break
+                    if not self._waits_for_machines():
+                        break
                 else:  # only an unreachable store leaves all workers idle
                     self._wait_for_store()
             self._stop_runs()
@@ -88,7 +96,7 @@ class SweepLoop:
 
     @property
     def _is_over(self) -> bool:
-        return self.signum is not None or self.halted
+        return self.signum is not None or self.halted or (self.machines is not None and self.machines.is_lost)
 
     def _handle_signal(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None:  # the second signal
@@ -98,6 +106,27 @@ class SweepLoop:
         self.signum = signum
         if self.executor.blocks or self.study.is_waiting:  # nothing would notice `signum` for long
             raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
+
+    def _waits_for_machines(self) -> bool:
+        """Return whether other machines run trials, after a moment in which they may end or be given up."""
+        if self.machines is None:
+            return False
+        self._grid.extend(self._elsewhere)
+        self._elsewhere.clear()
+        if not self._grid and not self.study.runs_elsewhere:
+            self._read_children()
+            self._review_finished_trials()
+        if is_waiting := bool(self._grid) or self.study.runs_elsewhere:
+            time.sleep(MACHINES_S)
+        return is_waiting
+
+    def _read_children(self) -> None:
+        if self.parent:
+            self._children = self.parent.children_by_key()
+
+    @property
+    def _leads(self) -> bool:
+        return self.machines is None or self.machines.leads
 
     def _wait_for_store(self) -> None:
         if self.parent and self.parent.outage_s > OUTAGE_S:
@@ -116,16 +145,22 @@ class SweepLoop:
             self._handle(job, message)
 
     def _review_finished_trials(self) -> None:
-        """Count the finished trials of a search; enqueue again those that have runs to repeat."""
+        """Count the finished trials of a search of earlier commands, or of other machines.
+
+        Those that have runs to repeat are enqueued again.
+        """
         if self.parent is None or not self.plan.is_search:
             return
         for trial in self.study.finished_trials():
             number = self.study.trial_number(trial)
+            if number in self._trials or number in self._counted:
+                continue
             error = trial.user_attrs.get(INVALID_ATTR)
             invalid = [TrialResult("failed", reason=error)] if error else []
             if results := invalid or self._final_results(trial.user_attrs.get(RUN_KEYS_ATTR, [])):
+                self._counted.add(number)
                 self._count_finished(number, self.study.trial_params(trial), results)
-            else:
+            elif self._leads:
                 self.study.enqueue_retry(number)
 
     def _final_results(self, keys: Sequence[str]) -> list[TrialResult]:
@@ -158,11 +193,17 @@ class SweepLoop:
             if not jobs:
                 continue
             keys = [job.key for job in jobs]
+            if self.machines and (request.has_ended or request.is_retry) and not self._final_results(keys):
+                self._read_children()
             if request.has_ended:
                 if results := self._final_results(keys):
                     self._count_finished(request.number, request.params, results)
                     continue
-                request = self.study.ask_retry(request.number)
+                retry = self.study.ask_retry(request.number) if self._leads else None
+                if retry is None:
+                    self._elsewhere.append(jobs)
+                    continue
+                request = retry
             self.study.set_run_keys(request.number, keys)
             self._trials[request.number], self._ended[request.number] = jobs, {}
             self._queue.extend(jobs[:1] if self._prunes else jobs)
@@ -170,10 +211,11 @@ class SweepLoop:
 
     def _request_trial(self) -> tuple[TrialRequest, list[Job]] | None:
         """Return the next trial and its jobs; none if its config is invalid, which is recorded."""
-        if self._grid:
+        while self._grid:
             jobs = [with_num_threads(job, self.plan.num_threads) for job in self._grid.popleft()]
-            request = self.study.ask_config(jobs[0].params)
-            return request, [replace(job, number=request.number) for job in jobs]
+            if request := self.study.ask_config(jobs[0].params):
+                return request, [replace(job, number=request.number) for job in jobs]
+            self._elsewhere.append(jobs)
         request = self.study.ask() if self.plan.is_search else None
         if request is None:
             return None
@@ -216,12 +258,17 @@ class SweepLoop:
         sharing.append(job)
         if len(sharing) > 1:
             return
-        if self.parent and child is not None and tags.NEVER_BEGAN_TAG in child.data.tags:
-            self.parent.delete_child(child.info.run_id)
-            child = None
+        if self.parent and child is not None:
+            is_elsewhere = self.machines and not self.parent.store.folder(child.info.run_id).is_dir()
+            if is_elsewhere or tags.NEVER_BEGAN_TAG in child.data.tags:  # a dead machine has its checkpoints
+                self.parent.delete_child(child.info.run_id)
+                child = None
         run_id = None if child is None else child.info.run_id
         facts = {"tags": self._tags(job.number, job.params, job.key), "log": self._log(job)}
-        spec = make_trial_spec(job, run_id=run_id, awaits_decision=self._decides(job), **facts)
+        if (decides := self._decides(job)) and self._storage:
+            facts["shared"] = self.study.share(job.number, self._storage)
+        awaits = decides and not self._storage
+        spec = make_trial_spec(job, run_id=run_id, awaits_decision=awaits, **facts)
         if run_id is not None:
             self.progress.note(f"trial {job.name}  goes on in run {run_id}")
         self.progress.started(job)
@@ -233,13 +280,13 @@ class SweepLoop:
         return self._prunes and job.key == self._trials[job.number][0].key
 
     def _log(self, job: Job) -> Path | None:
-        return self.parent.run.folder / "logs" / f"{job.number:04d}.log" if self.parent else None
+        return self.parent.folder / "logs" / f"{job.number:04d}.log" if self.parent else None
 
     def _tags(self, number: int, params: Mapping[str, str], key: str) -> dict[str, str]:
         if self.parent is None:
             return {}
-        parent_id = self.parent.run.run_id
-        return {**params, tags.POINT_TAG: key, tags.TRIAL_TAG: str(number), tags.PARENT_TAG: parent_id}
+        own = {tags.POINT_TAG: key, tags.TRIAL_TAG: str(number), tags.PARENT_TAG: self.parent.run_id}
+        return {**params, **own}
 
     def _handle(self, job: Job, message: EpochReport | TrialResult) -> None:
         if isinstance(message, EpochReport):

@@ -21,6 +21,7 @@ from tracklight.paths import ROOT, UI_PORT
 from tracklight.redact import redact
 from tracklight.runs.leaderboard import LeaderboardRow, rank_trials, read_trial_run, short_names
 from tracklight.runs.select import restore_command
+from tracklight.sweep.machines import Machines
 from tracklight.sweep.plan import Plan
 from tracklight.sweep.progress import plot_page
 from tracklight.tracking import provenance, tags, views
@@ -40,32 +41,43 @@ MAX_SHARE = 0.05  # of the sweep's time that refreshing may take
 UNREACHABLE = (mlflow.exceptions.MlflowException, BadInput, RunFailed)  # errors of an outage
 
 
-def open_parent(store: Store, plan: Plan, data: str | None) -> "ParentRun":
+def open_parent(store: Store, plan: Plan, data: str | None, machines: Machines | None) -> "ParentRun":
     """Continue the sweep's parent run, with the number of threads that it began with, or create it.
 
-    `data` is the digest of the first config's data, None if unknown.
+    `data` is the digest of the first config's data, None if unknown. The machine that leads has the run;
+    others wait until it is open.
 
     Raises:
         BadInput: The sweep is in progress, its parent is deleted, or its code or data have changed.
     """
     cfg, query = plan.first_cfg, f"tags.`{tags.SWEEP_TAG}` = '{plan.digest}'"
+    if machines and (run_id := machines.wait_for_leader()):
+        machines.announce(run_id)  # it may lead next
+        _adopt(plan, store, store.client.get_run(run_id), data)
+        return ParentRun(store, plan, run_id, None)
     with exclusive_lock(store.directory / LOCK):  # two first starts would create two parents
         if plan.settings["fresh"]:
             parents = []
         elif not (parents := store.search(query)):
             _check_not_deleted(store, query)
         if parents:
-            run_id, values = parents[0].info.run_id, parents[0].data.tags
-            if not cfg.allow_changes:
-                _check_unchanged(plan, store.search(_children_query(run_id)), data)
-            plan.num_threads = tags.read_count(values, tags.THREADS_TAG, plan.num_threads)
-            run = _reopen(store, run_id)
+            _adopt(plan, store, parents[0], data)
+            run = _reopen(store, parents[0].info.run_id, is_alone=machines is None)
             run.set_tags(_tags(plan))
         else:
             name = cfg.tracking.run_name or "sweep " + " ".join(plan.space.expressions())
             values = _tags(plan) | {tags.SWEEP_TAG: plan.digest}
             run = store.create(cfg.tracking.experiment, name, values)
-    return ParentRun(store, run, plan)
+    if machines:
+        machines.announce(run.run_id)
+    return ParentRun(store, plan, run.run_id, run)
+
+
+def _adopt(plan: Plan, store: Store, parent: Any, data: str | None) -> None:
+    """Go on with the number of threads of a parent run, if code and data are those of its trials."""
+    if not plan.first_cfg.allow_changes:
+        _check_unchanged(plan, store.search(_children_query(parent.info.run_id)), data)
+    plan.num_threads = tags.read_count(parent.data.tags, tags.THREADS_TAG, plan.num_threads)
 
 
 def _children_query(run_id: str) -> str:
@@ -81,12 +93,13 @@ def _check_not_deleted(store: Store, query: str) -> None:
         raise BadInput(f"{deleted}, {restore_command(run.info.run_id, store.display_uri)} brings it back")
 
 
-def _reopen(store: Store, run_id: str) -> Run:
-    """Continue a parent run that is in progress neither here nor elsewhere."""
+def _reopen(store: Store, run_id: str, is_alone: bool) -> Run:
+    """Continue a parent run that is not in progress, as far as that can be known."""
     is_here = store.folder(run_id).is_dir()
-    if not is_here and store.client.get_run(run_id).info.status == "RUNNING":
+    if is_alone and not is_here and store.client.get_run(run_id).info.status == "RUNNING":
         where = f"elsewhere, as run {run_id}"
-        raise BadInput(f"this very sweep is RUNNING {where}; wait for it, or sweep.fresh=true")
+        cures = "wait for it, or sweep.fresh=true; with sweep.storage=DATABASE, machines share a sweep"
+        raise BadInput(f"this very sweep is RUNNING {where}; {cures}")
     try:
         return store.reopen(run_id)
     except BadInput as error:
@@ -148,16 +161,18 @@ def _to_markdown(columns: Sequence[str], data: Sequence[Sequence[Any]]) -> str:
 
 
 class ParentRun:
-    """The open parent run of a sweep, and its child runs in the store."""
+    """The parent run of a sweep, and its child runs in the store."""
 
-    def __init__(self, store: Store, run: Run, plan: Plan):
+    def __init__(self, store: Store, plan: Plan, run_id: str, run: Run | None):
         self.store = store
-        self.run = run
+        self.run_id, self.folder = run_id, store.folder(run_id)
+        self._run = run  # None while another machine leads, which has it open
         self._plan = plan
         self._refresh_due_s = self._plot_due_s = 0.0
         self._plots = ThreadPoolExecutor(1)
         self._outage_since_s: float | None = None
-        stored = store.client.get_run(run.run_id)
+        stored = store.client.get_run(run_id)
+        self.ui_hint = store.ui_hint(stored.info)
         self._start_ms: int = stored.info.start_time
         self._experiment_id: str = stored.info.experiment_id
         self._experiment = store.client.get_experiment(self._experiment_id).name
@@ -166,9 +181,16 @@ class ParentRun:
         self._metrics: dict[str, float] = {}
         self._step = -1
 
+    @property
+    def run(self) -> Run:
+        """The run itself; opened where the machine that had it is gone."""
+        if self._run is None:
+            self._run = _reopen(self.store, self.run_id, is_alone=False)
+        return self._run
+
     def children(self, timeout_s: float | None = None) -> list[Any]:
         """Return the child runs, newest first, without deleted ones."""
-        return self.store.search(_children_query(self.run.run_id), timeout_s)
+        return self.store.search(_children_query(self.run_id), timeout_s)
 
     def children_by_key(self) -> dict[str, Any]:
         """Return the newest child run of each job key."""
@@ -204,7 +226,7 @@ class ParentRun:
         try:
             if run_id is None:
                 is_job = f"tags.`{tags.POINT_TAG}` = '{run_tags[tags.POINT_TAG]}'"
-                runs = self.store.search(f"{_children_query(self.run.run_id)} and {is_job}")
+                runs = self.store.search(f"{_children_query(self.run_id)} and {is_job}")
             else:
                 runs = [retry(lambda: client.get_run(run_id), self.store.timeout_s)]
             if not runs:
@@ -236,10 +258,10 @@ class ParentRun:
             self._outage_since_s = time.monotonic()
             self._refresh_due_s = 0.0
 
-    def refresh(self, final: bool = False) -> list[LeaderboardRow] | None:
-        """Log the leaderboard and the best trial if that is due; return the leaderboard if it was logged.
+    def refresh(self, final: bool = False, logs: bool = True) -> list[LeaderboardRow] | None:
+        """Log the leaderboard and the best trial if that is due; return the leaderboard then.
 
-        A `final` refresh logs in any case, and waits for the store and the plots.
+        A `final` refresh logs in any case, and waits for the store and the plots; without `logs` it reads.
         """
         start_s = time.monotonic()
         if start_s < self._refresh_due_s and not final:
@@ -253,6 +275,13 @@ class ParentRun:
             self._refresh_due_s = time.monotonic() + REFRESH_S
             return None
         self._outage_since_s = None
+        if logs:
+            self._log(rows, start_s, final)
+        end_s = time.monotonic()
+        self._refresh_due_s = end_s + max(REFRESH_S, (end_s - start_s) / MAX_SHARE)
+        return rows
+
+    def _log(self, rows: Sequence[LeaderboardRow], start_s: float, final: bool) -> None:
         self._log_table(rows)
         self._log_best(rows)
         if final or start_s >= self._plot_due_s:
@@ -261,9 +290,6 @@ class ParentRun:
             if final:
                 plotted.result()
         self.run.upload_artifacts()
-        end_s = time.monotonic()
-        self._refresh_due_s = end_s + max(REFRESH_S, (end_s - start_s) / MAX_SHARE)
-        return rows
 
     def save_view(self) -> str:
         """Save the view of the sweep in MLflow's UI; return its address, of `make ui` or the server."""
@@ -275,10 +301,10 @@ class ParentRun:
         shown = [short if (short := name.rpartition(".")[2]) in params else name for name in names]
         shown = [name for name in shown if name in params]  # a list by its short text
         metrics = dict.fromkeys((plan.metric, "train/loss"))
-        where = (self.store.client, self._experiment_id, self.run.run_id)
+        where = (self.store.client, self._experiment_id, self.run_id)
         views.save_sweep_view(*where, shown, [*metrics], plan.mode)
         uri = self.store.display_uri if is_server(self.store.uri) else f"http://127.0.0.1:{UI_PORT}"
-        return uri.rstrip("/") + views.page(self._experiment_id, views.view_name(self.run.run_id))
+        return uri.rstrip("/") + views.page(self._experiment_id, views.view_name(self.run_id))
 
     def _rank(self, timeout_s: float | None) -> list[LeaderboardRow]:
         names = [axis.name for axis in self._plan.space.axes]
@@ -336,3 +362,9 @@ class ParentRun:
         """End the parent run with this status."""
         self._plots.shutdown()
         self.run.finish(status)
+
+    def abandon(self) -> None:
+        """Leave the parent run, if this machine has it, to another."""
+        self._plots.shutdown()
+        if self._run is not None:
+            self._run.abandon()

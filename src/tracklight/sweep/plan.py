@@ -229,8 +229,9 @@ class Plan:
         """A line for each setting that has no effect, or another one than expected."""
         notes = []
         sampler = self.settings["sampler"]
-        if self.launcher and self.prunes:
-            notes.append("pruning needs trials in processes of our own: sweep.pruner ignored")
+        if self.launcher and self.prunes and not self.settings["storage"]:
+            needs = "pruning under a launcher needs sweep.storage, a database that its jobs reach"
+            notes.append(f"{needs}: sweep.pruner ignored")
         if not self.is_search and (sampler != "tpe" or self.settings["sampler_options"]):
             notes.append("lists alone are a grid: sweep.sampler needs sweep.trials")
         num_points = 0 if self.is_search else math.prod(axis.num_given for axis in self.space.axes)

@@ -1,38 +1,26 @@
-"""Optuna: the sampler and the pruner of a sweep, where its study is stored, and its trials."""
+"""Optuna: the sampler and the pruner of a sweep, and its trials."""
 
-import fcntl
 import importlib.util
 import inspect
-import json
-import logging
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
 import optuna
-from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy import exc
+from typing_extensions import override
 
 from tracklight.errors import BadInput
-from tracklight.paths import read_bounded
-from tracklight.redact import redact
 from tracklight.sweep.space import Space
-from tracklight.tracking import address, mlflow_client
+from tracklight.sweep.storage import PARAMS_ATTR, RETRY_OF_ATTR, PatientStorage, enqueue_again, open_storage
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-# Its one warning is a page of SQL about a query that is retried; if that fails too, it raises.
-logging.getLogger("optuna.storages._rdb.storage").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler", "qmc": "QMCSampler", "grid": "GridSampler"}
@@ -40,16 +28,12 @@ SAMPLERS |= {"cmaes": "CmaEsSampler", "gp": "GPSampler"}
 PRUNERS = {"none": "NopPruner", "median": "MedianPruner", "percentile": "PercentilePruner"}
 PRUNERS |= {"hyperband": "HyperbandPruner", "asha": "SuccessiveHalvingPruner"}
 DIRECTIONS: dict[str, Literal["minimize", "maximize"]] = {"min": "minimize", "max": "maximize"}
-MAX_JOURNAL_BYTES = 1_000_000_000
-STORAGE_TIMEOUT_S = 15.0  # not every driver has its own
-OUTAGE_S = 300.0  # a store that does not answer for longer ends the sweep
-OUTAGES = (exc.OperationalError, exc.InterfaceError, exc.PendingRollbackError)  # of a database away
 
 # User attributes of a trial.
-PARAMS_ATTR = "point"  # of a grid's trial: its params as text
 RUN_KEYS_ATTR = "runs"  # the keys of its runs
 INVALID_ATTR = "refused"  # why its config is not valid
-RETRY_OF_ATTR = "retry_of"  # number of the trial that it replaces
+MACHINE_ATTR = "machine"  # which one runs it, of several that run the sweep
+SURPLUS_ATTR = "surplus"  # another machine has a trial in its place
 
 
 @dataclass(frozen=True)
@@ -150,67 +134,32 @@ def _option_errors(kind: str, name: str, options: Mapping[str, Any]) -> Iterator
         raise BadInput(f"sweep.{kind}_options={{{pairs}}} {reason}") from error
 
 
-def open_storage(url: str | None, journal: Path | None) -> BaseStorage:
-    """Open Optuna's storage: a database, which must answer, else a journal file, else memory."""
-    if url is None:
-        return _open_journal(journal) if journal else optuna.storages.InMemoryStorage()
-    try:
-        return address.call_in_thread(partial(optuna.storages.RDBStorage, url)).result(STORAGE_TIMEOUT_S)
-    except Exception as error:
-        reason = redact(" ".join(str(error).split("\n")[0].split()))[:200]
-        if isinstance(error, TimeoutError):
-            reason = f"does not answer within {STORAGE_TIMEOUT_S:.0f} s"
-        cure = "a database that runs, sqlite:///FILE or postgresql://..., or null for a file in tracking.dir"
-        raise BadInput(f"sweep.storage={redact(url)} cannot be opened ({reason}); give {cure}") from None
+@dataclass(frozen=True)
+class SharedTrial:
+    """A trial in a database, for a process that is elsewhere and asks by itself whether to prune it."""
+
+    url: str
+    study: str
+    number: int  # in the study
+    settings: OptunaSettings
+
+    def reporter(self) -> Callable[[int, float], bool]:
+        """Return what reports the score after an epoch, and returns whether to prune the trial."""
+        storage: Any = PatientStorage(get_storage(open_storage(self.url, None)))
+        pruner = self.settings.build_pruner()
+        study = optuna.load_study(study_name=self.study, storage=storage, pruner=pruner)
+        study_id = storage.get_study_id_from_name(self.study)
+        trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, self.number)
+        return partial(_report, Trial(study, trial_id))
 
 
-def _open_journal(path: Path) -> JournalStorage:
-    try:
-        if path.exists():  # a kill leaves a line half-written: Optuna would append to it, read neither
-            text = read_bounded(path, MAX_JOURNAL_BYTES)
-            whole = text[: text.rfind("\n") + 1]
-            if not all(isinstance(json.loads(line), dict) for line in whole.splitlines()):
-                raise ValueError("a line is no mapping")
-            with os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW), "r+b") as file:
-                file.truncate(len(whole.encode()))
-        # The kernel releases this lock when a process is killed; Optuna's own would last 30 s.
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        descriptor = os.open(path.with_suffix(".lock"), flags, 0o666)
-        flock = partial(fcntl.flock, descriptor)
-        lock: Any = SimpleNamespace(
-            acquire=partial(flock, fcntl.LOCK_EX), release=partial(flock, fcntl.LOCK_UN)
-        )
-        return JournalStorage(JournalFileBackend(str(path), lock))
-    except Exception as error:  # Optuna checks nothing of what it reads
-        reason = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
-        raise BadInput(f"{path} is no journal of a sweep ({reason}); sweep.fresh=true starts over") from None
-
-
-class PatientStorage:
-    """A database that may be away: a call is repeated until it answers, and `is_waiting` meanwhile."""
-
-    def __init__(self, storage: BaseStorage):
-        self._storage, self.is_waiting = storage, False
-
-    def __getattr__(self, name: str) -> Any:
-        member = getattr(self._storage, name)
-        return partial(self._repeat, member) if callable(member) else member
-
-    def _repeat(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        def is_outage(error: Exception) -> bool:  # and not at odds with the request
-            cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-            is_away = isinstance(cause, OUTAGES)
-            self.is_waiting |= is_away
-            return is_away
-
-        try:
-            return mlflow_client.retry(partial(call, *args, **kwargs), OUTAGE_S, is_outage, "sweep.storage")
-        except UpdateFinishedTrialError:
-            if not self.is_waiting:
-                raise
-            return True  # only the answer was lost
-        finally:
-            self.is_waiting = False
+def _report(trial: Trial, epoch: int, value: float) -> bool:
+    last = trial.study.get_trials(deepcopy=False)[trial.number].last_step
+    if last is not None and epoch < last:
+        return False  # repeated after a kill: it was not pruned here the first time
+    if epoch != last:
+        trial.report(value, epoch)
+    return trial.should_prune()
 
 
 @dataclass(frozen=True)
@@ -219,11 +168,40 @@ class TrialRequest:
 
     number: int  # of a retry, that of the trial it replaces
     params: dict[str, str]  # name of each axis to its value as text
-    has_ended: bool = False  # finished by an earlier command
+    has_ended: bool = False  # finished by an earlier command, or on another machine
+    is_retry: bool = field(default=False, compare=False)
+
+
+class _SeededSampler(optuna.samplers.BaseSampler):
+    """Samples each trial by a sampler of its own, which is built once the trial has its number."""
+
+    def __init__(self, build: Callable[[int], optuna.samplers.BaseSampler]):
+        self._build = build
+
+    @override
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self._sampler = self._build(trial.number)
+        self._sampler.before_trial(study, trial)
+
+    @override
+    def infer_relative_search_space(self, *args: Any) -> Any:
+        return self._sampler.infer_relative_search_space(*args)
+
+    @override
+    def sample_relative(self, *args: Any) -> Any:
+        return self._sampler.sample_relative(*args)
+
+    @override
+    def sample_independent(self, *args: Any) -> Any:
+        return self._sampler.sample_independent(*args)
 
 
 class OptunaStudy:
-    """The study of one sweep, continued if the storage has it."""
+    """The study of one sweep, continued if the storage has it.
+
+    Of several machines that run the sweep, each has its own trials; whatever two of them do at once, no
+    params are trained twice and no trial too many is.
+    """
 
     def __init__(
         self,
@@ -233,6 +211,7 @@ class OptunaStudy:
         space: Space,
         settings: OptunaSettings,
         num_trials: int | None,  # of a search, in all; None for a grid
+        machine: str | None = None,  # the id of this one, if there may be others
     ):
         is_database = isinstance(storage, RDBStorage)
         self._storage: Any = PatientStorage(get_storage(storage)) if is_database else storage
@@ -248,8 +227,11 @@ class OptunaStudy:
             sampler=optuna.samplers.RandomSampler(),  # `ask` sets the one to sample with
             load_if_exists=True,
         )
+        self.name, self._machine = name, machine
         self._running: dict[int, Trial] = {}
+        self.running_ids: set[int] = set()  # in the storage, of the trials that run here
         running = [each for each in self.get_trials() if each.state == TrialState.RUNNING]
+        running = [each for each in running if self._is_ours(each)]
         self._interrupted = [each.number for each in running if not self._is_torn(each)]
         for trial in filter(self._is_torn, running):  # its other params would differ if resumed
             self._study.tell(trial.number, state=TrialState.FAIL)
@@ -258,16 +240,27 @@ class OptunaStudy:
         """Return all trials of the study, by Optuna's number."""
         return self._study.get_trials(deepcopy=False)
 
+    def _is_ours(self, trial: FrozenTrial) -> bool:
+        return self._machine is None or trial.user_attrs.get(MACHINE_ATTR) == self._machine
+
+    @property
+    def runs_elsewhere(self) -> bool:
+        """Whether trials are left that another machine runs, or that one is to take over."""
+        trials = [trial for trial in self.counted_trials() if not trial.state.is_finished()]
+        return any(trial.state == TrialState.WAITING or not self._is_ours(trial) for trial in trials)
+
     def counted_trials(self) -> list[FrozenTrial]:
-        """Return the trials that count: neither replaced by a retry nor torn by a kill."""
-        trials = [trial for trial in self.get_trials() if not self._is_torn(trial)]
+        """Return the trials that count: neither replaced by a retry, nor surplus, nor torn by a kill."""
+        trials = [trial for trial in self.get_trials() if SURPLUS_ATTR not in trial.user_attrs]
+        trials = [trial for trial in trials if not self._is_torn(trial)]
         replaced = {trial.user_attrs.get(RETRY_OF_ATTR) for trial in trials}
         return [trial for trial in trials if trial.number not in replaced]
 
     def _is_torn(self, trial: FrozenTrial) -> bool:
         """Return whether a kill left some of a trial's params unsampled."""
         unsampled = self._distributions.keys() - trial.params.keys()
-        return trial.state != TrialState.WAITING and bool(unsampled)
+        is_begun = trial.state.is_finished() or (trial.state == TrialState.RUNNING and self._is_ours(trial))
+        return is_begun and bool(unsampled)
 
     def finished_trials(self) -> list[FrozenTrial]:
         """Return the trials that count and are finished."""
@@ -293,50 +286,81 @@ class OptunaStudy:
         has_waiting = any(trial.state == TrialState.WAITING for trial in trials)
         if not has_waiting and len(trials) >= self._num_trials:
             return None
-        # Seeded by the number of trials: neither a restart nor a second worker repeats a sample.
-        self._study.sampler = self._settings.build_sampler(len(trials), self._distributions)
-        return self._request(self._study.ask(self._distributions))
+        # Seeded by how many trials came before: no restart, worker or machine repeats a sample.
+        self._study.sampler = _SeededSampler(
+            lambda number: self._settings.build_sampler(self._num_before(number), self._distributions)
+        )
+        trial = self._study.ask(self._distributions)
+        request = self._request(trial)
+        is_new = "fixed_params" not in self.get_trials()[trial.number].system_attrs
+        is_surplus = is_new and self._num_before(trial.number) >= self._num_trials
+        return self._withdraw(request.number) if is_surplus else request
 
-    def ask_config(self, params: Mapping[str, str]) -> TrialRequest:
-        """Return the trial of a grid's config: new, interrupted or finished."""
-        same = [trial for trial in self.counted_trials() if self.trial_params(trial) == params]
+    def _num_before(self, number: int) -> int:
+        return sum(trial.number < number for trial in self.counted_trials())
+
+    def _withdraw(self, number: int) -> None:
+        """Give up a trial in whose place another machine began one a moment before."""
+        self._running[number].set_user_attr(SURPLUS_ATTR, True)
+        self.tell(number, "failed", None)
+
+    def ask_config(self, params: Mapping[str, str]) -> TrialRequest | None:
+        """Return the trial of a grid's config: new, interrupted or finished; None if it runs elsewhere."""
+        same = self._trials_of(params)
         if not same:
-            self._study.enqueue_trial({}, user_attrs={PARAMS_ATTR: dict(params)})
-            return self._ask_waiting(len(self.get_trials()) - 1)
+            request = self._reopen(self._create({PARAMS_ATTR: dict(params)}))
+            first = self._trials_of(params)[0].number
+            return request if first == request.number else self._withdraw(request.number)
         trial = same[-1]
-        if not trial.state.is_finished():
-            ask = self._ask_waiting if trial.state == TrialState.WAITING else self._reopen
-            return ask(trial.number)
-        return TrialRequest(self.trial_number(trial), dict(params), has_ended=True)
+        if trial.state.is_finished():
+            return TrialRequest(self.trial_number(trial), dict(params), has_ended=True)
+        if trial.state == TrialState.WAITING:
+            return self._claim(trial.number)
+        return self._reopen(trial.number) if self._is_ours(trial) else None
+
+    def _trials_of(self, params: Mapping[str, str]) -> list[FrozenTrial]:
+        return [trial for trial in self.counted_trials() if self.trial_params(trial) == params]
+
+    def _create(self, attrs: dict[str, Any]) -> int:
+        """Create a running trial; return its number in the study."""
+        attrs |= {MACHINE_ATTR: self._machine} if self._machine else {}
+        trial = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=attrs)
+        return self._storage.get_trial(self._storage.create_new_trial(self._study_id, trial)).number
+
+    def _claim(self, number: int) -> TrialRequest | None:
+        """Return a trial that waits, unless another machine has just begun it."""
+        claimed = self._storage.set_trial_state_values(self._trial_id(number), TrialState.RUNNING)
+        return self._reopen(number) if claimed else None
 
     def enqueue_retry(self, number: int) -> int:
         """Enqueue a trial that replaces a finished one; return its number in the study."""
         trial = next(each for each in self.finished_trials() if self.trial_number(each) == number)
-        attrs = {key: value for key, value in trial.user_attrs.items() if key == PARAMS_ATTR}
-        params = trial.system_attrs.get("fixed_params", {}) | trial.params
-        self._study.enqueue_trial(params, user_attrs={RETRY_OF_ATTR: trial.number} | attrs)
-        return len(self.get_trials()) - 1
+        return enqueue_again(self._study, trial)
 
-    def ask_retry(self, number: int) -> TrialRequest:
+    def ask_retry(self, number: int) -> TrialRequest | None:
         """Return a trial that replaces a finished one."""
-        return self._ask_waiting(self.enqueue_retry(number))
+        return self._claim(self.enqueue_retry(number))
 
-    def _ask_waiting(self, number: int) -> TrialRequest:
-        while True:
-            trial = self._study.ask(self._distributions)
-            if trial.number == number:
-                return self._request(trial)
+    @property
+    def _study_id(self) -> int:
+        return self._storage.get_study_id_from_name(self.name)
+
+    def _trial_id(self, number: int) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
 
     def _reopen(self, number: int) -> TrialRequest:
-        study_id = self._storage.get_study_id_from_name(self._study.study_name)
-        trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
-        return self._request(Trial(self._study, trial_id))
+        return self._request(Trial(self._study, self._trial_id(number)))
 
     def _request(self, trial: Trial) -> TrialRequest:
+        if self._machine:
+            trial_id = self._trial_id(trial.number)
+            self._storage.record_heartbeat(trial_id)
+            trial.set_user_attr(MACHINE_ATTR, self._machine)
+            self.running_ids.add(trial_id)
         frozen = self.get_trials()[trial.number]
         number = self.trial_number(frozen)
         self._running[number] = trial
-        return TrialRequest(number, self.trial_params(frozen))
+        return TrialRequest(number, self.trial_params(frozen), is_retry=RETRY_OF_ATTR in frozen.user_attrs)
 
     @property
     def is_waiting(self) -> bool:
@@ -356,13 +380,11 @@ class OptunaStudy:
 
     def report(self, number: int, epoch: int, value: float) -> bool:
         """Report a trial's score after an epoch; return whether to prune the trial."""
-        trial = self._running[number]
-        last = self.get_trials()[trial.number].last_step
-        if last is not None and epoch < last:
-            return False  # repeated after a kill: it was not pruned here the first time
-        if epoch != last:
-            trial.report(value, epoch)
-        return trial.should_prune()
+        return _report(self._running[number], epoch, value)
+
+    def share(self, number: int, url: str) -> SharedTrial:
+        """Return a trial for a process elsewhere, where the storage has this address."""
+        return SharedTrial(url, self.name, self._running[number].number, self._settings)
 
     def fail_invalid(self, number: int, reason: str) -> None:
         """Fail a trial whose config is not valid, for good."""
@@ -372,6 +394,8 @@ class OptunaStudy:
     def tell(self, number: int, kind: str, score: float | None) -> None:
         """Store how a trial ended; a stopped one stays RUNNING, to be continued."""
         trial = self._running.pop(number)
+        if self._machine:
+            self.running_ids.discard(self._trial_id(trial.number))
         self._study.sampler = optuna.samplers.RandomSampler()  # a grid's would stop the study
         if kind == "complete":
             self._study.tell(trial, score)

@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +25,21 @@ from tracklight.sweep.executors import Executor, LauncherExecutor, ProcessExecut
 from tracklight.sweep.plan import Job, Plan, format_params, make_trial_spec, with_num_threads
 from tracklight.sweep.populations import PopulationExecutor, group_jobs
 from tracklight.sweep.trial import TrialResult
-from tracklight.tracking.address import call_in_thread
+from tracklight.tracking.address import call_in_thread, is_server
 from tracklight.tracking.tags import PARENT_TAG, POINT_TAG, SUMMARY, TESTED_TAG
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
     from tracklight.sweep.loop import SweepLoop
+    from tracklight.sweep.machines import Machines
     from tracklight.sweep.parent_run import ParentRun
     from tracklight.sweep.progress import Progress
     from tracklight.tracking.store import Store
+
+GIVEN_UP = (
+    "this machine was not heard of for half a minute, and others run its trials; the same command joins them"
+)
 
 summary: dict[str, Any] = {}  # what the sweep of this process came to, for --json
 MAX_FAILURES = 3  # named in the error message
@@ -58,22 +64,27 @@ def sweep(overrides: list[str], master: DictConfig, context: HydraContext) -> fl
     before = os.environ.get("PYTHONSAFEPATH", "")
     os.environ["PYTHONSAFEPATH"] = "1"  # no process of a sweep imports the current folder's logging.py
     executor = ProcessExecutor(plan.settings["workers"], plan.num_gpus)
+    machines: Machines | None = None
     try:
         preflighted = call_in_thread(lambda: preflight(plan, executor))
         store, storage = _open_stores(plan)
         from tracklight.sweep.parent_run import open_parent  # slow, so while the preflight runs
 
         data = preflighted.result()
-        parent = open_parent(store, plan, data) if store else None
-        return _run(plan, executor, parent, storage)
+        with _explaining_outages():
+            machines = _join(plan, store, storage)
+            parent = open_parent(store, plan, data, machines) if store else None
+        return _run(plan, executor, parent, storage, machines)
     finally:
         executor.kill()
+        if machines:
+            machines.leave()
         os.environ["PYTHONSAFEPATH"] = before  # empty, it is as if it were not set
 
 
 def _open_stores(plan: Plan) -> "tuple[Store | None, BaseStorage | None]":
     """Open MLflow's store and Optuna's storage; None if it is the journal of the parent run."""
-    from tracklight.sweep.study import open_storage
+    from tracklight.sweep.storage import open_storage
     from tracklight.tracking.run import Run  # noqa: F401, imported now: the preflight takes as long
     from tracklight.tracking.store import connect
 
@@ -93,45 +104,71 @@ def _open_stores(plan: Plan) -> "tuple[Store | None, BaseStorage | None]":
     return store, storage
 
 
+def _join(plan: Plan, store: "Store | None", storage: "BaseStorage | None") -> "Machines | None":
+    """Join the machines that run the sweep, if others could: they share its storage and its store."""
+    if store is None or storage is None or not is_server(store.uri):
+        return None
+    from tracklight.sweep.machines import Machines
+
+    return Machines(storage, plan.digest[:16], store.directory)
+
+
 def _run(
-    plan: Plan, executor: ProcessExecutor, parent: "ParentRun | None", storage: "BaseStorage | None"
+    plan: Plan,
+    executor: ProcessExecutor,
+    parent: "ParentRun | None",
+    storage: "BaseStorage | None",
+    machines: "Machines | None",
 ) -> float | None:
     """Run the remaining trials, test the winner, and end the parent run with its status."""
-    from optuna.exceptions import StorageInternalError
-
     from tracklight.sweep.progress import Progress
-    from tracklight.tracking.mlflow_client import mlflow, short_reason
 
     progress = Progress(plan.metric, plan.mode, plan.settings["workers"])
     status = "FAILED"
     try:
-        loop = _build_loop(plan, executor, parent, storage, progress)
-        loop.run()
-        if loop.signum is not None:
-            status = "KILLED"
-        score = _conclude(loop)
+        with _explaining_outages():
+            loop = _build_loop(plan, executor, parent, storage, machines, progress)
+            loop.run()
+            if loop.signum is not None:
+                status = "KILLED"
+            score = _conclude(loop)
         if loop.signum is None and not loop.failures:
             status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
         raise
+    finally:
+        progress.close()
+        if parent:
+            hint = "; the same command continues it" if status == "KILLED" else ""
+            if status == "KILLED":
+                parent.store.recover()  # ends the runs of trials that were stopped before they could do so
+            progress.note(f"sweep  {parent.run_id}  {parent.folder}{hint}\nlook   {parent.ui_hint}")
+            if machines and (machines.is_lost or not machines.leads):
+                parent.abandon()
+            else:
+                parent.finish(status)
+    _raise_outcome(loop)
+    return score
+
+
+@contextmanager
+def _explaining_outages() -> Iterator[None]:
+    """Raise RunFailed for what a store or a storage raises that has been away for too long."""
+    from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+
+    from tracklight.tracking.mlflow_client import mlflow, short_reason
+
+    try:
+        yield
     except (mlflow.exceptions.MlflowException, StorageInternalError) as error:
         what, cause = "the tracking store", error
         if isinstance(error, StorageInternalError):
             what, cause = "sweep.storage", error.__cause__ or error
         reason = f"{what} fails ({short_reason(cause)})"
         raise RunFailed(f"{reason}; the same command continues the sweep") from None
-    finally:
-        progress.close()
-        if parent:
-            hint = "; the same command continues it" if status == "KILLED" else ""
-            run = parent.run
-            if status == "KILLED":
-                parent.store.recover()  # ends the runs of trials that were stopped before they could do so
-            progress.note(f"sweep  {run.run_id}  {run.folder}{hint}\nlook   {run.ui_hint}")
-            parent.finish(status)
-    _raise_outcome(loop)
-    return score
+    except UpdateFinishedTrialError:
+        raise RunFailed(GIVEN_UP) from None
 
 
 def _build_loop(
@@ -139,18 +176,25 @@ def _build_loop(
     executor: Executor,
     parent: "ParentRun | None",
     storage: "BaseStorage | None",
+    machines: "Machines | None",
     progress: "Progress",
 ) -> "SweepLoop":
     from tracklight.sweep.loop import SweepLoop
-    from tracklight.sweep.study import OptunaStudy, open_storage
+    from tracklight.sweep.storage import open_storage
+    from tracklight.sweep.study import OptunaStudy
 
     name = plan.digest[:16]
     if parent:
-        (parent.run.folder / "logs").mkdir(exist_ok=True)
-        name += "" if storage is None else f"-{parent.run.run_id}"
-        storage = storage or open_storage(None, parent.run.folder / "study.journal")
+        (parent.folder / "logs").mkdir(parents=True, exist_ok=True)
+        name += "" if storage is None else f"-{parent.run_id}"
+        storage = storage or open_storage(None, parent.folder / "study.journal")
     assert storage is not None
-    study = OptunaStudy(storage, name, plan.mode, plan.space, plan.optuna_settings, plan.num_trials)
+    settings = plan.optuna_settings, plan.num_trials, machines and machines.id
+    study = OptunaStudy(storage, name, plan.mode, plan.space, *settings)
+    if machines:
+        machines.trials = study
+        if not machines.leads:
+            progress.note("this machine joins a sweep that another one leads")
     if plan.launcher:
         takes_all = not plan.is_search and plan.settings["on_failure"] != "stop"
         batch_size = None if takes_all else plan.settings["workers"]
@@ -160,16 +204,19 @@ def _build_loop(
         executor = PopulationExecutor(*size, plan.population, plan.is_search, progress.note)
     for note in plan.notes:
         progress.note(note)
-    return SweepLoop(plan, study, executor, parent, progress)
+    return SweepLoop(plan, study, executor, parent, progress, machines)
 
 
 def _conclude(loop: "SweepLoop") -> float | None:
     """Print the closing table and return the best score; of a completed sweep, test the winner."""
     plan, parent, progress = loop.plan, loop.parent, loop.progress
+    if loop.machines and loop.machines.is_lost:
+        raise RunFailed(GIVEN_UP)
+    leads = loop.machines is None or loop.machines.leads
     if parent is None:
         rows = rank_trials(loop.trial_runs, plan.mode, plan.num_runs)
     else:
-        rows = parent.refresh(final=True) or []
+        rows = parent.refresh(final=True, logs=leads) or []
     num = max(len(rows), len(loop.study.finished_trials()))
     different = f", {len(rows)} of them different" if num > len(rows) else ""
     progress.table(rows, f"{plan.metric} ({plan.mode}), {count(num, 'trial')}{different}")
@@ -177,6 +224,9 @@ def _conclude(loop: "SweepLoop") -> float | None:
         left = f"runs not begun: {loop.num_remaining}; the same command goes on with them"
         progress.note(f"sweep.on_failure=stop: {left}")
     winner = rows[0] if rows and rows[0].rank == 1 else None
+    if not leads:
+        progress.note("the machine that leads tests the best trial, and ends the sweep")
+        return winner.score if winner else None
     if parent and winner and loop.signum is None and not loop.halted:
         progress.note(test_winner(loop, parent, winner))
         if plan.first_cfg.tracking.keep == "best":
@@ -184,7 +234,7 @@ def _conclude(loop: "SweepLoop") -> float | None:
     if parent and rows:
         progress.note(f"view  {parent.save_view()}")
     if parent and winner:
-        ended = {"id": parent.run.run_id, "metric": plan.metric, "mode": plan.mode, "score": winner.score}
+        ended = {"id": parent.run_id, "metric": plan.metric, "mode": plan.mode, "score": winner.score}
         summary.update(ended, trials=num, params=winner.params, runs=winner.run_ids)
         parent.run.log_text(json.dumps(summary, indent=1) + "\n", SUMMARY)
     return winner.score if winner else None
@@ -235,8 +285,8 @@ def _run_tests(
         config = f"by another config than {format_params(winner.params)} stands for now"
         winner_run = f"the winner, run {untested[key].info.run_id}, was trained {config}"
         raise RunFailed(f"{winner_run}, and is not tested; sweep.fresh=true starts over")
-    tags = {PARENT_TAG: parent.run.run_id}
-    log = parent.run.folder / "logs" / f"{winner.trial:04d}.log"
+    tags = {PARENT_TAG: parent.run_id}
+    log = parent.folder / "logs" / f"{winner.trial:04d}.log"
     while waiting or executor.running:
         while waiting and executor.has_room:
             job = waiting.pop()

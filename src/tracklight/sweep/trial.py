@@ -47,6 +47,7 @@ class TrialSpec:
     tags: Mapping[str, str] = field(default_factory=dict)
     run_id: str | None = None  # of a run to continue
     awaits_decision: bool = False  # after each epoch: whether the trial is pruned
+    shared: Any = None  # a `SharedTrial` that tells it the same where no process of the sweep does
     test: bool = False
     preflight: bool = False
     log: Path | None = None  # file for the trial's output
@@ -163,9 +164,11 @@ def run_trial(spec: TrialSpec, connection: Connection | None = None) -> TrialRes
     OmegaConf.set_struct(cfg, True)
     metric = cfg.score.metric
 
+    reporter = spec.shared.reporter() if spec.shared else None
+
     def report(epoch: int, value: float) -> bool:
         if connection is None:
-            return False
+            return reporter is not None and reporter(epoch, value)
         connection.send([(0, EpochReport(epoch, value))])
         return spec.awaits_decision and bool(connection.recv()[1])
 

@@ -1,0 +1,114 @@
+"""Several machines on one sweep: here, processes with a tracking directory each, a server and a database."""
+
+import csv
+import signal
+from pathlib import Path
+
+import pytest
+
+from commands import BLOBS, Swept, wait_until
+from process import Process, Trainees, free_port
+from tracklight.errors import BadInput
+from tracklight.sweep.machines import Machines
+from tracklight.sweep.storage import open_storage
+
+NUM = 8
+GRID = (f"optimizer.lr={','.join(f'{number / 100}' for number in range(1, NUM + 1))}",)
+SEARCH = ("optimizer.lr=tag(log,interval(0.01,0.1))", f"sweep.trials={NUM}", "sweep.sampler=random")
+
+
+@pytest.fixture
+def start(commander: Trainees, tmp_path, request):
+    """Starts the command of a sweep on a machine of this name."""
+    port = free_port()
+    server = commander.serve(tmp_path / "server", port)
+    storage = f"sqlite:///{tmp_path}/study.db"
+    if request.param == "postgres":
+        storage = request.getfixturevalue("postgres").url
+    shared = (f"tracking.uri=http://127.0.0.1:{port}", f"sweep.storage={storage}", "sweep.workers=1")
+
+    def start(machine: str, *arguments: str) -> Process:
+        words = ("-m", *arguments, *BLOBS, *shared, "trainer.max_epochs=30")
+        return commander.start(tmp_path / machine, words, log=tmp_path / f"{machine}.{free_port()}")
+
+    yield start
+    server.send(signal.SIGTERM)
+    server.wait()
+
+
+def check_whole(swept: Swept, num: int) -> list[dict[str, str]]:
+    """Check that each trial ran once, under one parent; return the leaderboard."""
+    assert len(swept.parents) == 1 and swept.parent and swept.parent.status == "FINISHED"
+    assert len(swept.children) == num and {run.status for run in swept.children} == {"FINISHED"}
+    assert len({run.tags["tracklight.point"] for run in swept.children}) == num
+    (path,) = swept.directory.rglob(f"{swept.parent.run_id}/artifacts/leaderboard.csv")
+    rows = [*csv.DictReader(path.read_text().splitlines())]
+    assert sorted(row["run_id"] for row in rows) == sorted(run.run_id for run in swept.children)
+    assert {row["state"] for row in rows} == {"complete"}
+    return rows
+
+
+def runs_of(tmp_path: Path, machine: str) -> set[str]:
+    return {path.parent.name for path in (tmp_path / machine).glob("artifacts/*/points.wal")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("start", "kind"), [("sqlite", GRID), ("postgres", SEARCH)], indirect=["start"])
+def test_two_machines_that_start_at_once_share_a_sweep(start, tmp_path, kind):
+    both = [start(machine, *kind) for machine in "ab"]
+    assert [machine.wait() for machine in both] == [0, 0], [machine.stderr for machine in both]
+    swept = Swept(tmp_path / "server")
+    rows = check_whole(swept, NUM)
+    children = {run.run_id for run in swept.children}
+    a, b = (runs_of(tmp_path, machine) & children for machine in "ab")
+    assert a | b == children and len(a) > 1 and len(b) > 1
+    assert a & b <= {rows[0]["run_id"]}  # which the leader tests
+    joined = [machine for machine in both if "this machine joins a sweep" in machine.stdout]
+    assert len(joined) == 1 and "best  trial" not in joined[0].stdout
+    for machine in both:
+        assert f"{NUM} trials" in machine.stdout and rows[0]["score"][:6] in machine.stdout
+        assert "Traceback" not in machine.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("start", "kind", "killed"),
+    [("postgres", GRID, "other"), ("sqlite", SEARCH, "leader")],
+    indirect=["start"],
+)
+def test_the_trials_of_a_killed_machine_are_taken_over(start, tmp_path, kind, killed):
+    a = start("a", *kind)
+    wait_until(lambda: "trial 0" in a.stdout)
+    b = start("b", *kind)
+    wait_until(lambda: "this machine joins" in b.stdout and len(runs_of(tmp_path, "b")) > 1)
+    dead, alive = (a, b) if killed == "leader" else (b, a)
+    dead.send(signal.SIGKILL, group=True)
+    assert alive.wait(180) == 0, alive.stderr
+    assert "Traceback" not in alive.stderr and "best  trial" in alive.stdout
+    check_whole(Swept(tmp_path / "server"), NUM)
+
+
+def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
+    storage = open_storage(f"sqlite:///{tmp_path}/study.db", None)
+    machines = Machines(storage, "sweep", tmp_path)
+    assert machines.wait_for_leader() is None
+    with pytest.raises(BadInput, match="runs in .*tracking.dir of its own"):
+        Machines(storage, "sweep", tmp_path)
+    machines.leave()
+    again = Machines(storage, "sweep", tmp_path)
+    assert again.leads and again.id == machines.id
+    again.leave()
+    storage.engine.dispose()
+
+
+def test_of_two_machines_the_first_leads_until_it_leaves(tmp_path):
+    storage = open_storage(f"sqlite:///{tmp_path}/study.db", None)
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    first, second = (Machines(storage, "sweep", tmp_path / name) for name in "ab")
+    assert first.leads and not second.leads
+    first.announce("run")
+    assert second.wait_for_leader() == "run"
+    first.leave()
+    assert second.wait_for_leader() is None and not second.is_lost
+    second.leave()
+    storage.engine.dispose()
