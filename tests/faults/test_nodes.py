@@ -67,6 +67,8 @@ class Network:
         return "".join(ip("netns", "pids", name) for name in self.names)
 
     def close(self) -> None:
+        for pid in self.processes.split():  # of a test that failed
+            os.kill(int(pid), signal.SIGKILL)
         for name in self.names:
             ip("netns", "delete", name)
 
