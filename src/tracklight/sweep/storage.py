@@ -74,7 +74,8 @@ def enqueue_again(study: optuna.Study, trial: FrozenTrial) -> int:
     attrs = {key: value for key, value in trial.user_attrs.items() if key == PARAMS_ATTR}
     params = trial.system_attrs.get("fixed_params", {}) | trial.params
     study.enqueue_trial(params, user_attrs={RETRY_OF_ATTR: trial.number} | attrs)
-    return len(study.get_trials(deepcopy=False)) - 1
+    trials = reversed(study.get_trials(deepcopy=False))  # another machine may add one meanwhile
+    return next(each.number for each in trials if each.user_attrs.get(RETRY_OF_ATTR) == trial.number)
 
 
 def _open_journal(path: Path) -> JournalStorage:

@@ -225,7 +225,8 @@ def _conclude(loop: "SweepLoop") -> float | None:
         progress.note(f"sweep.on_failure=stop: {left}")
     winner = rows[0] if rows and rows[0].rank == 1 else None
     if not leads:
-        progress.note("the machine that leads tests the best trial, and ends the sweep")
+        if loop.signum is None:
+            progress.note("the machine that leads tests the best trial, and ends the sweep")
         return winner.score if winner else None
     if parent and winner and loop.signum is None and not loop.halted:
         progress.note(test_winner(loop, parent, winner))
