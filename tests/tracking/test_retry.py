@@ -57,6 +57,9 @@ def test_a_reason_is_one_short_line_without_passwords():
     said = mlflow_client.short_reason(ValueError("at http://me:s3cret@host:1 " + "x" * 1000 + "\nTraceback"))
     assert "s3cret" not in said and "\n" not in said and len(said) <= 300
     assert mlflow_client.short_reason(KeyError()) == "KeyError"
+    advice = "(raised as a result of Query-invoked autoflush; consider using a session.no_autoflush block)"
+    cause = "(sqlite3.OperationalError) attempt to write a readonly database"
+    assert mlflow_client.short_reason(ValueError(f"{advice}\n{cause}\n[SQL: INSERT]")) == cause
 
 
 def test_a_server_that_is_away_is_said_in_few_words(monkeypatch):

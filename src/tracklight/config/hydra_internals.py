@@ -41,8 +41,8 @@ class _CheckedLoader(ConfigLoaderImpl):
         super().__init__(path)
         self._check_nodes = check_nodes
 
-    def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
-        cfg = super().load_configuration(*args, **kwargs)
+    def _load_configuration_impl(self, *args: Any, **kwargs: Any) -> DictConfig:
+        cfg = super()._load_configuration_impl(*args, **kwargs)  # Hydra 1.4 has several ways to it
         self._check_nodes(cfg.hydra)
         return cfg
 
@@ -54,7 +54,7 @@ def run_hydra(
     check_nodes: Callable[[DictConfig], None],  # takes the composed node `hydra` before Hydra acts on it
 ) -> None:
     """Do what Hydra's flags ask for, as `hydra.main` would."""
-    version.setbase(VERSION_BASE.get("version_base"))  # else Hydra 1.3 warns of its future
+    version.setbase(VERSION_BASE.get("version_base", version._UNSPECIFIED_))  # Hydra 1.3 warns of its future
     name, overrides = args.config_name or "config", args.overrides
     before = [] if args.config_dir is None else [_folder("--config-dir", args.config_dir)]
     path = _search_path(_folder("--config-path", args.config_path or str(CONF)), before)

@@ -196,6 +196,10 @@ def retry(call: Callable[[], T], timeout_s: float, when: When = is_transient, wh
 def short_reason(error: BaseException) -> str:
     """Return the first line of an error, shortened and without passwords."""
     lines = str(error).strip().splitlines()
+    if len(lines) > 1 and lines[0].startswith(
+        "(raised as a result of"
+    ):  # SQLAlchemy's advice; then the error
+        del lines[0]
     if lines and (match := _AWAY.match(lines[0])):
         return redact(f"{match[1]} does not answer")
     if lines and _REFUSED.match(lines[0]):
