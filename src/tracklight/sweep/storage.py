@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ logging.getLogger("optuna.storages._rdb.storage").setLevel(logging.ERROR)
 
 MAX_JOURNAL_BYTES = 1_000_000_000
 STORAGE_TIMEOUT_S = 15.0  # not every driver has its own
+OPENINGS = 4  # attempts to open a database
 OUTAGE_S = 300.0  # a store that does not answer for longer ends the sweep
 OUTAGES = (exc.OperationalError, exc.InterfaceError, exc.PendingRollbackError)  # of a database away
 MACHINES = "-machines"  # ends the name of the study whose trials are machines
@@ -57,11 +59,11 @@ def open_storage(url: str | None, journal: Path | None) -> BaseStorage:
 def _open_database(url: str) -> RDBStorage:
     heartbeat: dict[str, Any] = {"heartbeat_interval": HEARTBEAT_S, "grace_period": GRACE_S}
     make = partial(RDBStorage, url, **heartbeat, heartbeat_stale_trial_callback=_replace_stale)
-    try:
-        return make()
-    except (exc.IntegrityError, exc.ProgrammingError):  # another machine creates the tables
+    for _ in range(OPENINGS - 1):
+        with suppress(exc.DBAPIError):  # another machine may be creating the tables
+            return make()
         time.sleep(1.0)
-        return make()
+    return make()
 
 
 def _replace_stale(study: optuna.Study, trial: FrozenTrial) -> None:
