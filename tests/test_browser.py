@@ -15,7 +15,7 @@ from mlflow.entities import Run
 
 import ui_server
 from process import COMMANDS
-from tracklight.engine.checkpoints import load_plain
+from tracklight.engine.checkpoint_io import load_plain
 
 ROOT = Path(__file__).resolve().parents[1]
 ARTIFACTS = ROOT / "test-artifacts"

@@ -19,7 +19,7 @@ TABLE = ("data=table", "trainer.max_epochs=20", *QUICK)
 BATCH_END = "tracklight.engine.blocks:Blocks.on_train_batch_end"
 HURRIED = [
     ["spare_model"],
-    ["put", "tracklight.engine.checkpoints:INTERVAL_S", 0.0],
+    ["put", "tracklight.engine.checkpoint_io:INTERVAL_S", 0.0],
     ["put", "tracklight.tracking.store:_TIMEOUT_S", {"server": 5.0}],
     ["put", "tracklight.tracking.sender:_PERIOD_S", 0.05],
     ["put", "tracklight.tracking.sender:_MAX_BACK_OFF_S", 0.2],

@@ -18,7 +18,7 @@ from process import Trainees, free_port
 from tracklight.commands.parser import main
 from tracklight.config.compose import allowed_targets, check_stored_paths, compose
 from tracklight.config.types import LOADER
-from tracklight.engine.checkpoints import DurableCheckpointIO
+from tracklight.engine.checkpoint_io import DurableCheckpointIO
 from tracklight.errors import BadInput, RunFailed
 from tracklight.experiment.stored import load_config
 from tracklight.experiment.train import run as run_experiment

@@ -7,7 +7,7 @@ from small_runs import train
 from tracklight.commands.parser import main
 from tracklight.commands.reproduce import compare_runs
 from tracklight.config.compose import compose
-from tracklight.engine.checkpoints import DurableCheckpointIO
+from tracklight.engine.checkpoint_io import DurableCheckpointIO
 from tracklight.engine.monitors import PruningCallback
 from tracklight.errors import BadInput
 from tracklight.experiment.train import run

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from tracklight.engine import checkpoints as module
-from tracklight.engine.checkpoints import (
+from tracklight.engine import checkpoint_io as module
+from tracklight.engine.checkpoint_io import (
     Checksum,
     DurableCheckpointIO,
     checksum_path,

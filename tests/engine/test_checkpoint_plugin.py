@@ -11,7 +11,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 import module_kinds
-from tracklight.engine.checkpoints import CHECKSUM, DurableCheckpointIO, is_intact
+from tracklight.engine.checkpoint_io import CHECKSUM, DurableCheckpointIO, is_intact
 from tracklight.engine.seeding import seed_run
 
 pytestmark = pytest.mark.filterwarnings(

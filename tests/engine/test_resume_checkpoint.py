@@ -8,18 +8,15 @@ from fitting import Fit, OneByOne
 from pytorch_lightning import Callback, Trainer
 
 from foreign import Blobs
-from tracklight.engine import checkpoints as resume_checkpoint
-from tracklight.engine.checkpoints import (
+from tracklight.engine import checkpoint_io
+from tracklight.engine.checkpoint_io import (
     LAST,
-    BestCheckpoint,
     DurableCheckpointIO,
-    ResumeCheckpoint,
-    apply_changes,
     checksum_path,
     is_intact,
-    keep_last,
     newest_resume_checkpoint,
 )
+from tracklight.engine.checkpoints import BestCheckpoint, ResumeCheckpoint, apply_changes, keep_last
 
 IO = DurableCheckpointIO()
 
@@ -36,7 +33,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.fixture
 def each_epoch(monkeypatch) -> None:
-    monkeypatch.setattr(resume_checkpoint, "INTERVAL_S", 0.0)
+    monkeypatch.setattr(checkpoint_io, "INTERVAL_S", 0.0)
 
 
 class Folder(Callback):
@@ -69,7 +66,7 @@ def test_two_generations_are_kept_each_taken_when_its_epoch_is_over(tmp_path, ea
 
 
 def test_quick_epochs_are_not_all_committed_but_the_last_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(resume_checkpoint, "INTERVAL_S", 1e6)
+    monkeypatch.setattr(checkpoint_io, "INTERVAL_S", 1e6)
     Fit(resuming(tmp_path), max_epochs=5, plugins=[IO])
     assert [path.name for path in tmp_path.glob("*.ckpt")] == ["step-000000065.ckpt"]
 
@@ -156,7 +153,7 @@ def test_naming_the_last_one_survives_a_crash_at_every_call(tmp_path, monkeypatc
         assert path is not None
         assert torch.load(path, weights_only=True)["global_step"] == 39
         keep_last(tmp_path, IO)
-        from tracklight.engine.checkpoints import remove_leftovers
+        from tracklight.engine.checkpoint_io import remove_leftovers
 
         remove_leftovers(tmp_path)
     assert names(tmp_path) == [LAST, checksum_path(tmp_path / LAST).name]

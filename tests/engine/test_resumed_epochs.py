@@ -13,8 +13,9 @@ from pytorch_lightning.callbacks import EMAWeightAveraging, LearningRateMonitor
 from torch import nn
 
 from foreign_loaders import KINDS, Hiding, Loaders, Restless
-from tracklight.engine import checkpoints
-from tracklight.engine.checkpoints import DurableCheckpointIO, ResumeCheckpoint, newest_resume_checkpoint
+from tracklight.engine import checkpoint_io
+from tracklight.engine.checkpoint_io import DurableCheckpointIO, newest_resume_checkpoint
+from tracklight.engine.checkpoints import ResumeCheckpoint
 from tracklight.engine.seeding import EpochSeeds
 
 IO = DurableCheckpointIO()
@@ -34,7 +35,7 @@ class Stop(Callback):
 @pytest.fixture
 def thrice(tmp_path, monkeypatch):
     """Fit whole, stopped, and continued from the checkpoint that is left."""
-    monkeypatch.setattr(checkpoints, "INTERVAL_S", 0.0)
+    monkeypatch.setattr(checkpoint_io, "INTERVAL_S", 0.0)
     fit = Trainer.fit
 
     def thrice(make_module, make_data, *callbacks, resume_at=None, **arguments):

@@ -22,7 +22,7 @@ from tracklight.config import compose as composing
 from tracklight.config import hydra_internals
 from tracklight.config import overrides as overriding
 from tracklight.config.compose import compose
-from tracklight.engine import checkpoints
+from tracklight.engine import checkpoint_io
 from tracklight.engine.seeding import seed_run
 from tracklight.errors import RunFailed
 from tracklight.experiment.train import run
@@ -79,7 +79,7 @@ def project(monkeypatch, tmp_path_factory) -> None:
     own = paths.PROJECT._replace(conf=conf, allowed_targets=tuple(MODULES.split(",")))
     for module in (paths, composing, hydra_internals, overriding):
         monkeypatch.setattr(module, "PROJECT", own)
-    monkeypatch.setattr(checkpoints, "INTERVAL_S", 0.0)
+    monkeypatch.setattr(checkpoint_io, "INTERVAL_S", 0.0)
 
 
 def weights(checkpoint) -> dict[str, torch.Tensor]:

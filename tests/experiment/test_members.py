@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tracklight.config.compose import compose
-from tracklight.experiment import population
+from tracklight.experiment import group, population
 from tracklight.tracking.store import connect
 
 WORDS = (
@@ -86,6 +86,6 @@ def test_a_metric_that_one_member_measures_badly_is_no_others(train, directory):
 
 def test_models_that_are_faster_alone_are_not_trained_together(train, monkeypatch):
     seconds = iter([10.0, 0.9])  # of a step of eight members, and of one alone
-    monkeypatch.setattr(population, "_time", lambda step: (step(), next(seconds))[1])
+    monkeypatch.setattr(group, "_time", lambda step: (step(), next(seconds))[1])
     with pytest.raises(population.NotStackable, match="single steps take 0.72 of the time of stacked ones"):
         train(*SEEDS)

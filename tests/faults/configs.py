@@ -85,4 +85,4 @@ FURTHER_CONFIGS = {
     "onecycle": scheduled("python", "scheduler=onecycle"),
 }
 EPOCHS = "trainer.max_epochs=12"
-EACH_EPOCH = ["put", "tracklight.engine.checkpoints:INTERVAL_S", 0.0]
+EACH_EPOCH = ["put", "tracklight.engine.checkpoint_io:INTERVAL_S", 0.0]

@@ -13,7 +13,7 @@ import pytest
 from configs import CONFIGS, EACH_EPOCH, EPOCHS, MLP
 
 from process import TrialResult
-from tracklight.engine.checkpoints import newest_resume_checkpoint
+from tracklight.engine.checkpoint_io import newest_resume_checkpoint
 
 COMMIT = "tracklight.engine.checkpoints:ResumeCheckpoint._commit"
 SPARE = [["spare_model"]]

@@ -5,7 +5,7 @@ from configs import CONFIGS, EACH_EPOCH, EPOCHS, FURTHER_CONFIGS
 
 from process import TrialResult
 
-CHECKPOINT = "tracklight.engine.checkpoints"
+CHECKPOINT = "tracklight.engine.checkpoint_io"
 IO = f"{CHECKPOINT}:DurableCheckpointIO"
 TRACKING = "tracklight.tracking"
 DURING = {
@@ -32,7 +32,7 @@ CLOSING = {
     "after the test": ("pytorch_lightning:Trainer.test", 1, True),
     "before the last checkpoint is named so": ("tracklight.engine.checkpoints:keep_last", 1, False),
     "after the last checkpoint is named so": (
-        "tracklight.engine.checkpoints:sync_folder",
+        "tracklight.engine.checkpoint_io:sync_folder",
         1,
         False,
     ),

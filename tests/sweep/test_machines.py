@@ -10,7 +10,9 @@ from commands import BLOBS, Swept, wait_until
 from process import Process, Trainees, free_port
 from tracklight.errors import BadInput
 from tracklight.sweep.machines import Machines
+from tracklight.sweep.space import read_space
 from tracklight.sweep.storage import open_storage
+from tracklight.sweep.study import OptunaSettings, OptunaStudy
 
 NUM = 8
 GRID = (f"optimizer.lr={','.join(f'{number / 100}' for number in range(1, NUM + 1))}",)
@@ -86,6 +88,48 @@ def test_the_trials_of_a_killed_machine_are_taken_over(start, tmp_path, kind, ki
     assert alive.wait(180) == 0, alive.stderr
     assert "Traceback" not in alive.stderr and "best  trial" in alive.stdout
     check_whole(Swept(tmp_path / "server"), NUM)
+
+
+def two_studies(tmp_path, typed: str, total: int | None):
+    """The storage of a sweep, and its study as two machines have it."""
+    storage, space = open_storage(f"sqlite:///{tmp_path}/study.db", None), read_space([typed], {}, None)
+    settings = OptunaSettings("random", {}, "none", {}, 0, 4)
+    return storage, *(OptunaStudy(storage, "sweep", "min", space, settings, total, name) for name in "ab")
+
+
+def late(monkeypatch, study: OptunaStudy, name: str) -> None:
+    """Let a study's first look find nothing: another machine is ahead by a moment."""
+    real, looks = getattr(study, name), iter([lambda *_: []])
+    monkeypatch.setattr(study, name, lambda *words: next(looks, real)(*words))
+
+
+def test_machines_that_ask_in_the_same_instant_begin_no_trial_too_many(tmp_path, monkeypatch):
+    storage, a, b = two_studies(tmp_path, "lr=interval(0,1)", 1)
+    assert a.ask().number == 0
+    late(monkeypatch, b, "counted_trials")
+    assert b.ask() is None and len(b.get_trials()) == 2  # begun, and withdrawn
+    assert len(a.counted_trials()) == 1 and b.runs_elsewhere and not a.runs_elsewhere
+    a.tell(0, "complete", 0.5)
+    assert [trial.number for trial in b.finished_trials()] == [0] and b.ask() is None
+    storage.engine.dispose()
+
+
+def test_machines_that_begin_the_same_config_in_the_same_instant_train_it_once(tmp_path, monkeypatch):
+    storage, a, b = two_studies(tmp_path, "lr=1,2", None)
+    assert a.ask_config({"lr": "1"}).number == 0
+    late(monkeypatch, b, "_trials_of")
+    assert b.ask_config({"lr": "1"}) is None and b.ask_config({"lr": "1"}) is None
+    assert len(b.get_trials()) == 2 and len(b.counted_trials()) == 1
+    a.tell(0, "complete", 0.5)
+    assert b.ask_config({"lr": "1"}).has_ended and not b.ask_config({"lr": "2"}).has_ended
+    storage.engine.dispose()
+
+
+def test_no_two_machines_draw_the_same_params(tmp_path):
+    storage, a, b = two_studies(tmp_path, "lr=interval(0,1)", 6)
+    drawn = [study.ask().params["lr"] for _ in range(3) for study in (a, b)]
+    assert len({*drawn}) == 6
+    storage.engine.dispose()
 
 
 def test_a_second_process_in_the_same_folder_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tracklight.config import compose, hardware
 from tracklight.data.tensor_data import TensorData
-from tracklight.engine.checkpoints import load_plain
+from tracklight.engine.checkpoint_io import load_plain
 from tracklight.engine.monitors import PruningCallback
 from tracklight.errors import BadInput, RunFailed
 from tracklight.experiment import build, train

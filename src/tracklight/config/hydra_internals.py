@@ -54,7 +54,7 @@ def run_hydra(
     check_nodes: Callable[[DictConfig], None],  # takes the composed node `hydra` before Hydra acts on it
 ) -> None:
     """Do what Hydra's flags ask for, as `hydra.main` would."""
-    version.setbase(VERSION_BASE.get("version_base", version._UNSPECIFIED_))  # Hydra 1.3 warns of its future
+    version.setbase(VERSION_BASE.get("version_base", version._UNSPECIFIED_))
     name, overrides = args.config_name or "config", args.overrides
     before = [] if args.config_dir is None else [_folder("--config-dir", args.config_dir)]
     path = _search_path(_folder("--config-path", args.config_path or str(CONF)), before)

@@ -10,7 +10,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 from typing_extensions import override
 
-from tracklight.engine.checkpoints import PLAIN
+from tracklight.engine.checkpoint_io import PLAIN
 
 MOST = 10_000  # items of a container that is kept
 LIBRARIES = ("tracklight.", "pytorch_lightning.", "builtins")

@@ -29,7 +29,7 @@ from tracklight.config.compose import to_plain
 from tracklight.config.instantiate import build, instantiate, naming
 from tracklight.data.tensor_data import TensorData
 from tracklight.engine import distributed
-from tracklight.engine.checkpoints import DurableCheckpointIO
+from tracklight.engine.checkpoint_io import DurableCheckpointIO
 from tracklight.engine.lightning_internals import limit_waiting
 from tracklight.engine.monitors import GradientMonitor, SystemMetricsMonitor
 from tracklight.engine.progress import progress_callback

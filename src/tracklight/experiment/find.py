@@ -17,7 +17,7 @@ from tracklight.config.compose import to_plain
 from tracklight.config.hardware import num_devices
 from tracklight.config.instantiate import naming
 from tracklight.data.tensor_data import TensorData
-from tracklight.engine.checkpoints import DurableCheckpointIO
+from tracklight.engine.checkpoint_io import DurableCheckpointIO
 from tracklight.engine.lightning_internals import set_root_dir
 from tracklight.engine.seeding import EpochSeeds
 from tracklight.errors import BadInput

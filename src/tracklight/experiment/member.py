@@ -17,7 +17,7 @@ from tracklight.config.hardware import describe_machine
 from tracklight.config.instantiate import naming
 from tracklight.config.overrides import redact_command
 from tracklight.data.tensor_data import TensorData
-from tracklight.engine import checkpoints
+from tracklight.engine import checkpoint_io, checkpoints
 from tracklight.engine.monitors import PruningCallback, ScoreMonitor
 from tracklight.experiment import build, stored
 from tracklight.experiment.record import Recorder, finish_run
@@ -67,7 +67,7 @@ class Member:
         self.run_id = self.run.run_id
         self.recorder.describe(self.run)
         self.folder, self.began = self.run.artifacts / tags.CHECKPOINTS, self.run.wal.position[0]
-        checkpoints.remove_leftovers(self.folder)
+        checkpoint_io.remove_leftovers(self.folder)
         self.reset()
         if resumed and resumed.best and not (best := self.run.artifacts / tags.BEST).exists():
             self.io.save_checkpoint(self.io.load_checkpoint(resumed.best), best)
@@ -77,15 +77,15 @@ class Member:
     def reset(self) -> None:
         """Make the callbacks anew, and find the checkpoints to continue from, by their step."""
         assert self.run
-        metric, self.io = self.cfg.score.metric, checkpoints.DurableCheckpointIO(self.run.sync)
+        metric, self.io = self.cfg.score.metric, checkpoint_io.DurableCheckpointIO(self.run.sync)
         self.best = checkpoints.BestCheckpoint(metric, self.cfg.score.mode, False)
         self.last = checkpoints.ResumeCheckpoint(self.io, build.early_stops(self.cfg))
         self.last.folder, self.last.wal, self.best.dirpath = self.folder, self.run.wal, str(self.folder)
         self.scores, self.pruning = ScoreMonitor(metric), PruningCallback(metric, lambda *_: False)
         self.callbacks = [self.best, self.scores, self.last, self.pruning]
-        newest = checkpoints.newest_resume_checkpoint(self.folder)  # raises if none is intact
-        found = [*self.folder.glob(checkpoints.PATTERN), newest] if newest else []
-        self.starts = {checkpoints.Checksum.of(p).step: p for p in found if checkpoints.is_intact(p)}
+        newest = checkpoint_io.newest_resume_checkpoint(self.folder)  # raises if none is intact
+        found = [*self.folder.glob(checkpoint_io.PATTERN), newest] if newest else []
+        self.starts = {checkpoint_io.Checksum.of(p).step: p for p in found if checkpoint_io.is_intact(p)}
 
     def restore(self, step: int) -> int:
         """Load the checkpoint of a step; return the epochs that it has done."""
@@ -111,7 +111,8 @@ class Member:
         self.scores.since = (bad, int(since), int(since) * num_batches) if since else None
         self.pruning.earlier_s, self.pruning.epochs = self.seconds, self.epochs
         if epoch:
-            path, keeper, score = str(self.folder / checkpoints.BEST), self.best, torch.tensor(best).double()
+            path = str(self.folder / checkpoint_io.BEST)
+            keeper, score = self.best, torch.tensor(best).double()
             keeper.best_model_path = keeper.kth_best_model_path = path
             keeper.best_model_score = keeper.kth_value = keeper.current_score = score
             keeper.best_k_models = {path: score}
@@ -137,9 +138,9 @@ class Member:
         }
         whole["optimizer_states"] = [apply_to_collection(self.optimizer.state_dict(), Tensor, Tensor.clone)]
         whole["lr_schedulers"] = [self.schedule["scheduler"].state_dict()] if self.schedule else []
-        name = checkpoints.LAST if is_last else f"step-{progress['global_step']:09d}.ckpt"
+        name = checkpoint_io.LAST if is_last else f"step-{progress['global_step']:09d}.ckpt"
         self.io.save_checkpoint(whole, self.folder / name)
-        for old in sorted(self.folder.glob(checkpoints.PATTERN))[
+        for old in sorted(self.folder.glob(checkpoint_io.PATTERN))[
             : None if is_last else -checkpoints.NUM_KEPT
         ]:
             self.io.remove_checkpoint(old)

@@ -4,7 +4,6 @@ Shapes: `M` members, `S` optimizer steps.
 """
 
 import bisect
-import copy
 import math
 import resource
 import time
@@ -12,45 +11,27 @@ import traceback
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from omegaconf import DictConfig
-from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from tracklight.config.compose import json_digest, to_plain
-from tracklight.data.tensor_data import TensorData
-from tracklight.engine import checkpoints
+from tracklight.engine import checkpoint_io
 from tracklight.engine.blocks import check_loss, steps_per_block
-from tracklight.engine.eligibility import overridden_hook
 from tracklight.engine.lightning_internals import set_progress
-from tracklight.engine.population import Population, shared_shape, why_not_stacked
+from tracklight.engine.population import Population, shared_shape
 from tracklight.engine.signals import SafeStop, Stopped
-from tracklight.engine.steps import EAGER_STEPS, can_trace, make_step
 from tracklight.errors import BadInput, RunFailed
-from tracklight.experiment import build, stored
+from tracklight.experiment.group import Group, NotStackable
 from tracklight.experiment.member import Member
-from tracklight.models.supervised import Supervised
 from tracklight.redact import redact
 from tracklight.tracking import tags
 
 SAVED_SHARE = 0.1  # of the time that checkpoints may take
-COPIES = 6  # of its parameters that a member needs: moments, gradient, best, temporary
-MEMORY_SHARE = 0.5  # of what is free, that members may take
 ROWS_PER_BLOCK = 1 << 15  # of all members
 OPEN_FILES = 6  # at most, of a run in progress
-NUM_TIMED, TIMED_STEPS = 8, 8  # members, and steps, to compare with single ones on a CPU
-LONG_S = 0.01  # that a stacked step takes at least, where single ones may be faster
-FASTER = 0.8  # share of the time at which single steps are taken
-
-
-class NotStackable(Exception):
-    """Runs cannot be trained together, for a reason in words; those that have not ended were not begun."""
 
 
 def run(
@@ -76,153 +57,56 @@ def run(
         size = min(len(cfgs), max_members or group.num_fitting(), max(1, limit // OPEN_FILES))
         members = [Member(*each) for each in zip(range(len(cfgs)), cfgs, run_tags, run_ids, strict=True)]
         for start in range(0, len(cfgs), size):
-            group.run(members[start : start + size])
+            _run_group(group, members[start : start + size])
             stop.check()
 
 
-class Group:
-    """What members share: the store, data sets, and the Trainer of the first, for its device and counters."""
-
-    def __init__(self, cfg: DictConfig, report: Any, end: Callable[..., None], stop: SafeStop):
-        self.cfg, self.report, self.end, self.stop = cfg, report, end, stop
-        self.data_sets: dict[str, TensorData] = {}
-        untracked = cfg.copy()
-        untracked.tracking.enabled = untracked.trainer.enable_progress_bar = False
-        self.data = self._build_data(cfg)
-        self.num_rows = len(self.data.splits["train"])
-        self.batch_size = min(self.data.batch_size or self.num_rows, self.num_rows)
-        self.num_batches = math.ceil(self.num_rows / self.batch_size)
-        self.model: Any = build.build_model(cfg, self.data)
-        self.trainer: Any = build.build_trainer(
-            untracked, self.data, [], [], checkpoints.DurableCheckpointIO()
-        )
-        self.device = self.trainer.strategy.root_device
-        if reason := self._why_alone():
-            raise NotStackable(reason)
-        build.rehearse(cfg, self.model, self.data, self.trainer)
-        self.store = stored.open_store(cfg.tracking.uri, Path(cfg.tracking.dir), create=True)
-        self.store.sends_directly = True
-
-    def _build_data(self, cfg: DictConfig) -> TensorData:
-        """Build a data set, once for all members that have it; those with the same rows share them."""
-        key = json_digest(to_plain(cfg.data))
-        if key not in self.data_sets:
-            data = build.build_data(cfg)
-            if not isinstance(data, TensorData):
-                raise NotStackable(f"{type(data).__name__} is not a tracklight data set (TensorData)")
-            for other in self.data_sets.values():
-                if other.digest == data.digest:
-                    data.splits = other.splits
-            self.data_sets[key] = data
-        return self.data_sets[key]
-
-    def _why_alone(self) -> str | None:
-        """Return the first reason against training members together, beside those that a config tells."""
-        model, name, split = self.model, type(self.model).__name__, self.data.splits["train"]
-        if not build.is_plain(model):
-            return f"{name} is not a tracklight model (Supervised), or has hooks of its own"
-        if not can_trace(model) or is_overridden("configure_optimizers", model, Supervised):
-            return f"{name} is not `pure`, has buffers or frozen weights, or configures its own optimizer"
-        models = [copy.deepcopy(model) for _ in range(NUM_TIMED)]
-        optimizers = [model.optimizer_factory(each.parameters()) for each in models]
-        if reason := overridden_hook(model, self.data) or why_not_stacked(optimizers[0]):
-            return reason
-        rows = split.features[: self.batch_size].to(self.device)
-        x, y = self.data.transform(rows), split.targets[: self.batch_size].to(self.device)
-        stacked = torch.stack([x] * NUM_TIMED), torch.stack([y] * NUM_TIMED)
-        try:
-            population = Population(models, optimizers, self.device)
-            population.evaluate(*stacked)
-            stacked_s = _time(lambda: population.train_block(*stacked, len(rows), 0, []))
-        except (RuntimeError, ValueError, TypeError) as error:
-            return f"{name} cannot be batched over models ({' '.join(str(error).split())[:200]})"
-        if self.device.type != "cpu" or stacked_s < LONG_S:
-            return None
-        alone = make_step(single := copy.deepcopy(model), model.optimizer_factory(single.parameters()))
-        ratio = _time(lambda: alone(x, y)) * NUM_TIMED / stacked_s
-        return f"single steps take {ratio:.2f} of the time of stacked ones" if ratio < FASTER else None
-
-    def num_fitting(self) -> int:
-        """Return how many members fit into the memory that is free."""
-        on_gpu = self.device.type == "cuda"
-        free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else psutil.virtual_memory().available
-        weights = sum(each.nbytes for each in self.model.parameters())
-        examples = sum(each.features.nbytes + each.targets.nbytes for each in self.data.splits.values())
-        return max(1, int(MEMORY_SHARE * free / (COPIES * weights + examples)))
-
-    def run(self, members: Sequence[Member]) -> None:
-        """Build, open, train and end members; each fails alone, whatever is wrong with it."""
-        shapes = set[str]()
-        for member in members:
-            with self.ending_alone(member):
-                data = self._build_data(member.cfg)
-                member.build(data, self.trainer, self.num_batches)
-                splits = [(len(split), split.features.shape[1:]) for split in data.splits.values()]
-                shapes.add(f"{splits} {shared_shape(member.model, member.optimizer)}")
-        if len(shapes) > 1:
-            raise NotStackable("their models or data have different shapes or attributes")
-        members = [each for each in members if not each.has_ended]
-        for member in members:
-            with self.ending_alone(member):
-                member.open(self.store, len(members))
-        try:
-            self._train([each for each in members if not each.has_ended])
-        except BaseException as error:
-            if not isinstance(error, BadInput | RunFailed | Stopped):
-                print(redact(traceback.format_exc()), flush=True)
-            for member in members:
-                if not member.has_ended:
-                    self._fail(member, error)
-            if not isinstance(error, Exception):
-                raise
-
-    @contextmanager
-    def ending_alone(self, member: Member) -> Iterator[None]:
-        """End the member alone if the block fails."""
-        try:
-            yield
-        except (BadInput, RunFailed, OSError) as error:
-            self._fail(member, error)
-
-    def _fail(self, member: Member, error: BaseException) -> None:
-        """End a member that was stopped or has failed."""
-        kind, reason = ("stopped", "") if isinstance(error, Stopped) else ("failed", str(error))
+def _run_group(group: Group, members: Sequence[Member]) -> None:
+    """Build, open, train and end members; each fails alone, whatever is wrong with it."""
+    shapes = set[str]()
+    for member in members:
+        with group.ending_alone(member):
+            data = group.build_data(member.cfg)
+            member.build(data, group.trainer, group.num_batches)
+            splits = [(len(split), split.features.shape[1:]) for split in data.splits.values()]
+            shapes.add(f"{splits} {shared_shape(member.model, member.optimizer)}")
+    if len(shapes) > 1:
+        raise NotStackable("their models or data have different shapes or attributes")
+    members = [each for each in members if not each.has_ended]
+    for member in members:
+        with group.ending_alone(member):
+            member.open(group.store, len(members))
+    try:
+        _train(group, [each for each in members if not each.has_ended])
+    except BaseException as error:
         if not isinstance(error, BadInput | RunFailed | Stopped):
-            reason = f"{type(error).__name__}: {reason}"
-        with suppress(BaseException):
-            member.end(error)
-        is_input = isinstance(error, BadInput)
-        self.end(member.index, kind=kind, reason=reason, is_input=is_input, **member.result)
-
-    def _train(self, members: Sequence[Member]) -> None:
-        """Train members to their end; if the memory is short, one half after the other."""
-        for step, alike in _by_start(members).items():
-            try:
-                Training(self, alike, step).fit()
-                continue
-            except (RuntimeError, MemoryError) as error:
-                is_known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-                rest = [each for each in alike if not each.has_ended]
-                if not (is_known or "DefaultCPUAllocator" in str(error)) or len(rest) < 2:
-                    raise
-            half = math.ceil(len(rest) / 2)
-            short = f"out of memory with {len(rest)} members"
-            print(f"population: {short}: {half} are trained at once", flush=True)
-            for part in (rest[:half], rest[half:]):
-                for member in part:
-                    member.build(member.data, self.trainer, self.num_batches)
-                    member.reset()
-                self._train(part)
+            print(redact(traceback.format_exc()), flush=True)
+        for member in members:
+            if not member.has_ended:
+                group.fail(member, error)
+        if not isinstance(error, Exception):
+            raise
 
 
-def _time(step: Callable[[], Any]) -> float:
-    """Return the CPU seconds that a step takes once it is traced, whatever else the machine does."""
-    seconds = []
-    for _ in range(EAGER_STEPS + TIMED_STEPS):
-        start_s = time.process_time()
-        step()
-        seconds.append(time.process_time() - start_s)
-    return min(seconds[EAGER_STEPS:])
+def _train(group: Group, members: Sequence[Member]) -> None:
+    """Train members to their end; if the memory is short, one half after the other."""
+    for step, alike in _by_start(members).items():
+        try:
+            Training(group, alike, step).fit()
+            continue
+        except (RuntimeError, MemoryError) as error:
+            is_known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+            rest = [each for each in alike if not each.has_ended]
+            if not (is_known or "DefaultCPUAllocator" in str(error)) or len(rest) < 2:
+                raise
+        half = math.ceil(len(rest) / 2)
+        short = f"out of memory with {len(rest)} members"
+        print(f"population: {short}: {half} are trained at once", flush=True)
+        for part in (rest[:half], rest[half:]):
+            for member in part:
+                member.build(member.data, group.trainer, group.num_batches)
+                member.reset()
+            _train(group, part)
 
 
 def _by_start(members: Sequence[Member]) -> dict[int, list[Member]]:
@@ -253,7 +137,7 @@ class Training:
         self._stack()
         self.best = [parameter.detach().clone() for parameter in self.population.parameters]
         for position, member in enumerate(members):
-            if self.epoch and (path := member.folder / checkpoints.BEST).exists():
+            if self.epoch and (path := member.folder / checkpoint_io.BEST).exists():
                 best, score = member.io.load_checkpoint(path), member.best.best_model_score
                 self.scores[:2, position] = torch.tensor([float(score or 0), best["epoch"] + 1])
                 for name, stacked in zip(self.population.names, self.best, strict=True):
@@ -284,7 +168,7 @@ class Training:
                 stop.check()
                 self._train_epoch()
                 self._thin_out()
-                least_s = max(checkpoints.INTERVAL_S, self.saving_s / SAVED_SHARE)
+                least_s = max(checkpoint_io.INTERVAL_S, self.saving_s / SAVED_SHARE)
                 if time.monotonic() - self.saved_s > least_s and self.epoch < max_epochs:
                     self._save()
         finally:
@@ -424,7 +308,7 @@ class Training:
         if (epoch := int(self.scores[1, position])) != self.written[position]:
             best = {name: kept[position] for name, kept in zip(self.population.names, self.best, strict=True)}
             whole = member.checkpoint(self._progress(epoch, epoch - 1), best)
-            member.io.save_checkpoint(whole, member.folder / checkpoints.BEST)
+            member.io.save_checkpoint(whole, member.folder / checkpoint_io.BEST)
             member.io.write_pending()
             self.written[position] = epoch
         member.save(self._progress(self.epoch, self.epoch), is_last)

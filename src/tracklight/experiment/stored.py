@@ -18,7 +18,7 @@ from tracklight.config import compose
 from tracklight.config.rules import nested_items
 from tracklight.data.table import Table
 from tracklight.data.tensor_data import TensorData
-from tracklight.engine.checkpoints import load_plain, newest_resume_checkpoint
+from tracklight.engine.checkpoint_io import load_plain, newest_resume_checkpoint
 from tracklight.errors import BadInput, count
 from tracklight.experiment.build import build_data, build_model, depends_on_total
 from tracklight.paths import parse_mapping

@@ -21,7 +21,7 @@ from torch.distributed import DistError
 from tracklight.config.compose import list_targets, to_plain
 from tracklight.config.hardware import default_threads, describe_machine
 from tracklight.config.overrides import redact_command
-from tracklight.engine import checkpoints, distributed, progress
+from tracklight.engine import checkpoint_io, checkpoints, distributed, progress
 from tracklight.engine.attributes import AttributeKeeper
 from tracklight.engine.blocks import Blocks
 from tracklight.engine.lightning_internals import evaluation_steps, logging_step, set_root_dir
@@ -130,7 +130,7 @@ class Training:
         self.cfg, self.data, self.model = cfg, data, model
         self.blocks = Blocks(cfg.seed)
         self.score = ScoreMonitor(cfg.score.metric)
-        self.io = checkpoints.DurableCheckpointIO()
+        self.io = checkpoint_io.DurableCheckpointIO()
         within_epochs = str(cfg.trainer.val_check_interval) not in ("None", "1.0")
         self.last = checkpoints.ResumeCheckpoint(self.io, build.early_stops(cfg))
         self.best = checkpoints.BestCheckpoint(cfg.score.metric, cfg.score.mode, within_epochs)
@@ -149,7 +149,7 @@ class Training:
             rank_zero = distributed.read_rank_zero_run()
             return Path(rank_zero.checkpoint) if rank_zero and rank_zero.checkpoint else None
         folder = run.artifacts / CHECKPOINTS
-        checkpoints.remove_leftovers(folder)
+        checkpoint_io.remove_leftovers(folder)
         run.steps_completed = lambda: self.trainer.global_step
         run.mid_step = lambda: self.blocks.mid_step
         run.lightning_step = lambda: logging_step(self.trainer)

@@ -18,7 +18,7 @@ from optuna.storages import fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tracklight.errors import BadInput
-from tracklight.sweep.storage import GRACE_S, HEARTBEAT_S, MACHINES, PatientStorage, enqueue_again
+from tracklight.sweep.storage import GRACE_S, HEARTBEAT_S, MACHINES, PatientStorage, enqueue_again, trial_id
 from tracklight.sweep.study import MACHINE_ATTR, OptunaStudy
 
 PARENT_ATTR = "parent"  # of the leader: the id of the parent run
@@ -41,7 +41,7 @@ class Machines:
         for trial in self._running(self._name):  # of an earlier command here, which has ended
             if trial.user_attrs.get(MACHINE_ATTR) == self.id:
                 self._storage.set_trial_state_values(
-                    self._trial_id(self._name, trial.number), TrialState.FAIL
+                    trial_id(self._storage, self._name, trial.number), TrialState.FAIL
                 )
         own = create_trial(state=TrialState.RUNNING, user_attrs={MACHINE_ATTR: self.id})
         self._own_id = self._storage.create_new_trial(self._storage.get_study_id_from_name(self._name), own)
@@ -72,10 +72,6 @@ class Machines:
         """Return the running trials of a study, by their number."""
         study_id, running = self._storage.get_study_id_from_name(study_name), (TrialState.RUNNING,)
         return self._storage.get_all_trials(study_id, deepcopy=False, states=running)
-
-    def _trial_id(self, study_name: str, number: int) -> int:
-        study_id = self._storage.get_study_id_from_name(study_name)
-        return self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
 
     def wait_for_leader(self) -> str | None:
         """Return the id of the parent run that the leader has opened; None if this machine leads."""
@@ -108,8 +104,8 @@ class Machines:
 
     def _refresh(self) -> None:
         """Tell the others that this machine is alive, and give up those that are not."""
-        for trial_id in (self._own_id, *(self.trials.running_ids if self.trials else ())):
-            self._storage.record_heartbeat(trial_id)
+        for each in (self._own_id, *(self.trials.running_ids if self.trials else ())):
+            self._storage.record_heartbeat(each)
         # After an outage of the storage the others, too, need a moment to tell that they are alive.
         seen_s, self._seen_s = self._seen_s, time.monotonic()
         if self._seen_s - seen_s < 3 * HEARTBEAT_S:
@@ -129,6 +125,6 @@ class Machines:
         now_s = time.monotonic()
         self._orphans = {number: self._orphans.get(number, now_s) for number in numbers}
         for number in (number for number, since_s in self._orphans.items() if now_s - since_s > GRACE_S):
-            trial_id = self._trial_id(name, number)
-            self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
-            enqueue_again(self._study(name), self._storage.get_trial(trial_id))
+            failed = trial_id(self._storage, name, number)
+            self._storage.set_trial_state_values(failed, TrialState.FAIL)
+            enqueue_again(self._study(name), self._storage.get_trial(failed))

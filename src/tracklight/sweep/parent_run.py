@@ -15,7 +15,7 @@ from typing import Any
 from tracklight.config.compose import flatten, list_targets
 from tracklight.config.hardware import describe_machine
 from tracklight.config.overrides import redact_command
-from tracklight.engine.checkpoints import DurableCheckpointIO
+from tracklight.engine.checkpoint_io import DurableCheckpointIO
 from tracklight.errors import BadInput, RunFailed
 from tracklight.paths import ROOT, UI_PORT
 from tracklight.redact import redact

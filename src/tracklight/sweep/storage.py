@@ -66,6 +66,11 @@ def _open_database(url: str) -> RDBStorage:
     return make()
 
 
+def trial_id(storage: Any, study_name: str, number: int) -> int:
+    """Return a storage's own id of a trial, which is given by its number in a study."""
+    return storage.get_trial_id_from_study_id_trial_number(storage.get_study_id_from_name(study_name), number)
+
+
 def _replace_stale(study: optuna.Study, trial: FrozenTrial) -> None:
     if not study.study_name.endswith(MACHINES):
         enqueue_again(study, trial)

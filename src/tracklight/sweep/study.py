@@ -18,7 +18,14 @@ from typing_extensions import override
 
 from tracklight.errors import BadInput
 from tracklight.sweep.space import Space
-from tracklight.sweep.storage import PARAMS_ATTR, RETRY_OF_ATTR, PatientStorage, enqueue_again, open_storage
+from tracklight.sweep.storage import (
+    PARAMS_ATTR,
+    RETRY_OF_ATTR,
+    PatientStorage,
+    enqueue_again,
+    open_storage,
+    trial_id,
+)
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -148,9 +155,7 @@ class SharedTrial:
         storage: Any = PatientStorage(get_storage(open_storage(self.url, None)))
         pruner = self.settings.build_pruner()
         study = optuna.load_study(study_name=self.study, storage=storage, pruner=pruner)
-        study_id = storage.get_study_id_from_name(self.study)
-        trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, self.number)
-        return partial(_report, Trial(study, trial_id))
+        return partial(_report, Trial(study, trial_id(storage, self.study, self.number)))
 
 
 def _report(trial: Trial, epoch: int, value: float) -> bool:
@@ -325,11 +330,14 @@ class OptunaStudy:
         """Create a running trial; return its number in the study."""
         attrs |= {MACHINE_ATTR: self._machine} if self._machine else {}
         trial = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=attrs)
-        return self._storage.get_trial(self._storage.create_new_trial(self._study_id, trial)).number
+        study_id = self._storage.get_study_id_from_name(self.name)
+        return self._storage.get_trial(self._storage.create_new_trial(study_id, trial)).number
 
     def _claim(self, number: int) -> TrialRequest | None:
         """Return a trial that waits, unless another machine has just begun it."""
-        claimed = self._storage.set_trial_state_values(self._trial_id(number), TrialState.RUNNING)
+        claimed = self._storage.set_trial_state_values(
+            trial_id(self._storage, self.name, number), TrialState.RUNNING
+        )
         return self._reopen(number) if claimed else None
 
     def enqueue_retry(self, number: int) -> int:
@@ -341,22 +349,15 @@ class OptunaStudy:
         """Return a trial that replaces a finished one."""
         return self._claim(self.enqueue_retry(number))
 
-    @property
-    def _study_id(self) -> int:
-        return self._storage.get_study_id_from_name(self.name)
-
-    def _trial_id(self, number: int) -> int:
-        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
-
     def _reopen(self, number: int) -> TrialRequest:
-        return self._request(Trial(self._study, self._trial_id(number)))
+        return self._request(Trial(self._study, trial_id(self._storage, self.name, number)))
 
     def _request(self, trial: Trial) -> TrialRequest:
         if self._machine:
-            trial_id = self._trial_id(trial.number)
-            self._storage.record_heartbeat(trial_id)
+            running = trial_id(self._storage, self.name, trial.number)
+            self._storage.record_heartbeat(running)
             trial.set_user_attr(MACHINE_ATTR, self._machine)
-            self.running_ids.add(trial_id)
+            self.running_ids.add(running)
         frozen = self.get_trials()[trial.number]
         number = self.trial_number(frozen)
         self._running[number] = trial
@@ -395,7 +396,7 @@ class OptunaStudy:
         """Store how a trial ended; a stopped one stays RUNNING, to be continued."""
         trial = self._running.pop(number)
         if self._machine:
-            self.running_ids.discard(self._trial_id(trial.number))
+            self.running_ids.discard(trial_id(self._storage, self.name, trial.number))
         self._study.sampler = optuna.samplers.RandomSampler()  # a grid's would stop the study
         if kind == "complete":
             self._study.tell(trial, score)

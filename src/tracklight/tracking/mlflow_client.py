@@ -61,6 +61,7 @@ _LASTING = re.compile("(disk is|File too) (full|large)|disk I/O error|unable to 
 _WARN_AFTER_S = 5.0
 _PAUSE_S = 0.5
 _MAX_CHARS = 300
+_ADVICE = "(raised as a result of"  # SQLAlchemy's, before the error itself
 _AWAY = re.compile(r"API request to (\w+://[^/\s]+)\S* failed with exception .*retries exceeded")
 _REFUSED = re.compile(r"API request to endpoint \S+ failed with error code 401")
 _numbers = itertools.count()  # of the stores registered
@@ -196,10 +197,7 @@ def retry(call: Callable[[], T], timeout_s: float, when: When = is_transient, wh
 def short_reason(error: BaseException) -> str:
     """Return the first line of an error, shortened and without passwords."""
     lines = str(error).strip().splitlines()
-    if len(lines) > 1 and lines[0].startswith(
-        "(raised as a result of"
-    ):  # SQLAlchemy's advice; then the error
-        del lines[0]
+    lines = [line for line in lines if not line.startswith(_ADVICE)] or lines
     if lines and (match := _AWAY.match(lines[0])):
         return redact(f"{match[1]} does not answer")
     if lines and _REFUSED.match(lines[0]):
