@@ -22,6 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 GC_THRESHOLDS = (50_000, 10, 10)  # as in the command line
 MNIST_ROOT = Path(os.environ.get("MNIST_ROOT", ROOT.parent / "shared" / "mnist"))
 
+# A proxy of the one who runs the tests is not for their servers.
+os.environ["no_proxy"] = ",".join(filter(None, (os.environ.get("no_proxy"), "127.0.0.1,localhost")))
+
 # Started under nohup or in the background the tests would ignore these, and so would their runs.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -15,8 +15,9 @@ from tracklight.sweep.storage import open_storage
 from tracklight.sweep.study import OptunaSettings, OptunaStudy
 
 NUM = 8
-GRID = (f"optimizer.lr={','.join(f'{number / 100}' for number in range(1, NUM + 1))}",)
-SEARCH = ("optimizer.lr=tag(log,interval(0.01,0.1))", f"sweep.trials={NUM}", "sweep.sampler=random")
+LENGTH = "trainer.max_epochs=30"
+GRID = (f"optimizer.lr={','.join(f'{number / 100}' for number in range(1, NUM + 1))}", LENGTH)
+SEARCH = ("optimizer.lr=tag(log,interval(0.01,0.1))", f"sweep.trials={NUM}", "sweep.sampler=random", LENGTH)
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def start(commander: Trainees, tmp_path, request):
     shared = (f"tracking.uri=http://127.0.0.1:{port}", f"sweep.storage={storage}", "sweep.workers=1")
 
     def start(machine: str, *arguments: str) -> Process:
-        words = ("-m", *arguments, *BLOBS, *shared, "trainer.max_epochs=30")
+        words = ("-m", *arguments, *BLOBS, *shared)
         return commander.start(tmp_path / machine, words, log=tmp_path / f"{machine}.{free_port()}")
 
     yield start
@@ -70,6 +71,20 @@ def test_two_machines_that_start_at_once_share_a_sweep(start, tmp_path, kind):
     for machine in both:
         assert f"{NUM} trials" in machine.stdout and rows[0]["score"][:6] in machine.stdout
         assert "Traceback" not in machine.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["sqlite"], indirect=True)
+def test_a_leader_that_is_killed_while_it_runs_no_trial_is_replaced(start, tmp_path):
+    kind = ("trainer.max_epochs=1,800,2400",)
+    a = start("a", *kind)
+    wait_until(lambda: "trial 0" in a.stdout)
+    b = start("b", *kind)
+    wait_until(lambda: "trial 1" in a.stdout and len(runs_of(tmp_path, "b")) > 0)
+    a.send(signal.SIGKILL, group=True)
+    assert b.wait(180) == 0, b.stderr
+    assert "Traceback" not in b.stderr and "best  trial" in b.stdout
+    check_whole(Swept(tmp_path / "server"), 3)
 
 
 @pytest.mark.slow
@@ -155,4 +170,22 @@ def test_of_two_machines_the_first_leads_until_it_leaves(tmp_path):
     first.leave()
     assert second.wait_for_leader() is None and not second.is_lost
     second.leave()
+    storage.engine.dispose()
+
+
+def test_a_machine_takes_over_unless_the_one_that_led_has_ended_the_sweep(tmp_path):
+    storage = open_storage(f"sqlite:///{tmp_path}/study.db", None)
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    a, b, c = (Machines(storage, "sweep", tmp_path / name) for name in "abc")
+    a.leave()  # stopped by a signal
+    b._refresh(), c._refresh()
+    assert b.leads and not b.has_ended and not c.leads
+    b.has_ended = True
+    b._refresh()
+    assert b.leads
+    b.leave()
+    c._refresh()
+    assert c.has_ended and not c.leads and not c.is_lost
+    c.leave()
     storage.engine.dispose()

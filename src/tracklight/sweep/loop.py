@@ -108,7 +108,7 @@ class SweepLoop:
             raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
 
     def _waits_for_machines(self) -> bool:
-        """Return whether other machines run trials, after a moment in which they may end or be given up."""
+        """Return whether another machine runs trials or has yet to end the sweep, after a moment."""
         if self.machines is None:
             return False
         self._grid.extend(self._elsewhere)
@@ -116,7 +116,8 @@ class SweepLoop:
         if not self._grid and not self.study.runs_elsewhere:
             self._read_children()
             self._review_finished_trials()
-        if is_waiting := bool(self._grid) or self.study.runs_elsewhere:
+        follows = not (self.machines.leads or self.machines.has_ended)  # a leader that is killed ends nothing
+        if is_waiting := bool(self._grid) or self.study.runs_elsewhere or follows:
             time.sleep(MACHINES_S)
         return is_waiting
 

@@ -34,6 +34,7 @@ class Machines:
     def __init__(self, storage: Any, name: str, directory: Path):
         self.id = self._hold(directory / f".sweep-{name}.lock")
         self.leads = self.is_lost = False  # is_lost: the others have given this machine up
+        self.has_ended = False  # whether the sweep has: its leader has said so
         self.trials: OptunaStudy | None = None  # of the sweep, once it is open
         self._database, self._storage = storage, PatientStorage(storage)
         self._name = f"{name}{MACHINES}"
@@ -45,7 +46,7 @@ class Machines:
                 )
         own = create_trial(state=TrialState.RUNNING, user_attrs={MACHINE_ATTR: self.id})
         self._own_id = self._storage.create_new_trial(self._storage.get_study_id_from_name(self._name), own)
-        self._number = self._storage.get_trial(self._own_id).number
+        self._number = self._leader = self._storage.get_trial(self._own_id).number
         self._orphans: dict[int, float] = {}  # since when a trial is known to have no machine
         self._seen_s, self._left = time.monotonic(), threading.Event()
         self._refresh()
@@ -89,10 +90,11 @@ class Machines:
         self._storage.set_trial_user_attr(self._own_id, PARENT_ATTR, run_id)
 
     def leave(self) -> None:
-        """Leave the sweep: another machine leads from now on."""
+        """Leave the sweep: unless it has ended, another machine leads from now on."""
         self._left.set()
+        outcome = (TrialState.COMPLETE, [0.0]) if self.has_ended else (TrialState.FAIL,)
         with suppress(Exception):  # the storage is away, or the others have noticed by themselves
-            self._database.set_trial_state_values(self._own_id, TrialState.COMPLETE, [0.0])
+            self._database.set_trial_state_values(self._own_id, *outcome)
         self._lock.close()
 
     def _beat(self) -> None:
@@ -114,7 +116,13 @@ class Machines:
                 fail_stale_trials(self._study(self.trials.name))
                 self._fail_orphans(self.trials.name)
         numbers = [trial.number for trial in self._running(self._name)]
-        self.is_lost, self.leads = self._number not in numbers, numbers[:1] == [self._number]
+        self.is_lost = self._number not in numbers
+        if self._leader not in (self._number, *numbers):
+            leader = self._storage.get_trial(trial_id(self._storage, self._name, self._leader))
+            self.has_ended |= leader.state == TrialState.COMPLETE
+        if numbers and not self.has_ended:
+            self._leader = numbers[0]
+        self.leads = self._leader == self._number and not self.is_lost
 
     def _study(self, name: str) -> optuna.Study:
         return optuna.load_study(storage=self._database, study_name=name)

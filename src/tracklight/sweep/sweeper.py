@@ -132,6 +132,8 @@ def _run(
             if loop.signum is not None:
                 status = "KILLED"
             score = _conclude(loop)
+            if machines and loop.signum is None and not loop.halted:
+                machines.has_ended = True
         if loop.signum is None and not loop.failures:
             status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
@@ -225,8 +227,8 @@ def _conclude(loop: "SweepLoop") -> float | None:
         progress.note(f"sweep.on_failure=stop: {left}")
     winner = rows[0] if rows and rows[0].rank == 1 else None
     if not leads:
-        if loop.signum is None:
-            progress.note("the machine that leads tests the best trial, and ends the sweep")
+        if loop.machines and loop.machines.has_ended:
+            progress.note("the machine that leads has tested the best trial and ended the sweep")
         return winner.score if winner else None
     if parent and winner and loop.signum is None and not loop.halted:
         progress.note(test_winner(loop, parent, winner))
