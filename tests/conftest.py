@@ -6,7 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,12 @@ os.environ["no_proxy"] = ",".join(filter(None, (os.environ.get("no_proxy"), "127
 # Started under nohup or in the background the tests would ignore these, and so would their runs.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True, optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> Generator[None, int, int]:
+    """One more than there are cores for the fast tests, which wait for the disk a third of their time."""
+    return (yield) + (config.option.markexpr != "slow")
 
 
 _num_frozen = 0  # modules
