@@ -128,7 +128,7 @@ def test_the_program_lists_its_commands_and_names_the_nearest(run, tmp_path):
 @pytest.mark.parametrize("words", [[], ["-m", "seed=1,2"], ["--cfg", "job"]])
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"lr: [", "expected the node content"), (b"lr: 1 # \xe9\n", "not UTF-8"), (b"lr: 1 # \0\n", "#x0000")],
+    [(b"lr: [", "node content"), (b"lr: 1 # \xe9\n", "not UTF-8"), (b"lr: 1 # \0\n", "#x0000")],
 )
 def test_a_config_file_that_cannot_be_read_is_named_in_one_line(run, project, words, content, said):
     path = project / "conf" / "optimizer" / "mine.yaml"

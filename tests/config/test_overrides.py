@@ -2,6 +2,7 @@
 
 import shlex
 
+import hydra
 import pytest
 from omegaconf import OmegaConf
 
@@ -41,7 +42,7 @@ def composed(*words, multirun=False):
         (['tracking.note="\x9b31m!"'], "tracking.note='\\x9b31m!' holds a control character"),
         (['tracking.tags.x="a\x1b]0;!"'], "tracking.tags.x='a\\x1b]0;!' holds a control character"),
         (['+model.extra={k: ["a\x7f"]}'], "model.extra.k[0]='a\\x7f' holds a control character"),
-        (["~model.in_features"], "nothing to delete: model.in_features is null already"),
+        (["~model.nothing"], "nothing to delete: model.nothing is null already, or no key"),
         (["xyzzy=1"], "unknown key xyzzy; `python train.py --cfg job` shows all"),
         (["trainer.max_epoch=1"], "did you mean trainer.max_epochs?"),
         (["model=mpl"], "model=mpl is not there; model can be cnn, linear, mlp; did you mean mlp?"),
@@ -89,6 +90,16 @@ def test_a_bad_override_is_told_with_what_would_work(words, says):
     with pytest.raises(BadInput) as refusal:
         composed(*words)
     assert says in " ".join(str(refusal.value).split())
+
+
+def test_a_key_that_is_null_is_deleted_where_hydra_can_do_it():
+    try:
+        config = composed("~model.in_features")
+    except BadInput as refusal:
+        assert hydra.__version__.startswith("1.3."), "Hydra 1.4 deletes it"
+        assert "nothing to delete: model.in_features is null already" in str(refusal)
+    else:
+        assert "in_features" not in config.model
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ KNOWN = {
     "~optimizer": "~optimizer: optimizer cannot be deleted, .*; it can be adagrad, adam,",
     "~score.metric": "~score.metric: .* cannot be deleted, .*; it can be set",
     "~trainer.profiler": "~trainer.profiler: .* cannot be deleted",
-    "~model.in_features": "~model.in_features: there is nothing to delete",
+    "~model.nothing": "~model.nothing: there is nothing to delete",
     "tracking.run_name=[1,2]": "tracking.run_name=\\[1,2\\] must be a name, or null",
     "tracking.run_name=7": "tracking.run_name=7 must be a name, or null; try tracking.run_name='\"7\"'",
     "@seed=1": "@seed=1: there is no group before @; write seed=1",
