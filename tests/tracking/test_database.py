@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 from disturbances import full_disk, wait_for
 
 from tracklight.errors import BadInput, RunFailed
@@ -19,6 +20,31 @@ from tracklight.tracking.store import connect
 def made_by_mlflow(monkeypatch) -> None:
     """New databases are made as for users, not copied as for other tests."""
     monkeypatch.setattr(sqlite_file, "create_database", mlflow_client.create_database)
+
+
+def test_only_a_database_that_is_being_made_is_written_without_syncing(tmp_path, monkeypatch):
+    from mlflow.store.tracking import sqlalchemy_store
+
+    def levels() -> list[int]:
+        """How each of two databases is synced by a connection that begins now."""
+        found = []
+        for name in ("new.db", "other.db"):
+            engine = sqlalchemy.create_engine(f"sqlite:///{tmp_path / name}")
+            with engine.connect() as connection:
+                found.append(connection.exec_driver_sql("PRAGMA synchronous").scalar())
+            engine.dispose()
+        return found
+
+    class Opened:
+        engine = sqlalchemy.create_engine("sqlite://")
+
+        def __init__(self, *_: str):
+            meanwhile.append(levels())
+
+    meanwhile = []
+    monkeypatch.setattr(sqlalchemy_store, "SqlAlchemyStore", Opened)
+    mlflow_client.create_database(tmp_path / "new.db", "")
+    assert meanwhile == [[0, 2]] and levels() == [2, 2]
 
 
 def open_and_create(directory, barrier):

@@ -211,10 +211,22 @@ def short_reason(error: BaseException) -> str:
 
 
 def create_database(path: Path, artifact_root: str) -> None:
-    """Create MLflow's tables in a new SQLite file; `MlflowClient` cannot set the artifact root."""
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # takes 0.5 s to import
+    """Create MLflow's tables in a new SQLite file; `MlflowClient` cannot set the artifact root.
 
-    SqlAlchemyStore(f"sqlite:///{path}", artifact_root).engine.dispose()
+    Nothing is synced to the disk yet: that takes half of the time of MLflow's migrations.
+    """
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # takes 0.5 s to import
+    from sqlalchemy import Engine, event
+
+    def no_sync(connection: Any, record: Any) -> None:
+        if connection.execute("PRAGMA database_list").fetchone()[2] == os.path.realpath(path):
+            connection.execute("PRAGMA synchronous = OFF")
+
+    event.listen(Engine, "connect", no_sync)
+    try:
+        SqlAlchemyStore(f"sqlite:///{path}", artifact_root).engine.dispose()
+    finally:
+        event.remove(Engine, "connect", no_sync)
 
 
 def hard_delete(client: Any, *, run_id: str | None = None, model_id: str | None = None) -> None:
