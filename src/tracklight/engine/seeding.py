@@ -58,7 +58,10 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
 def seed_all(seed: int, stream: int, index: int) -> None:
     """Reseed every library's global generators."""
     derived = derive_seed(seed, stream, index)
-    torch.manual_seed(derived)
+    if torch.accelerator.is_available():
+        torch.manual_seed(derived)
+    else:  # in a microsecond: `manual_seed` formats three stacks for the case that there will be one
+        torch.default_generator.manual_seed(derived)
     np.random.seed(derived & 0xFFFFFFFF)
     random.seed(derived)
 
