@@ -133,6 +133,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec", FutureWarning)
     # On a cluster's login node, too, where one process is what is wanted.
     warnings.filterwarnings("ignore", "The `srun` command is available on your system but is not used")
+    # conf/hydra/launcher/ray.yaml, which is named as the plugin's own.
+    warnings.filterwarnings("ignore", "\n'hydra/launcher/ray' is validated against")
     warnings.filterwarnings("ignore", "IProgress not found")  # tqdm's, in a notebook without ipywidgets
     lightning = logging.getLogger("pytorch_lightning.utilities.rank_zero")
     lightning.addFilter(lambda record: not record.getMessage().startswith("💡 Tip:"))

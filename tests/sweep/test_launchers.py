@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,15 @@ def test_a_metric_that_is_never_logged_is_told_before_a_launcher_starts(commande
     assert process.exit_code == 2 and process.stderr.count("\n") == 1
     assert "score.metric=train/f1 is never logged" in process.stderr
     assert Swept(directory).runs == []
+
+
+def test_a_launcher_that_is_not_installed_is_told_before_anything_starts(commander, tmp_path):
+    if find_spec("ray"):
+        pytest.skip("needs an environment without ray")
+    process = commander.sweep(tmp_path / "runs", *GRID, "hydra/launcher=ray")
+    assert process.exit_code == 2 and process.stderr.count("\n") == 1
+    assert process.stderr.endswith("; pip install 'tracklight[ray]'\n")
+    assert Swept(tmp_path / "runs").runs == []
 
 
 def test_what_this_machine_lacks_is_refused_unless_a_launcher_runs_elsewhere(commander, tmp_path):

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
@@ -60,6 +62,7 @@ def sweep(overrides: list[str], master: DictConfig, context: HydraContext) -> fl
             jobs = [with_num_threads(job, plan.num_threads) for jobs in plan.configs for job in jobs]
             print(group_jobs(jobs)[1])
         return None
+    _check_launcher(plan.launcher)
     choose_temporary_folder(Path(plan.first_cfg.tracking.dir))
     before = os.environ.get("PYTHONSAFEPATH", "")
     os.environ["PYTHONSAFEPATH"] = "1"  # no process of a sweep imports the current folder's logging.py
@@ -80,6 +83,13 @@ def sweep(overrides: list[str], master: DictConfig, context: HydraContext) -> fl
         if machines:
             machines.leave()
         os.environ["PYTHONSAFEPATH"] = before  # empty, it is as if it were not set
+
+
+def _check_launcher(target: str | None) -> None:
+    known = {f"{each.__module__}.{each.__name__}" for each in Plugins.instance().discover(Launcher)}
+    if target and target not in known:
+        package = "'tracklight[ray]'" if ".hydra_ray_launcher." in target else "the package that has it"
+        raise BadInput(f"{target} is not among the installed plugins of Hydra; pip install {package}")
 
 
 def _open_stores(plan: Plan) -> "tuple[Store | None, BaseStorage | None]":
