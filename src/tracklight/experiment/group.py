@@ -53,6 +53,7 @@ class Group:
             untracked, self.data, [], [], checkpoint_io.DurableCheckpointIO()
         )
         self.device = self.trainer.strategy.root_device
+        self.to_precision = self.trainer.precision_plugin.convert_input  # of a batch
         if reason := self._why_alone():
             raise NotStackable(reason)
         build.rehearse(cfg, self.model, self.data, self.trainer)
@@ -84,7 +85,8 @@ class Group:
         if reason := overridden_hook(model, self.data) or why_not_stacked(optimizers[0]):
             return reason
         rows = split.features[: self.batch_size].to(self.device)
-        x, y = self.data.transform(rows), split.targets[: self.batch_size].to(self.device)
+        y = split.targets[: self.batch_size].to(self.device)
+        x, y = self.to_precision((self.data.transform(rows), y))
         stacked = torch.stack([x] * NUM_TIMED), torch.stack([y] * NUM_TIMED)
         try:
             population = Population(models, optimizers, self.device)

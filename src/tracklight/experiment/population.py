@@ -187,7 +187,7 @@ class Training:
         sets = dict(zip(sources, (each.data for each in self.members), strict=True))
         index = [[*sets].index(source) for source in sources] if len(sets) > 1 else [0]
         for batches in zip(*(getattr(data, f"{part}_dataloader")() for data in sets.values()), strict=True):
-            inputs, targets = zip(*batches, strict=True)
+            inputs, targets = zip(*map(self.group.to_precision, batches), strict=True)
             yield torch.stack([inputs[i] for i in index]), torch.stack([targets[i] for i in index])
 
     def _train_epoch(self) -> None:
