@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from small_runs import train
 
-from process import COMMANDS, free_port
+from process import COMMANDS, TrialResult, free_port
 from tracklight.commands.parser import main
 from tracklight.config import rules
 from tracklight.errors import BadInput
@@ -70,6 +70,24 @@ def test_what_a_run_leaves_in_a_groups_store_the_group_may_write(tmp_path):
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in directory.rglob("*")}
     assert {"mlflow.db", "points.wal", "best.ckpt", "MLmodel"} <= {path.name for path in modes}
     assert {p.name: oct(mode) for p, mode in modes.items() if mode & 0o060 != 0o060} == {}
+
+
+@pytest.mark.slow
+def test_two_users_of_a_group_train_into_one_store(open_to_all):
+    directory = open_to_all.parent / "shared"
+    directory.mkdir()
+    as_reader("user", directory)  # skips where one may not
+    os.chown(directory, -1, 4343)
+    directory.chmod(0o2775)
+    env = os.environ | {"HOME": str(open_to_all.parent / "home"), "TMPDIR": str(open_to_all.parent / "home")}
+    words = ["data=line", "model=linear", "trainer.max_epochs=1", f"tracking.dir={directory}"]
+    for user in ("4242", "4343"):
+        member = ["setpriv", f"--reuid={user}", "--regid=4343", "--clear-groups"]
+        command = [*member, sys.executable, ROOT / "train.py", *words]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd="/", umask=0o002)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert [status for _, status in TrialResult(directory).runs] == ["FINISHED"] * 2
+    assert (directory / "mlflow.db").stat().st_uid == 4242
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ QUICK = ("trainer.max_epochs=2", "num_threads=1", "tracking.figures=false", "tra
 RUN = (str(ROOT / "train.py"), *QUICK)
 SWEEP = (str(ROOT / "train.py"), "-m", "seed=1,2", *QUICK)
 SOURCE = str(ROOT / "src")
+READS_ALL = "+dac_override,+dac_read_search"  # so that the folders of this test need not be opened
 ENDED_S = 600
 
 pytestmark = pytest.mark.slow
@@ -38,6 +39,7 @@ def statuses(directory: Path) -> list[str]:
 def volume():
     """A folder with a name short enough for sockets, which that of a test is not."""
     with tempfile.TemporaryDirectory(prefix="volume-") as folder:
+        Path(folder).chmod(0o777)  # for a user without root's rights, too
         yield Path(folder)
 
 
@@ -97,6 +99,7 @@ def test_what_lies_in_the_current_folder_is_not_imported(tmp_path):
         {"PYTHONOPTIMIZE": "2", "PYTHONPYCACHEPREFIX": "here"},
         {"TMPDIR": "long"},
         {"HOME": "/proc/nowhere"},
+        {"RANK": "1", "NODE_RANK": "1", "SLURM_PROCID": "3"},
     ],
     ids=lambda env: next(iter(env)),
 )
@@ -114,12 +117,26 @@ def test_odd_surroundings_are_no_matter(tmp_path, env):
     assert {*statuses(tmp_path / "runs")} == {"FINISHED"}
 
 
+def test_a_small_container_is_no_matter(volume, tmp_path):
+    """Process 1, a user without a name, hardly any shared memory, 24 open files."""
+    script = """
+        mount -t tmpfs -o size=64k,mode=1777 none /dev/shm && ulimit -n 24 || exit 99
+        exec setpriv --reuid 4242 --clear-groups --inh-caps "$0" --ambient-caps "$0" "$@"
+    """
+    before = ("unshare", "--mount", "--pid", "--fork", "--mount-proc", "sh", "-c", script, READS_ALL)
+    probe = "import os; assert os.getpid() == 1 and os.getuid() == 4242"
+    if shutil.which(before[0]) is None or python("-c", probe, cwd=tmp_path, before=before).returncode:
+        pytest.skip("needs the right to mount file systems (root)")
+    process = python(*SWEEP, f"tracking.dir={volume}/runs", cwd=tmp_path, before=before)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert statuses(volume / "runs") == ["FINISHED"] * 3
+
+
 def few_processes(number: int) -> tuple[str, ...]:
     """Return a command under which a user has so many processes and threads: root's are not counted."""
     before = ("bash", "-c", f'ulimit -u {number} && exec "$@"', "-")
     if os.geteuid() == 0:
-        rights = "+dac_override,+dac_read_search"
-        user = ("--reuid", "4242", "--clear-groups", "--inh-caps", rights, "--ambient-caps", rights)
+        user = ("--reuid", "4242", "--clear-groups", "--inh-caps", READS_ALL, "--ambient-caps", READS_ALL)
         before = ("setpriv", *user, *before)
     if shutil.which(before[0]) is None:
         pytest.skip(f"needs {before[0]}")
@@ -127,9 +144,9 @@ def few_processes(number: int) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize(("command", "number"), [(RUN, 1), (RUN, 3), (SWEEP, 3), (SWEEP, 5)])
-def test_too_few_processes_are_one_line(tmp_path, command, number):
-    process = python(*command, f"tracking.dir={tmp_path}/runs", cwd=tmp_path, before=few_processes(number))
-    assert "Traceback" not in process.stderr
+def test_too_few_processes_are_one_line(volume, command, number):
+    process = python(*command, f"tracking.dir={volume}/runs", cwd=volume, before=few_processes(number))
+    assert "Traceback" not in process.stderr and "tracking.dir" not in process.stderr
     if process.returncode:
         assert process.stderr.splitlines()[-1].startswith(("error: ", "libgomp: "))
 

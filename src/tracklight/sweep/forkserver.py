@@ -6,9 +6,12 @@ need; an import that fails here fails again in the trial, which reports it.
 """
 
 import contextlib
+import errno
 import importlib
 import logging
 import signal
+import sys
+from typing import Any
 
 from tracklight.tracking.provenance import own_code
 
@@ -17,6 +20,14 @@ IMPORTED = (
     "sqlalchemy.dialects.sqlite alembic.command fsspec.implementations.local PIL.PngImagePlugin"
 )
 
+
+def _print_what_is_told_nowhere_else(kind: type, error: BaseException, trace: Any) -> None:
+    """Print an error, but for a lack of processes or memory, which the sweep's process tells in one line."""
+    if getattr(error, "errno", None) not in (errno.EAGAIN, errno.ENOMEM):
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _print_what_is_told_nowhere_else
 for number in (signal.SIGINT, signal.SIGUSR1):
     signal.signal(number, signal.SIG_IGN)
 own_code()
