@@ -75,6 +75,23 @@ def test_two_machines_that_start_at_once_share_a_sweep(start, tmp_path, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["sqlite"], indirect=True)
+def test_with_on_failure_stop_a_failed_trial_stops_all_machines(start, tmp_path):
+    kind = ("trainer.max_epochs=5000,5001", "optimizer.lr=0.01,1e30", "sweep.on_failure=stop")
+    a = start("a", *kind)
+    wait_until(lambda: len(runs_of(tmp_path, "a")) > 0)
+    b = start("b", *kind)
+    assert [machine.wait(120) for machine in (a, b)] == [1, 1], (a.stderr, b.stderr)
+    assert a.stderr.splitlines()[-1] == b.stderr.splitlines()[-1]
+    assert "error: 1 trial failed: trial" in a.stderr and "Traceback" not in a.stderr + b.stderr
+    assert "runs not begun: " in a.stdout and "runs not begun: " in b.stdout
+    swept = Swept(tmp_path / "server")
+    assert len(swept.parents) == 1 and swept.parent and swept.parent.status == "FAILED"
+    assert len(swept.children) == 2
+    assert sorted(run.status for run in swept.children) == ["FAILED", "KILLED"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["sqlite"], indirect=True)
 def test_a_leader_that_is_killed_while_it_runs_no_trial_is_replaced(start, tmp_path):
     kind = ("trainer.max_epochs=1,800,2400",)
     a = start("a", *kind)
@@ -188,4 +205,23 @@ def test_a_machine_takes_over_unless_the_one_that_led_has_ended_the_sweep(tmp_pa
     c._refresh()
     assert c.has_ended and not c.leads and not c.is_lost
     c.leave()
+    storage.engine.dispose()
+
+
+def test_a_failure_that_ends_the_sweep_is_told_to_the_machines_that_run_it_but_to_none_that_comes_later(
+    tmp_path,
+):
+    storage = open_storage(f"sqlite:///{tmp_path}/study.db", None)
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    a, b = (Machines(storage, "sweep", tmp_path / name) for name in "ab")
+    b.halt(3, "too bad")
+    b.leave()
+    assert a.failure is None
+    a._refresh()
+    assert a.failure == (3, "too bad") and not a.has_ended and a.leads
+    c = Machines(storage, "sweep", tmp_path / "c")  # the same command goes on with the remaining trials
+    c._refresh()
+    assert c.failure is None
+    a.leave(), c.leave()
     storage.engine.dispose()

@@ -82,6 +82,9 @@ class SweepLoop:
                         break
                 else:  # only an unreachable store leaves all workers idle
                     self._wait_for_store()
+            if self.machines and self.machines.failure:  # another one's, perhaps
+                self.halted = True
+                self._note_failure(*self.machines.failure)
             self._stop_runs()
         finally:
             self.executor.kill()
@@ -96,7 +99,9 @@ class SweepLoop:
 
     @property
     def _is_over(self) -> bool:
-        return self.signum is not None or self.halted or (self.machines is not None and self.machines.is_lost)
+        machines = self.machines
+        is_told = machines is not None and (machines.is_lost or machines.failure is not None)
+        return self.signum is not None or self.halted or is_told
 
     def _handle_signal(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None:  # the second signal
@@ -228,8 +233,7 @@ class SweepLoop:
 
     def _fail_invalid(self, number: int, params: dict[str, str], reason: str) -> None:
         """Record a trial whose config is invalid as failed."""
-        self.failures[number] = reason
-        self.halted |= self._stops_on_failure
+        self._note_failure(number, reason)
         if self.parent:
             run_tags = self._tags(number, params, json_digest(params))
             self.parent.record_failure(None, f"{number} {format_params(params)}", run_tags, reason)
@@ -237,6 +241,13 @@ class SweepLoop:
         self.progress.update(self.num_remaining)
         self.progress.invalid(number, reason)
         self.trial_runs.append(TrialRun(number, params, 0, "failed", None, reason=reason))
+
+    def _note_failure(self, number: int, reason: str) -> None:
+        self.failures[number] = reason
+        if self._stops_on_failure and not self.halted:
+            self.halted = True
+            if self.machines:
+                self.machines.halt(number, reason)
 
     def _count_finished(self, number: int, params: Mapping[str, str], results: list[TrialResult]) -> None:
         for result in results:
@@ -314,8 +325,7 @@ class SweepLoop:
         results = self._ended[job.number]
         results[job.key] = result
         if result.kind == "failed":
-            self.failures[job.number] = result.reason
-            self.halted |= self._stops_on_failure
+            self._note_failure(job.number, result.reason)
         others = [each for each in self._trials[job.number] if each.key not in results]
         decides = self._decides(job)  # then the others have not started
         if others and decides and result.kind == "complete":

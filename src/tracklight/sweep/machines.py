@@ -22,6 +22,7 @@ from tracklight.sweep.storage import GRACE_S, HEARTBEAT_S, MACHINES, PatientStor
 from tracklight.sweep.study import MACHINE_ATTR, OptunaStudy
 
 PARENT_ATTR = "parent"  # of the leader: the id of the parent run
+FAILURE_ATTR = "failure"  # of a machine that has ended the sweep for it: the trial's number and the reason
 
 
 class Machines:
@@ -35,6 +36,7 @@ class Machines:
         self.id = self._hold(directory / f".sweep-{name}.lock")
         self.leads = self.is_lost = False  # is_lost: the others have given this machine up
         self.has_ended = False  # whether the sweep has: its leader has said so
+        self.failure: tuple[int, str] | None = None  # that has ended the sweep, on any machine
         self.trials: OptunaStudy | None = None  # of the sweep, once it is open
         self._database, self._storage = storage, PatientStorage(storage)
         self._name = f"{name}{MACHINES}"
@@ -48,6 +50,7 @@ class Machines:
         self._own_id = self._storage.create_new_trial(self._storage.get_study_id_from_name(self._name), own)
         self._number = self._leader = self._storage.get_trial(self._own_id).number
         self._orphans: dict[int, float] = {}  # since when a trial is known to have no machine
+        self._earlier = {*self._failures()}  # of earlier commands
         self._seen_s, self._left = time.monotonic(), threading.Event()
         self._refresh()
         threading.Thread(target=self._beat, daemon=True).start()
@@ -89,6 +92,17 @@ class Machines:
         """Tell the others the parent run, in case that they ask this machine as their leader."""
         self._storage.set_trial_user_attr(self._own_id, PARENT_ATTR, run_id)
 
+    def halt(self, number: int, reason: str) -> None:
+        """Tell the others to end the sweep, too: a trial has failed."""
+        self.failure = number, reason
+        self._storage.set_trial_user_attr(self._own_id, FAILURE_ATTR, self.failure)
+
+    def _failures(self) -> dict[int, tuple[int, str]]:
+        """Return the failures that ended the sweep, by the number of the machine."""
+        study_id = self._storage.get_study_id_from_name(self._name)
+        told = {t.number: t.user_attrs for t in self._storage.get_all_trials(study_id, deepcopy=False)}
+        return {number: tuple(each[FAILURE_ATTR]) for number, each in told.items() if FAILURE_ATTR in each}
+
     def leave(self) -> None:
         """Leave the sweep: unless it has ended, another machine leads from now on."""
         self._left.set()
@@ -115,6 +129,8 @@ class Machines:
             if self.trials and self.leads:
                 fail_stale_trials(self._study(self.trials.name))
                 self._fail_orphans(self.trials.name)
+        new = (each for number, each in self._failures().items() if number not in self._earlier)
+        self.failure = self.failure or next(new, None)
         numbers = [trial.number for trial in self._running(self._name)]
         self.is_lost = self._number not in numbers
         if self._leader not in (self._number, *numbers):
