@@ -166,12 +166,41 @@ def test_when_one_node_is_killed_the_other_ends(trainees, network, tmp_path, ran
     assert other.wait(ENDED_S) == 1
     line = other.stderr.splitlines()[-1]
     assert line.startswith("error: another of the 2 processes of this run is gone")
-    assert line.endswith("start all of them again") and "Traceback" not in other.stderr
+    assert (
+        line.endswith("resume=auto continues it if all nodes are given it")
+        and "Traceback" not in other.stderr
+    )
     assert both[rank].wait(ENDED_S) == -signal.SIGKILL and network.processes == ""
     start = f"init_from={TrialResult(directory).run_id}"
     process = trainees.train(directory, *ONE, start, faults=FASTER)  # marks runs whose process is gone
     statuses = [status for _, status in TrialResult(directory).runs]
     assert statuses == ["FAILED" if rank else "KILLED", "FINISHED"], process.stderr
+
+
+def test_two_nodes_that_are_killed_continue_in_the_same_run_to_the_same_bits(
+    trainees, network, two, tmp_path
+):
+    directory, mark, port = tmp_path / "runs", tmp_path / "mark", free_port()
+    both = start_nodes(trainees, network, directory, mark)
+    for process in both:
+        process.send(signal.SIGKILL)
+    mark.unlink()
+    assert [process.wait(ENDED_S) for process in both] == [-signal.SIGKILL] * 2
+    run_id = TrialResult(directory).run_id
+    both = [
+        trainees.start(
+            directory,
+            (*NODES, "resume=auto"),
+            [*FASTER, ["enter_network", name]],
+            env=network.environment(rank, port),
+        )
+        for rank, name in enumerate(network.names)
+    ]
+    assert [process.wait() for process in both] == [0, 0], [process.stderr for process in both]
+    assert f"resume=auto: run {run_id}" in both[0].stdout
+    result = TrialResult(directory)
+    assert [status for _, status in result.runs] == ["FINISHED"] and result.differences(two) == []
+    assert set(result.logged.values()) == {1} and network.processes == ""
 
 
 def test_when_the_network_between_two_nodes_is_cut_both_end(trainees, network, tmp_path):

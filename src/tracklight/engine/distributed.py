@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +25,10 @@ LAUNCHERS = {
     "srun": ("SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"),
 }
 NOT_RESUMABLE = (
-    "processes launched from outside cannot be told which run to continue; drop resume, or let"
-    " trainer.devices launch them"
+    "processes launched from outside cannot be told which run to continue; drop resume, let"
+    " trainer.devices launch them, or start the nodes yourself, each with resume=auto"
 )
+CHECKPOINT_KEY = "tracklight/checkpoint"
 WAIT_S = 300.0  # for the other processes to start, and at each exchange with them
 
 
@@ -94,9 +96,9 @@ def is_nonzero_rank() -> bool:
     return any(int(os.environ.get(name) or 0) > 0 for name in RANKS)
 
 
-def check_resumable(trainer: Any) -> None:
+def check_resumable(trainer: Any, resume: str | None) -> None:
     """Raise BadInput if others than Lightning launch processes: they would begin a new run, not resume."""
-    outside = trainer.num_nodes > 1
+    outside = trainer.num_nodes > 1 and resume != "auto"
     if trainer.world_size > 1:
         outside |= trainer.strategy.cluster_environment.creates_processes_externally
     if outside:
@@ -118,6 +120,23 @@ def export_rank_zero_run(strategy: Any, cfg: Mapping[str, Any], checkpoint: Path
     os.environ["OMP_NUM_THREADS"] = str(cfg["num_threads"])  # else Lightning decides
     run = RankZeroRun({**cfg, "resume": None, "init_from": None}, checkpoint and str(checkpoint))
     os.environ[RANK_ZERO_RUN] = json.dumps(run._asdict())
+
+
+def share_checkpoint(trainer: Any, resume: str | None, checkpoint: Path | None) -> tuple[Path | None, Any]:
+    """Return the checkpoint from which rank zero continues, for all nodes; and what to keep until they train.
+
+    They meet in the store on MASTER_PORT that PyTorch uses in the same process for all else.
+    """
+    if resume != "auto" or trainer.num_nodes == 1 or _launch()[1] > 1:
+        return checkpoint, None
+    environment, is_first = trainer.strategy.cluster_environment, not is_nonzero_rank()
+    place = environment.main_address, environment.main_port, None, is_first, timedelta(seconds=WAIT_S)
+    distributed: Any = importlib.import_module("torch.distributed")
+    store = distributed.TCPStore(*place, wait_for_workers=False, multi_tenant=True)
+    if is_first:
+        store.set(CHECKPOINT_KEY, str(checkpoint or ""))
+    path = store.get(CHECKPOINT_KEY).decode()
+    return Path(path) if path else None, store
 
 
 def _choose_interface(address: str) -> None:

@@ -84,7 +84,7 @@ def run(
         training = Training(cfg, data, model, callbacks)
         stop.has_company = training.trainer.world_size > 1
         if resumed:
-            distributed.check_resumable(training.trainer)
+            distributed.check_resumable(training.trainer, cfg.resume)
             training.last.check(resumed.find_checkpoint(), training.trainer.callbacks)
         build.rehearse(cfg, model, data, training.trainer)
 
@@ -174,6 +174,7 @@ class Training:
         distributed.export_rank_zero_run(self.trainer.strategy, to_plain(self.cfg), checkpoint)
         start_s = time.perf_counter()
         try:
+            checkpoint, kept = distributed.share_checkpoint(self.trainer, self.cfg.resume, checkpoint)
             with warnings.catch_warnings():
                 # The folder of a resumed run holds its checkpoints.
                 warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
@@ -254,7 +255,7 @@ def _explain(error: Exception, cfg: DictConfig, num_processes: int) -> str | Non
     is_silence = any(word in str(error) for word in ("gloo", "pair closure", "NCCL"))
     if num_processes > 1 and (isinstance(error, DistError) or is_silence):
         silence = f"is gone, or has not answered for {distributed.WAIT_S:.0f} s"
-        cure = "start all of them again" if cfg.trainer.num_nodes > 1 else "resume=auto continues it"
+        cure = "resume=auto continues it" + " if all nodes are given it" * (cfg.trainer.num_nodes > 1)
         return f"another of the {num_processes} processes of this run {silence}; {cure}"
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     text = " ".join(str(error).split())
