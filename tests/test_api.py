@@ -82,7 +82,8 @@ def test_runs_are_trained_and_found_whatever_was_imported_before_and_what_cannot
         try:
             tracklight.load(5)
         except tracklight.errors.BadInput as error:
-            assert str(error) == "run id '5' must be 4 to 32 hexadecimal digits, as MLflow shows it"
+            allowed = "last, best or 4 to 32 hexadecimal digits, as MLflow shows it"
+            assert str(error) == f"run id '5' must be {allowed}"
         assert tracklight.runs.reader is reader
         from tracklight.runs import select
         from tracklight import runs

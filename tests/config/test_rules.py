@@ -104,6 +104,11 @@ def test_the_cure_that_a_rule_offers_is_allowed_by_it(rule):
     assert rule.values.accepts(value)
 
 
+def test_one_number_for_a_list_of_any_length_is_put_into_one():
+    with pytest.raises(BadInput, match=r"model.hidden=800 must be a list.*; try model.hidden=\[800\]"):
+        check_values(changed("model.hidden", 800))
+
+
 def test_the_keys_of_other_peoples_models_are_theirs():
     for key, value in {"model.hidden": 128, "model.dropout": 1.0, "data.batch_size": [4, 8]}.items():
         foreign = changed(key, value)

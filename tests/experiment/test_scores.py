@@ -164,23 +164,26 @@ def test_averaged_weights_of_a_run_that_is_extended_are_those_of_one_as_long(tra
     assert first.history("val/loss") == whole.history("val/loss")
 
 
-def test_a_run_ended_amid_an_epoch_is_not_taken_up_there(train, tmp_path):
+def test_a_run_ended_amid_an_epoch_is_not_taken_up_there(train, tmp_path, capsys):
     ended = train("data=table", "data.batch_size=100", "trainer.max_steps=5", EPOCHS + "9", *QUICK)
     run_id, before = f"resume={ended.run.info.run_id}", ended.checkpoint("last")
     with pytest.raises(BadInput, match="in the middle of an epoch, whose rest cannot be taken up"):
         resumed(tmp_path, run_id, "trainer.max_steps=9", "allow_changes=true")
     found = only_run(tmp_path)
     assert (found.info.status, found.info.end_time) == ("FINISHED", ended.run.info.end_time)
+    assert "nothing is trained" not in capsys.readouterr().out
     resumed(tmp_path, run_id)  # asked for no more, it has nothing to take up
+    assert "has finished, so nothing is trained; raise trainer.max_steps=5 to" in capsys.readouterr().out
     assert ended.checkpoint("last")["global_step"] == before["global_step"] == 5
 
 
-def test_resume_auto_leaves_a_finished_run_alone_and_its_id_extends_it(train, tmp_path):
+def test_resume_auto_leaves_a_finished_run_alone_and_its_id_extends_it(train, tmp_path, capsys):
     first = train(*QUICK, EPOCHS + "3")
     second = train(*QUICK, EPOCHS + "6", "resume=auto")
     ids = first.run.info.run_id, second.run.info.run_id
     assert ids[0] != ids[1] and first.client.get_run(ids[0]).data.tags["tracklight.epochs"] == "3"
     resumed(tmp_path, f"resume={ids[0]}", EPOCHS + "6")
+    assert "nothing is trained" not in capsys.readouterr().out
     found = first.client.get_run(ids[0])
     assert (found.data.tags["tracklight.epochs"], found.data.params["trainer.max_epochs"]) == ("6", "3")
     records = SqliteReader(tmp_path / "runs" / "mlflow.db").get_runs(ids)  # what comparisons show

@@ -230,7 +230,7 @@ def split_for_resume(words: Sequence[str]) -> tuple[list[str], list[str]]:
     for word, key in keys.items():
         if group_choices(key.partition("@")[0]):
             problem = f"{word} chooses a group, but resume={run_id} takes the run's own config"
-            cure = f"set single keys of it, {key}.KEY=VALUE, or start a new run without resume"
+            cure = f"leave it out, set single keys, {key}.KEY=VALUE, or start a new run without resume"
             raise BadInput(f"{problem}; {cure}")
         if "${" in word and word not in now:
             raise BadInput(f"{word}: a stored config is plain text; write the value itself")

@@ -259,6 +259,8 @@ def check_values(tree: Mapping[str, Any]) -> None:
             allowed, example = rule.values.description, rule.example
         if type(value) in (int, float) and rule and rule.values.accepts(str(value)):  # text of digits
             example = f"'\"{value}\"'"
+        elif type(value) in (int, float) and rule and rule.values.accepts([value]):
+            example = f"[{value}]"
         if key == "tracking.uri":
             got = f"{uri_setting(value)}={value}"
         raise BadInput(f"{got} must be {allowed}; try {key}={example}")

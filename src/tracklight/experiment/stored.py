@@ -138,6 +138,13 @@ def _resume_by_id(cfg: DictConfig, store: Store) -> tuple[DictConfig, ResumedRun
     if run.info.status == "FINISHED" and run.data.metrics and resumed.find_checkpoint() is None:
         why = f"run {run_id} keeps its best weights alone, as a finished trial does without tracking.keep=all"
         raise BadInput(f"{why}; a new run can start from them: init_from={run_id}")
+    longer = any(
+        stored["trainer"].get(k) != amended.trainer.get(k) for k in ("max_epochs", "max_steps", "max_time")
+    )
+    if run.info.status == "FINISHED" and not changes and not longer:
+        limit = "max_epochs" if amended.trainer.max_steps == -1 else "max_steps"
+        cure = f"raise trainer.{limit}={amended.trainer[limit]} to train on"
+        print(f"resume={cfg.resume}: run {run_id} has finished, so nothing is trained; {cure}")
     return amended, resumed
 
 

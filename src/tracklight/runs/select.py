@@ -31,7 +31,9 @@ def select_id(reader: RunReader, word: str, experiment: str | None = None) -> st
     """Return the id of the run that a word names, as `select_run` does."""
     if word not in WORDS:
         if not re.fullmatch(r"[0-9a-f]{4,32}", word):
-            raise BadInput(f"run id {word[:60]!r} must be 4 to 32 hexadecimal digits, as MLflow shows it")
+            raise BadInput(
+                f"run id {word[:60]!r} must be last, best or 4 to 32 hexadecimal digits, as MLflow shows it"
+            )
         found = reader.find_ids(word)
         if len(found) == 1:
             return found[0]
