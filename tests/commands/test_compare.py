@@ -96,7 +96,7 @@ def test_runs_scored_otherwise_are_counted_and_a_metric_is_a_filter(add, tmp_pat
     add(0.3, "other", params={"score.metric": "val/loss", "score.mode": "min"})
     add(0.5, "one", losses=[2.0])
     add(0.7, "two")
-    assert board(tmp_path).left_out == "1 run scored by another metric left out"
+    assert board(tmp_path).left_out == "1 run scored by another metric left out (--metric val/loss)"
     found = board(tmp_path, metric="train/loss_epoch")
     assert [place.scores for place in found.rows] == [[2.0]]
     main("compare", ["--dir", str(tmp_path), "--metric", "train/loss_epoch"])

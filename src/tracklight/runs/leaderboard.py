@@ -189,7 +189,7 @@ def rank_runs(
         raise BadInput(f"no run in {reader.display_uri} is like that; leave a filter out")
     newest_id = next((run for run in scores if run.value is not None), scores[0]).run_id
     (newest,) = reader.get_runs([newest_id])
-    num_all, score_metric = len(scores), newest.params.get("score.metric")
+    every, score_metric = scores, newest.params.get("score.metric")
     if metric is not None:
         scores = [run for run in scores if run.last is not None]
         if not scores:
@@ -203,7 +203,11 @@ def rank_runs(
     shown_metric = metric or score_metric or tags.SCORE
     mode = mode or rules.guess_mode(shown_metric) or "max"
     why = "scored by another metric" if metric is None else f"without a finite {metric}"
-    left_out = f"{count(num_all - len(scores), 'run')} {why} left out" if len(scores) < num_all else ""
+    left_out = f"{count(len(every) - len(scores), 'run')} {why} left out" if len(scores) < len(every) else ""
+    ranked = {run.run_id for run in scores}
+    other = next((run.run_id for run in every if run.run_id not in ranked), None) if metric is None else None
+    if other and (name := reader.get_runs([other])[0].params.get("score.metric")):
+        left_out += f" (--metric {name})"
     rows = [row for group in _group_by_setting(scores, each) for row in rank_rows(group, mode)]
     shown, columns = _fill_in(reader, rows[:limit], shown_metric, folders, chosen)
     return Leaderboard(shown_metric, mode, shown, columns, len(scores), len(rows), left_out)
