@@ -36,6 +36,18 @@ def test_an_epochs_line_has_what_the_module_logs_at_its_end(capsys):
         assert line.startswith(f"epoch {number}/3  ") and f"train/number {number}" in line
 
 
+@pytest.mark.parametrize(("total", "numbers"), [(100, range(1, 101)), (250, [1, *range(3, 250, 3), 250])])
+def test_a_long_run_prints_about_a_hundred_of_its_epochs_the_first_and_the_last_among_them(
+    capsys, total, numbers
+):
+    lines, trainer = EpochLines(), SimpleNamespace(is_global_zero=True, max_epochs=total, callback_metrics={})
+    for trainer.current_epoch in range(total):
+        lines.on_train_epoch_start(trainer)
+        lines.on_train_epoch_end(trainer)
+    printed = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+    assert printed == [f"{number}/{total}" for number in numbers]
+
+
 # Of 13 minibatches an epoch.
 @pytest.mark.parametrize(
     ("arguments", "first", "total"),

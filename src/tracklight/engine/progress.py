@@ -1,5 +1,6 @@
 """What a run prints: one line for all of it on a terminal, one line an epoch elsewhere, a closing summary."""
 
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from typing_extensions import override
 
 REDRAW_S = 0.1
+MAX_LINES = 100  # of epochs, about
 
 
 def progress_callback(metric: str | None) -> Callback:
@@ -51,7 +53,7 @@ class AfterEpoch(EarlyStopping):
 
 
 class EpochLines(AfterEpoch):
-    """Prints one line an epoch: its metrics and its seconds."""
+    """Prints one line an epoch, its metrics and its seconds; of a longer run only every so many epochs."""
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
@@ -60,9 +62,11 @@ class EpochLines(AfterEpoch):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.is_global_zero:
+        number, total = trainer.current_epoch + 1, trainer.max_epochs or -1
+        is_due = number in (1, total) or number % math.ceil(max(total, 1) / MAX_LINES) == 0
+        if trainer.is_global_zero and is_due:
             seconds = time.perf_counter() - self.started
-            epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+            epoch = f"epoch {number}/{trainer.max_epochs}"
             metrics = format_metrics(self.measured(trainer))
             print(f"{epoch}  {metrics}  {seconds:.2f} s", flush=True)
 
