@@ -156,7 +156,9 @@ def test_short_params_are_no_columns_beside_the_full_ones():
         "model.features": "[1,2]",
         "data.features": "[a]",
         "model.hidden": "[8]",
+        "model.width": "3",
         "model._target_": "m.MLP",
     }
     short = {"model-features": "1-2", "data-features": "a", "hidden": "8", "model": "MLP"}
+    short |= {"width": "3"}  # by `save_hyperparameters()`
     assert result_params(SimpleNamespace(params=full | short)) == full

@@ -218,8 +218,8 @@ def result_params(run: RunRecord) -> dict[str, str]:
     ignored = [key for key in compose.NOT_IN_DIGEST if key != "trainer.max_epochs"]
     for key, value in run.params.items():
         group, _, name = key.rpartition(".")
-        lists = [name, f"{group}-{name}"] if group and value[:1] == "[" else []
-        ignored += [group] if name == "_target_" else lists
+        is_twice = group == "model" or (group and value[:1] == "[")  # as a module's hyperparameter, as text
+        ignored += [group] if name == "_target_" else [name, f"{group}-{name}"] if is_twice else []
     below = tuple(f"{key}." for key in compose.NOT_IN_DIGEST)
     return {k: v for k, v in run.params.items() if k not in ignored and not k.startswith(below)}
 
