@@ -48,6 +48,7 @@ def test_each_trial_is_what_it_is_alone(commander, tmp_path):
         process = commander.sweep(tmp_path / name, *LONG, *words, "trainer.max_epochs=3")
         assert process.exit_code == 0, process.stderr
         assert ("6 runs trained together" in process.stdout) == (name == "together")
+        assert ("5 running (epoch 3/3)" in process.stdout) == (name == "together")  # the first has ended
     assert_equal(tmp_path / "together", tmp_path / "alone")
     together, alone = (Swept(tmp_path / name).leaderboard() for name in ("together", "alone"))
     assert [row["trial"] for row in together] == [row["trial"] for row in alone]

@@ -129,7 +129,8 @@ def run_population(specs: Sequence[TrialSpec], connection: Connection, max_membe
     def report(scores: Mapping[int, float], epoch: int) -> set[int]:
         nonlocal reported_s
         asked = [index for index in scores if specs[index].awaits_decision]
-        if not asked and time.monotonic() - reported_s < REPORT_S:
+        is_due = epoch == specs[0].cfg["trainer"]["max_epochs"] or time.monotonic() - reported_s >= REPORT_S
+        if not asked and not is_due:
             return set()
         reported_s = time.monotonic()
         connection.send([(index, EpochReport(epoch, value)) for index, value in scores.items()])
