@@ -12,6 +12,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,15 @@ def is_secret(key: str, value: Any = "") -> bool:
     """Return whether a dotted key names a secret, as `db_password` and `auth.x` do, `monkey` not."""
     if value is None or isinstance(value, bool):
         return False
-    words = "_".join(_WORD.findall(key)).lower().replace("_._", ".")
+    names_secret, names_count = _read_name(key)
     numbers = value if isinstance(value, list | tuple) and value else [value]
-    is_count = _COUNTED.search(words) and all(isinstance(each, int | float) for each in numbers)
-    return not is_count and _SECRET.search(words) is not None
+    return names_secret and not (names_count and all(isinstance(each, int | float) for each in numbers))
+
+
+@lru_cache(4096)  # of a sweep, thousands of runs have the same keys
+def _read_name(key: str) -> tuple[bool, bool]:
+    words = "_".join(_WORD.findall(key)).lower().replace("_._", ".")
+    return _SECRET.search(words) is not None, _COUNTED.search(words) is not None
 
 
 def _redact(tree: Any, values: Sequence[str]) -> Any:

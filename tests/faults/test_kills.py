@@ -24,8 +24,8 @@ DURING = {
     "after the oldest checkpoint went": (f"{IO}.remove_checkpoint", 1, True),
     "before metrics are logged": ("tracklight.tracking.run:Run.log_metrics", 3, False),
     "after metrics are logged": ("tracklight.tracking.run:Run.log_metrics", 3, True),
-    "before points are sent": (f"{TRACKING}.sender:MlflowWriter._log_points", 1, False),
-    "after points are sent": (f"{TRACKING}.sender:MlflowWriter._log_points", 1, True),
+    "before points are sent": (f"{TRACKING}.sender:MlflowWriter._log", 1, False),
+    "after points are sent": (f"{TRACKING}.sender:MlflowWriter._log", 1, True),
 }
 CLOSING = {
     "before the test": ("pytorch_lightning:Trainer.test", 1, False),

@@ -277,7 +277,7 @@ def has_test(model: LightningModule, data: LightningDataModule | None) -> bool:
     return is_overridden("test_step", model) and is_overridden("test_dataloader", data or model)
 
 
-def early_stops(cfg: DictConfig) -> str:
+def early_stops(cfg: Any) -> str:
     """Return, as text, the settings that may end a run before its last epoch."""
     tree = to_plain(cfg)
     settings = {key: tree["trainer"].get(key) for key in STOPS}

@@ -12,7 +12,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from omegaconf import DictConfig
 from torch import Tensor
 
-from tracklight.config.compose import list_targets
+from tracklight.config.compose import list_targets, to_plain
 from tracklight.config.hardware import describe_machine
 from tracklight.config.instantiate import naming
 from tracklight.config.overrides import redact_command
@@ -25,6 +25,8 @@ from tracklight.paths import ROOT
 from tracklight.tracking import provenance, tags
 from tracklight.tracking.run import Run
 from tracklight.tracking.store import Store
+
+LIGHTNING = version("pytorch-lightning")  # read once: that takes as long as to write a checkpoint
 
 
 @cache
@@ -62,7 +64,8 @@ class Member:
     def open(self, store: Store, size: int) -> None:
         """Create the run, or reopen it, and describe it."""
         resumed = stored.resolve_resume(self.cfg, store, self.run_id)[1] if self.run_id else None
-        self.recorder = Recorder(self.cfg, self.model, self.data, _provenance(*list_targets(self.cfg)))
+        self.tree = to_plain(self.cfg)
+        self.recorder = Recorder(self.cfg, self.model, self.data, _provenance(*list_targets(self.tree)))
         self.run = self.recorder.open_run(store, resumed, {**self.run_tags, tags.POPULATION_TAG: str(size)})
         self.run_id = self.run.run_id
         self.recorder.describe(self.run)
@@ -79,7 +82,7 @@ class Member:
         assert self.run
         metric, self.io = self.cfg.score.metric, checkpoint_io.DurableCheckpointIO(self.run.sync)
         self.best = checkpoints.BestCheckpoint(metric, self.cfg.score.mode, False)
-        self.last = checkpoints.ResumeCheckpoint(self.io, build.early_stops(self.cfg))
+        self.last = checkpoints.ResumeCheckpoint(self.io, build.early_stops(self.tree))
         self.last.folder, self.last.wal, self.best.dirpath = self.folder, self.run.wal, str(self.folder)
         self.scores, self.pruning = ScoreMonitor(metric), PruningCallback(metric, lambda *_: False)
         self.callbacks = [self.best, self.scores, self.last, self.pruning]
@@ -124,7 +127,7 @@ class Member:
         own = {name: "kwargs", key: dict(model.hparams)} if model.hparams else {}
         cloned = {name: each.detach().clone() for name, each in weights.items()}  # not what they are views of
         return {
-            "pytorch-lightning_version": version("pytorch-lightning"),
+            "pytorch-lightning_version": LIGHTNING,
             **progress,
             **own,
             "state_dict": cloned,

@@ -30,6 +30,7 @@ from tracklight.redact import redact
 from tracklight.tracking import tags
 
 SAVED_SHARE = 0.1  # of the time that checkpoints may take
+SAVING_S = 0.02  # a member, until it is measured
 ROWS_PER_BLOCK = 1 << 15  # of all members
 OPEN_FILES = 6  # at most, of a run in progress
 
@@ -130,7 +131,7 @@ class Training:
         self.values: dict[str, list[float]] = {}  # of the last epoch, (M,)
         # Best score and its epoch; a score that is not finite, and since which epoch none is. Epochs from 1.
         self.scores = torch.zeros(4, len(members), dtype=torch.float64)
-        self.saved_s, self.saving_s = time.monotonic(), 0.0
+        self.saved_s, self.saving_s = time.monotonic(), SAVING_S * len(members)
         per_block = max(1, ROWS_PER_BLOCK // (group.batch_size * len(members)))
         for member in members:
             member.data.steps_per_block = min(steps_per_block(group.batch_size), per_block)

@@ -45,15 +45,15 @@ class Recorder:
         Raises:
             BadInput: The resumed run was started with other code, data or settings.
         """
-        cfg, model, data = self.cfg, self.model, self.data
+        cfg, model, data, tree = self.cfg, self.model, self.data, to_plain(self.cfg)
         named = getattr(data, "name", None)  # which in a foreign class may be anything
         data_name = named if isinstance(named, str) and named else type(data).__name__
         source_digest = data.source_digest if isinstance(data, TensorData) else None
         run_tags = {
             **tags.own_tags(flatten(cfg.tracking.tags), redact(cfg.tracking.note)),
             **self.provenance.tags,
-            tags.IDENTITY_TAG: config_digest(cfg),
-            tags.SETTING_TAG: digest_without_seed(cfg, source_digest),
+            tags.IDENTITY_TAG: config_digest(tree),
+            tags.SETTING_TAG: digest_without_seed(tree, source_digest),
             tags.DATA_TAG: data.digest if isinstance(data, TensorData) else "unknown",
             **({} if source_digest is None else {tags.DATA_SET_TAG: source_digest}),
             tags.DATA_NAME_TAG: data_name,
@@ -89,7 +89,8 @@ class Recorder:
             own = () if hasattr(self.model, "optimizer_factory") else OPTIMIZER_KEYS
             params = {k: v for k, v in tree.items() if k not in (*COMMAND_KEYS, "overrides", *own)}
             run.log_params(short_params(params) | flatten(params))  # last: params say that it is described
-        run.log_text(yaml.safe_dump(tree, sort_keys=False), tags.CONFIG)
+        dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+        run.log_text(yaml.dump(tree, Dumper=dumper, sort_keys=False), tags.CONFIG)
         if isinstance(data, TensorData):
             run.log_text(json.dumps(describe_inputs(data), indent=1) + "\n", tags.INPUTS)
         for path, text in self.provenance.texts.items():

@@ -68,8 +68,9 @@ def format_number(text: str) -> str:
 
 def with_num_threads(job: Job, num_threads: int) -> Job:
     """Set the number of threads, which changes results, in a job's config, unless the user has."""
-    if job.cfg.num_threads is None:
-        job.cfg.num_threads = num_threads
+    if job.cfg.num_threads is not None:
+        return job
+    job.cfg.num_threads = num_threads
     return replace(job, key=_job_key(job.cfg, job.params))
 
 
@@ -87,7 +88,7 @@ def make_trial_spec(job: Job, **options: Any) -> TrialSpec:
 def _job_key(cfg: DictConfig, params: Mapping[str, str]) -> str:
     keys = compose.result_keys(cfg)
     others = sorted((key, text) for key, text in params.items() if "." in key and key not in keys)
-    return compose.json_digest([compose.config_digest(cfg), cfg.trainer.max_epochs, others])
+    return compose.json_digest([compose.json_digest(keys), cfg.trainer.max_epochs, others])
 
 
 class Plan:

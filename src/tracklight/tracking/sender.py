@@ -16,7 +16,7 @@ from tracklight.tracking.mlflow_client import (
     retry,
     short_reason,
 )
-from tracklight.tracking.sqlite_file import MetricTables, has_known_columns
+from tracklight.tracking.sqlite_file import RunTables, has_known_columns
 from tracklight.tracking.tags import ARTIFACTS_FOLDER, KEY_TAG
 from tracklight.tracking.wal import Call, Points, WriteAheadLog, read_records
 
@@ -51,7 +51,7 @@ def delete_duplicates(client: Any, run: Any) -> None:
 class MlflowWriter:
     """Sends a run's log to MLflow, or its points to `database`, and uploads its artifacts."""
 
-    def __init__(self, client: Any, run: Any, wal: WriteAheadLog, database: Path | None):
+    def __init__(self, client: Any, run: Any, wal: WriteAheadLog, database: Path | None, fills: bool = False):
         self.client = client
         self.run_id: str = run.info.run_id
         self._run = run  # as it was when opened
@@ -63,8 +63,8 @@ class MlflowWriter:
         self._needs_upload = not is_local
         self._uploaded: dict[Path, tuple[int, int]] = {}
         self.is_remote = database is None
-        self._database = database
-        self._tables: MetricTables | None = None
+        self._database, self._fills = database, fills  # its tables, with all that only fills them
+        self._tables: RunTables | None = None
 
     @property
     def pending(self) -> bool:
@@ -75,35 +75,40 @@ class MlflowWriter:
         """Send the next request; errors of MLflow propagate."""
         # What MLflow holds must be in the file even after power loss, or replay would double it.
         self.wal.sync()
-        points: list[Points] = []
+        taken = list[Points | Call]()
         count, confirmed = 0, self.wal.sent
         for record, end in read_records(self.wal.path, self.wal.sent, self.wal.end):
-            if isinstance(record, Call):
-                if not points:
+            if isinstance(record, Points):
+                count += len(record.steps)
+                if taken and count > _MAX_POINTS:
+                    break
+            elif not (self._fills and record.fills_tables and self._open_tables()):
+                if not taken:
                     self._call(record)
                     confirmed = end
                 break
-            if points and count + len(record.steps) > _MAX_POINTS:
-                break
-            points.append(record)
-            count += len(record.steps)
+            taken.append(record)
             confirmed = end
-        if points:
-            self._log_points(points)
+        if taken:
+            self._log(taken)
         self.wal.confirm(confirmed)
 
-    def _log_points(self, points: list[Points]) -> None:
+    def _open_tables(self) -> RunTables | None:
         if self._database and not self._tables:
             if has_known_columns(self._database):
-                self._tables = MetricTables(self._database, self.run_id)
+                self._tables = RunTables(self._database, self.run_id)
             else:
                 self._database = None
-        if self._tables:
-            self._tables.write(points)
+        return self._tables
+
+    def _log(self, records: list[Points | Call]) -> None:
+        if tables := self._open_tables():
+            tables.write(records)
             return
         metrics = [
             mlflow.entities.Metric(record.key, value, record.timestamp_ms, step)
-            for record in points
+            for record in records
+            if isinstance(record, Points)
             for step, value in zip(record.steps, record.values, strict=True)
         ]
         self.client.log_batch(self.run_id, metrics=metrics)

@@ -1,4 +1,4 @@
-"""MLflow's SQLite file: created whole or not at all, and its metric tables written directly."""
+"""MLflow's SQLite file: created whole or not at all, and the tables of runs written directly."""
 
 import json
 import operator
@@ -18,11 +18,13 @@ from tracklight.paths import sync_folder
 from tracklight.tracking.lock import exclusive_lock
 from tracklight.tracking.mlflow_client import create_database, short_reason
 from tracklight.tracking.tags import RUNS_FOLDER, SCORE
-from tracklight.tracking.wal import Points
+from tracklight.tracking.wal import Call, Points
 
 _BUSY_S = 20.0  # as MLflow's own sessions
 _MAX = sys.float_info.max  # what MLflow stores for infinity
-_COLUMNS = {"key", "value", "timestamp", "run_uuid", "step", "is_nan"}
+_METRIC = {"key", "value", "timestamp", "run_uuid", "step", "is_nan"}
+_TEXT = {"key", "value", "run_uuid"}
+_COLUMNS = {"metrics": _METRIC, "latest_metrics": _METRIC, "params": _TEXT, "tags": _TEXT}
 _ROWS = 150  # of one statement: SQLite before 3.32 binds 999 values
 _BEFORE_ALL = "(SELECT min(rowid) - 1 FROM latest_metrics)"
 _UPSERT = """
@@ -134,21 +136,22 @@ def relocate_artifacts(path: Path, former: str, root: Path) -> int:
         return counts["runs"]
 
 
-class MetricTables:
-    """The tables `metrics` and `latest_metrics`, for the points of one active run."""
+class RunTables:
+    """The tables of points, params, tags and statuses, for one active run."""
 
     def __init__(self, path: Path, run_id: str):
         self._run_id = run_id
         self._connection = _connect(path)
         self._connection.execute("PRAGMA foreign_keys = ON")
 
-    def write(self, points: Sequence[Points]) -> None:
-        """Add the points, all or none; those already there stay as they are."""
+    def write(self, records: Sequence[Points | Call]) -> None:
+        """Add points and make calls, all or none; points and params already there stay as they are."""
         rows = [
             (each.key, max(-_MAX, min(value, _MAX)), each.timestamp_ms, step, False)
             if value == value
             else (each.key, 0.0, each.timestamp_ms, step, True)
-            for each in points
+            for each in records
+            if isinstance(each, Points)
             for step, value in zip(each.steps, each.values, strict=True)
         ]
         latest: dict[str, Row] = {}
@@ -165,6 +168,18 @@ class MetricTables:
                 # MLflow's comparison of runs opens on the metric whose row comes first.
                 rowid = _BEFORE_ALL if row[0] == SCORE else "NULL"
                 self._insert("INSERT INTO latest_metrics", [row], _UPSERT, rowid)
+            for each in records:
+                if isinstance(each, Call):
+                    self._call(each.name, each.arguments)
+
+    def _call(self, name: str, arguments: dict[str, Any]) -> None:
+        if name == "status":
+            ended = (arguments["status"], arguments["end_ms"], self._run_id)
+            self._connection.execute("UPDATE runs SET status = ?, end_time = ? WHERE run_uuid = ?", ended)
+            return
+        of_known = "IGNORE" if name == "params" else "REPLACE"
+        insert = f"INSERT OR {of_known} INTO {name} (key, value, run_uuid) VALUES (?, ?, ?)"
+        self._connection.executemany(insert, [(*item, self._run_id) for item in arguments["values"].items()])
 
     def _insert(self, insert: str, rows: list[Row], conflict: str = "", rowid: str = "NULL") -> None:
         # One statement for many rows: SQLite then works without holding Python's lock.
@@ -185,10 +200,10 @@ def _connect(path: Path, mode: str = "rw") -> sqlite3.Connection:
 
 
 def has_known_columns(path: Path) -> bool:
-    """Return whether the metric tables at `path` have the columns that `MetricTables` fills."""
+    """Return whether the tables at `path` have the columns that `RunTables` fills."""
     with closing(_connect(path)) as connection:
-        tables = (connection.execute(f"PRAGMA table_info({name})") for name in ("metrics", "latest_metrics"))
-        return all({row[1] for row in rows} == _COLUMNS for rows in tables)
+        tables = {name: connection.execute(f"PRAGMA table_info({name})") for name in _COLUMNS}
+        return all({row[1] for row in rows} == _COLUMNS[name] for name, rows in tables.items())
 
 
 def creation_order(path: Path, run_ids: Sequence[str]) -> dict[str, int]:

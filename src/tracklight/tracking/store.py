@@ -271,7 +271,7 @@ class Store:
                     wal.repeats[key] = math.inf, max(metric.step for metric in history)
             if wal.end or run.info.status != "RUNNING":
                 wal.add_call("status", status="RUNNING")
-            writer = MlflowWriter(self.client, run, wal, self.database)
+            writer = MlflowWriter(self.client, run, wal, self.database, self.sends_directly)
             sender = Sender(writer, self.display_uri, self.sends_directly)
             opened = Run(run, sender, lock, self.ui_hint(run.info), self.timeout_s)
             if not opened.flush(self.timeout_s):

@@ -43,6 +43,13 @@ class Call:
     name: str
     arguments: dict[str, Any]
 
+    @property
+    def fills_tables(self) -> bool:
+        """Whether it only fills tables of a database; a changed name of the run would do more."""
+        if self.name == "status":
+            return self.arguments["status"] != "RUNNING"
+        return self.name in ("params", "tags") and "mlflow.runName" not in self.arguments["values"]
+
 
 class WriteAheadLog:
     """The file, open for appending; the caller holds the run's lock."""
