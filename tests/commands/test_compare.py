@@ -97,10 +97,13 @@ def test_runs_scored_otherwise_are_counted_and_a_metric_is_a_filter(add, tmp_pat
     add(0.5, "one", losses=[2.0])
     add(0.7, "two")
     assert board(tmp_path).left_out == "1 run scored by another metric left out (--metric val/loss)"
+    add(0.3, "third", params={"score.metric": "val/f1", "score.mode": "max"})
+    add(0.6, "two", 1)
+    assert board(tmp_path).left_out.endswith("left out (--metric val/f1 or val/loss)")
     found = board(tmp_path, metric="train/loss_epoch")
     assert [place.scores for place in found.rows] == [[2.0]]
     main("compare", ["--dir", str(tmp_path), "--metric", "train/loss_epoch"])
-    assert "; 2 runs without a finite train/loss_epoch left out" in capsys.readouterr().out
+    assert "; 4 runs without a finite train/loss_epoch left out" in capsys.readouterr().out
 
 
 def test_a_reproduction_is_no_new_evidence(add, tmp_path):

@@ -17,6 +17,7 @@ from tracklight.errors import BadInput, count
 from tracklight.runs.reader import RunFilter, RunReader, RunRecord, RunScore, finite, latest_seeds
 from tracklight.tracking import lock, tags
 
+NUM_NAMED = 100  # of the runs that are left out, the newest: their metrics are named
 MIN_PAIRS = 3  # of two, the interval would be wider than what it compares, almost always
 # Groups by how much their parameters matter, and keys that hardly do: they are shown last.
 GROUPS = ("model.", "optimizer.", "scheduler.", "data.", "callbacks.", "trainer.")
@@ -204,10 +205,11 @@ def rank_runs(
     mode = mode or rules.guess_mode(shown_metric) or "max"
     why = "scored by another metric" if metric is None else f"without a finite {metric}"
     left_out = f"{count(len(every) - len(scores), 'run')} {why} left out" if len(scores) < len(every) else ""
-    ranked = {run.run_id for run in scores}
-    other = next((run.run_id for run in every if run.run_id not in ranked), None) if metric is None else None
-    if other and (name := reader.get_runs([other])[0].params.get("score.metric")):
-        left_out += f" (--metric {name})"
+    if metric is None and left_out:
+        ranked = {run.run_id for run in scores}
+        others = reader.get_runs([run.run_id for run in every if run.run_id not in ranked][:NUM_NAMED])
+        names = {run.params["score.metric"] for run in others if "score.metric" in run.params}
+        left_out += f" (--metric {' or '.join(sorted(names))})" if names else ""
     rows = [row for group in _group_by_setting(scores, each) for row in rank_rows(group, mode)]
     shown, columns = _fill_in(reader, rows[:limit], shown_metric, folders, chosen)
     return Leaderboard(shown_metric, mode, shown, columns, len(scores), len(rows), left_out)
