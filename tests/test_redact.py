@@ -7,7 +7,7 @@ import time
 import warnings
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tracklight.config.overrides import parse_overrides, redact_command
@@ -95,6 +95,7 @@ def test_what_lies_below_a_telling_key_is_starred_out_whole(value, key):
     assert redact(tree) == {"a": [{key: "***"}, {key: "***"}], key: "***"}
 
 
+@settings(deadline=None)
 @given(SECRETS, st.sampled_from(KEYS))
 def test_no_word_of_a_command_shows_a_secret(value, key):
     words = ["train.py", f"+{key}={value} with, comma", f"--{key}", f"{value} x", "-m", "seed=1,2"]
@@ -185,6 +186,7 @@ def test_a_telling_pair_as_data_hides_its_value_and_a_key_of_a_mapping_may_be_a_
     assert value not in redact(str(tree))
 
 
+@settings(deadline=None)
 @given(SECRETS, st.sampled_from(KEYS))
 def test_the_overrides_of_a_command_are_redacted_as_the_trees_that_they_are(value, key):
     nested = f"+callbacks.u={{a: 1, b: {{{key}: {{user: {{deep: {value}}}}}}}, c: 'x y'}}"
