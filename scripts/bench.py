@@ -39,7 +39,7 @@ def main() -> None:
         if "populations" in arguments.only:
             from benchmark import populations
 
-            _report(populations.measure(root, folder, setting), arguments)
+            _report(populations.measure(root, folder, setting, arguments.quick), arguments)
         if {"steps", "cuda"} & {*arguments.only}:
             import torch
 

@@ -15,37 +15,41 @@ from benchmark.machine import Setting
 from benchmark.sweeps import QUIET, children
 from benchmark.table import Claim, Section
 
-NUM_LINES, LINE_STEPS, NUM_BY_HAND = 1000, 1000, 20
+LINE_STEPS, NUM_BY_HAND = 1000, 20
 NUM_IMAGES, B = 55_000, 64
-SIZES, MLP_STEPS, ROUNDS = (16, 64), 20, 5
-NUM_ALONE = 10  # linear regressions as processes of their own: the time of more is in proportion
-TRACKED, TRACKED_EPOCHS = 64, 5
+MLP_STEPS, ROUNDS = 20, 5
+NUM_ALONE = 22  # linear regressions as processes of their own: each further one takes as long as these
+TRACKED_EPOCHS = 5
 GRID = ("-m", "model=linear", "num_threads=1", *QUIET)
 TOGETHER = "hydra/launcher=population"
 
 
-def measure(root: Path, folder: Path, setting: Setting) -> Section:
+def measure(root: Path, folder: Path, setting: Setting, is_quick: bool) -> Section:
     """Measure all of it: some minutes on two quiet cores.
 
     Args:
         root: Folder of MNIST/raw.
         folder: For stores.
         setting: Where this is.
+        is_quick: Whether to show on a few members that it runs.
     """
-    claims, times = _commands(root, folder)  # first: the others import torch
-    claims += [_lines(), *(claim for size in SIZES for claim in _images(size))]
+    num_lines, tracked, sizes = (24, 4, (4,)) if is_quick else (1000, 64, (16, 64))
+    claims, times = _commands(root, folder, num_lines, tracked)  # first: the others import torch
+    claims += [_lines(num_lines), *(claim for size in sizes for claim in _images(size))]
     notes = [
         *setting.lines(),
-        f"Lines: {NUM_LINES} linear regressions, {LINE_STEPS} full-batch steps each, tracing included;"
-        f" {NUM_BY_HAND} by hand, times {NUM_LINES // NUM_BY_HAND}. MLPs: {MLP_STEPS} steps"
+        f"Lines: {num_lines} linear regressions, {LINE_STEPS} full-batch steps each, tracing included;"
+        f" {NUM_BY_HAND} by hand, times {num_lines // NUM_BY_HAND}. MLPs: {MLP_STEPS} steps"
         f" of {B} images for each, {ROUNDS} times in turn, 784-128-10 under SGD on {NUM_IMAGES:,} images.",
-        f"Grid: the whole command; {NUM_ALONE} trials in processes of their own, times"
-        f" {NUM_LINES // NUM_ALONE}.",
+        f"Grid: the whole command; in processes of its own, 2 trials and {num_lines - 2} times what each"
+        f" further one of {NUM_ALONE} takes.",
     ]
     return Section("Populations", notes, claims, times, "s")
 
 
-def _commands(root: Path, folder: Path) -> tuple[list[Claim], list[tuple[str, Interval]]]:
+def _commands(
+    root: Path, folder: Path, num_lines: int, tracked: int
+) -> tuple[list[Claim], list[tuple[str, Interval]]]:
     commands = Commands(root, folder)
 
     def train(store: str, *words: str) -> tuple[float, list[Any]]:
@@ -56,11 +60,13 @@ def _commands(root: Path, folder: Path) -> tuple[list[Claim], list[tuple[str, In
 
     few = f"seed=range(0,{NUM_ALONE})"
     alone_s, alone = train("alone", *GRID, few)
-    one_s, _ = train("one", *GRID, "seed=0,1", TOGETHER)  # what a command takes whatever its size
-    many_s, many = train("together", *GRID, f"seed=range(0,{NUM_LINES})", TOGETHER)
+    two_alone_s, _ = train("two alone", *GRID, "seed=0,1")  # what a command takes whatever its size
+    two_s, _ = train("two", *GRID, "seed=0,1", TOGETHER)
+    many_s, many = train("together", *GRID, f"seed=range(0,{num_lines})", TOGETHER)
     scores = {run.data.params["seed"]: run.data.metrics["score"] for run in many}
     equal = all(abs(scores[r.data.params["seed"]] / r.data.metrics["score"] - 1) < 1e-4 for r in alone)
-    ratio = many_s / (alone_s / NUM_ALONE * NUM_LINES)
+    further_s = (alone_s - two_alone_s) / (NUM_ALONE - 2)
+    ratio = many_s / (two_alone_s + further_s * (num_lines - 2))
     words = (
         "-m",
         "model=mlp",
@@ -69,28 +75,30 @@ def _commands(root: Path, folder: Path) -> tuple[list[Claim], list[tuple[str, In
         "num_threads=2",
         *QUIET,
     )
-    mlp_s, mlps = train("tracked", *words, f"seed=range(0,{TRACKED})", TOGETHER)
+    mlp_s, mlps = train("tracked", *words, f"seed=range(0,{tracked})", TOGETHER)
     trained_s = sum(float(run.data.tags["tracklight.seconds"]) for run in mlps)
     claims = [
         Claim(
-            f"grid of {NUM_LINES} tracked linear regressions / the same in processes of our own"
+            f"grid of {num_lines} tracked linear regressions / the same in processes of our own"
             f" (scores {'equal' if equal else 'DIFFER'})",
-            *(Interval(ratio, ratio, ratio), 1 / 50, "1/50", equal and len(many) == NUM_LINES),
+            *(Interval(ratio, ratio, ratio), 1 / 50, "1/50", equal and len(many) == num_lines),
         ),
         Claim(
-            f"command of {TRACKED} tracked MLPs, {TRACKED_EPOCHS} epochs / its training",
+            f"command of {tracked} tracked MLPs, {TRACKED_EPOCHS} epochs / its training",
             *(Interval(*[mlp_s / trained_s] * 3), 1.2, "1.20"),
         ),
     ]
-    a_member = (many_s - one_s) / NUM_LINES
+    a_member = (many_s - two_s) / (num_lines - 2)
     named = {
         f"grid of {NUM_ALONE} alone": alone_s,
-        f"of {NUM_LINES} together": many_s,
-        "of 2 together": one_s,
+        f"of {num_lines} together": many_s,
+        "of 2 alone": two_alone_s,
+        "of 2 together": two_s,
+        "a further run alone": further_s,
     }
     named |= {
         "a further member, tracked": a_member,
-        f"{TRACKED} MLPs together": mlp_s,
+        f"{tracked} MLPs together": mlp_s,
         "their training": trained_s,
     }
     return claims, [(name, Interval(*[seconds] * 3)) for name, seconds in named.items()]
@@ -110,7 +118,7 @@ def _by_hand(model: Any, optimizer: Any, x: Any, y: Any, size: int) -> None:
         optimizer.step()
 
 
-def _lines() -> Claim:
+def _lines(num_lines: int) -> Claim:
     import torch
 
     from tracklight.engine.population import Population
@@ -120,15 +128,15 @@ def _lines() -> Claim:
     y, together, alone = 2 * x, [], []
     xs, ys = (each.repeat(LINE_STEPS, 1)[None] for each in (x, y))
     for _ in range(3):
-        models = [LinearRegression() for _ in range(NUM_LINES + NUM_BY_HAND)]
+        models = [LinearRegression() for _ in range(num_lines + NUM_BY_HAND)]
         optimizers = [torch.optim.SGD(model.parameters(), lr=0.01) for model in models]
-        make = partial(Population, models[:NUM_LINES], optimizers[:NUM_LINES], torch.device("cpu"))
+        make = partial(Population, models[:num_lines], optimizers[:num_lines], torch.device("cpu"))
         together.append(_seconds(lambda: make().train_block(xs, ys, len(x), 0, [])))  # noqa: B023
-        pairs = zip(models[NUM_LINES:], optimizers[NUM_LINES:], strict=True)
+        pairs = zip(models[num_lines:], optimizers[num_lines:], strict=True)
         by_hand_s = _seconds(lambda: [_by_hand(*each, xs[0], ys[0], len(x)) for each in pairs])  # noqa: B023
-        alone.append(by_hand_s * NUM_LINES / NUM_BY_HAND)
+        alone.append(by_hand_s * num_lines / NUM_BY_HAND)
     return Claim(
-        f"{NUM_LINES} linear regressions / loops by hand", of_ratio(together, alone), 1 / 500, "1/500"
+        f"{num_lines} linear regressions / loops by hand", of_ratio(together, alone), 1 / 500, "1/500"
     )
 
 
