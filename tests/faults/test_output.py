@@ -71,7 +71,7 @@ def start(trainees, tmp_path, *words, faults=()):
 
 
 def test_a_terminal_that_closes_stops_the_run_to_be_continued(trainees, tmp_path):
-    process = start(trainees, tmp_path, "trainer.max_epochs=5000")
+    process = start(trainees, tmp_path, "trainer.max_epochs=100")
     process.send(signal.SIGHUP)
     assert process.wait() == 128 + signal.SIGHUP
     assert statuses(tmp_path / "runs") == ["KILLED"]
