@@ -36,14 +36,24 @@ def test_an_epochs_line_has_what_the_module_logs_at_its_end(capsys):
         assert line.startswith(f"epoch {number}/3  ") and f"train/number {number}" in line
 
 
-@pytest.mark.parametrize(("total", "numbers"), [(100, range(1, 101)), (250, [1, *range(3, 250, 3), 250])])
+@pytest.mark.parametrize(
+    ("total", "num", "numbers"),
+    [
+        (100, 100, range(1, 101)),
+        (250, 250, [1, *range(3, 250, 3), 250]),
+        (250, 5, [1, 3, 5]),  # it stops early
+        (-1, 1250, [*range(1, 100), *range(100, 1000, 10), 1000, 1100, 1200, 1250]),
+    ],
+)
 def test_a_long_run_prints_about_a_hundred_of_its_epochs_the_first_and_the_last_among_them(
-    capsys, total, numbers
+    capsys, total, num, numbers
 ):
     lines, trainer = EpochLines(), SimpleNamespace(is_global_zero=True, max_epochs=total, callback_metrics={})
-    for trainer.current_epoch in range(total):
+    for trainer.current_epoch in range(num):
         lines.on_train_epoch_start(trainer)
         lines.on_train_epoch_end(trainer)
+    trainer.current_epoch = num
+    lines.on_train_end(trainer)
     printed = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
     assert printed == [f"{number}/{total}" for number in numbers]
 

@@ -173,7 +173,10 @@ def test_a_run_ended_amid_an_epoch_is_not_taken_up_there(train, tmp_path, capsys
     assert (found.info.status, found.info.end_time) == ("FINISHED", ended.run.info.end_time)
     assert "nothing is trained" not in capsys.readouterr().out
     resumed(tmp_path, run_id)  # asked for no more, it has nothing to take up
-    assert "has finished, so nothing is trained; raise trainer.max_steps=5 to" in capsys.readouterr().out
+    assert (
+        f"has finished, so nothing is trained; init_{run_id.replace('resume', 'from')}"
+        in capsys.readouterr().out
+    )
     assert ended.checkpoint("last")["global_step"] == before["global_step"] == 5
 
 
@@ -182,6 +185,11 @@ def test_resume_auto_leaves_a_finished_run_alone_and_its_id_extends_it(train, tm
     second = train(*QUICK, EPOCHS + "6", "resume=auto")
     ids = first.run.info.run_id, second.run.info.run_id
     assert ids[0] != ids[1] and first.client.get_run(ids[0]).data.tags["tracklight.epochs"] == "3"
+    with pytest.raises(BadInput, match="has finished its 3 epochs; give more"):
+        resumed(tmp_path, f"resume={ids[0]}", EPOCHS + "2")
+    assert first.client.get_run(ids[0]).info.status == "FINISHED"
+    resumed(tmp_path, f"resume={ids[0]}")
+    assert "nothing is trained; a larger trainer.max_epochs than 3 trains on" in capsys.readouterr().out
     resumed(tmp_path, f"resume={ids[0]}", EPOCHS + "6")
     assert "nothing is trained" not in capsys.readouterr().out
     found = first.client.get_run(ids[0])

@@ -162,3 +162,8 @@ def test_short_params_are_no_columns_beside_the_full_ones():
     short = {"model-features": "1-2", "data-features": "a", "hidden": "8", "model": "MLP"}
     short |= {"width": "3"}  # by `save_hyperparameters()`
     assert result_params(SimpleNamespace(params=full | short)) == full
+
+
+def test_an_argument_of_a_model_hides_no_key_of_that_name():
+    params = {"seed": "1", "model.seed": "5", "num_threads": "2"}
+    assert result_params(SimpleNamespace(params=params)) == params

@@ -92,6 +92,19 @@ def test_with_on_failure_stop_a_failed_trial_stops_all_machines(start, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["sqlite"], indirect=True)
+def test_a_machine_with_more_trials_than_the_leader_runs_them(start, tmp_path):
+    kind = (SEARCH[0], "sweep.sampler=random", "trainer.max_epochs=200")
+    a = start("a", *kind, "sweep.trials=4")
+    wait_until(lambda: "trial 0" in a.stdout)
+    b = start("b", *kind, f"sweep.trials={NUM}")
+    assert [machine.wait(180) for machine in (a, b)] == [0, 0], (a.stderr, b.stderr)
+    assert "best  trial" in a.stdout + b.stdout  # of the first, if it sees a moment without a trial
+    assert "this machine joins" in b.stdout and f"{NUM} trials" in b.stdout
+    check_whole(Swept(tmp_path / "server"), NUM)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["sqlite"], indirect=True)
 def test_a_leader_that_is_killed_while_it_runs_no_trial_is_replaced(start, tmp_path):
     kind = ("trainer.max_epochs=1,800,2400",)
     a = start("a", *kind)
@@ -196,14 +209,17 @@ def test_a_machine_takes_over_unless_the_one_that_led_has_ended_the_sweep(tmp_pa
         (tmp_path / name).mkdir()
     a, b, c = (Machines(storage, "sweep", tmp_path / name) for name in "abc")
     a.leave()  # stopped by a signal
-    b._refresh(), c._refresh()
-    assert b.leads and not b.has_ended and not c.leads
+    b.refresh(), c.refresh()
+    assert b.leads and not b.is_over and not c.leads
     b.has_ended = True
-    b._refresh()
+    b.refresh()
     assert b.leads
     b.leave()
-    c._refresh()
-    assert c.has_ended and not c.leads and not c.is_lost
+    c.refresh()
+    assert c.is_over and not c.leads and not c.is_lost
+    c.is_over = False  # it has more trials than the one that led
+    c.refresh()
+    assert c.leads and not c.is_over
     c.leave()
     storage.engine.dispose()
 
@@ -218,10 +234,10 @@ def test_a_failure_that_ends_the_sweep_is_told_to_the_machines_that_run_it_but_t
     b.halt(3, "too bad")
     b.leave()
     assert a.failure is None
-    a._refresh()
+    a.refresh()
     assert a.failure == (3, "too bad") and not a.has_ended and a.leads
     c = Machines(storage, "sweep", tmp_path / "c")  # the same command goes on with the remaining trials
-    c._refresh()
+    c.refresh()
     assert c.failure is None
     a.leave(), c.leave()
     storage.engine.dispose()

@@ -146,9 +146,16 @@ def test_a_database_that_is_gone_is_not_made_anew(store):
     assert not store.database.exists()
 
 
-def test_tables_of_another_shape_are_not_touched(store):
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(f"TABLE {name} ADD COLUMN unit TEXT" for name in ("metrics", "latest_metrics", "params", "tags")),
+        "TABLE runs RENAME COLUMN end_time TO ended",
+    ],
+)
+def test_tables_of_another_shape_are_not_touched(store, change):
     assert has_known_columns(store.database)
     with closing(sqlite3.connect(store.database)) as connection, connection:
-        connection.execute("ALTER TABLE metrics ADD COLUMN unit TEXT")
+        connection.execute(f"ALTER {change}")
     connection.close()
     assert not has_known_columns(store.database)

@@ -97,7 +97,7 @@ def is_nonzero_rank() -> bool:
 
 
 def check_resumable(trainer: Any, resume: str | None) -> None:
-    """Raise BadInput if others than Lightning launch processes: they would begin a new run, not resume."""
+    """Raise BadInput if processes that others than Lightning launch would begin a new run, not resume."""
     outside = trainer.num_nodes > 1 and resume != "auto"
     if trainer.world_size > 1:
         outside |= trainer.strategy.cluster_environment.creates_processes_externally
@@ -122,12 +122,18 @@ def export_rank_zero_run(strategy: Any, cfg: Mapping[str, Any], checkpoint: Path
     os.environ[RANK_ZERO_RUN] = json.dumps(run._asdict())
 
 
-def share_checkpoint(trainer: Any, resume: str | None, checkpoint: Path | None) -> tuple[Path | None, Any]:
-    """Return the checkpoint from which rank zero continues, for all nodes; and what to keep until they train.
+def is_launched_by_lightning(trainer: Any) -> bool:
+    """Check whether no other program starts the processes of the run, save by a command on each node."""
+    kinds: Any = importlib.import_module("lightning_fabric.plugins.environments")
+    return isinstance(trainer.strategy.cluster_environment, kinds.LightningEnvironment)
 
-    They meet in the store on MASTER_PORT that PyTorch uses in the same process for all else.
+
+def share_checkpoint(trainer: Any, resume: str | None, checkpoint: Path | None) -> tuple[Path | None, Any]:
+    """Return the checkpoint from which rank zero continues, for all nodes, and the store that tells it.
+
+    The store serves MASTER_PORT, as PyTorch's own in the same process; it closes when it is garbage.
     """
-    if resume != "auto" or trainer.num_nodes == 1 or _launch()[1] > 1:
+    if resume != "auto" or trainer.num_nodes == 1 or not is_launched_by_lightning(trainer):
         return checkpoint, None
     environment, is_first = trainer.strategy.cluster_environment, not is_nonzero_rank()
     place = environment.main_address, environment.main_port, None, is_first, timedelta(seconds=WAIT_S)

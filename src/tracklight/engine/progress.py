@@ -55,6 +55,10 @@ class AfterEpoch(EarlyStopping):
 class EpochLines(AfterEpoch):
     """Prints one line an epoch, its metrics and its seconds; of a longer run only every so many epochs."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds, self.last = 0.0, 0  # of the newest epoch; the newest that is printed
+
     @override
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         super().on_train_epoch_start(trainer)
@@ -62,13 +66,22 @@ class EpochLines(AfterEpoch):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.seconds = time.perf_counter() - self.started
         number, total = trainer.current_epoch + 1, trainer.max_epochs or -1
-        is_due = number in (1, total) or number % math.ceil(max(total, 1) / MAX_LINES) == 0
-        if trainer.is_global_zero and is_due:
-            seconds = time.perf_counter() - self.started
-            epoch = f"epoch {number}/{trainer.max_epochs}"
-            metrics = format_metrics(self.measured(trainer))
-            print(f"{epoch}  {metrics}  {seconds:.2f} s", flush=True)
+        interval = math.ceil(total / MAX_LINES) if total > 0 else 10 ** max(len(str(number)) - 2, 0)
+        if number in (1, total) or number % interval == 0:
+            self._print(trainer, number)
+
+    @override
+    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.current_epoch > self.last:  # stopped early
+            self._print(trainer, trainer.current_epoch)
+
+    def _print(self, trainer: Trainer, number: int) -> None:
+        self.last = number
+        if trainer.is_global_zero:
+            epoch, metrics = f"epoch {number}/{trainer.max_epochs}", format_metrics(self.measured(trainer))
+            print(f"{epoch}  {metrics}  {self.seconds:.2f} s", flush=True)
 
 
 class RunLine(AfterEpoch):

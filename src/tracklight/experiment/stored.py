@@ -138,12 +138,18 @@ def _resume_by_id(cfg: DictConfig, store: Store) -> tuple[DictConfig, ResumedRun
     if run.info.status == "FINISHED" and run.data.metrics and resumed.find_checkpoint() is None:
         why = f"run {run_id} keeps its best weights alone, as a finished trial does without tracking.keep=all"
         raise BadInput(f"{why}; a new run can start from them: init_from={run_id}")
-    longer = any(
-        stored["trainer"].get(k) != amended.trainer.get(k) for k in ("max_epochs", "max_steps", "max_time")
+    before, now = (math.inf if number in (None, -1) else int(number) for number in (before, now))
+    trainer = stored["trainer"]
+    may_stop = (
+        stored.get("callbacks") or trainer.get("max_time") or trainer.get("max_steps") not in (None, -1)
     )
-    if run.info.status == "FINISHED" and not changes and not longer:
-        limit = "max_epochs" if amended.trainer.max_steps == -1 else "max_steps"
-        cure = f"raise trainer.{limit}={amended.trainer[limit]} to train on"
+    if run.info.status == "FINISHED" and now < before and not may_stop:
+        why = f"run {run_id} has finished its {count(int(before), 'epoch')}"
+        raise BadInput(f"trainer.max_epochs={now}: {why}; give more, or start a new run")
+    if run.info.status == "FINISHED" and not changes and now == before:
+        cure = f"init_from={run_id} starts another from its best weights"
+        if not (may_stop or depends_on_total(amended.scheduler)):
+            cure = f"a larger trainer.max_epochs than {before} trains on"
         print(f"resume={cfg.resume}: run {run_id} has finished, so nothing is trained; {cure}")
     return amended, resumed
 

@@ -185,7 +185,7 @@ class Training:
                 seed_all(self.cfg.seed, SETUPS, 0)
                 self.trainer.fit(self.model, datamodule=self.data, ckpt_path=checkpoint)
         except Exception as error:
-            if reason := _explain(error, self.cfg, self.trainer.world_size):
+            if reason := _explain(error, self.cfg, self.trainer):
                 if (launcher := self.trainer.strategy.launcher) is not None:
                     launcher.kill(signal.SIGKILL)  # a process that hangs, or is stopped, would stay
                 raise RunFailed(reason) from error
@@ -246,17 +246,18 @@ def _set_num_threads(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.num_threads)
 
 
-def _explain(error: Exception, cfg: DictConfig, num_processes: int) -> str | None:
+def _explain(error: Exception, cfg: DictConfig, trainer: Any) -> str | None:
     """Return one line for an error whose traceback explains less; None for any other."""
     # PyTorch has no exception of its own for the memory of the CPU.
     on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     if on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError):
         return f"out of memory; make data.batch_size={cfg.data.get('batch_size')} smaller first"
     is_silence = any(word in str(error) for word in ("gloo", "pair closure", "NCCL"))
-    if num_processes > 1 and (isinstance(error, DistError) or is_silence):
+    if trainer.world_size > 1 and (isinstance(error, DistError) or is_silence):
         silence = f"is gone, or has not answered for {distributed.WAIT_S:.0f} s"
-        cure = "resume=auto continues it" + " if all nodes are given it" * (cfg.trainer.num_nodes > 1)
-        return f"another of the {num_processes} processes of this run {silence}; {cure}"
+        cure = "resume=auto continues it" + " if all nodes are given it" * (trainer.num_nodes > 1)
+        cure = cure if distributed.is_launched_by_lightning(trainer) else "start all of them again"
+        return f"another of the {trainer.world_size} processes of this run {silence}; {cure}"
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     text = " ".join(str(error).split())
     is_restoring = any(each.endswith("checkpoint_connector.py") for each in files)

@@ -220,7 +220,8 @@ def result_params(run: RunRecord) -> dict[str, str]:
     ignored = [key for key in compose.NOT_IN_DIGEST if key != "trainer.max_epochs"]
     for key, value in run.params.items():
         group, _, name = key.rpartition(".")
-        is_twice = group == "model" or (group and value[:1] == "[")  # as a module's hyperparameter, as text
+        is_saved = group == "model" and run.params.get(name) == value  # as a module's hyperparameter
+        is_twice = is_saved or (group and value[:1] == "[")  # a list as text, too
         ignored += [group] if name == "_target_" else [name, f"{group}-{name}"] if is_twice else []
     below = tuple(f"{key}." for key in compose.NOT_IN_DIGEST)
     return {k: v for k, v in run.params.items() if k not in ignored and not k.startswith(below)}

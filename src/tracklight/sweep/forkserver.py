@@ -21,13 +21,13 @@ IMPORTED = (
 )
 
 
-def _print_what_is_told_nowhere_else(kind: type, error: BaseException, trace: Any) -> None:
+def _print_unless_out_of_resources(kind: type, error: BaseException, trace: Any) -> None:
     """Print an error, but for a lack of processes or memory, which the sweep's process tells in one line."""
     if getattr(error, "errno", None) not in (errno.EAGAIN, errno.ENOMEM):
         sys.__excepthook__(kind, error, trace)
 
 
-sys.excepthook = _print_what_is_told_nowhere_else
+sys.excepthook = _print_unless_out_of_resources
 for number in (signal.SIGINT, signal.SIGUSR1):
     signal.signal(number, signal.SIG_IGN)
 own_code()

@@ -55,6 +55,7 @@ class SweepLoop:
     _started: dict[str, int] = field(default_factory=dict)  # trial number by job key
     _elsewhere: list[list[Job]] = field(default_factory=list)  # configs of a grid that other machines run
     _counted: set[int] = field(default_factory=set)  # numbers of finished trials that the progress has
+    _reviewed_as_leader: bool | None = None  # whether this machine led when nothing was left, and it looked
 
     def __post_init__(self) -> None:
         self._storage = self.plan.settings["storage"] if self.executor.blocks else None
@@ -82,7 +83,9 @@ class SweepLoop:
                         break
                 else:  # only an unreachable store leaves all workers idle
                     self._wait_for_store()
-            if self.machines and self.machines.failure:  # another one's, perhaps
+            if self.machines and self.signum is None:
+                self.machines.refresh()  # it may be that the last trial elsewhere has failed
+            if self.machines and self.machines.failure:
                 self.halted = True
                 self._note_failure(*self.machines.failure)
             self._stop_runs()
@@ -109,7 +112,8 @@ class SweepLoop:
             self.executor.kill()
             os._exit(128 + signum)  # the next start marks the parent run as killed
         self.signum = signum
-        if self.executor.blocks or self.study.is_waiting:  # nothing would notice `signum` for long
+        is_waiting = self.study.is_waiting or (self.machines is not None and self.machines.is_waiting)
+        if self.executor.blocks or is_waiting:  # nothing would notice `signum` for long
             raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
 
     def _waits_for_machines(self) -> bool:
@@ -118,11 +122,17 @@ class SweepLoop:
             return False
         self._grid.extend(self._elsewhere)
         self._elsewhere.clear()
-        if not self._grid and not self.study.runs_elsewhere:
+        leads = self.machines.leads
+        if self._grid or self.study.runs_elsewhere:
+            self._reviewed_as_leader = None
+        elif self._reviewed_as_leader != leads:  # slow
+            self._reviewed_as_leader = leads
             self._read_children()
             self._review_finished_trials()
-        follows = not (self.machines.leads or self.machines.has_ended)  # a leader that is killed ends nothing
-        if is_waiting := bool(self._grid) or self.study.runs_elsewhere or follows:
+        if is_left := bool(self._grid) or self.study.runs_elsewhere:
+            self.machines.is_over = False  # it was for a machine whose sweep is smaller
+        is_waiting = is_left or not (leads or self.machines.is_over)  # a leader that is killed ends nothing
+        if is_waiting:
             time.sleep(MACHINES_S)
         return is_waiting
 
@@ -283,6 +293,8 @@ class SweepLoop:
         spec = make_trial_spec(job, run_id=run_id, awaits_decision=awaits, **facts)
         if run_id is not None:
             self.progress.note(f"trial {job.name}  goes on in run {run_id}")
+        if self.machines:
+            self.machines.is_over = False
         self.progress.started(job)
         self._started[job.key] = job.number
         self.executor.start(spec, job)

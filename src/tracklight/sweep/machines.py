@@ -35,10 +35,10 @@ class Machines:
     def __init__(self, storage: Any, name: str, directory: Path):
         self.id = self._hold(directory / f".sweep-{name}.lock")
         self.leads = self.is_lost = False  # is_lost: the others have given this machine up
-        self.has_ended = False  # whether the sweep has: its leader has said so
+        self.has_ended = self.is_over = False  # as the leader; or for one that led, before this machine
         self.failure: tuple[int, str] | None = None  # that has ended the sweep, on any machine
         self.trials: OptunaStudy | None = None  # of the sweep, once it is open
-        self._database, self._storage = storage, PatientStorage(storage)
+        self._database, self._storage, self._told = storage, PatientStorage(storage), PatientStorage(storage)
         self._name = f"{name}{MACHINES}"
         optuna.create_study(storage=storage, study_name=self._name, load_if_exists=True)
         for trial in self._running(self._name):  # of an earlier command here, which has ended
@@ -50,9 +50,9 @@ class Machines:
         self._own_id = self._storage.create_new_trial(self._storage.get_study_id_from_name(self._name), own)
         self._number = self._leader = self._storage.get_trial(self._own_id).number
         self._orphans: dict[int, float] = {}  # since when a trial is known to have no machine
-        self._earlier = {*self._failures()}  # of earlier commands
+        self._earlier = {each.number for each in self._failed() if each.state != TrialState.RUNNING}
         self._seen_s, self._left = time.monotonic(), threading.Event()
-        self._refresh()
+        self.refresh()
         threading.Thread(target=self._beat, daemon=True).start()
 
     def _hold(self, path: Path) -> str:
@@ -80,7 +80,7 @@ class Machines:
     def wait_for_leader(self) -> str | None:
         """Return the id of the parent run that the leader has opened; None if this machine leads."""
         while True:
-            self._refresh()
+            self.refresh()
             if self.leads:
                 return None
             for leader in self._running(self._name)[:1]:
@@ -95,13 +95,18 @@ class Machines:
     def halt(self, number: int, reason: str) -> None:
         """Tell the others to end the sweep, too: a trial has failed."""
         self.failure = number, reason
-        self._storage.set_trial_user_attr(self._own_id, FAILURE_ATTR, self.failure)
+        self._told.set_trial_user_attr(self._own_id, FAILURE_ATTR, self.failure)
 
-    def _failures(self) -> dict[int, tuple[int, str]]:
-        """Return the failures that ended the sweep, by the number of the machine."""
+    @property
+    def is_waiting(self) -> bool:
+        """Whether `halt` waits for a storage that is away."""
+        return self._told.is_waiting
+
+    def _failed(self) -> list[FrozenTrial]:
+        """Return the machines that have ended the sweep for a failed trial."""
         study_id = self._storage.get_study_id_from_name(self._name)
-        told = {t.number: t.user_attrs for t in self._storage.get_all_trials(study_id, deepcopy=False)}
-        return {number: tuple(each[FAILURE_ATTR]) for number, each in told.items() if FAILURE_ATTR in each}
+        every = self._storage.get_all_trials(study_id, deepcopy=False)
+        return [each for each in every if FAILURE_ATTR in each.user_attrs]
 
     def leave(self) -> None:
         """Leave the sweep: unless it has ended, another machine leads from now on."""
@@ -114,11 +119,11 @@ class Machines:
     def _beat(self) -> None:
         while not self._left.wait(HEARTBEAT_S):
             try:
-                self._refresh()
+                self.refresh()
             except Exception:  # the storage is away; what needs it says so
                 continue
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
         """Tell the others that this machine is alive, and give up those that are not."""
         for each in (self._own_id, *(self.trials.running_ids if self.trials else ())):
             self._storage.record_heartbeat(each)
@@ -129,16 +134,15 @@ class Machines:
             if self.trials and self.leads:
                 fail_stale_trials(self._study(self.trials.name))
                 self._fail_orphans(self.trials.name)
-        new = (each for number, each in self._failures().items() if number not in self._earlier)
-        self.failure = self.failure or next(new, None)
+        new = [each.user_attrs[FAILURE_ATTR] for each in self._failed() if each.number not in self._earlier]
+        self.failure = self.failure or (tuple(new[0]) if new else None)
         numbers = [trial.number for trial in self._running(self._name)]
         self.is_lost = self._number not in numbers
         if self._leader not in (self._number, *numbers):
             leader = self._storage.get_trial(trial_id(self._storage, self._name, self._leader))
-            self.has_ended |= leader.state == TrialState.COMPLETE
-        if numbers and not self.has_ended:
-            self._leader = numbers[0]
-        self.leads = self._leader == self._number and not self.is_lost
+            self.is_over |= leader.state == TrialState.COMPLETE
+        self._leader = numbers[0] if numbers else self._number
+        self.leads = self._leader == self._number and not (self.is_lost or self.is_over)
 
     def _study(self, name: str) -> optuna.Study:
         return optuna.load_study(storage=self._database, study_name=name)

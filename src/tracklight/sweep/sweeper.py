@@ -88,8 +88,8 @@ def sweep(overrides: list[str], master: DictConfig, context: HydraContext) -> fl
 def _check_launcher(target: str | None) -> None:
     known = {f"{each.__module__}.{each.__name__}" for each in Plugins.instance().discover(Launcher)}
     if target and target not in known:
-        package = "'tracklight[ray]'" if ".hydra_ray_launcher." in target else "the package that has it"
-        raise BadInput(f"{target} is not among the installed plugins of Hydra; pip install {package}")
+        cure = "pip install 'tracklight[ray]'" if ".hydra_ray_launcher." in target else "install its package"
+        raise BadInput(f"{target} is not among the installed plugins of Hydra; {cure}")
 
 
 def _open_stores(plan: Plan) -> "tuple[Store | None, BaseStorage | None]":
@@ -142,7 +142,7 @@ def _run(
             if loop.signum is not None:
                 status = "KILLED"
             score = _conclude(loop)
-            if machines and loop.signum is None and not loop.halted:
+            if machines and machines.leads and loop.signum is None and not loop.halted:
                 machines.has_ended = True
         if loop.signum is None and not loop.failures:
             status = "FINISHED"
@@ -237,7 +237,7 @@ def _conclude(loop: "SweepLoop") -> float | None:
         progress.note(f"sweep.on_failure=stop: {left}")
     winner = rows[0] if rows and rows[0].rank == 1 else None
     if not leads:
-        if loop.machines and loop.machines.has_ended:
+        if loop.machines and loop.machines.is_over:
             progress.note("the machine that leads has tested the best trial and ended the sweep")
         return winner.score if winner else None
     if parent and winner and loop.signum is None and not loop.halted:

@@ -219,6 +219,8 @@ def create_database(path: Path, artifact_root: str) -> None:
     from sqlalchemy import Engine, event
 
     def no_sync(connection: Any, record: Any) -> None:
+        if not isinstance(connection, sqlite3.Connection):  # of another thread, as to all else
+            return
         if connection.execute("PRAGMA database_list").fetchone()[2] == os.path.realpath(path):
             connection.execute("PRAGMA synchronous = OFF")
 

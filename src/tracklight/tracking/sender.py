@@ -49,7 +49,10 @@ def delete_duplicates(client: Any, run: Any) -> None:
 
 
 class MlflowWriter:
-    """Sends a run's log to MLflow, or its points to `database`, and uploads its artifacts."""
+    """Sends a run's log to MLflow and uploads its artifacts.
+
+    Points are written to `database` directly, if given; with `fills`, params, tags and the final status too.
+    """
 
     def __init__(self, client: Any, run: Any, wal: WriteAheadLog, database: Path | None, fills: bool = False):
         self.client = client
@@ -63,7 +66,7 @@ class MlflowWriter:
         self._needs_upload = not is_local
         self._uploaded: dict[Path, tuple[int, int]] = {}
         self.is_remote = database is None
-        self._database, self._fills = database, fills  # its tables, with all that only fills them
+        self._database, self._fills = database, fills
         self._tables: RunTables | None = None
 
     @property

@@ -202,8 +202,12 @@ def _connect(path: Path, mode: str = "rw") -> sqlite3.Connection:
 def has_known_columns(path: Path) -> bool:
     """Return whether the tables at `path` have the columns that `RunTables` fills."""
     with closing(_connect(path)) as connection:
-        tables = {name: connection.execute(f"PRAGMA table_info({name})") for name in _COLUMNS}
-        return all({row[1] for row in rows} == _COLUMNS[name] for name, rows in tables.items())
+        tables = {
+            name: {row[1] for row in connection.execute(f"PRAGMA table_info({name})")}
+            for name in (*_COLUMNS, "runs")
+        }
+        has_status = {"run_uuid", "status", "end_time"} <= tables.pop("runs")  # which has others that stay
+        return has_status and tables == _COLUMNS
 
 
 def creation_order(path: Path, run_ids: Sequence[str]) -> dict[str, int]:
