@@ -314,3 +314,17 @@ def test_without_a_signal_no_second_one_is_offered(tmp_path, capsys):
     run(grid(), trials, FakeExecutor(script, size=2), FakeParent(), on_failure="stop")
     output = capsys.readouterr().out
     assert "stopping 1 running\n" in output
+
+
+def test_trials_that_are_left_after_the_leader_has_ended_its_smaller_sweep_make_this_machine_lead(tmp_path):
+    class Joined(SimpleNamespace):
+        @property
+        def leads(self) -> bool:
+            return not self.is_over  # the next in the row
+
+    script = {f"{lr}/0": [complete(0.1)] for lr in "123"}
+    loop = make_loop(grid(), trials_at(tmp_path / "a"), FakeExecutor(script))
+    methods = {"is_waiting": False, "read_failure": lambda: None}
+    loop.machines = Joined(is_over=True, is_lost=False, failure=None, **methods)
+    loop.run()
+    assert loop.machines.leads and len(loop.executor.began) == 3

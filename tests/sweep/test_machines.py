@@ -209,16 +209,16 @@ def test_a_machine_takes_over_unless_the_one_that_led_has_ended_the_sweep(tmp_pa
         (tmp_path / name).mkdir()
     a, b, c = (Machines(storage, "sweep", tmp_path / name) for name in "abc")
     a.leave()  # stopped by a signal
-    b.refresh(), c.refresh()
+    b._refresh(), c._refresh()
     assert b.leads and not b.is_over and not c.leads
     b.has_ended = True
-    b.refresh()
+    b._refresh()
     assert b.leads
     b.leave()
-    c.refresh()
+    c._refresh()
     assert c.is_over and not c.leads and not c.is_lost
     c.is_over = False  # it has more trials than the one that led
-    c.refresh()
+    c._refresh()
     assert c.leads and not c.is_over
     c.leave()
     storage.engine.dispose()
@@ -234,10 +234,10 @@ def test_a_failure_that_ends_the_sweep_is_told_to_the_machines_that_run_it_but_t
     b.halt(3, "too bad")
     b.leave()
     assert a.failure is None
-    a.refresh()
+    a._refresh()
     assert a.failure == (3, "too bad") and not a.has_ended and a.leads
     c = Machines(storage, "sweep", tmp_path / "c")  # the same command goes on with the remaining trials
-    c.refresh()
+    c._refresh()
     assert c.failure is None
     a.leave(), c.leave()
     storage.engine.dispose()

@@ -174,7 +174,8 @@ class Training:
         distributed.export_rank_zero_run(self.trainer.strategy, to_plain(self.cfg), checkpoint)
         start_s = time.perf_counter()
         try:
-            checkpoint, kept = distributed.share_checkpoint(self.trainer, self.cfg.resume, checkpoint)
+            # The store is kept until all have read from it.
+            checkpoint, _store = distributed.share_checkpoint(self.trainer, self.cfg.resume, checkpoint)
             with warnings.catch_warnings():
                 # The folder of a resumed run holds its checkpoints.
                 warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")

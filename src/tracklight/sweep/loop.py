@@ -84,7 +84,7 @@ class SweepLoop:
                 else:  # only an unreachable store leaves all workers idle
                     self._wait_for_store()
             if self.machines and self.signum is None:
-                self.machines.refresh()  # it may be that the last trial elsewhere has failed
+                self.machines.read_failure()  # of the last trial elsewhere
             if self.machines and self.machines.failure:
                 self.halted = True
                 self._note_failure(*self.machines.failure)

@@ -52,7 +52,7 @@ class Machines:
         self._orphans: dict[int, float] = {}  # since when a trial is known to have no machine
         self._earlier = {each.number for each in self._failed() if each.state != TrialState.RUNNING}
         self._seen_s, self._left = time.monotonic(), threading.Event()
-        self.refresh()
+        self._refresh()
         threading.Thread(target=self._beat, daemon=True).start()
 
     def _hold(self, path: Path) -> str:
@@ -80,7 +80,7 @@ class Machines:
     def wait_for_leader(self) -> str | None:
         """Return the id of the parent run that the leader has opened; None if this machine leads."""
         while True:
-            self.refresh()
+            self._refresh()
             if self.leads:
                 return None
             for leader in self._running(self._name)[:1]:
@@ -96,6 +96,11 @@ class Machines:
         """Tell the others to end the sweep, too: a trial has failed."""
         self.failure = number, reason
         self._told.set_trial_user_attr(self._own_id, FAILURE_ATTR, self.failure)
+
+    def read_failure(self) -> None:
+        """Learn whether a failed trial has ended the sweep on another machine."""
+        new = [each.user_attrs[FAILURE_ATTR] for each in self._failed() if each.number not in self._earlier]
+        self.failure = self.failure or (tuple(new[0]) if new else None)
 
     @property
     def is_waiting(self) -> bool:
@@ -119,11 +124,11 @@ class Machines:
     def _beat(self) -> None:
         while not self._left.wait(HEARTBEAT_S):
             try:
-                self.refresh()
+                self._refresh()
             except Exception:  # the storage is away; what needs it says so
                 continue
 
-    def refresh(self) -> None:
+    def _refresh(self) -> None:
         """Tell the others that this machine is alive, and give up those that are not."""
         for each in (self._own_id, *(self.trials.running_ids if self.trials else ())):
             self._storage.record_heartbeat(each)
@@ -134,8 +139,7 @@ class Machines:
             if self.trials and self.leads:
                 fail_stale_trials(self._study(self.trials.name))
                 self._fail_orphans(self.trials.name)
-        new = [each.user_attrs[FAILURE_ATTR] for each in self._failed() if each.number not in self._earlier]
-        self.failure = self.failure or (tuple(new[0]) if new else None)
+        self.read_failure()
         numbers = [trial.number for trial in self._running(self._name)]
         self.is_lost = self._number not in numbers
         if self._leader not in (self._number, *numbers):

@@ -86,8 +86,9 @@ def sweep(overrides: list[str], master: DictConfig, context: HydraContext) -> fl
 
 
 def _check_launcher(target: str | None) -> None:
-    known = {f"{each.__module__}.{each.__name__}" for each in Plugins.instance().discover(Launcher)}
-    if target and target not in known:
+    if target is None:
+        return
+    if target not in {f"{each.__module__}.{each.__name__}" for each in Plugins.instance().discover(Launcher)}:
         cure = "pip install 'tracklight[ray]'" if ".hydra_ray_launcher." in target else "install its package"
         raise BadInput(f"{target} is not among the installed plugins of Hydra; {cure}")
 
