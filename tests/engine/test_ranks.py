@@ -10,6 +10,7 @@ from lightning_fabric.plugins.environments import (
 )
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from process import free_port
 from tracklight.engine import distributed
 from tracklight.errors import BadInput
 
@@ -103,3 +104,34 @@ def test_a_launch_as_the_config_asks_for_keeps_its_ranks_and_requeues_no_job(
     assert isinstance(environment, kind) and distributed.is_nonzero_rank()
     assert environment.global_rank() == int(variables.get("RANK", variables.get("SLURM_PROCID")))
     assert not getattr(environment, "auto_requeue", False)
+
+
+@pytest.mark.parametrize("variables", [{}, TORCHRUN, SRUN])
+def test_nothing_is_asked_of_rank_zero_where_there_is_nothing_to_continue(environ, variables):
+    environ(variables)
+    assert distributed.open_rank_store(num_nodes=2, resume=None) is None
+
+
+def test_processes_that_lightning_launches_ask_nothing_of_rank_zero(environ):
+    environ({"LOCAL_RANK": "1"})
+    assert distributed.open_rank_store(num_nodes=1, resume="auto") is None
+    assert distributed.open_rank_store(num_nodes=2, resume="0123abcd") is None  # nodes resume by auto only
+
+
+def test_the_count_of_processes_is_checked_once_the_config_of_a_run_to_resume_is_known(environ):
+    environ(TORCHRUN)
+    distributed.settle_ranks(1, 1, resume="0123abcd")
+    assert distributed.is_nonzero_rank() and rank_zero_only.rank == 0  # as it was
+    with pytest.raises(BadInput, match="torchrun launched 2 processes"):
+        distributed.settle_ranks(1, 1)
+
+
+def test_the_others_get_what_rank_zero_shares_and_nothing_of_an_earlier_start(environ):
+    environment = LightningEnvironment()
+    environ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
+    first = distributed.RankStore(environment)
+    assert first.share("checkpoint", None) is None
+    environ({"TORCHELASTIC_RESTART_COUNT": "1"})
+    distributed.RankStore(environment).share("checkpoint", "step.ckpt")
+    environ({"NODE_RANK": "1"})
+    assert distributed.RankStore(environment).share("checkpoint", None) == "step.ckpt"

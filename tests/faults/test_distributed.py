@@ -5,14 +5,16 @@ import shutil
 import signal
 import sqlite3
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from configs import ALLOWED, CONFIGS, EPOCHS
 
-from process import TESTS, TrialResult, free_port
+from process import TESTS, Process, TrialResult, free_port
 
 pytestmark = pytest.mark.slow
 
@@ -124,24 +126,44 @@ def torchrun(rank: int, port: int) -> dict[str, str]:
     return {**HERE, **ranks, **address, "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "a"}
 
 
-def test_processes_that_torchrun_launched_are_one_run_too_and_resume_none(trainees, whole, tmp_path):
-    directory, port = tmp_path / "runs", free_port()
+@pytest.mark.parametrize("by_id", [False, True])
+def test_processes_that_torchrun_launched_are_one_run_which_they_continue_to_the_same_bits(
+    trainees, whole, tmp_path, by_id
+):
+    directory, mark = tmp_path / "runs", tmp_path / "mark"
+    meet = ["meet", "tracklight.engine.blocks:Blocks.on_train_batch_end", 200, str(mark)]
+
+    def start(*command: str, at_rank_one: Sequence[Any] = ()) -> list[Process]:
+        port = free_port()
+        faults = [["spare_model"]], [["spare_model"], *at_rank_one]
+        return [trainees.start(directory, command, faults[r], env=torchrun(r, port)) for r in (0, 1)]
+
     command = (*CONFIGS["blocks"], *TWO, EPOCHS)
-    both = [
-        trainees.start(directory, command, [["spare_model"]], env=torchrun(rank, port)) for rank in (0, 1)
-    ]
-    assert [process.wait() for process in both] == [0, 0], both[0].stderr
+    both = start(*command, at_rank_one=[meet])
+    both[1].wait_for(mark)
+    for process in both:
+        process.send(signal.SIGKILL)
+    mark.unlink()
+    assert [process.wait(ENDED_S) for process in both] == [-signal.SIGKILL] * 2
+    run_id = TrialResult(directory).run_id
+    both = start(*((f"resume={run_id}", ALLOWED) if by_id else (*command, "resume=auto")))
+    assert [process.wait() for process in both] == [0, 0], both[0].stderr + both[1].stderr
     assert TrialResult(directory).differences(whole) == []
-    by_id = (f"resume={TrialResult(directory).run_id}", "trainer.max_epochs=20", *TWO, ALLOWED)
-    for status, again in (("FINISHED", by_id), ("KILLED", (*command, "resume=auto"))):
-        with closing(sqlite3.connect(directory / "mlflow.db")) as connection, connection:
-            connection.execute("UPDATE runs SET status = ?", [status])
-        before = TrialResult(directory)
-        process = trainees.train(directory, *again, env=torchrun(0, port))
-        assert process.exit_code == 2, process.stderr
-        assert process.stderr.startswith("error: processes launched from outside cannot be told which run")
-        after = TrialResult(directory)
-        assert (after.runs, after.points, after.tags) == (before.runs, before.points, before.tags)
+    assert by_id or f"resume=auto: run {run_id}" in both[0].stdout
+    assert both[1].stdout == ""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_torchrun_launched_does_not_wait_for_ever_for_one_that_resumes_nothing(
+    trainees, whole, tmp_path, rank
+):
+    impatient = ["put", "tracklight.engine.distributed:WAIT_S", 3.0]
+    command = (*CONFIGS["blocks"], *TWO, EPOCHS, "resume=auto")
+    process = trainees.train(tmp_path / "runs", *command, faults=[impatient], env=torchrun(rank, free_port()))
+    assert process.exit_code == 1 and "Traceback" not in process.stderr
+    gone = "the first process" if rank else "another of the 2 processes"
+    line = process.stderr.splitlines()[-1]
+    assert line.startswith(f"error: {gone} of this run is gone, or has not answered for 3 s; ")
 
 
 def test_processes_that_torchrun_launched_start_from_the_best_weights_of_another_run(

@@ -5,9 +5,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from configs import MLP
 
@@ -25,6 +27,7 @@ COMMON = (
 ONE = (*COMMON, "data.batch_size=16")
 PAIR = (*COMMON, "data.batch_size=8", "trainer.strategy=ddp")
 DEVICES = (*PAIR, "trainer.devices=2")
+SLOW = "+callbacks.slow={_target_: foreign.Slow, seconds: 2.0}"
 NODES = (*PAIR, "trainer.devices=1", "trainer.num_nodes=2")
 ENVIRON = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "GLOO_"))}
 PYTHONPATH = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
@@ -119,14 +122,26 @@ def test_the_batch_size_is_that_of_a_device_and_two_with_half_of_it_train_as_one
         assert others[name].numpy() == pytest.approx(weight.numpy(), rel=1e-6)
 
 
-def test_torchrun_gives_the_bits_of_the_devices_alone(trainees, two, tmp_path):
-    trainees.furnish(tmp_path / "runs")
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    command = [sys.executable, *torchrun, str(SCRIPT), *DEVICES, f"tracking.dir={tmp_path / 'runs'}"]
+def test_torchrun_starts_killed_processes_again_and_the_run_ends_in_the_bits_of_the_devices_alone(
+    trainees, two, tmp_path
+):
+    directory = tmp_path / "runs"
+    trainees.furnish(directory)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1")
+    words = (*DEVICES, SLOW, "resume=auto", f"tracking.dir={directory}")
     env = ENVIRON | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=90)
-    assert ended.returncode == 0, ended.stderr
-    assert TrialResult(tmp_path / "runs").differences(two) == []
+    with (tmp_path / "output").open("w+") as output:
+        pipes = {"stdout": output, "stderr": subprocess.STDOUT}
+        agent = subprocess.Popen([sys.executable, *torchrun, SCRIPT, *words], cwd=tmp_path, env=env, **pipes)
+        end = time.monotonic() + 90
+        while not list(directory.glob("artifacts/*/artifacts/checkpoints/step-*")):
+            assert agent.poll() is None and time.monotonic() < end, (tmp_path / "output").read_text()
+            time.sleep(0.1)
+        psutil.Process(agent.pid).children()[1].kill()
+        assert agent.wait(120) == 0, (tmp_path / "output").read_text()
+    result = TrialResult(directory)
+    assert result.differences(two) == []
+    assert f"resume=auto: run {result.run_id}" in (tmp_path / "output").read_text()
 
 
 def test_two_nodes_give_the_bits_of_two_devices_of_one(trainees, network, two, tmp_path):

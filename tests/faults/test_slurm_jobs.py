@@ -1,11 +1,12 @@
 """Runs as jobs of a real Slurm cluster: preempted, out of time, killed."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from configs import CONFIGS
 
-from process import TrialResult
+from process import TESTS, TrialResult
 from slurm import Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
@@ -26,9 +27,10 @@ def whole(trainees, tmp_path_factory) -> TrialResult:
 class Submitted:
     """A job of `scripts/slurm.sbatch`; an epoch takes a second, and leaves a checkpoint."""
 
-    def __init__(self, cluster: Cluster, directory: Path, *options: str):
+    def __init__(self, cluster: Cluster, directory: Path, *options: str, words: Sequence[str] = ()):
         self.cluster, self.directory, self.output = cluster, directory, directory.parent / "output"
-        words = (*CONFIGS["blocks"], f"trainer.max_epochs={EPOCHS}", SLOW % 1.1, f"tracking.dir={directory}")
+        epochs = (f"trainer.max_epochs={EPOCHS}", SLOW % 1.1)
+        words = (*CONFIGS["blocks"], *epochs, *words, f"tracking.dir={directory}")
         self.id = cluster.submit(self.output, words, *options)
 
     @property
@@ -85,3 +87,25 @@ def test_a_job_whose_process_is_killed_continues_once_it_is_requeued(cluster, wh
     result = TrialResult(tmp_path / "runs")
     assert result.differences(whole) == []
     assert job.said.count(f"resume=auto: run {result.run_id} ") == 1, job.said
+
+
+def test_a_job_of_two_tasks_is_one_run_that_continues_after_it_is_preempted(cluster, trainees, tmp_path):
+    words = ("trainer.devices=2", "trainer.strategy=ddp")
+    undisturbed = (*CONFIGS["blocks"], f"trainer.max_epochs={EPOCHS}", SLOW % 0.0, *words)
+    env = {"PYTHONPATH": str(TESTS)}
+    process = trainees.train(tmp_path / "whole", *undisturbed, faults=[["spare_model"]], env=env)
+    assert process.exit_code == 0, process.stderr
+    options = ("--ntasks-per-node=2", "--cpus-per-task=1")
+    job = Submitted(cluster, tmp_path / "runs", *options, words=words)
+    job.wait_for(1)
+    cluster.run("scancel", "--signal=USR1", job.id)
+    cluster.start_now(job.id)
+    job.wait_for(3)
+    cluster.run("scancel", "--signal=KILL", f"{job.id}.0")
+    cluster.wait_until(lambda: cluster.state(job.id) == "FAILED")
+    cluster.run("scontrol", "requeue", job.id)
+    cluster.start_now(job.id)
+    job.finish()
+    result = TrialResult(tmp_path / "runs")
+    assert result.differences(TrialResult(tmp_path / "whole")) == []
+    assert job.said.count(f"resume=auto: run {result.run_id} ") == 2, job.said

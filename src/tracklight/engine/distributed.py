@@ -4,8 +4,8 @@ import importlib
 import json
 import os
 import socket
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from tracklight.config.hardware import num_devices
-from tracklight.errors import BadInput
+from tracklight.errors import BadInput, RunFailed
 
 # Environment variable for the processes that Lightning launches.
 RANK_ZERO_RUN = "TRACKLIGHT_LEADER"
@@ -25,10 +25,9 @@ LAUNCHERS = {
     "srun": ("SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"),
 }
 NOT_RESUMABLE = (
-    "processes launched from outside cannot be told which run to continue; drop resume, let"
-    " trainer.devices launch them, or start the nodes yourself, each with resume=auto"
+    "these processes cannot be told which run to continue; drop resume, let trainer.devices, torchrun or srun"
+    " launch them, or start the nodes yourself, each with resume=auto"
 )
-CHECKPOINT_KEY = "tracklight/checkpoint"
 WAIT_S = 300.0  # for the other processes to start, and at each exchange with them
 
 
@@ -57,14 +56,14 @@ def _launch() -> tuple[str, int]:
 def settle_ranks(devices: Any, num_nodes: int, resume: str | None = None) -> None:
     """Refuse to go on if others than the processes asked for were launched; alone, this one is rank zero.
 
-    Each would train for itself, or wait for one that is not there. The config of a run to `resume` by
-    its id is not yet known.
+    Each would train for itself, or wait for one that is not there. While the config of a run to `resume` by
+    its id is not yet known, processes that were launched are not counted.
     """
     per_node, (launcher, size) = num_devices(devices), _launch()
     wanted = None if per_node is None else per_node * num_nodes  # None: as many as there are
     if wanted not in (None, size) and (size > 1 or launcher == "torchrun"):
         if resume not in (None, "auto"):
-            raise BadInput(NOT_RESUMABLE)
+            return
         raise BadInput(
             f"{launcher} launched {size} process{'es' * (size > 1)}, and trainer.devices={devices} times "
             f"trainer.num_nodes={num_nodes} is {wanted}; try trainer.devices={max(1, size // num_nodes)}, or "
@@ -96,53 +95,97 @@ def is_nonzero_rank() -> bool:
     return any(int(os.environ.get(name) or 0) > 0 for name in RANKS)
 
 
-def check_resumable(trainer: Any, resume: str | None) -> None:
+class RankStore:
+    """Lets rank zero tell processes that it did not launch which run all of them continue.
+
+    It is PyTorch's own store at MASTER_PORT, from which Lightning's processes meet afterwards; what rank zero
+    serves closes when it is garbage.
+    """
+
+    def __init__(self, environment: Any):
+        place = environment.main_address, environment.main_port
+        self._is_first = not is_nonzero_rank()
+        # torchrun serves the store itself, also to processes that it starts again.
+        is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self._prefix = f"tracklight/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}/"
+        self._store: Any = None
+        distributed: Any = importlib.import_module("torch.distributed")
+        with _explaining_silence():
+            self._store = distributed.TCPStore(
+                *(*place, None, self._is_first and not is_served, timedelta(seconds=WAIT_S)),
+                **{"wait_for_workers": False, "multi_tenant": True},
+            )
+
+    def share(self, name: str, value: Any) -> Any:
+        """Return rank zero's value, plain, in all processes."""
+        if self._is_first:
+            self._store.set(self._prefix + name, json.dumps(value))
+            return value
+        with _explaining_silence():
+            return json.loads(self._store.get(self._prefix + name))
+
+
+@contextmanager
+def _explaining_silence() -> Iterator[None]:
+    error_type: Any = importlib.import_module("torch.distributed").DistError
+    try:
+        yield
+    except error_type as error:
+        silence = f"is gone, or has not answered for {WAIT_S:.0f} s"
+        raise RunFailed(f"the first process of this run {silence}; start all of them again") from error
+
+
+def open_rank_store(num_nodes: int, resume: str | None) -> RankStore | None:
+    """Return what tells all processes which run to continue; None if they need not, or cannot, be told."""
+    are_nodes = num_nodes > 1 and resume == "auto"
+    if resume is None or not (_launch()[1] > 1 or are_nodes):
+        return None
+    environment = cluster_environment()
+    if not can_resume(environment):
+        return None
+    if is_nonzero_rank():
+        announce_nodes(environment, num_nodes)
+    return RankStore(environment)
+
+
+def can_resume(environment: Any) -> bool:
+    """Check whether a run continues if all its processes are started again with resume=auto."""
+    kinds: Any = importlib.import_module("lightning_fabric.plugins.environments")
+    able = kinds.LightningEnvironment, kinds.TorchElasticEnvironment, kinds.SLURMEnvironment
+    return isinstance(environment, able)
+
+
+def check_resumable(trainer: Any, store: RankStore | None) -> None:
     """Raise BadInput if processes that others than Lightning launch would begin a new run, not resume."""
-    outside = trainer.num_nodes > 1 and resume != "auto"
+    is_outside = trainer.num_nodes > 1
     if trainer.world_size > 1:
-        outside |= trainer.strategy.cluster_environment.creates_processes_externally
-    if outside:
+        is_outside |= trainer.strategy.cluster_environment.creates_processes_externally
+    if is_outside and store is None:
         raise BadInput(NOT_RESUMABLE)
 
 
-def export_rank_zero_run(strategy: Any, cfg: Mapping[str, Any], checkpoint: Path | None) -> None:
-    """Pass the config and checkpoint on to the processes that the trainer's strategy will launch."""
-    nodes = cfg["trainer"]["num_nodes"]
-    if nodes > 1:
-        _choose_interface(strategy.cluster_environment.main_address)
-    if nodes > 1 and (environment := strategy.cluster_environment).local_rank() == 0:
+def announce_nodes(environment: Any, num_nodes: int) -> None:
+    """Say that a node waits for the others, and how they find each other."""
+    if num_nodes > 1 and environment.local_rank() == 0:
         rank, place = environment.node_rank(), f"MASTER_ADDR={environment.main_address}"
         place += f" MASTER_PORT={environment.main_port}"
-        said = f"waiting up to {WAIT_S:.0f} s for all {nodes} nodes; this is NODE_RANK={rank}"
-        print(f"{said}, each runs the same command, with {place}", flush=True)
+        waiting = f"waiting up to {WAIT_S:.0f} s for all {num_nodes} nodes; this is NODE_RANK={rank}"
+        print(f"{waiting}, each runs the same command, with {place}", flush=True)
+
+
+def export_rank_zero_run(
+    strategy: Any, cfg: Mapping[str, Any], checkpoint: Path | None, store: RankStore | None
+) -> None:
+    """Pass the config and checkpoint on to the processes that the trainer's strategy will launch."""
+    if (nodes := cfg["trainer"]["num_nodes"]) > 1:
+        _choose_interface(strategy.cluster_environment.main_address)
+        if store is None or not is_nonzero_rank():  # else it has waited before
+            announce_nodes(strategy.cluster_environment, nodes)
     if getattr(strategy, "num_processes", 1) == 1 or is_nonzero_rank():
         return
     os.environ["OMP_NUM_THREADS"] = str(cfg["num_threads"])  # else Lightning decides
     run = RankZeroRun({**cfg, "resume": None, "init_from": None}, checkpoint and str(checkpoint))
     os.environ[RANK_ZERO_RUN] = json.dumps(run._asdict())
-
-
-def is_launched_by_lightning(trainer: Any) -> bool:
-    """Check whether no other program starts the processes of the run, save by a command on each node."""
-    kinds: Any = importlib.import_module("lightning_fabric.plugins.environments")
-    return isinstance(trainer.strategy.cluster_environment, kinds.LightningEnvironment)
-
-
-def share_checkpoint(trainer: Any, resume: str | None, checkpoint: Path | None) -> tuple[Path | None, Any]:
-    """Return the checkpoint from which rank zero continues, for all nodes, and the store that tells it.
-
-    The store serves MASTER_PORT, as PyTorch's own in the same process; it closes when it is garbage.
-    """
-    if resume != "auto" or trainer.num_nodes == 1 or not is_launched_by_lightning(trainer):
-        return checkpoint, None
-    environment, is_first = trainer.strategy.cluster_environment, not is_nonzero_rank()
-    place = environment.main_address, environment.main_port, None, is_first, timedelta(seconds=WAIT_S)
-    distributed: Any = importlib.import_module("torch.distributed")
-    store = distributed.TCPStore(*place, wait_for_workers=False, multi_tenant=True)
-    if is_first:
-        store.set(CHECKPOINT_KEY, str(checkpoint or ""))
-    path = store.get(CHECKPOINT_KEY).decode()
-    return Path(path) if path else None, store
 
 
 def _choose_interface(address: str) -> None:

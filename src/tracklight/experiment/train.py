@@ -18,7 +18,7 @@ from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.profilers import PassThroughProfiler
 from torch.distributed import DistError
 
-from tracklight.config.compose import list_targets, to_plain
+from tracklight.config.compose import list_targets, resolve_config, to_plain
 from tracklight.config.hardware import default_threads, describe_machine
 from tracklight.config.overrides import redact_command
 from tracklight.engine import checkpoint_io, checkpoints, distributed, progress
@@ -65,7 +65,11 @@ def run(
         if cfg.tracking.enabled and not distributed.is_nonzero_rank():
             store = stored.open_store(cfg.tracking.uri, Path(cfg.tracking.dir), create=True)
         _set_num_threads(cfg)  # part of the digest by which resume=auto finds its run
+        stop.has_company = distributed.is_nonzero_rank()
+        ranks = distributed.open_rank_store(cfg.trainer.num_nodes, cfg.resume)
         cfg, resumed = stored.resolve_resume(cfg, store, run_id)
+        if ranks:
+            cfg = _share_config(ranks, cfg)
         _set_num_threads(cfg)  # a stored config has its own number
         found = {} if resumed or not test else find_values(cfg)  # a sweep's trials are given theirs
         stop.check()
@@ -84,7 +88,7 @@ def run(
         training = Training(cfg, data, model, callbacks)
         stop.has_company = training.trainer.world_size > 1
         if resumed:
-            distributed.check_resumable(training.trainer, cfg.resume)
+            distributed.check_resumable(training.trainer, ranks)
             training.last.check(resumed.find_checkpoint(), training.trainer.callbacks)
         build.rehearse(cfg, model, data, training.trainer)
 
@@ -95,7 +99,7 @@ def run(
         with finishing, stop.converting_errors(), logging_to(tracked):
             if tracked:
                 recorder.describe(tracked)
-            training.fit(checkpoint=training.track(tracked, resumed))
+            training.fit(training.track(tracked, resumed), ranks)
             stop.check()  # for a signal after the last batch
 
             reference = recorder.log_reference(tracked) if tracked else {}
@@ -169,13 +173,14 @@ class Training:
             self.io.save_checkpoint(self.io.load_checkpoint(resumed.best), run.artifacts / BEST)
         return resumed.find_checkpoint()
 
-    def fit(self, checkpoint: Path | None) -> None:
+    def fit(self, checkpoint: Path | None, ranks: distributed.RankStore | None) -> None:
         """Train to the end, from a checkpoint if there is one."""
-        distributed.export_rank_zero_run(self.trainer.strategy, to_plain(self.cfg), checkpoint)
+        distributed.export_rank_zero_run(self.trainer.strategy, to_plain(self.cfg), checkpoint, ranks)
         start_s = time.perf_counter()
         try:
-            # The store is kept until all have read from it.
-            checkpoint, _store = distributed.share_checkpoint(self.trainer, self.cfg.resume, checkpoint)
+            if ranks:
+                path = ranks.share("checkpoint", checkpoint and str(checkpoint))
+                checkpoint = path and Path(path)
             with warnings.catch_warnings():
                 # The folder of a resumed run holds its checkpoints.
                 warnings.filterwarnings("ignore", "Checkpoint directory .* is not empty")
@@ -238,6 +243,15 @@ class Training:
         return progress.align_lines(items)
 
 
+def _share_config(ranks: distributed.RankStore, cfg: DictConfig) -> DictConfig:
+    """Return rank zero's config, in which the number of threads and whatever was stored are settled."""
+    shared = ranks.share("config", {**to_plain(cfg), "init_from": None})
+    if distributed.is_nonzero_rank():
+        cfg = resolve_config(DictConfig(shared))
+    distributed.settle_ranks(cfg.trainer.devices, cfg.trainer.num_nodes)
+    return cfg
+
+
 def _set_num_threads(cfg: DictConfig) -> None:
     """Use the configured number of threads; record the number used, since it changes bits."""
     if cfg.num_threads is None:
@@ -257,7 +271,8 @@ def _explain(error: Exception, cfg: DictConfig, trainer: Any) -> str | None:
     if trainer.world_size > 1 and (isinstance(error, DistError) or is_silence):
         silence = f"is gone, or has not answered for {distributed.WAIT_S:.0f} s"
         cure = "resume=auto continues it" + " if all nodes are given it" * (trainer.num_nodes > 1)
-        cure = cure if distributed.is_launched_by_lightning(trainer) else "start all of them again"
+        is_resumable = distributed.can_resume(trainer.strategy.cluster_environment)
+        cure = cure if is_resumable else "start all of them again"
         return f"another of the {trainer.world_size} processes of this run {silence}; {cure}"
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     text = " ".join(str(error).split())
