@@ -1,6 +1,7 @@
 """Presets keep what their first lines promise, and print it."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ FALLBACK = ("data.root=nowhere", "data.download=false", "data.fallback=true")
 QUICK = re.compile(r"# Time: .*(under a second|\b\d+ s) of training on a two-core CPU$", re.M)
 SLOW = (pytest.mark.slow, pytest.mark.full_mnist)
 ON_IMAGES = re.compile("ml|mnist|simard|srivastava|fashion")
+FASHION = Path("/usr/share/datasets/fashion-mnist")
 LONG = "longley"  # three thousand epochs
 PRESETS = [path.stem for path in sorted((CONF / "experiment").glob("*.yaml"))]
 
@@ -33,8 +35,10 @@ def test_a_preset_prints_what_its_header_promises(train, spare_model, capsys, mn
     if not QUICK.search((CONF / "experiment" / f"{preset}.yaml").read_text()):
         pytest.skip("takes minutes, or was not measured")
     words = ("model=mlp", *FALLBACK) if preset == "debug" else ()
+    if preset.startswith("fashion") and not FASHION.is_dir():
+        pytest.skip(f"needs {FASHION} (Debian: dataset-fashion-mnist)")
     if ON_IMAGES.search(preset):
-        words = (f"data.root={mnist_root}",)
+        words = (f"data.root={FASHION if preset.startswith('fashion') else mnist_root}",)
     finished = train(f"experiment={preset}", *words, "trainer.accelerator=cpu", "tracking.figures=false")
     printed, text = capsys.readouterr().out, expected(preset)
     claims, steps = CLAIM.findall(text), STEPS.findall(text)
