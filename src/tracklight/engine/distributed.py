@@ -103,18 +103,14 @@ class RankStore:
     """
 
     def __init__(self, environment: Any):
-        place = environment.main_address, environment.main_port
         self._is_first = not is_nonzero_rank()
         # torchrun serves the store itself, also to processes that it starts again.
-        is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        serves = self._is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._prefix = f"tracklight/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}/"
-        self._store: Any = None
+        place = environment.main_address, environment.main_port, None, serves, timedelta(seconds=WAIT_S)
         distributed: Any = importlib.import_module("torch.distributed")
         with _explaining_silence():
-            self._store = distributed.TCPStore(
-                *(*place, None, self._is_first and not is_served, timedelta(seconds=WAIT_S)),
-                **{"wait_for_workers": False, "multi_tenant": True},
-            )
+            self._store = distributed.TCPStore(*place, wait_for_workers=False, multi_tenant=True)
 
     def share(self, name: str, value: Any) -> Any:
         """Return rank zero's value, plain, in all processes."""
