@@ -1,4 +1,7 @@
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -305,6 +308,44 @@ def test_rates_on_the_device_give_the_bits_of_floats_and_leave_the_optimizer_as_
     group = unfused.param_groups[0]
     assert (group["lr"], group["fused"]) == (1 / 448, fused_before)
     assert can_capture(unfused)
+
+
+@pytest.fixture
+def failing_captures(monkeypatch) -> list[Any]:
+    """A CUDA device as far as a step sees it: streams that wait for nothing, and captures that fail."""
+    begun = []
+
+    def graph(graph):
+        begun.append(graph)
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nSearch for it")
+
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    for name in ("Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    return begun
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_where_a_capture_fails_steps_are_taken_without_and_one_line_says_so(
+    failing_captures, optimizer, capsys
+):
+    ours, plain = build(), build()
+    fused = OPTIMIZERS[optimizer](plain.parameters())
+    fused.param_groups[0]["fused"] = True
+    own = OPTIMIZERS[optimizer](ours.parameters())
+    own.param_groups[0]["lr"] = fused.param_groups[0]["lr"] = 1 / 64  # float32 has it exactly
+    step = CapturedStep(eager_step(ours, own), own, [*ours.parameters()])
+    for inputs, targets in 5 * minibatches():
+        loss = step(inputs, targets)
+        assert torch.equal(loss, eager_step(plain, fused)(inputs, targets))
+    assert all(map(torch.equal, ours.parameters(), plain.parameters()))
+    assert len(failing_captures) == 1  # not tried again
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith(
+        "no CUDA graph of one (CUDA error: operation not permitted when stream is capturing)"
+    )
 
 
 @pytest.mark.gpu

@@ -75,7 +75,10 @@ class DeviceRates:
 
 
 class CapturedStep:
-    """Replays a captured optimizer step, one graph for each shape of minibatch."""
+    """Replays a captured optimizer step, one graph for each shape of minibatch.
+
+    If a capture fails, steps are taken without: by the same kernels, more slowly.
+    """
 
     def __init__(self, eager: Step, optimizer: Optimizer, parameters: Sequence[Parameter]):
         self.eager = eager  # takes a step in plain PyTorch
@@ -85,6 +88,7 @@ class CapturedStep:
         self.stream = torch.cuda.Stream()
         self.num_steps: Counter[Shapes] = Counter()
         self.captured: dict[Shapes, tuple[Step, list[dict[str, Any]]]] = {}
+        self.has_failed = False
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Take the step."""
@@ -95,9 +99,15 @@ class CapturedStep:
         ]
         if shapes not in self.captured:
             self.num_steps[shapes] += 1
-            if self.num_steps[shapes] <= WARM_UP_STEPS:
+            if self.has_failed or self.num_steps[shapes] <= WARM_UP_STEPS:
                 return self._run_eager(inputs, targets)
-            self.captured[shapes] = self._capture(inputs, targets), settings
+            try:
+                self.captured[shapes] = self._capture(inputs, targets), settings
+            except RuntimeError as error:  # an operation that no graph can hold, memory, the driver
+                self.has_failed = True
+                reason = str(error).partition("\n")[0]
+                print(f"steps are slower than they could be: no CUDA graph of one ({reason})", flush=True)
+                return self._run_eager(inputs, targets)
         replay, captured_settings = self.captured[shapes]
         if captured_settings != settings:
             return self._run_eager(inputs, targets)
