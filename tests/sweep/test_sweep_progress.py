@@ -30,6 +30,25 @@ def test_the_status_line_tells_the_epochs_of_runs_before_the_first_has_ended(mon
     assert said[-1].startswith("1 complete, 1 running (epoch 1/9)")
 
 
+def test_the_time_left_is_that_of_a_mean_trial_and_nothing_is_said_once_it_has_passed(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    shown = Progress("val/loss", "min", 1)
+    jobs = [SimpleNamespace(key=key, name=key) for key in "abc"]
+    for job in jobs[:2]:  # trained together
+        shown.started(job)
+    shown.update(num_remaining=1)
+    clock[0] = 20.0
+    for job in jobs[:2]:
+        shown.ended(job, TrialResult("complete", 0.5), None)
+    shown.started(jobs[2])
+    shown.update(num_remaining=0)
+    clock[0] = 40.0
+    shown.ended(jobs[2], TrialResult("complete", 0.5), None)
+    left = [line.partition("about ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert left == ["0:00:20 left", "0:00:20 left", ""]
+
+
 def test_the_closing_table_has_one_line_per_config(capsys):
     runs = [
         TrialRun(trial, {"model.hidden": "[256]", "optimizer.weight_decay": str(decay)}, seed, *ended)

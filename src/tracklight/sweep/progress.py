@@ -122,8 +122,8 @@ class Progress:
         parts += [f"{self._num_remaining} to go"] if self._num_remaining else []
         if self._best:
             parts.append(f"best {self._best[0]:.5g} ({self._best[1]})")
-        if self._seconds and (self._num_remaining or self._started_s):
-            parts.append(f"about {timedelta(seconds=round(self._seconds_left()))} left")
+        if self._seconds and (left_s := round(self._seconds_left())):
+            parts.append(f"about {timedelta(seconds=left_s)} left")
         return ", ".join(parts)
 
     def _seconds_left(self) -> float:
