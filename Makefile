@@ -121,6 +121,6 @@ docs: $(INSTALLED)
 	@echo 'docs/_build/index.html'
 
 clean:
-	rm -rf $(VENV) $(VENV)-audit $(VENV)-floors $(VENV)-newest .pytest_cache .ruff_cache .hypothesis test-artifacts docs/_build docs/generated
+	rm -rf $(VENV) $(VENV)-audit $(VENV)-floors $(VENV)-newest $(VENV)-peers .pytest_cache .ruff_cache .hypothesis test-artifacts docs/_build docs/generated
 	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -rf src/*.egg-info

@@ -28,6 +28,10 @@ def main() -> None:
             from benchmark import commands
 
             _report(commands.measure(root, folder, arguments, setting), arguments)
+        if "peers" in arguments.only:
+            from benchmark import peers
+
+            _report(peers.measure(root, folder, arguments, setting), arguments)
         if "sweeps" in arguments.only:
             from benchmark import sweeps
 
@@ -58,8 +62,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=20, help="of the fast rivals: 20 or more")
     parser.add_argument("--repeats", type=int, default=5, help="of each whole command")
     parser.add_argument("--crowd", type=int, default=10_000, help="runs in the full store")
-    parts = ("commands", "steps", "cuda", "sweeps", "pruning", "populations")
-    only = "parts to measure; sweeps, half an hour more, pruning and populations, some minutes, only if named"
+    parts = ("commands", "steps", "cuda", "sweeps", "pruning", "populations", "peers")
+    only = (
+        "parts to measure; only if named: sweeps, half an hour more; pruning and populations, some minutes;"
+        " peers, other frameworks, ten minutes and at first a .venv-peers of 6 GB"
+    )
     parser.add_argument("--only", nargs="+", default=parts[:3], choices=parts, help=only)
     root = Path(os.environ.get("MNIST_ROOT", ROOT / "data"))
     parser.add_argument("--root", type=Path, default=root, help="folder of MNIST/raw (MNIST_ROOT)")

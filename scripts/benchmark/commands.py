@@ -64,16 +64,20 @@ class Commands:
 
     def prepare(self, crowd_size: int) -> None:
         """Make an empty store and a full one; whatever is slow the first time, is so here."""
-        made = "from tracklight.tracking.store import connect; from pathlib import Path;"
-        self.run(["-c", f"{made} connect(None, Path({str(self.empty)!r}))"])
+        self.make_empty()
         shutil.copytree(self.empty, self.full)
         self.train(self.full, "model=mlp", "trainer.max_epochs=5")
         crowd(self.full, crowd_size)
         self.run([str(HAND_SCRIPT), str(self.root)])
 
+    def make_empty(self) -> None:
+        """Make the empty store, of which each new one is a copy."""
+        made = "from tracklight.tracking.store import connect; from pathlib import Path;"
+        self.run(["-c", f"{made} connect(None, Path({str(self.empty)!r}))"])
+
     def ours(self) -> Ended:
         """Run the main command in a store just made."""
-        return self.train(self._new_store(), "model=mlp", "trainer.max_epochs=5")
+        return self.train(self.new_store(), "model=mlp", "trainer.max_epochs=5")
 
     def crowded(self) -> Ended:
         """Run it in the full store."""
@@ -82,7 +86,7 @@ class Commands:
     def fast(self) -> Ended:
         """Run the fast preset, each time with another seed."""
         self.number += 1
-        return self.train(self._new_store(), "experiment=mnist_fast", f"seed={self.number}")
+        return self.train(self.new_store(), "experiment=mnist_fast", f"seed={self.number}")
 
     def by_hand(self) -> Ended:
         """Run the script that uses no framework."""
@@ -98,8 +102,12 @@ class Commands:
 
     def train(self, store: Path, *words: str) -> Ended:
         """Run train.py on the CPU, tracked in `store`."""
+        return self.run(self.training(store, *words))
+
+    def training(self, store: Path, *words: str) -> list[str]:
+        """Return what Python runs to train on the CPU, tracked in `store`."""
         words = (*words, f"data.root={self.root}", "data.fallback=false", f"tracking.dir={store}")
-        return self.run([str(ROOT / "train.py"), *words, "trainer.accelerator=cpu"])
+        return [str(ROOT / "train.py"), *words, "trainer.accelerator=cpu"]
 
     def run(self, arguments: Sequence[str], exit_code: int = 0) -> Ended:
         """Run Python; its peak memory is right as long as this process has less of it."""
@@ -119,7 +127,7 @@ class Commands:
             raise SystemExit(f"exit code {process.returncode}: python {arguments}\n{text[-2000:]}")
         return Ended(seconds, usage.ru_maxrss * BYTES / 1e6, text)
 
-    def _new_store(self) -> Path:
+    def new_store(self) -> Path:
         """Return a store as at the first command after it was made."""
         store = self.folder / "store"
         shutil.rmtree(store, ignore_errors=True)
