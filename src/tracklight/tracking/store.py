@@ -28,7 +28,16 @@ from tracklight.tracking.lock import LockHeld, RunLock, read_lock
 from tracklight.tracking.mlflow_client import is_locked, is_transient, mlflow, retry, short_reason
 from tracklight.tracking.provenance import source_tags
 from tracklight.tracking.sender import MlflowWriter, Sender, delete_duplicates
-from tracklight.tracking.tags import KEY_TAG, NEW_PREFIX, RUNS_FOLDER, WAL_FILE, is_run_id
+from tracklight.tracking.tags import (
+    ARTIFACTS_FOLDER,
+    KEY_TAG,
+    NAME_TAG,
+    NEW_PREFIX,
+    RUNS_FOLDER,
+    USER_TAG,
+    WAL_FILE,
+    is_run_id,
+)
 from tracklight.tracking.views import experiment_tags
 from tracklight.tracking.wal import WriteAheadLog
 
@@ -122,8 +131,15 @@ class Store:
         # How long a call waits for a store that is busy or away.
         self.timeout_s = _TIMEOUT_S["server" if self.database is None else "database"]
         self.recovered: set[str] = set()  # ids of the runs that `recover` has ended
-        self.sends_directly = False  # whether runs are sent in the caller's thread, when asked to
+        self._sends_directly = False  # see `send_directly`
+        self._tables: sqlite_file.RunTables | None = None  # of the database, to which all is sent then
         self.why_read_only = ""  # what of the store cannot be written; empty if all of it can
+
+    def send_directly(self) -> None:
+        """Send runs in the caller's thread, when asked to: for hundreds of them in one process."""
+        self._sends_directly = True
+        if self.database is not None and sqlite_file.has_known_columns(self.database, fills_all=True):
+            self._tables = sqlite_file.RunTables(self.database)
 
     def ui_hint(self, info: Any) -> str:
         """Return the address of a run (a RunInfo) in MLflow's UI, or the command for the UI."""
@@ -210,6 +226,8 @@ class Store:
         self, experiment: str, name: str | None, tags: dict[str, str], start_ms: int | None = None
     ) -> Any:
         """Create one MLflow run, however often the request has to be repeated."""
+        if self._tables and name and start_ms is None and (run := self._insert(experiment, name, tags)):
+            return run
         experiment_id = self._experiment_id(experiment)
         query = f"tags.`{KEY_TAG}` = '{tags[KEY_TAG]}'"
         attempts = itertools.count()
@@ -223,6 +241,20 @@ class Store:
         if is_server(self.uri):  # MLflow's client repeats the request by itself, too
             delete_duplicates(self.client, run)
         return run
+
+    def _insert(self, experiment: str, name: str, tags: dict[str, str]) -> Any | None:
+        """Insert a run into the tables of the database, if the experiment is there."""
+        assert (tables := self._tables)
+        of, run_id, start_ms = mlflow.entities, uuid.uuid4().hex, time.time_ns() // 1_000_000
+        root = self.runs_folder.as_uri()
+        values = run_id, experiment, root, name, start_ms, tags
+        experiment_id = retry(lambda: tables.create_run(*values), self.timeout_s)
+        if experiment_id is None:
+            return None
+        user, artifacts = tags.get(USER_TAG, "unknown"), f"{root}/{run_id}/{ARTIFACTS_FOLDER}"
+        ids = run_id, experiment_id, user, "RUNNING", start_ms, None, "active", artifacts, name
+        all_tags = [of.RunTag(*each) for each in {**tags, NAME_TAG: name}.items()]
+        return of.Run(of.RunInfo(*ids), of.RunData(tags=all_tags))
 
     def reopen(self, run_id: str) -> "Run":
         """Continue a run: lock it, send what it left unsent, set its status to RUNNING.
@@ -271,8 +303,8 @@ class Store:
                     wal.repeats[key] = math.inf, max(metric.step for metric in history)
             if wal.end or run.info.status != "RUNNING":
                 wal.add_call("status", status="RUNNING")
-            writer = MlflowWriter(self.client, run, wal, self.database, self.sends_directly)
-            sender = Sender(writer, self.display_uri, self.sends_directly)
+            writer = MlflowWriter(self.client, run, wal, self.database, self._tables)
+            sender = Sender(writer, self.display_uri, self._sends_directly)
             opened = Run(run, sender, lock, self.ui_hint(run.info), self.timeout_s)
             if not opened.flush(self.timeout_s):
                 opened.abandon()
