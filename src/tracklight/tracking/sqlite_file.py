@@ -6,6 +6,7 @@ import os
 import re
 import sqlite3
 import sys
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
@@ -17,7 +18,7 @@ from urllib.request import url2pathname
 from tracklight.errors import BadInput
 from tracklight.paths import sync_folder
 from tracklight.tracking.lock import exclusive_lock
-from tracklight.tracking.mlflow_client import create_database, short_reason
+from tracklight.tracking.mlflow_client import create_database, mlflow, short_reason
 from tracklight.tracking.tags import ARTIFACTS_FOLDER, NAME_TAG, RUNS_FOLDER, SCORE, USER_TAG
 from tracklight.tracking.wal import Call, Points
 
@@ -27,11 +28,11 @@ _METRIC = {"key", "value", "timestamp", "run_uuid", "step", "is_nan"}
 _TEXT = {"key", "value", "run_uuid"}
 _COLUMNS = {"metrics": _METRIC, "latest_metrics": _METRIC, "params": _TEXT, "tags": _TEXT}
 _RUN = (
-    "run_uuid name source_type source_name entry_point_name user_id status start_time end_time source_version"
+    "run_uuid name source_type source_name entry_point_name user_id status start_time end_time deleted_time"
 )
 _DATASET = "dataset_uuid experiment_id name digest dataset_source_type dataset_source dataset_schema"
 _ALL_COLUMNS = _COLUMNS | {
-    "runs": {*_RUN.split(), "lifecycle_stage", "artifact_uri", "experiment_id", "deleted_time"},
+    "runs": {*_RUN.split(), "source_version", "lifecycle_stage", "artifact_uri", "experiment_id"},
     "datasets": {*_DATASET.split(), "dataset_profile"},
     "inputs": {"input_uuid", "source_type", "source_id", "destination_type", "destination_id", "step"},
     "input_tags": {"input_uuid", "name", "value"},
@@ -155,26 +156,27 @@ class RunTables:
         self._connection.execute("PRAGMA foreign_keys = ON")
 
     def create_run(
-        self, run_id: str, experiment: str, location: str, name: str, start_ms: int, tags: Mapping[str, str]
-    ) -> str | None:
-        """Create a run as MLflow does; return the id of its experiment.
+        self, run_id: str, experiment: str, location: str, name: str, tags: Mapping[str, str]
+    ) -> Any | None:
+        """Create a run as MLflow does, and return it.
 
         None, and no run, unless one experiment has that name, is active and has its artifacts in `location`.
         """
-        artifacts = f"{location}/{run_id}/{ARTIFACTS_FOLDER}"
-        values = (run_id, name, "UNKNOWN", "", "", tags.get(USER_TAG, "unknown"), "RUNNING", start_ms, "")
+        of, tags, start_ms = mlflow.entities, {**tags, NAME_TAG: name}, time.time_ns() // 1_000_000
+        state = {"user_id": tags.get(USER_TAG, "unknown"), "status": "RUNNING", "start_time": start_ms}
+        state |= {"lifecycle_stage": "active", "artifact_uri": f"{location}/{run_id}/{ARTIFACTS_FOLDER}"}
+        unknown = dict.fromkeys(("source_name", "entry_point_name", "source_version"), "")
         with self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
             query = "SELECT experiment_id, artifact_location, lifecycle_stage FROM experiments WHERE name = ?"
             found = self._connection.execute(query, (experiment,)).fetchall()
             if [each[1:] for each in found] != [(location, "active")]:
                 return None
-            columns = f"{_RUN.replace(' end_time', '')} lifecycle_stage artifact_uri experiment_id"
-            row = (*values, "active", artifacts, found[0][0])
-            marks = ", ".join("?" * len(row))
-            self._connection.execute(f"INSERT INTO runs ({columns.replace(' ', ', ')}) VALUES ({marks})", row)
-            self._call(run_id, "tags", {"values": {**tags, NAME_TAG: name}})
-        return str(found[0][0])
+            ids = {"run_uuid": run_id, "experiment_id": found[0][0], "name": name, "source_type": "UNKNOWN"}
+            self._add("runs", **ids, **state, **unknown)
+            self._call(run_id, "tags", {"values": tags})
+        info = of.RunInfo(run_id, str(found[0][0]), end_time=None, run_name=name, **state)
+        return of.Run(info, of.RunData(tags=[of.RunTag(*each) for each in tags.items()]))
 
     def write(self, run_id: str, records: Sequence[Points | Call]) -> None:
         """Add points of an active run and make calls, all or none; points and params already there stay."""
@@ -217,27 +219,33 @@ class RunTables:
         self._connection.executemany(insert, [(*item, run_id) for item in arguments["values"].items()])
 
     def _log_input(self, run_id: str, name: str, digest: str, source: str, context: str) -> None:
-        is_it = "runs.run_uuid = ? AND datasets.name = ? AND datasets.digest = ?", (run_id, name, digest)
-        of_run = "FROM datasets JOIN runs USING (experiment_id)"
-        for table, rows, values in (
-            (
-                "datasets (dataset_uuid, experiment_id, name, digest, dataset_source_type, dataset_source)",
-                "?, experiment_id, ?, ?, 'local', ? FROM runs WHERE run_uuid = ?",
-                (uuid.uuid4().hex, name, digest, source, run_id),
-            ),
-            (
-                "inputs (input_uuid, source_type, source_id, destination_type, destination_id)",
-                f"?, 'DATASET', dataset_uuid, 'RUN', run_uuid {of_run} WHERE {is_it[0]}",
-                (uuid.uuid4().hex, *is_it[1]),
-            ),
-            (
-                "input_tags (input_uuid, name, value)",
-                f"input_uuid, 'mlflow.data.context', ? {of_run} JOIN inputs ON source_id = dataset_uuid"
-                f" AND destination_id = run_uuid WHERE {is_it[0]}",
-                (context, *is_it[1]),
-            ),
-        ):
-            self._connection.execute(f"INSERT OR IGNORE INTO {table} SELECT {rows}", values)
+        of_data = {
+            "experiment_id": self._find("runs", "experiment_id", run_uuid=run_id),
+            "name": name,
+            "digest": digest,
+        }
+        made = {"dataset_uuid": uuid.uuid4().hex, "dataset_source_type": "local", "dataset_source": source}
+        self._add("datasets", **of_data, **made)
+        data_id = self._find("datasets", "dataset_uuid", **of_data)
+        use = {
+            "source_type": "DATASET",
+            "source_id": data_id,
+            "destination_type": "RUN",
+            "destination_id": run_id,
+        }
+        self._add("inputs", input_uuid=uuid.uuid4().hex, **use)
+        input_id = self._find("inputs", "input_uuid", **use)
+        self._add("input_tags", input_uuid=input_id, name="mlflow.data.context", value=context)
+
+    def _add(self, table: str, **row: Any) -> None:
+        """Add a row, unless there is one of its key."""
+        into = f"{table} ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})"
+        self._connection.execute(f"INSERT OR IGNORE INTO {into}", (*row.values(),))
+
+    def _find(self, table: str, column: str, **row: Any) -> Any:
+        is_it = " AND ".join(f"{key} = ?" for key in row)
+        query = f"SELECT {column} FROM {table} WHERE {is_it}"
+        return self._connection.execute(query, (*row.values(),)).fetchone()[0]
 
     def _insert(
         self, run_id: str, insert: str, rows: list[Row], conflict: str = "", rowid: str = "NULL"

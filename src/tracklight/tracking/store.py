@@ -28,16 +28,7 @@ from tracklight.tracking.lock import LockHeld, RunLock, read_lock
 from tracklight.tracking.mlflow_client import is_locked, is_transient, mlflow, retry, short_reason
 from tracklight.tracking.provenance import source_tags
 from tracklight.tracking.sender import MlflowWriter, Sender, delete_duplicates
-from tracklight.tracking.tags import (
-    ARTIFACTS_FOLDER,
-    KEY_TAG,
-    NAME_TAG,
-    NEW_PREFIX,
-    RUNS_FOLDER,
-    USER_TAG,
-    WAL_FILE,
-    is_run_id,
-)
+from tracklight.tracking.tags import KEY_TAG, NEW_PREFIX, RUNS_FOLDER, WAL_FILE, is_run_id
 from tracklight.tracking.views import experiment_tags
 from tracklight.tracking.wal import WriteAheadLog
 
@@ -226,8 +217,10 @@ class Store:
         self, experiment: str, name: str | None, tags: dict[str, str], start_ms: int | None = None
     ) -> Any:
         """Create one MLflow run, however often the request has to be repeated."""
-        if self._tables and name and start_ms is None and (run := self._insert(experiment, name, tags)):
-            return run
+        if (tables := self._tables) and name and start_ms is None:
+            of_run = uuid.uuid4().hex, experiment, self.runs_folder.as_uri(), name, tags
+            if run := retry(lambda: tables.create_run(*of_run), self.timeout_s):
+                return run
         experiment_id = self._experiment_id(experiment)
         query = f"tags.`{KEY_TAG}` = '{tags[KEY_TAG]}'"
         attempts = itertools.count()
@@ -241,20 +234,6 @@ class Store:
         if is_server(self.uri):  # MLflow's client repeats the request by itself, too
             delete_duplicates(self.client, run)
         return run
-
-    def _insert(self, experiment: str, name: str, tags: dict[str, str]) -> Any | None:
-        """Insert a run into the tables of the database, if the experiment is there."""
-        assert (tables := self._tables)
-        of, run_id, start_ms = mlflow.entities, uuid.uuid4().hex, time.time_ns() // 1_000_000
-        root = self.runs_folder.as_uri()
-        values = run_id, experiment, root, name, start_ms, tags
-        experiment_id = retry(lambda: tables.create_run(*values), self.timeout_s)
-        if experiment_id is None:
-            return None
-        user, artifacts = tags.get(USER_TAG, "unknown"), f"{root}/{run_id}/{ARTIFACTS_FOLDER}"
-        ids = run_id, experiment_id, user, "RUNNING", start_ms, None, "active", artifacts, name
-        all_tags = [of.RunTag(*each) for each in {**tags, NAME_TAG: name}.items()]
-        return of.Run(of.RunInfo(*ids), of.RunData(tags=all_tags))
 
     def reopen(self, run_id: str) -> "Run":
         """Continue a run: lock it, send what it left unsent, set its status to RUNNING.
