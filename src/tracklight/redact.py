@@ -63,7 +63,7 @@ _SHAPES = re.compile(
 
 def redact(tree: Any) -> Any:
     """Return a text, or a tree of mappings, lists and texts, with `***` in place of every secret."""
-    named = ((k, v) for k, v in os.environ.items() if len(v) >= MIN_SECRET_CHARS and is_secret(k))
+    named = ((k, v) for k in os.environ if is_secret(k) and len(v := os.environ[k]) >= MIN_SECRET_CHARS)
     # Where a secret lies (`SSH_AUTH_SOCK`) is none, nor is `PWD`.
     values = [v for k, v in named if k not in ("PWD", "OLDPWD") and not (v[0] == "/" and Path(v).exists())]
     return _redact(tree, values)

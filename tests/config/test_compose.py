@@ -27,6 +27,8 @@ from tracklight.config.compose import (
     flatten,
     list_targets,
     short_params,
+    to_config,
+    to_configs,
     to_plain,
 )
 from tracklight.config.instantiate import instantiate
@@ -390,7 +392,7 @@ def test_a_preset_of_ones_own_is_held_to_the_keys_there_are(tmp_path, monkeypatc
 
 def test_what_mlflows_charts_would_cut_has_a_short_text_beside_it():
     cfg = compose(["model=mlp", "model.hidden=[128,64]", "optimizer=adamw"])
-    short = short_params(to_plain(cfg))
+    short = short_params(flatten(cfg))
     assert (short["optimizer"], short["model"], short["hidden"]) == ("AdamW", "MLP", "128-64")
     for key, values in {
         "hidden": [
@@ -400,13 +402,32 @@ def test_what_mlflows_charts_would_cut_has_a_short_text_beside_it():
         "scheduler": [f"torch.optim.lr_scheduler.CosineAnnealing{end}" for end in ("LR", "WarmRestarts")],
     }.items():
         keys = {"hidden": "model.hidden", "scheduler": "scheduler._target_"}
-        texts = [short_params(to_plain(varied(f"{keys[key]}={value}")))[key][:10] for value in values]
+        texts = [short_params(flatten(varied(f"{keys[key]}={value}")))[key][:10] for value in values]
         assert len({*texts}) == len(values), texts
+
+
+def test_many_configs_made_at_once_are_those_made_alone():
+    trees = [
+        to_plain(compose(["model=mlp", "optimizer=adam", *words]))
+        for words in (
+            [],
+            ["optimizer.betas=[0.5,0.9]", "model.hidden=[1]"],
+            ["scheduler=onecycle", "callbacks=early_stopping", "+tracking.tags={a.b: 1}"],
+            ["model=linear", "optimizer=sgd", "trainer.gradient_clip_val=1"],
+        )
+    ]
+    trees += [trees[0] | {"seed": value} for value in (1, 1.0, True, "1", None)]
+    trees += [{**trees[0], "extra": {}}, {"seed": 1}]
+    for base in trees:
+        for made, tree in zip(to_configs([base, *trees]), [base, *trees], strict=True):
+            alone = to_config(tree)
+            assert repr(to_plain(made)) == repr(to_plain(alone)) == repr(tree)
+            assert OmegaConf.is_struct(made) and made.seed == tree["seed"]
 
 
 def test_lists_of_one_name_have_a_short_text_each():
     tree = {"model": {"features": [1, 2], "data": ["x"]}, "data": {"features": ["a"], "target": ["y"]}}
-    assert short_params(tree) == {
+    assert short_params(flatten(tree)) == {
         **{"model-features": "1-2", "data-features": "a"},
         **{"model-data": "x", "target": "y"},  # `data` is a group
     }

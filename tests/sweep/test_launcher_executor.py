@@ -42,7 +42,7 @@ def test_a_launcher_that_fails_is_reported_in_a_line(monkeypatch, error, message
     monkeypatch.setattr(Plugins, "instance", lambda: Plugins.__new__(Plugins))
     monkeypatch.setattr(Plugins, "instantiate_launcher", lambda *_, **__: Broken(error))
     executor = LauncherExecutor(None, OmegaConf.create(), None)  # pyright: ignore
-    executor.start(TrialSpec({}), Job(0, {}, OmegaConf.create(), ["seed=1"], "key"))
+    executor.start(TrialSpec({}), Job(0, {}, {}, ["seed=1"], "key"))
     with pytest.raises(RunFailed, match=message):
         list(executor.messages(0))
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from omegaconf import OmegaConf
 
 from tracklight.errors import BadInput, RunFailed
 from tracklight.sweep import loop as loop_module
@@ -29,7 +28,7 @@ def job(number, params, seed=0):
         "tracking": {"run_name": None},
     }
     key = f"{params['lr']}/{seed}"
-    return Job(number, dict(params), OmegaConf.create(cfg), [], key)
+    return Job(number, dict(params), cfg, [], key)
 
 
 def complete(score):

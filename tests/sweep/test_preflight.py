@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import pytest
-from omegaconf import OmegaConf
 
 from tracklight.errors import BadInput
 from tracklight.sweep.plan import Job
@@ -35,7 +34,7 @@ class WarningExecutor:
 @pytest.mark.parametrize(("axis", "refused"), [("optimizer.lr", True), ("model.hidden", False)])
 def test_a_key_that_varies_and_is_ignored_is_refused(axis, refused, capsys):
     cfg = {"seed": 0, "num_threads": 1, "resume": None, "trainer": {"devices": 1}, "tracking": {}}
-    job = Job(0, {}, OmegaConf.create(cfg), [], "key")
+    job = Job(0, {}, cfg, [], "key")
     space = SimpleNamespace(axes=[SimpleNamespace(name=axis)])
     plan = SimpleNamespace(configs=[[job]], launcher=None, metric="train/loss", space=space)
     if refused:
@@ -48,7 +47,7 @@ def test_a_key_that_varies_and_is_ignored_is_refused(axis, refused, capsys):
 
 def test_a_preflight_that_cannot_start_raises_the_reason():
     cfg = {"seed": 0, "num_threads": 1, "resume": None, "trainer": {"devices": 1}, "tracking": {}}
-    job = Job(0, {}, OmegaConf.create(cfg), [], "key")
+    job = Job(0, {}, cfg, [], "key")
     plan = SimpleNamespace(configs=[[job]], launcher=None, metric="train/loss")
     with pytest.raises(OSError, match="no more processes"):
         preflight(plan, FailingExecutor())  # pyright: ignore

@@ -97,6 +97,15 @@ def test_a_grids_points_are_taken_in_its_own_order_and_once(tmp_path):
     assert (again.ask_config({"lr": "2"}).number, again.ask_config({"lr": "3"}).number) == (1, 2)
 
 
+def test_to_ask_for_a_grids_point_does_not_take_longer_the_more_there_are(tmp_path, monkeypatch):
+    study = trials(tmp_path / "a", None, space=read_space(["lr=1,2"], {}, None))
+    read, trial_params = [], study.trial_params
+    monkeypatch.setattr(study, "trial_params", lambda trial: read.append(trial) or trial_params(trial))
+    for number in range(30):
+        assert study.ask_config({"lr": str(number)}).number == number
+    assert len(read) == 2 * 30  # each when it is new, and in the request
+
+
 def test_a_report_made_again_changes_nothing_and_gets_the_same_answer(tmp_path):
     study = trials(tmp_path / "a", total=3)
     for _ in range(2):

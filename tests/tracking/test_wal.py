@@ -266,3 +266,19 @@ def test_a_log_that_leads_elsewhere_is_not_written_to(tmp_path):
     with pytest.raises(OSError):
         WriteAheadLog(tmp_path / "points.wal")
     assert (tmp_path / "thesis").read_text() == "many words"
+
+
+def test_only_what_is_new_is_synced(tmp_path, monkeypatch):
+    WriteAheadLog(tmp_path / "wal").close()
+    wal, synced, fsync = WriteAheadLog(tmp_path / "wal"), [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(wal.end) or fsync(number))
+    for step in (1, 2):
+        wal.add_points("loss", (step,), (0.5,))
+        wal.sync()
+        wal.sync()
+        assert synced[step - 1 :] == [wal.end]
+    wal.close()
+    wal = WriteAheadLog(tmp_path / "wal")  # what a dead process wrote may not be on the disk
+    wal.sync()
+    assert len(synced) == 3
+    wal.close()

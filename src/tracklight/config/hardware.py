@@ -27,8 +27,10 @@ def check_machine(accelerator: str, devices: Any) -> None:
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and gpus == 0)
     if not on_cpu and accelerator not in ("auto", "gpu", "cuda"):
         return
-    available = max(2, count_cores()) if on_cpu else gpus
     needed = max(_device_indices(devices) or (), default=-1) + 1
+    if needed < 2 and on_cpu:  # to count cores takes longer than all other checks of a config
+        return
+    available = max(2, count_cores()) if on_cpu else gpus
     if available is not None and needed > available:
         kind = "CPU processes" if on_cpu else "GPUs"
         problem = f"trainer.devices={devices} asks for {needed} {kind}, but this machine has room for"
@@ -39,8 +41,10 @@ def resolve_precision(precision: Any, accelerator: str) -> str:
     """Return the full name of the precision in which Lightning will train: no CPU has float16 autocast."""
     full = {None: "32-true", "32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
     name = full.get(precision if precision is None else str(precision), str(precision))
+    if name != "16-mixed":
+        return name
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and count_gpus() == 0)
-    return "bf16-mixed" if name == "16-mixed" and on_cpu else name
+    return "bf16-mixed" if on_cpu else name
 
 
 def _device_indices(devices: Any) -> Sequence[int] | None:

@@ -268,13 +268,16 @@ def check_values(tree: Mapping[str, Any]) -> None:
 
 def is_float(key: str, value: Any, target: Any) -> bool:
     """Return whether numbers, one or a list, mean the same as floats under a key, of the class `target`."""
-    given = (value_in_conf(key, target), value)
-    example, values = (each if isinstance(each, list) else [each] for each in given)
+    values = value if isinstance(value, list) else [value]
+    if not all(map(is_number, values)):
+        return False
+    example = value_in_conf(key, target)
+    example = example if isinstance(example, list) else [example]
     takes_floats = float in map(type, example) or (
         key in RULE_OF and RULE_OF[key].values.accepts([0.5] * len(values) if values is value else 0.5)
     )
     tells_apart = re.search(r"_batches$|\.num_\w+$|^sweep\.|interval$", key)  # a count from a fraction
-    return all(map(is_number, values)) and takes_floats and not tells_apart
+    return takes_floats and not tells_apart
 
 
 def check_relations(tree: Mapping[str, Any], on_this_machine: bool = True) -> None:

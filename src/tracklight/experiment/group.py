@@ -58,7 +58,7 @@ class Group:
             raise NotStackable(reason)
         build.rehearse(cfg, self.model, self.data, self.trainer)
         self.store = stored.open_store(cfg.tracking.uri, Path(cfg.tracking.dir), create=True)
-        self.store.sends_directly = True
+        self.store.send_directly()
 
     def build_data(self, cfg: DictConfig) -> TensorData:
         """Build a data set, once for all members that have it; those with the same rows share them."""

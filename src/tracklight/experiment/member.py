@@ -65,7 +65,7 @@ class Member:
         """Create the run, or reopen it, and describe it."""
         resumed = stored.resolve_resume(self.cfg, store, self.run_id)[1] if self.run_id else None
         self.tree = to_plain(self.cfg)
-        self.recorder = Recorder(self.cfg, self.model, self.data, _provenance(*list_targets(self.tree)))
+        self.recorder = Recorder(self.tree, self.model, self.data, _provenance(*list_targets(self.tree)))
         self.run = self.recorder.open_run(store, resumed, {**self.run_tags, tags.POPULATION_TAG: str(size)})
         self.run_id = self.run.run_id
         self.recorder.describe(self.run)

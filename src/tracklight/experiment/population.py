@@ -129,6 +129,7 @@ class Training:
         # Not yet logged, by metric: the steps, and the values (S, M).
         self.points = defaultdict[str, list[tuple[range, Tensor]]](list)
         self.values: dict[str, list[float]] = {}  # of the last epoch, (M,)
+        self._loops: dict[int, Any] = {}  # Lightning's counters after so many epochs
         # Best score and its epoch; a score that is not finite, and since which epoch none is. Epochs from 1.
         self.scores = torch.zeros(4, len(members), dtype=torch.float64)
         self.saved_s, self.saving_s = time.monotonic(), SAVING_S * len(members)
@@ -178,7 +179,7 @@ class Training:
         scored = [i for i, _ in self.active if self.scores[1, i]]
         best = min(scored, key=lambda i: sign * self.scores[0, i], default=None)
         for position, member in self.active:
-            member.cfg.tracking.figures &= position == best  # they take longer than all else
+            member.tree["tracking"]["figures"] &= position == best  # they take longer than all else
             self._finish(position, member, "complete")
 
     def _batches(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -253,7 +254,7 @@ class Training:
         for position, member in self.active:
             if member.index in pruned:
                 member.pruning.pruned = member.last.stopped_early = True
-                member.cfg.tracking.figures = False
+                member.tree["tracking"]["figures"] = False
                 self._finish(position, member, tags.PRUNED)
 
     def _flush(self, last_steps: Mapping[int, int] | None = None) -> None:
@@ -316,8 +317,9 @@ class Training:
 
     def _progress(self, epochs: int, epoch: int) -> dict[str, Any]:
         """Return what checkpoints hold of Lightning's counters; `epoch` is the current one, from 0."""
-        loops = set_progress(self.group.trainer, epochs, self.group.num_batches)
-        return {"epoch": epoch, "global_step": epochs * self.group.num_batches, "loops": loops}
+        if epochs not in self._loops:  # Lightning takes a millisecond
+            self._loops[epochs] = set_progress(self.group.trainer, epochs, self.group.num_batches)
+        return {"epoch": epoch, "global_step": epochs * self.group.num_batches, "loops": self._loops[epochs]}
 
     def _finish(self, position: int, member: Member, outcome: str) -> None:
         """End a member well: its last checkpoint, its score with the best weights, its status."""

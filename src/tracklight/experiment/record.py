@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
-from tracklight.config.compose import config_digest, digest_without_seed, flatten, short_params, to_plain
+from tracklight.config.compose import (
+    config_digest,
+    digest_without_seed,
+    flatten,
+    flatten_redacted,
+    short_params,
+)
 from tracklight.data.tensor_data import TensorData
 from tracklight.engine.blocks import NonFinite
 from tracklight.engine.signals import Stopped
@@ -34,7 +39,7 @@ from tracklight.tracking.store import Store
 class Recorder:
     """Writes down in a run what it is and what it came to."""
 
-    cfg: DictConfig
+    cfg: Mapping[str, Any]  # resolved, plain values
     model: LightningModule
     data: LightningDataModule | None
     provenance: Provenance
@@ -45,32 +50,32 @@ class Recorder:
         Raises:
             BadInput: The resumed run was started with other code, data or settings.
         """
-        cfg, model, data, tree = self.cfg, self.model, self.data, to_plain(self.cfg)
+        cfg, model, data, tracking = self.cfg, self.model, self.data, self.cfg["tracking"]
         named = getattr(data, "name", None)  # which in a foreign class may be anything
         data_name = named if isinstance(named, str) and named else type(data).__name__
         source_digest = data.source_digest if isinstance(data, TensorData) else None
         run_tags = {
-            **tags.own_tags(flatten(cfg.tracking.tags), redact(cfg.tracking.note)),
+            **tags.own_tags(flatten(tracking["tags"]), redact(tracking["note"])),
             **self.provenance.tags,
-            tags.IDENTITY_TAG: config_digest(tree),
-            tags.SETTING_TAG: digest_without_seed(tree, source_digest),
+            tags.IDENTITY_TAG: config_digest(cfg),
+            tags.SETTING_TAG: digest_without_seed(cfg, source_digest),
             tags.DATA_TAG: data.digest if isinstance(data, TensorData) else "unknown",
             **({} if source_digest is None else {tags.DATA_SET_TAG: source_digest}),
             tags.DATA_NAME_TAG: data_name,
-            tags.EPOCHS_TAG: str(cfg.trainer.max_epochs),
+            tags.EPOCHS_TAG: str(cfg["trainer"]["max_epochs"]),
             **further_tags,
         }
         if resumed is None:
             # MLflow's own random names repeat with the seed.
             names = [type(model).__name__, *([] if data is None else [data_name])]
-            name = cfg.tracking.run_name or "-".join([*names, time.strftime("%m%d-%H%M%S")])
-            return store.create(cfg.tracking.experiment, name, run_tags)
+            name = tracking["run_name"] or "-".join([*names, time.strftime("%m%d-%H%M%S")])
+            return store.create(tracking["experiment"], name, run_tags)
         run_id, changes = resumed.run.info.run_id, list(resumed.changes)
         for tag in (tags.CODE_TAG, tags.DATA_TAG):
             before, now = resumed.run.data.tags.get(tag, run_tags[tag]), run_tags[tag]
             if before != now:
                 changes.append(f"{tag.partition('.')[2]}: digest {before[:12]} -> {now[:12]}")
-        if changes and not cfg.allow_changes:
+        if changes and not cfg["allow_changes"]:
             how = "allow_changes=true continues all the same and records it"
             raise BadInput(f"run {run_id} was started otherwise ({'; '.join(changes)}); {how}")
         if changes:
@@ -81,14 +86,16 @@ class Recorder:
 
     def describe(self, run: Run) -> None:
         """Log the run's params, data set, config and provenance."""
-        tree, data = redact(to_plain(self.cfg)), self.data
+        tree, data = redact(self.cfg), self.data
         if not run.params:  # as are all resumed runs but those killed right after their creation
             if isinstance(data, TensorData):
                 run.log_input(data.name, data.digest, data.source, "training")
             # What does not describe the training is no param, or every comparison would show it.
             own = () if hasattr(self.model, "optimizer_factory") else OPTIMIZER_KEYS
             params = {k: v for k, v in tree.items() if k not in (*COMMAND_KEYS, "overrides", *own)}
-            run.log_params(short_params(params) | flatten(params))  # last: params say that it is described
+            run.log_params(
+                short_params(flat := flatten_redacted(params)) | flat
+            )  # last: params say that it is described
         dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
         run.log_text(yaml.dump(tree, Dumper=dumper, sort_keys=False), tags.CONFIG)
         if isinstance(data, TensorData):
@@ -118,7 +125,7 @@ class Recorder:
         model, data = self.model, self.data
         if score is not None:
             run.log_series(tags.SCORE, (step,), (score,))
-        if self.cfg.tracking.figures:
+        if self.cfg["tracking"]["figures"]:
             draw_figures(model, data, run.logged_metrics(), run.artifacts / FOLDER, step, tested)
         if not tested:
             return
@@ -136,8 +143,8 @@ class Recorder:
     ) -> dict[str, Any]:
         """Return what a run came to, for programs; a tracked run keeps it beside its config."""
         summary: dict[str, Any] = {
-            "metric": self.cfg.score.metric,
-            "mode": self.cfg.score.mode,
+            "metric": self.cfg["score"]["metric"],
+            "mode": self.cfg["score"]["mode"],
             "score": score,
             "step": step,
             "metrics": {key: finite(float(value)) for key, value in metrics.items()},

@@ -93,7 +93,7 @@ def run(
         build.rehearse(cfg, model, data, training.trainer)
 
         # The run is opened last: what fails earlier leaves no empty run behind.
-        recorder = Recorder(cfg, model, data, source)
+        recorder = Recorder(to_plain(cfg), model, data, source)
         tracked = store and recorder.open_run(store, resumed, tags)
         finishing = finish_run(tracked, model, training.trainer, cfg.tracking.figures)
         with finishing, stop.converting_errors(), logging_to(tracked):

@@ -220,7 +220,8 @@ class SweepLoop:
                     self._elsewhere.append(jobs)
                     continue
                 request = retry
-            self.study.set_run_keys(request.number, keys)
+            if self.plan.is_search:
+                self.study.set_run_keys(request.number, keys)
             self._trials[request.number], self._ended[request.number] = jobs, {}
             self._queue.extend(jobs[:1] if self._prunes else jobs)
         return self._queue.popleft()
@@ -323,7 +324,7 @@ class SweepLoop:
         if message.kind == "failed" and self.parent:
             run_tags = self._tags(job.number, job.params, job.key)
             self.parent.record_failure(message.run_id, job.name, run_tags, message.reason)
-        ended = (job.cfg.seed, message.kind, message.score, message.epochs, message.seconds)
+        ended = (job.cfg["seed"], message.kind, message.score, message.epochs, message.seconds)
         self.trial_runs.append(TrialRun(job.number, job.params, *ended, reason=message.reason))
         if message.kind != "stopped":
             self._results[job.key] = message

@@ -204,9 +204,9 @@ class ParentRun:
         self.run.set_tags({f"best.{key}": repr(value) for key, value in means.items()})
         return means
 
-    def drop_last_checkpoints(self, kept: Collection[str]) -> None:
+    def drop_last_checkpoints(self, children: Iterable[Any], kept: Collection[str]) -> None:
         """Delete last.ckpt of the finished trials but those `kept`; their best.ckpt stays."""
-        for run_id in (run.info.run_id for run in self.children() if run.info.status == "FINISHED"):
+        for run_id in (run.info.run_id for run in children if run.info.status == "FINISHED"):
             folder = self.store.folder(run_id)
             last = folder / tags.ARTIFACTS_FOLDER / tags.LAST
             if run_id in kept or not last.exists():
@@ -291,10 +291,10 @@ class ParentRun:
                 plotted.result()
         self.run.upload_artifacts()
 
-    def save_view(self) -> str:
+    def save_view(self, children: Iterable[Any]) -> str:
         """Save the view of the sweep in MLflow's UI; return its address, of `make ui` or the server."""
         plan, params = self._plan, dict[str, str]()
-        for child in self.children():
+        for child in children:
             params |= child.data.params
         names = [axis.name.partition("@")[0] for axis in plan.space.axes]
         names += ["seed"] * (plan.settings["seeds"] > 1) + ["data.fold"] * (plan.num_folds > 1)

@@ -3,9 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from tracklight.config import compose
+from tracklight.config.rules import nested_items
 from tracklight.sweep.executors import Message, ProcessExecutor
 from tracklight.sweep.plan import Job
 from tracklight.sweep.trial import NotStacked, TrialSpec
@@ -37,20 +36,21 @@ NEEDED: tuple[tuple[tuple[Any, ...], str], ...] = (
 
 def why_alone(job: Job) -> str | None:
     """Return the first setting for which a trial is trained alone, in words."""
+    values = dict(nested_items(job.cfg))
     for allowed, keys in NEEDED:
         for key in keys.split():
-            value = OmegaConf.select(job.cfg, key)
+            value = values.get(key)
             if not any(value == each and type(value) is type(each) for each in allowed):
                 return f"{key}={value}"
-    return next((f"callbacks.{name}" for name, node in (job.cfg.callbacks or {}).items() if node), None)
+    return next((f"callbacks.{name}" for name, node in (job.cfg["callbacks"] or {}).items() if node), None)
 
 
 def shared_digest(job: Job) -> str:
     """Return the digest of what the trials of one population share."""
     values = compose.result_keys(job.cfg)
     shared = {key: value for key, value in values.items() if not compose.is_below(key, STACKABLE)}
-    has_dropout = bool(OmegaConf.select(job.cfg, "model.dropout"))  # without, there is no such layer
-    return compose.json_digest([shared, has_dropout, job.cfg.trainer.max_epochs])
+    has_dropout = bool(job.cfg["model"].get("dropout"))  # without, there is no such layer
+    return compose.json_digest([shared, has_dropout, job.cfg["trainer"]["max_epochs"]])
 
 
 def group_jobs(jobs: Sequence[Job]) -> tuple[list[list[int]], str]:

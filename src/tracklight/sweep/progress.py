@@ -65,7 +65,7 @@ class Progress:
 
     def epoch_ended(self, job: Job, epoch: int) -> None:
         """Note how far a run is."""
-        self._epochs[job.key] = f"{epoch}/{job.cfg.trainer.max_epochs}"
+        self._epochs[job.key] = f"{epoch}/{job.cfg['trainer']['max_epochs']}"
         self.update()
 
     def finished_earlier(self, result: TrialResult) -> None:

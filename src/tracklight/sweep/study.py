@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -234,6 +235,10 @@ class OptunaStudy:
         )
         self.name, self._machine = name, machine
         self._running: dict[int, Trial] = {}
+        # Of a grid, the numbers of the trials of each config: to look through all of them for each trial
+        # would soon take longer than the trial.
+        self._numbers = defaultdict[frozenset[tuple[str, str]], list[int]](list)
+        self._num_indexed = 0
         self.running_ids: set[int] = set()  # in the storage, of the trials that run here
         running = [each for each in self.get_trials() if each.state == TrialState.RUNNING]
         running = [each for each in running if self._is_ours(each)]
@@ -256,7 +261,10 @@ class OptunaStudy:
 
     def counted_trials(self) -> list[FrozenTrial]:
         """Return the trials that count: neither replaced by a retry, nor surplus, nor torn by a kill."""
-        trials = [trial for trial in self.get_trials() if SURPLUS_ATTR not in trial.user_attrs]
+        return self._counted(self.get_trials())
+
+    def _counted(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        trials = [trial for trial in trials if SURPLUS_ATTR not in trial.user_attrs]
         trials = [trial for trial in trials if not self._is_torn(trial)]
         replaced = {trial.user_attrs.get(RETRY_OF_ATTR) for trial in trials}
         return [trial for trial in trials if trial.number not in replaced]
@@ -324,7 +332,11 @@ class OptunaStudy:
         return self._reopen(trial.number) if self._is_ours(trial) else None
 
     def _trials_of(self, params: Mapping[str, str]) -> list[FrozenTrial]:
-        return [trial for trial in self.counted_trials() if self.trial_params(trial) == params]
+        trials = self.get_trials()
+        for trial in trials[self._num_indexed :]:
+            self._numbers[frozenset(self.trial_params(trial).items())].append(trial.number)
+        self._num_indexed = len(trials)
+        return self._counted([trials[number] for number in self._numbers[frozenset(params.items())]])
 
     def _create(self, attrs: dict[str, Any]) -> int:
         """Create a running trial; return its number in the study."""

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,7 +100,7 @@ def _open_stores(plan: Plan) -> "tuple[Store | None, BaseStorage | None]":
     from tracklight.tracking.store import connect
 
     tracking, url = plan.first_cfg.tracking, plan.settings["storage"]
-    init_from = {job.cfg.init_from for jobs in plan.configs for job in jobs} - {None}
+    init_from = {job.cfg["init_from"] for jobs in plan.configs for job in jobs} - {None}
     if not tracking.enabled:
         for run_id in init_from:
             raise BadInput(f"init_from={run_id} needs tracking=mlflow, where that run is")
@@ -241,12 +241,13 @@ def _conclude(loop: "SweepLoop") -> float | None:
         if loop.machines and loop.machines.is_over:
             progress.note("the machine that leads has tested the best trial and ended the sweep")
         return winner.score if winner else None
+    children = parent.children() if parent and rows else []
     if parent and winner and loop.signum is None and not loop.halted:
-        progress.note(test_winner(loop, parent, winner))
+        progress.note(test_winner(loop, parent, winner, children))
         if plan.first_cfg.tracking.keep == "best":
-            parent.drop_last_checkpoints(winner.run_ids)
+            parent.drop_last_checkpoints(children, winner.run_ids)
     if parent and rows:
-        progress.note(f"view  {parent.save_view()}")
+        progress.note(f"view  {parent.save_view(children)}")
     if parent and winner:
         ended = {"id": parent.run_id, "metric": plan.metric, "mode": plan.mode, "score": winner.score}
         summary.update(ended, trials=num, params=winner.params, runs=winner.run_ids)
@@ -270,10 +271,11 @@ def _raise_outcome(loop: "SweepLoop") -> None:
         raise RunFailed(f"{count(num, 'trial')} failed: {', '.join(failed)}{more}")
 
 
-def test_winner(loop: "SweepLoop", parent: "ParentRun", winner: LeaderboardRow) -> str:
+def test_winner(
+    loop: "SweepLoop", parent: "ParentRun", winner: LeaderboardRow, children: Sequence[Any]
+) -> str:
     """Test those runs of the best trial that are not tested yet; return a line with the results."""
-    children = {child.info.run_id: child for child in parent.children()}
-    runs = [children[run_id] for run_id in winner.run_ids]
+    runs = [child for child in children if child.info.run_id in winner.run_ids]
     untested = {run.data.tags[POINT_TAG]: run for run in runs if TESTED_TAG not in run.data.tags}
     try:
         if untested:
@@ -329,7 +331,7 @@ def preflight(plan: Plan, executor: ProcessExecutor) -> str | None:
             that varies is not used.
     """
     jobs = [jobs[0] for jobs in plan.configs]
-    on_cpu = plan.launcher is not None or num_devices(jobs[0].cfg.trainer.devices) != 1
+    on_cpu = plan.launcher is not None or num_devices(jobs[0].cfg["trainer"]["devices"]) != 1
     refusals: list[str] = []
     for job in jobs:
         result = _run_preflight(executor, job, on_cpu)

@@ -115,8 +115,7 @@ def run_in_worker(specs: Sequence[TrialSpec], connection: Connection, max_member
 def run_population(specs: Sequence[TrialSpec], connection: Connection, max_members: int | None) -> None:
     """Train trials together, and send what each of them comes to."""
     os.environ.pop("PYTHONSAFEPATH", None)
-    from omegaconf import OmegaConf
-
+    from tracklight.config.compose import to_configs
     from tracklight.engine.signals import Stopped
     from tracklight.experiment import population
 
@@ -137,12 +136,9 @@ def run_population(specs: Sequence[TrialSpec], connection: Connection, max_membe
         return {index for index, prune in (connection.recv() for _ in asked) if prune}
 
     rest: TrialResult | NotStacked = TrialResult("stopped")
-    cfgs = [OmegaConf.create(spec.cfg) for spec in specs]
-    for cfg in cfgs:
-        OmegaConf.set_struct(cfg, True)
     try:
         of_each = [spec.tags for spec in specs], [spec.run_id for spec in specs]
-        population.run(cfgs, *of_each, max_members, report, end)
+        population.run(to_configs([spec.cfg for spec in specs]), *of_each, max_members, report, end)
     except population.NotStackable as error:
         rest = NotStacked(str(error))
     except Stopped:

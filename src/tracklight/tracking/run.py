@@ -238,7 +238,7 @@ class Run(MLFlowLogger):
         self._lock.close()
 
 
-@functools.lru_cache
+@functools.lru_cache(4096)  # a run has more than a hundred names
 def to_key(name: str) -> str:
     """Return a name as MLflow takes it: without other characters, and without empty parts between slashes."""
     parts = [re.sub(r"[^\w.\- :]+", "", part) for part in str(name).split("/")]

@@ -51,10 +51,17 @@ def delete_duplicates(client: Any, run: Any) -> None:
 class MlflowWriter:
     """Sends a run's log to MLflow and uploads its artifacts.
 
-    Points are written to `database` directly, if given; with `fills`, params, tags and the final status too.
+    Points are written to `database` directly, if given; to `tables`, which the caller closes, all else too.
     """
 
-    def __init__(self, client: Any, run: Any, wal: WriteAheadLog, database: Path | None, fills: bool = False):
+    def __init__(
+        self,
+        client: Any,
+        run: Any,
+        wal: WriteAheadLog,
+        database: Path | None,
+        tables: RunTables | None = None,
+    ):
         self.client = client
         self.run_id: str = run.info.run_id
         self._run = run  # as it was when opened
@@ -66,8 +73,7 @@ class MlflowWriter:
         self._needs_upload = not is_local
         self._uploaded: dict[Path, tuple[int, int]] = {}
         self.is_remote = database is None
-        self._database, self._fills = database, fills
-        self._tables: RunTables | None = None
+        self._database, self._fills, self._tables = database, tables is not None, tables
 
     @property
     def pending(self) -> bool:
@@ -85,7 +91,7 @@ class MlflowWriter:
                 count += len(record.steps)
                 if taken and count > _MAX_POINTS:
                     break
-            elif not (self._fills and record.fills_tables and self._open_tables()):
+            elif not (self._fills and record.fills_tables):
                 if not taken:
                     self._call(record)
                     confirmed = end
@@ -99,14 +105,14 @@ class MlflowWriter:
     def _open_tables(self) -> RunTables | None:
         if self._database and not self._tables:
             if has_known_columns(self._database):
-                self._tables = RunTables(self._database, self.run_id)
+                self._tables = RunTables(self._database)
             else:
                 self._database = None
         return self._tables
 
     def _log(self, records: list[Points | Call]) -> None:
         if tables := self._open_tables():
-            tables.write(records)
+            tables.write(self.run_id, records)
             return
         metrics = [
             mlflow.entities.Metric(record.key, value, record.timestamp_ms, step)
@@ -160,7 +166,7 @@ class MlflowWriter:
 
     def close(self) -> None:
         """Close the connection to the database, if one was opened."""
-        if self._tables:
+        if self._tables and not self._fills:
             self._tables.close()
             self._tables = None
 

@@ -6,7 +6,9 @@ import os
 import re
 import sqlite3
 import sys
-from collections.abc import Sequence
+import time
+import uuid
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,8 @@ from urllib.request import url2pathname
 from tracklight.errors import BadInput
 from tracklight.paths import sync_folder
 from tracklight.tracking.lock import exclusive_lock
-from tracklight.tracking.mlflow_client import create_database, short_reason
-from tracklight.tracking.tags import RUNS_FOLDER, SCORE
+from tracklight.tracking.mlflow_client import create_database, mlflow, short_reason
+from tracklight.tracking.tags import ARTIFACTS_FOLDER, NAME_TAG, RUNS_FOLDER, SCORE, USER_TAG
 from tracklight.tracking.wal import Call, Points
 
 _BUSY_S = 20.0  # as MLflow's own sessions
@@ -25,6 +27,16 @@ _MAX = sys.float_info.max  # what MLflow stores for infinity
 _METRIC = {"key", "value", "timestamp", "run_uuid", "step", "is_nan"}
 _TEXT = {"key", "value", "run_uuid"}
 _COLUMNS = {"metrics": _METRIC, "latest_metrics": _METRIC, "params": _TEXT, "tags": _TEXT}
+_RUN = (
+    "run_uuid name source_type source_name entry_point_name user_id status start_time end_time deleted_time"
+)
+_DATASET = "dataset_uuid experiment_id name digest dataset_source_type dataset_source dataset_schema"
+_ALL_COLUMNS = _COLUMNS | {
+    "runs": {*_RUN.split(), "source_version", "lifecycle_stage", "artifact_uri", "experiment_id"},
+    "datasets": {*_DATASET.split(), "dataset_profile"},
+    "inputs": {"input_uuid", "source_type", "source_id", "destination_type", "destination_id", "step"},
+    "input_tags": {"input_uuid", "name", "value"},
+}
 _ROWS = 150  # of one statement: SQLite before 3.32 binds 999 values
 _BEFORE_ALL = "(SELECT min(rowid) - 1 FROM latest_metrics)"
 _UPSERT = """
@@ -137,15 +149,37 @@ def relocate_artifacts(path: Path, former: str, root: Path) -> int:
 
 
 class RunTables:
-    """The tables of points, params, tags and statuses, for one active run."""
+    """The tables of runs, their points, params, tags and data sets."""
 
-    def __init__(self, path: Path, run_id: str):
-        self._run_id = run_id
+    def __init__(self, path: Path):
         self._connection = _connect(path)
         self._connection.execute("PRAGMA foreign_keys = ON")
 
-    def write(self, records: Sequence[Points | Call]) -> None:
-        """Add points and make calls, all or none; points and params already there stay as they are."""
+    def create_run(
+        self, run_id: str, experiment: str, location: str, name: str, tags: Mapping[str, str]
+    ) -> Any | None:
+        """Create a run as MLflow does, and return it.
+
+        None, and no run, unless one experiment has that name, is active and has its artifacts in `location`.
+        """
+        of, tags, start_ms = mlflow.entities, {**tags, NAME_TAG: name}, time.time_ns() // 1_000_000
+        state = {"user_id": tags.get(USER_TAG, "unknown"), "status": "RUNNING", "start_time": start_ms}
+        state |= {"lifecycle_stage": "active", "artifact_uri": f"{location}/{run_id}/{ARTIFACTS_FOLDER}"}
+        unknown = dict.fromkeys(("source_name", "entry_point_name", "source_version"), "")
+        with self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
+            query = "SELECT experiment_id, artifact_location, lifecycle_stage FROM experiments WHERE name = ?"
+            found = self._connection.execute(query, (experiment,)).fetchall()
+            if [each[1:] for each in found] != [(location, "active")]:
+                return None
+            ids = {"run_uuid": run_id, "experiment_id": found[0][0], "name": name, "source_type": "UNKNOWN"}
+            self._add("runs", **ids, **state, **unknown)
+            self._call(run_id, "tags", {"values": tags})
+        info = of.RunInfo(run_id, str(found[0][0]), end_time=None, run_name=name, **state)
+        return of.Run(info, of.RunData(tags=[of.RunTag(*each) for each in tags.items()]))
+
+    def write(self, run_id: str, records: Sequence[Points | Call]) -> None:
+        """Add points of an active run and make calls, all or none; points and params already there stay."""
         rows = [
             (each.key, max(-_MAX, min(value, _MAX)), each.timestamp_ms, step, False)
             if value == value
@@ -160,32 +194,66 @@ class RunTables:
         with self._connection:  # ends in COMMIT, or in ROLLBACK
             self._connection.execute("BEGIN IMMEDIATE")
             query = "SELECT lifecycle_stage FROM runs WHERE run_uuid = ?"
-            if self._connection.execute(query, (self._run_id,)).fetchone() != ("active",):
-                raise sqlite3.IntegrityError(f"run {self._run_id} is deleted")
+            if self._connection.execute(query, (run_id,)).fetchone() != ("active",):
+                raise sqlite3.IntegrityError(f"run {run_id} is deleted")
             for at in range(0, len(rows), _ROWS):
-                self._insert("INSERT OR IGNORE INTO metrics", rows[at : at + _ROWS])
+                self._insert(run_id, "INSERT OR IGNORE INTO metrics", rows[at : at + _ROWS])
             for row in latest.values():
                 # MLflow's comparison of runs opens on the metric whose row comes first.
                 rowid = _BEFORE_ALL if row[0] == SCORE else "NULL"
-                self._insert("INSERT INTO latest_metrics", [row], _UPSERT, rowid)
+                self._insert(run_id, "INSERT INTO latest_metrics", [row], _UPSERT, rowid)
             for each in records:
                 if isinstance(each, Call):
-                    self._call(each.name, each.arguments)
+                    self._call(run_id, each.name, each.arguments)
 
-    def _call(self, name: str, arguments: dict[str, Any]) -> None:
+    def _call(self, run_id: str, name: str, arguments: dict[str, Any]) -> None:
         if name == "status":
-            ended = (arguments["status"], arguments["end_ms"], self._run_id)
+            ended = (arguments["status"], arguments["end_ms"], run_id)
             self._connection.execute("UPDATE runs SET status = ?, end_time = ? WHERE run_uuid = ?", ended)
+            return
+        if name == "input":
+            self._log_input(run_id, **arguments)
             return
         of_known = "IGNORE" if name == "params" else "REPLACE"
         insert = f"INSERT OR {of_known} INTO {name} (key, value, run_uuid) VALUES (?, ?, ?)"
-        self._connection.executemany(insert, [(*item, self._run_id) for item in arguments["values"].items()])
+        self._connection.executemany(insert, [(*item, run_id) for item in arguments["values"].items()])
 
-    def _insert(self, insert: str, rows: list[Row], conflict: str = "", rowid: str = "NULL") -> None:
+    def _log_input(self, run_id: str, name: str, digest: str, source: str, context: str) -> None:
+        of_data = {
+            "experiment_id": self._find("runs", "experiment_id", run_uuid=run_id),
+            "name": name,
+            "digest": digest,
+        }
+        made = {"dataset_uuid": uuid.uuid4().hex, "dataset_source_type": "local", "dataset_source": source}
+        self._add("datasets", **of_data, **made)
+        data_id = self._find("datasets", "dataset_uuid", **of_data)
+        use = {
+            "source_type": "DATASET",
+            "source_id": data_id,
+            "destination_type": "RUN",
+            "destination_id": run_id,
+        }
+        self._add("inputs", input_uuid=uuid.uuid4().hex, **use)
+        input_id = self._find("inputs", "input_uuid", **use)
+        self._add("input_tags", input_uuid=input_id, name="mlflow.data.context", value=context)
+
+    def _add(self, table: str, **row: Any) -> None:
+        """Add a row, unless there is one of its key."""
+        into = f"{table} ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})"
+        self._connection.execute(f"INSERT OR IGNORE INTO {into}", (*row.values(),))
+
+    def _find(self, table: str, column: str, **row: Any) -> Any:
+        is_it = " AND ".join(f"{key} = ?" for key in row)
+        query = f"SELECT {column} FROM {table} WHERE {is_it}"
+        return self._connection.execute(query, (*row.values(),)).fetchone()[0]
+
+    def _insert(
+        self, run_id: str, insert: str, rows: list[Row], conflict: str = "", rowid: str = "NULL"
+    ) -> None:
         # One statement for many rows: SQLite then works without holding Python's lock.
         values = ",".join([f"({rowid},?1,?,?,?,?,?)"] * len(rows))
         columns = "rowid, run_uuid, key, value, timestamp, step, is_nan"
-        fields = [self._run_id, *(field for row in rows for field in row)]
+        fields = [run_id, *(field for row in rows for field in row)]
         self._connection.execute(f"{insert} ({columns}) VALUES {values}{conflict}", fields)
 
     def close(self) -> None:
@@ -199,15 +267,13 @@ def _connect(path: Path, mode: str = "rw") -> sqlite3.Connection:
     return sqlite3.connect(f"{path.as_uri()}?mode={mode}", uri=True, timeout=_BUSY_S, **options)
 
 
-def has_known_columns(path: Path) -> bool:
-    """Return whether the tables at `path` have the columns that `RunTables` fills."""
+def has_known_columns(path: Path, fills_all: bool = False) -> bool:
+    """Return whether the tables at `path` have the columns that `RunTables` knows: of points, or of all."""
+    known = _ALL_COLUMNS if fills_all else _COLUMNS
     with closing(_connect(path)) as connection:
-        tables = {
-            name: {row[1] for row in connection.execute(f"PRAGMA table_info({name})")}
-            for name in (*_COLUMNS, "runs")
+        return known == {
+            name: {row[1] for row in connection.execute(f"PRAGMA table_info({name})")} for name in known
         }
-        has_status = {"run_uuid", "status", "end_time"} <= tables.pop("runs")  # which has others that stay
-        return has_status and tables == _COLUMNS
 
 
 def creation_order(path: Path, run_ids: Sequence[str]) -> dict[str, int]:

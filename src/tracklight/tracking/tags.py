@@ -46,6 +46,7 @@ POPULATION_TAG = "tracklight.population"  # of a trial that was trained with oth
 NEVER_BEGAN_TAG = "tracklight.never_began"  # of a failed run that holds nothing to continue
 THREADS_TAG = "tracklight.threads"
 
+NAME_TAG, USER_TAG = "mlflow.runName", "mlflow.user"
 NOTE_TAG = "mlflow.note.content"  # the description that MLflow's UI shows as Markdown
 MAX_TAG_CHARS = 5000  # MLflow takes 8000; nobody reads a longer one
 MAX_PARAM_CHARS = 6000  # MLflow's own, see mlflow.utils.validation

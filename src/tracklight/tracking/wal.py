@@ -18,6 +18,7 @@ from typing import Any
 
 from tracklight.errors import RunFailed
 from tracklight.paths import read_bounded
+from tracklight.tracking.tags import NAME_TAG
 
 _HEAD = struct.Struct("<II")  # length and CRC-32 of the payload
 _POINTS = struct.Struct("<cqHI")  # kind, timestamp, bytes of the key, number of points
@@ -48,7 +49,9 @@ class Call:
         """Whether it only fills tables of a database; a changed name of the run would do more."""
         if self.name == "status":
             return self.arguments["status"] != "RUNNING"
-        return self.name in ("params", "tags") and "mlflow.runName" not in self.arguments["values"]
+        if self.name in ("params", "tags"):
+            return NAME_TAG not in self.arguments["values"]
+        return self.name == "input"
 
 
 class WriteAheadLog:
@@ -57,6 +60,7 @@ class WriteAheadLog:
     def __init__(self, path: Path, start_ms: int = 0):
         self.path = path
         self.end = 0  # bytes of whole records, so far
+        self._synced = 0  # of them, those that are certainly on the disk
         # Bytes that MLflow has confirmed; after a crash at most those: sent again, a point changes nothing.
         self.sent = 0
         # Of each metric, how many points a continued run will log again, and their highest step.
@@ -150,7 +154,9 @@ class WriteAheadLog:
 
     def sync(self) -> None:
         """Return once everything appended is on the disk."""
-        os.fsync(self._fd)
+        if (end := self.end) > self._synced:
+            os.fsync(self._fd)
+            self._synced = end
 
     def confirm(self, end: int) -> None:
         """Record beside the file that MLflow has everything before this offset."""
