@@ -5,7 +5,6 @@ size, `...` an example's own shape.
 """
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from tracklight.engine.cuda_graphs import CapturedStep
 from tracklight.engine.seeding import seed_step
-from tracklight.engine.steps import EAGER_STEPS, Step, trace
+from tracklight.engine.steps import Step, trace
 from tracklight.models.supervised import Supervised
 
 MOMENTS = {SGD: ("momentum_buffer",), Adam: ("exp_avg", "exp_avg_sq"), AdamW: ("exp_avg", "exp_avg_sq")}
@@ -65,7 +64,6 @@ class Population:
                 self.template.set_submodule(name, _Dropout())
                 self.rates[f"{name}.rate"] = torch.tensor(rates).to(self.parameters[0])
         self.traces: dict[Any, Callable[..., tuple[Tensor, ...]] | None] = {}
-        self.num_steps: Counter[Any] = Counter()
         self.step: Step = self._step
         if device.type == "cuda" and self.parameters[0].dtype == torch.float32:
             self.step = CapturedStep(self._step, self.optimizer, self.parameters)  # pyright: ignore
@@ -91,10 +89,13 @@ class Population:
         return torch.stack(losses)
 
     def _step(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Take a step, (G, B, ...) -> (M,); on the CPU a trace is replayed once it is worth one."""
+        """Take a step, (G, B, ...) -> (M,); on the CPU by a trace.
+
+        It rounds otherwise than the eager step, so it is made at once: members that go on after a kill would
+        take other steps than those that were not killed.
+        """
         key, state = (inputs.shape, inputs.stride(), targets.shape), self.optimizer.state
-        self.num_steps[key] += 1
-        if self.num_steps[key] == EAGER_STEPS and self.device.type == "cpu":
+        if key not in self.traces and self.device.type == "cpu":
             self.traces[key] = trace(self._update, state, (inputs, targets), fuse_updates)
         if (replay := self.traces.get(key)) is None:
             return self._update(*state, inputs, targets)[0]
