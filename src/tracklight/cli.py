@@ -50,7 +50,7 @@ QUIET = {
 _STEERING = re.compile(rf"(?!\r|\x1b\[(?:\d*[A-DGJK]|[\d;]*m|\?25[hl])){CONTROL.pattern}")
 # Of a disk or its quota: the line says what and where, a traceback no more.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENAMETOOLONG}
-# From so many runnable processes a core on, OpenMP's threads sleep while they wait for one another. By default
+# From so many runnable processes a core on, OpenMP's threads sleep while they wait for each other. By default
 # they spin: on idle cores that is 1.8 times as fast, on others it keeps the core from the thread waited for.
 CROWDED = 1.5
 # Imports make a million objects, all to stay; collecting garbage at every turn would take seconds.

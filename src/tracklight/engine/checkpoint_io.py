@@ -193,7 +193,7 @@ class DurableCheckpointIO(CheckpointIO):
                 return
         self._write(checkpoint, final)
 
-    def keep_best(self, path: Path, now: Mapping[str, Any]) -> bool:
+    def keep_best(self, path: Path, now: dict[str, Any]) -> bool:
         """Keep the best weights in memory if they may wait; return whether they do.
 
         Args:

@@ -85,7 +85,7 @@ class BestCheckpoint(ModelCheckpoint):
         is_best = is_finite and super().check_monitor_top_k(trainer, current)
         if not (is_best and self._io and self.best_model_path):
             return is_best
-        now = {"epoch": trainer.current_epoch, "global_step": trainer.global_step}
+        now: dict[str, Any] = {"epoch": trainer.current_epoch, "global_step": trainer.global_step}
         now["state_dict"] = trainer.strategy.lightning_module_state_dict()
         if not self._io.keep_best(Path(self.best_model_path), now):
             return True
