@@ -187,7 +187,8 @@ class DurableCheckpointIO(CheckpointIO):
             self.write_pending()
         self._pending = None
         if final.name == BEST and "optimizer_states" not in checkpoint:
-            checkpoint.pop("loops", None)  # counters, which continue nothing without an optimizer
+            # Without counters of loops, which continue nothing where there is no optimizer.
+            checkpoint = {key: value for key, value in checkpoint.items() if key != "loops"}
             self._best = checkpoint | {"state_dict": None}
             if self.keep_best(final, checkpoint):
                 return
