@@ -262,6 +262,29 @@ def test_usage_reporting_and_advertising_are_off(monkeypatch):
     assert log.filter(news)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs libgomp, of PyTorch for Linux")
+@pytest.mark.parametrize(
+    ("load", "given", "policy", "spins"),
+    [
+        (1.0, {}, "", "300000"),  # libgomp's own
+        (2.0, {}, "PASSIVE", "0"),
+        (2.0, {"OMP_WAIT_POLICY": "active"}, "ACTIVE", "30000000000"),
+        (2.0, {"GOMP_SPINCOUNT": "77"}, "", "77"),
+    ],
+)
+def test_threads_of_a_crowded_machine_sleep_while_they_wait_unless_the_user_says_otherwise(
+    load, given, policy, spins
+):
+    code = f"import os; os.getloadavg = lambda: ({load} * os.cpu_count(), 0.0, 0.0)\n"
+    code += "from tracklight import cli; cli.quiet(); import torch"
+    unset = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+    env = {k: v for k, v in os.environ.items() if k not in unset} | given | {"OMP_DISPLAY_ENV": "verbose"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
+    assert not policy or f"OMP_WAIT_POLICY = '{policy}'" in done.stderr
+    assert not done.stdout
+
+
 def test_the_library_still_prints_its_tips_where_they_are_filtered():
     import inspect
 

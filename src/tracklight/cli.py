@@ -50,6 +50,9 @@ QUIET = {
 _STEERING = re.compile(rf"(?!\r|\x1b\[(?:\d*[A-DGJK]|[\d;]*m|\?25[hl])){CONTROL.pattern}")
 # Of a disk or its quota: the line says what and where, a traceback no more.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENAMETOOLONG}
+# From so many runnable processes a core on, OpenMP's threads sleep while they wait for each other. By default
+# they spin: on idle cores that is 1.8 times as fast, on others it keeps the core from the thread waited for.
+CROWDED = 1.5
 # Imports make a million objects, all to stay; collecting garbage at every turn would take seconds.
 GC_THRESHOLDS = (50_000, 10, 10)
 
@@ -123,6 +126,8 @@ def quiet() -> None:
     """Switch off usage reporting and advertising of every library, in child processes too."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    if os.getloadavg()[0] >= CROWDED * (os.cpu_count() or 1):
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # the bits stay; GOMP_SPINCOUNT would win
     # Libraries warn while they are imported, so that under PYTHONWARNINGS=error none could be.
     if strict := [option for option in sys.warnoptions if option.startswith("error")]:
         sys.warnoptions[:] = [option for option in sys.warnoptions if option not in strict]

@@ -14,9 +14,12 @@ from tracklight.engine.checkpoint_io import (
     DurableCheckpointIO,
     checksum_path,
     is_intact,
+    load_plain,
     newest_resume_checkpoint,
 )
 from tracklight.engine.checkpoints import BestCheckpoint, ResumeCheckpoint, apply_changes, keep_last
+from tracklight.engine.seeding import seed_run
+from tracklight.models.mlp import MLP
 
 IO = DurableCheckpointIO()
 
@@ -69,6 +72,37 @@ def test_quick_epochs_are_not_all_committed_but_the_last_is(tmp_path, monkeypatc
     monkeypatch.setattr(checkpoint_io, "INTERVAL_S", 1e6)
     Fit(resuming(tmp_path), max_epochs=5, plugins=[IO])
     assert [path.name for path in tmp_path.glob("*.ckpt")] == ["step-000000065.ckpt"]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize("metric", ["val/loss", "train/loss_epoch"])
+@pytest.mark.parametrize("hook", ["", "on_save_checkpoint"])
+def test_best_weights_that_waited_are_those_that_each_epoch_would_have_written(
+    tmp_path, monkeypatch, metric, hook
+):
+    class Hooked(MLP):
+        def on_save_checkpoint(self, checkpoint) -> None:
+            checkpoint["mine"] = self.trainer.current_epoch
+
+    found, dumps, dump = [], [], Trainer.save_checkpoint
+    monkeypatch.setattr(Trainer, "save_checkpoint", lambda *a, **k: dumps.append(a) or dump(*a, **k))
+    for interval_s in (0.0, 1e6):
+        monkeypatch.setattr(checkpoint_io, "INTERVAL_S", interval_s)
+        dumps.clear()
+        io, best = DurableCheckpointIO(), BestCheckpoint(metric, "min", within_epochs=False)
+        best.dirpath = str(tmp_path)
+        seed_run(3)
+        module = Hooked(8, 4, hidden=[6]) if hook else None
+        fit = Fit(best, module=module, max_epochs=8, plugins=[io])
+        assert fit.error is None
+        io.write_pending()
+        found.append((load_plain(tmp_path / "best.ckpt"), best.state_dict()))
+        assert (len(dumps) == 1) == (interval_s > 0 and not hook)  # by Lightning, of all its state
+    (written, state), (waited, same) = found
+    assert state == same and written.keys() == waited.keys()
+    assert written["epoch"] == waited["epoch"] > 1
+    assert written.get("mine") == waited.get("mine") == (written["epoch"] if hook else None)
+    assert all(map(torch.equal, written["state_dict"].values(), waited["state_dict"].values()))
 
 
 @pytest.mark.parametrize("callbacks", [(), (OneByOne(),)], ids=["blocks", "plain"])

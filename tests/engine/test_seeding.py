@@ -1,7 +1,9 @@
 """Random numbers are pure functions of (seed, step) and (seed, epoch)."""
 
 import random
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from tracklight.engine.seeding import (
     seed_run,
     seed_step,
 )
+from tracklight.models.linear_regression import LinearRegression
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -97,6 +100,29 @@ def test_a_global_generator_that_a_user_passes_on_is_left_to_the_run():
     torch.manual_seed(5)
     EpochSeeds(7)._renew([SimpleNamespace(generator=torch.default_generator)], 3)
     assert torch.equal(torch.rand(1), wanted)
+
+
+def test_the_log_that_lightning_gives_a_users_callback_leads_a_search_into_no_model_of_ours():
+    model: Any = LinearRegression()
+    model.held = torch.Generator()
+    assert find_objects([SimpleNamespace(log=model.log)], (torch.Generator,)) == []
+    theirs = random.Random(1)
+    assert find_objects([SimpleNamespace(draw=theirs.random)], (random.Random,)) == [theirs]
+
+
+def test_a_search_reads_the_names_of_a_file_once_however_many_objects_are_from_it(monkeypatch):
+    class File(ModuleType):
+        __file__ = "/home/me/mine.py"
+
+        @property
+        def __dict__(self):
+            self.read = getattr(self, "read", 0) + 1
+            return {"generator": generator}
+
+    generator, file = torch.Generator(), File("mine")
+    monkeypatch.setitem(sys.modules, "mine", file)
+    found = find_objects([SimpleNamespace(__module__="mine") for _ in range(9)], (torch.Generator,))
+    assert (found, file.read) == ([generator], 1)
 
 
 def test_circles_and_long_containers_end_a_search():

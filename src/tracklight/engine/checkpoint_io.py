@@ -173,6 +173,7 @@ class DurableCheckpointIO(CheckpointIO):
     def __init__(self, before_commit: Callable[[], None] = lambda: None):
         self.before_commit, self.run_id = before_commit, ""
         self._pending: tuple[dict[str, Any], Path] | None = None
+        self._best: dict[str, Any] | None = None  # the best checkpoint as last saved, without its weights
         self._written_at = -math.inf
 
     @override
@@ -185,12 +186,26 @@ class DurableCheckpointIO(CheckpointIO):
         if self._pending is not None and self._pending[1] != final:
             self.write_pending()
         self._pending = None
-        is_best = final.name == BEST and "optimizer_states" not in checkpoint
-        if is_best and time.monotonic() - self._written_at < INTERVAL_S:
-            weights = apply_to_collection(checkpoint["state_dict"], Tensor, Tensor.clone)
-            self._pending = checkpoint | {"state_dict": weights}, final
-        else:
-            self._write(checkpoint, final)
+        if final.name == BEST and "optimizer_states" not in checkpoint:
+            # Without counters of loops, which continue nothing where there is no optimizer.
+            checkpoint = {key: value for key, value in checkpoint.items() if key != "loops"}
+            self._best = checkpoint | {"state_dict": None}
+            if self.keep_best(final, checkpoint):
+                return
+        self._write(checkpoint, final)
+
+    def keep_best(self, path: Path, now: dict[str, Any]) -> bool:
+        """Keep the best weights in memory if they may wait; return whether they do.
+
+        Args:
+            path: Of the checkpoint that they are to be.
+            now: Weights, epoch and step; the rest is as in the best checkpoint before.
+        """
+        if self._best is None or time.monotonic() - self._written_at >= INTERVAL_S:
+            return False
+        weights = apply_to_collection(now["state_dict"], Tensor, Tensor.clone)
+        self._pending = self._best | now | {"state_dict": weights}, path
+        return True
 
     def write_pending(self) -> None:
         """Write the best weights that are kept in memory, if any."""

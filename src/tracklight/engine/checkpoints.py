@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_utilities.core.apply_func import apply_to_collection
-from pytorch_lightning import Callback, Trainer
+from pytorch_lightning import Callback, LightningDataModule, Trainer
 from pytorch_lightning.callbacks import BaseFinetuning, EarlyStopping, ModelCheckpoint, ModelPruning
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
@@ -57,6 +57,7 @@ class BestCheckpoint(ModelCheckpoint):
         options: dict[str, Any] = {"enable_version_counter": False, "save_on_train_epoch_end": at_end}
         super().__init__(filename="best", monitor=metric, mode=mode, **options)
         self.metric, self._before = metric or "", None
+        self._io: DurableCheckpointIO | None = None  # where it may keep weights in memory
 
     @override
     def setup(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
@@ -66,6 +67,11 @@ class BestCheckpoint(ModelCheckpoint):
         self.save_weights_only = not any(
             is_overridden("on_save_checkpoint", each, Callback) for each in trainer.callbacks
         )
+        module, data, io = trainer.lightning_module, trainer.datamodule, trainer.strategy.checkpoint_io
+        is_plain = self.save_weights_only and trainer.world_size == 1
+        is_plain &= not is_overridden("on_save_checkpoint", module)
+        is_plain &= data is None or not is_overridden("state_dict", data, LightningDataModule)
+        self._io = io if is_plain and isinstance(io, DurableCheckpointIO) else None
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
@@ -76,7 +82,17 @@ class BestCheckpoint(ModelCheckpoint):
         if current is None or trainer.callback_metrics.get(self.metric) is self._before:
             return False
         is_finite = trainer.strategy.reduce_boolean_decision(bool(current.isfinite().all()))
-        return is_finite and super().check_monitor_top_k(trainer, current)
+        is_best = is_finite and super().check_monitor_top_k(trainer, current)
+        if not (is_best and self._io and self.best_model_path):
+            return is_best
+        now: dict[str, Any] = {"epoch": trainer.current_epoch, "global_step": trainer.global_step}
+        now["state_dict"] = trainer.strategy.lightning_module_state_dict()
+        if not self._io.keep_best(Path(self.best_model_path), now):
+            return True
+        # Lightning would copy the state of all its loops before it learns that the weights can wait.
+        self.current_score = self.best_model_score = self.kth_value = current
+        self.best_k_models[self.best_model_path] = current
+        return False
 
 
 class ResumeCheckpoint(Callback):

@@ -57,7 +57,7 @@ def unsupported_argument(trainer: Any) -> str | None:
         # Lightning leaves the attribute out where the interval is a time.
         "val_check_interval": (getattr(trainer, "val_check_interval", None), (1.0,)),
         "check_val_every_n_epoch": (trainer.check_val_every_n_epoch is None, (False,)),
-        "profiler": (type(trainer.profiler), (PassThroughProfiler,)),
+        "profiler": (isinstance(trainer.profiler, PassThroughProfiler), (True,)),
         "detect_anomaly": (detects_anomaly(trainer), (False,)),
         "strategy": (type(trainer.strategy), (SingleDeviceStrategy,)),
     }

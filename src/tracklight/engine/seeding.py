@@ -10,7 +10,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from itertools import islice
 from types import BuiltinMethodType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -58,12 +58,17 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
 def seed_all(seed: int, stream: int, index: int) -> None:
     """Reseed every library's global generators."""
     derived = derive_seed(seed, stream, index)
-    if torch.accelerator.is_available():
+    if _has_accelerator():
         torch.manual_seed(derived)
     else:  # in a microsecond: `manual_seed` formats three stacks for the case that there will be one
         torch.default_generator.manual_seed(derived)
     np.random.seed(derived & 0xFFFFFFFF)
     random.seed(derived)
+
+
+@cache  # each time it loads NVIDIA's library anew: half a millisecond, in each epoch
+def _has_accelerator() -> bool:
+    return torch.accelerator.is_available()
 
 
 def seed_run(seed: int) -> None:
@@ -126,7 +131,7 @@ class EpochSeeds(Callback):
 
     def _renew(self, roots: list[Any], epoch: int) -> None:
         """Reseed the generators that other people's objects hold and end persistent workers."""
-        theirs = [each for each in roots if not type(each).__module__.startswith("tracklight.")]
+        theirs = [each for each in roots if not _is_ours(each)]
         for each in find_objects(theirs, (DataLoader, *GENERATORS)):
             if not isinstance(each, DataLoader):
                 self._reseed(each, epoch)
@@ -149,12 +154,16 @@ class EpochSeeds(Callback):
             generator.seed(derived & 0xFFFFFFFF)
 
 
+def _is_ours(value: Any) -> bool:
+    return type(value).__module__.startswith("tracklight.")
+
+
 def find_objects(roots: list[Any], kinds: tuple[type, ...], most: int = 10_000) -> list[Any]:
     """Return the objects of some kinds that others hold, however deep, or the files of their classes.
 
     A function holds what it closes over and its defaults, a partial its arguments, a bound method its object.
     """
-    seen, todo = dict[int, Any](), [*roots]
+    seen, todo, files = dict[int, Any](), [*roots], set[str]()
     for each in todo:  # which grows: the nearest come first
         if isinstance(each, CLOSED) or id(each) in seen or len(seen) > 10 * most:
             continue
@@ -167,8 +176,12 @@ def find_objects(roots: list[Any], kinds: tuple[type, ...], most: int = 10_000) 
         elif isinstance(each, partial):
             todo += [each.func, each.args, each.keywords]
         elif isinstance(each, MethodType | BuiltinMethodType):
-            todo.append(each.__self__)
-        file = sys.modules.get(str(getattr(each, "__module__", "")))
-        if "-packages" not in (getattr(file, "__file__", None) or "-packages"):
-            todo += [value for value in vars(file).values() if isinstance(value, kinds)]
+            # Lightning gives each callback the `log` of the model: of one of ours, a way to all of the run.
+            todo += [] if _is_ours(each.__self__) else [each.__self__]
+        name = str(getattr(each, "__module__", ""))
+        if name not in files:
+            files.add(name)
+            file = sys.modules.get(name)
+            if "-packages" not in (getattr(file, "__file__", None) or "-packages"):
+                todo += [value for value in vars(file).values() if isinstance(value, kinds)]
     return [each for each in seen.values() if isinstance(each, kinds) and each not in GLOBAL]

@@ -196,7 +196,8 @@ def _subplots(
 
 def _style(axes: Axes, title: str, x: str, y: str, title_pad: float = 6.0) -> None:
     """Give axes the look all figures share; the title stands `title_pad` points above them."""
-    axes.set_title(title, fontsize=11, loc="left", pad=title_pad)
+    # Without a height, all tick labels would be measured for it.
+    axes.set_title(title, fontsize=11, loc="left", pad=title_pad, y=1.0)
     axes.set(xlabel=x, ylabel=y)
     axes.grid(True, color="#e6e8eb", linewidth=0.8)
     axes.set_axisbelow(True)
