@@ -76,9 +76,14 @@ def test_known_bad_versions_are_out_of_range():
         assert [v for v in versions if v in ranges[name]] == []
 
 
+PEERS = ROOT / "scripts" / "benchmark" / "peers"  # scripts for an environment of their own
+
+
 def imported(*folders: Path) -> set[str]:
     names = set()
     for path in (path for folder in folders for path in folder.rglob("*.py")):
+        if path.is_relative_to(PEERS):
+            continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 names |= {alias.name.split(".")[0] for alias in node.names}

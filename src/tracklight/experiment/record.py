@@ -93,9 +93,8 @@ class Recorder:
             # What does not describe the training is no param, or every comparison would show it.
             own = () if hasattr(self.model, "optimizer_factory") else OPTIMIZER_KEYS
             params = {k: v for k, v in tree.items() if k not in (*COMMAND_KEYS, "overrides", *own)}
-            run.log_params(
-                short_params(flat := flatten_redacted(params)) | flat
-            )  # last: params say that it is described
+            flat = flatten_redacted(params)
+            run.log_params(short_params(flat) | flat)  # last: params say that it is described
         dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
         run.log_text(yaml.dump(tree, Dumper=dumper, sort_keys=False), tags.CONFIG)
         if isinstance(data, TensorData):
