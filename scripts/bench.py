@@ -65,7 +65,7 @@ def _arguments() -> argparse.Namespace:
     parts = ("commands", "steps", "cuda", "sweeps", "pruning", "populations", "peers")
     only = (
         "parts to measure; only if named: sweeps, half an hour more; pruning and populations, some minutes;"
-        " peers, other frameworks, ten minutes and at first a .venv-peers of 6 GB"
+        " peers, other frameworks, six minutes and at first a .venv-peers of 6 GB"
     )
     parser.add_argument("--only", nargs="+", default=parts[:3], choices=parts, help=only)
     root = Path(os.environ.get("MNIST_ROOT", ROOT / "data"))

@@ -100,7 +100,8 @@ def store(directory: Path):
     """An empty store in `tmp_path`."""
     from tracklight.tracking.store import connect
 
-    return connect(None, directory)
+    with closing(connect(None, directory)) as store:
+        yield store
 
 
 class Finished:

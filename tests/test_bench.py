@@ -189,9 +189,9 @@ def test_other_frameworks_are_compared_with_ours_of_the_same_turn():
 
 
 def test_an_epoch_is_timed_from_the_end_of_the_first(tmp_path):
-    told = "import time; time.sleep(0.5)"
-    told += "; [print(f'epoch {n}', flush=True) or time.sleep(0.2) for n in range(3)]"
-    command = [sys.executable, "-c", told + "; print('test/accuracy 0.9531')"]
+    code = "import time; time.sleep(0.5)"
+    code += "; [print(f'epoch {n}', flush=True) or time.sleep(0.2) for n in range(3)]"
+    command = [sys.executable, "-c", code + "; print('test/accuracy 0.9531')"]
     done = peers.finish(command, tmp_path, {**os.environ}, 3)
     assert done.accuracy == 0.9531
     assert done.epoch_s == pytest.approx((done.ends_s[2] - done.ends_s[0]) / 2)
@@ -201,10 +201,10 @@ def test_an_epoch_is_timed_from_the_end_of_the_first(tmp_path):
 
 @pytest.mark.parametrize("ending", ["sys.exit(1)", "print('epoch 3')", "print('test/accuracy missing')"])
 def test_a_process_that_did_not_do_all_its_work_is_an_error(tmp_path, ending):
-    told = f"import sys; print('epoch 1'); print('epoch 2'); print('test/accuracy 0.9'); {ending}"
-    told = told.replace("print('test/accuracy 0.9'); ", "") if "missing" in ending else told
+    code = f"import sys; print('epoch 1'); print('epoch 2'); print('test/accuracy 0.9'); {ending}"
+    code = code.replace("print('test/accuracy 0.9'); ", "") if "missing" in ending else code
     with pytest.raises(SystemExit, match="epoch 1"):
-        peers.finish([sys.executable, "-c", told], tmp_path, {**os.environ}, 2)
+        peers.finish([sys.executable, "-c", code], tmp_path, {**os.environ}, 2)
 
 
 @pytest.mark.parametrize("uv", ["", "/bin/uv"])

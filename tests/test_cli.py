@@ -285,6 +285,16 @@ def test_threads_of_a_crowded_machine_sleep_while_they_wait_unless_the_user_says
     assert not done.stdout
 
 
+def test_a_container_need_not_tell_its_load(monkeypatch):
+    def unknown() -> None:
+        raise OSError("Load averages are unobtainable")
+
+    monkeypatch.setattr(os, "getloadavg", unknown)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    cli.quiet()
+    assert "OMP_WAIT_POLICY" not in os.environ
+
+
 def test_the_library_still_prints_its_tips_where_they_are_filtered():
     import inspect
 

@@ -79,8 +79,8 @@ def finish(command: Sequence[str], folder: Path, environment: dict[str, str], ep
     seconds, output = time.perf_counter() - start_s, "".join(lines)
     accuracy = re.search(r"test/accuracy (\d\.\d+)", output)
     if process.returncode or accuracy is None or len(ends_s) != epochs:
-        said = f"exit code {process.returncode}, {len(ends_s)} of {epochs} epochs"
-        raise SystemExit(f"{said}: {' '.join(command)}\n{output[-2000:]}")
+        problem = f"exit code {process.returncode}, {len(ends_s)} of {epochs} epochs"
+        raise SystemExit(f"{problem}: {' '.join(command)}\n{output[-2000:]}")
     return Training(seconds, ends_s, float(accuracy[1]))
 
 
@@ -111,7 +111,7 @@ def _pins() -> str:
 
 
 def measure(root: Path, folder: Path, arguments: Namespace, setting: Setting) -> Section:
-    """Run all, in an order drawn anew each time: seven minutes on two quiet cores.
+    """Run all, in an order drawn anew each time.
 
     Args:
         root: Folder of MNIST/raw.
@@ -202,8 +202,8 @@ def section(done: dict[str, dict[int, Training]], epochs: int, notes: Sequence[s
 
 
 def _versions() -> str:
-    told = f"from importlib.metadata import version; print(*map(version, {PACKAGES!r}))"
-    command = [str(ENVIRONMENT / "bin" / "python"), "-c", told]
+    code = f"from importlib.metadata import version; print(*map(version, {PACKAGES!r}))"
+    command = [str(ENVIRONMENT / "bin" / "python"), "-c", code]
     found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     pairs = zip(PACKAGES, found, strict=True)
     return f"The others: {', '.join(f'{name} {version}' for name, version in pairs)}."

@@ -126,8 +126,9 @@ def quiet() -> None:
     """Switch off usage reporting and advertising of every library, in child processes too."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    if os.getloadavg()[0] >= CROWDED * (os.cpu_count() or 1):
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # the bits stay; GOMP_SPINCOUNT would win
+    with suppress(OSError):  # of a container that does not tell its load
+        if os.getloadavg()[0] >= CROWDED * (os.cpu_count() or 1):
+            os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # the bits stay; GOMP_SPINCOUNT would win
     # Libraries warn while they are imported, so that under PYTHONWARNINGS=error none could be.
     if strict := [option for option in sys.warnoptions if option.startswith("error")]:
         sys.warnoptions[:] = [option for option in sys.warnoptions if option not in strict]

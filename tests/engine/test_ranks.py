@@ -118,6 +118,16 @@ def test_processes_that_lightning_launches_ask_nothing_of_rank_zero(environ):
     assert distributed.open_rank_store(num_nodes=2, resume="0123abcd") is None  # nodes resume by auto only
 
 
+def test_agents_of_torchrun_on_several_machines_share_no_run_to_continue(environ):
+    environ(TORCHRUN)
+    assert distributed.can_resume(TorchElasticEnvironment())
+    environ({"GROUP_WORLD_SIZE": "2"})
+    assert not distributed.can_resume(TorchElasticEnvironment())
+    assert distributed.open_rank_store(num_nodes=2, resume="auto") is None
+    environ(SRUN)
+    assert distributed.can_resume(SLURMEnvironment())
+
+
 def test_the_count_of_processes_is_checked_once_the_config_of_a_run_to_resume_is_known(environ):
     environ(TORCHRUN)
     distributed.settle_ranks(1, 1, resume="0123abcd")

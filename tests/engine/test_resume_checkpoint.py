@@ -140,6 +140,20 @@ def test_a_run_stopped_anywhere_and_continued_has_the_bits_of_one_that_was_not(
     assert continued.logger.points["train/loss"] == tail
 
 
+def test_weights_that_wait_are_written_before_those_of_another_file_wait(tmp_path):
+    io, own, theirs = DurableCheckpointIO(), tmp_path / "own" / "best.ckpt", tmp_path / "theirs" / "best.ckpt"
+
+    def weights(value: float) -> dict:
+        return {"state_dict": {"weight": torch.tensor(value)}, "epoch": 0, "global_step": 1}
+
+    io.save_checkpoint(weights(1.0), own)
+    io.save_checkpoint(weights(2.0), theirs)  # within the same second: it waits
+    assert io.keep_best(own, weights(3.0))
+    assert load_plain(theirs)["state_dict"]["weight"] == 2.0
+    io.write_pending()
+    assert load_plain(own)["state_dict"]["weight"] == 3.0
+
+
 def test_the_last_one_of_a_finished_run_has_its_name_and_stands_alone(tmp_path):
     save(tmp_path, 13)
     save(tmp_path, 26)

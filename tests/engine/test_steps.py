@@ -348,6 +348,21 @@ def test_where_a_capture_fails_steps_are_taken_without_and_one_line_says_so(
     )
 
 
+def test_a_capture_that_runs_out_of_memory_is_left_to_whoever_can_take_fewer_models(
+    failing_captures, monkeypatch
+):
+    def graph(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    model = build()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    step = CapturedStep(eager_step(model, optimizer), optimizer, [*model.parameters()])
+    with pytest.raises(torch.OutOfMemoryError):
+        for batch in minibatches():
+            step(*batch)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "adamw"])

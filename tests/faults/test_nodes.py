@@ -133,12 +133,16 @@ def test_torchrun_starts_killed_processes_again_and_the_run_ends_in_the_bits_of_
     with (tmp_path / "output").open("w+") as output:
         pipes = {"stdout": output, "stderr": subprocess.STDOUT}
         agent = subprocess.Popen([sys.executable, *torchrun, SCRIPT, *words], cwd=tmp_path, env=env, **pipes)
-        end = time.monotonic() + 90
-        while not list(directory.glob("artifacts/*/artifacts/checkpoints/step-*")):
-            assert agent.poll() is None and time.monotonic() < end, (tmp_path / "output").read_text()
-            time.sleep(0.1)
-        psutil.Process(agent.pid).children()[1].kill()
-        assert agent.wait(120) == 0, (tmp_path / "output").read_text()
+        try:
+            end = time.monotonic() + 90
+            while not list(directory.glob("artifacts/*/artifacts/checkpoints/step-*")):
+                assert agent.poll() is None and time.monotonic() < end, (tmp_path / "output").read_text()
+                time.sleep(0.1)
+            psutil.Process(agent.pid).children()[1].kill()
+            assert agent.wait(120) == 0, (tmp_path / "output").read_text()
+        finally:
+            agent.terminate()  # which ends its processes, too
+            agent.wait(30)
     result = TrialResult(directory)
     assert result.differences(two) == []
     assert f"resume=auto: run {result.run_id}" in (tmp_path / "output").read_text()

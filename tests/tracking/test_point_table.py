@@ -8,7 +8,7 @@ from disturbances import locked
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tracklight.errors import BadInput
+from tracklight.errors import BadInput, RunFailed
 from tracklight.tracking import sqlite_file
 from tracklight.tracking.mlflow_client import mlflow
 from tracklight.tracking.sqlite_file import RunTables, has_known_columns
@@ -153,7 +153,7 @@ def test_a_database_that_is_gone_is_not_made_anew(store):
 OF_POINTS = ("metrics", "latest_metrics", "params", "tags")
 
 
-@pytest.mark.parametrize("table", [*OF_POINTS, "runs", "datasets", "inputs", "input_tags"])
+@pytest.mark.parametrize("table", [*OF_POINTS, "experiments", "runs", "datasets", "inputs", "input_tags"])
 def test_tables_of_another_shape_are_not_touched(store, table):
     assert has_known_columns(store.database) and has_known_columns(store.database, fills_all=True)
     with closing(sqlite3.connect(store.database)) as connection, connection:
@@ -166,6 +166,18 @@ def test_tables_of_another_shape_are_not_touched(store, table):
     run.set_tags({"further": "tag"})
     run.finish("FINISHED")
     assert store.client.get_run(run.run_id).data.tags.items() >= {"own": "tag", "further": "tag"}.items()
+
+
+def test_what_sqlite_refuses_while_a_run_is_made_directly_is_one_line(store, monkeypatch):
+    store.send_directly()
+
+    def full(*_, **__):
+        raise sqlite3.DatabaseError("database or disk is full")
+
+    monkeypatch.setattr(RunTables, "create_run", full)
+    with pytest.raises(RunFailed, match=r"cannot make a run at .*: database or disk is full$"):
+        store.create("lines", "first", {})
+    assert not [*store.runs_folder.glob("*")]
 
 
 def without_ids(run):

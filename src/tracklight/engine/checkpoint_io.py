@@ -201,6 +201,8 @@ class DurableCheckpointIO(CheckpointIO):
             path: Of the checkpoint that they are to be.
             now: Weights, epoch and step; the rest is as in the best checkpoint before.
         """
+        if self._pending is not None and self._pending[1] != path:
+            self.write_pending()  # another callback's
         if self._best is None or time.monotonic() - self._written_at >= INTERVAL_S:
             return False
         weights = apply_to_collection(now["state_dict"], Tensor, Tensor.clone)

@@ -103,7 +103,9 @@ class CapturedStep:
                 return self._run_eager(inputs, targets)
             try:
                 self.captured[shapes] = self._capture(inputs, targets), settings
-            except RuntimeError as error:  # an operation that no graph can hold, memory, the driver
+            except torch.OutOfMemoryError:  # whoever has several models takes fewer at once
+                raise
+            except RuntimeError as error:  # an operation that no graph can hold, the driver
                 self.has_failed = True
                 reason = str(error).partition("\n")[0]
                 print(f"steps are slower than they could be: no CUDA graph of one ({reason})", flush=True)

@@ -25,8 +25,8 @@ LAUNCHERS = {
     "srun": ("SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"),
 }
 NOT_RESUMABLE = (
-    "these processes cannot be told which run to continue; drop resume, let trainer.devices, torchrun or srun"
-    " launch them, or start the nodes yourself, each with resume=auto"
+    "these processes cannot be told which run to continue; drop resume, let trainer.devices, torchrun on one"
+    " machine or srun launch them, or start the nodes yourself, each with resume=auto"
 )
 WAIT_S = 300.0  # for the other processes to start, and at each exchange with them
 
@@ -98,8 +98,8 @@ def is_nonzero_rank() -> bool:
 class RankStore:
     """Lets rank zero tell processes that it did not launch which run all of them continue.
 
-    It is PyTorch's own store at MASTER_PORT, from which Lightning's processes meet afterwards; what rank zero
-    serves closes when it is garbage.
+    It is PyTorch's own store at MASTER_PORT, where Lightning's processes meet afterwards. If rank zero serves
+    it, it ends when this object is deleted.
     """
 
     def __init__(self, environment: Any):
@@ -127,8 +127,12 @@ def _explaining_silence() -> Iterator[None]:
     try:
         yield
     except error_type as error:
-        silence = f"is gone, or has not answered for {WAIT_S:.0f} s"
-        raise RunFailed(f"the first process of this run {silence}; start all of them again") from error
+        raise RunFailed(explain_silence("the first process", "start all of them again")) from error
+
+
+def explain_silence(process: str, cure: str) -> str:
+    """Return the line for a run of which a process does not answer."""
+    return f"{process} of this run is gone, or has not answered for {WAIT_S:.0f} s; {cure}"
 
 
 def open_rank_store(num_nodes: int, resume: str | None) -> RankStore | None:
@@ -148,7 +152,9 @@ def can_resume(environment: Any) -> bool:
     """Check whether a run continues if all its processes are started again with resume=auto."""
     kinds: Any = importlib.import_module("lightning_fabric.plugins.environments")
     able = kinds.LightningEnvironment, kinds.TorchElasticEnvironment, kinds.SLURMEnvironment
-    return isinstance(environment, able)
+    # torchrun's agents on several machines count their restarts each for itself, and keep what was shared.
+    is_alone = int(os.environ.get("GROUP_WORLD_SIZE") or 1) == 1
+    return isinstance(environment, able) and (is_alone or not isinstance(environment, able[1]))
 
 
 def check_resumable(trainer: Any, store: RankStore | None) -> None:

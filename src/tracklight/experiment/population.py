@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -57,9 +58,10 @@ def run(
         group = Group(cfgs[0], report, end, stop)
         size = min(len(cfgs), max_members or group.num_fitting(), max(1, limit // OPEN_FILES))
         members = [Member(*each) for each in zip(range(len(cfgs)), cfgs, run_tags, run_ids, strict=True)]
-        for start in range(0, len(cfgs), size):
-            _run_group(group, members[start : start + size])
-            stop.check()
+        with closing(group.store):
+            for start in range(0, len(cfgs), size):
+                _run_group(group, members[start : start + size])
+                stop.check()
 
 
 def _run_group(group: Group, members: Sequence[Member]) -> None:
@@ -317,7 +319,7 @@ class Training:
 
     def _progress(self, epochs: int, epoch: int) -> dict[str, Any]:
         """Return what checkpoints hold of Lightning's counters; `epoch` is the current one, from 0."""
-        if epochs not in self._loops:  # Lightning takes a millisecond
+        if epochs not in self._loops:  # takes a millisecond, and moves the Trainer's own counters
             self._loops[epochs] = set_progress(self.group.trainer, epochs, self.group.num_batches)
         return {"epoch": epoch, "global_step": epochs * self.group.num_batches, "loops": self._loops[epochs]}
 

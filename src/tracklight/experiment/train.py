@@ -244,7 +244,10 @@ class Training:
 
 
 def _share_config(ranks: distributed.RankStore, cfg: DictConfig) -> DictConfig:
-    """Return rank zero's config, in which the number of threads and whatever was stored are settled."""
+    """Return the config in all processes; that of a run to resume by its id, rank zero alone has read."""
+    if cfg.resume == "auto":  # typed in each, whose paths may be other ones
+        cfg.num_threads = ranks.share("num_threads", cfg.num_threads)
+        return cfg
     shared = ranks.share("config", {**to_plain(cfg), "init_from": None})
     if distributed.is_nonzero_rank():
         cfg = resolve_config(DictConfig(shared))
@@ -269,11 +272,10 @@ def _explain(error: Exception, cfg: DictConfig, trainer: Any) -> str | None:
         return f"out of memory; make data.batch_size={cfg.data.get('batch_size')} smaller first"
     is_silence = any(word in str(error) for word in ("gloo", "pair closure", "NCCL"))
     if trainer.world_size > 1 and (isinstance(error, DistError) or is_silence):
-        silence = f"is gone, or has not answered for {distributed.WAIT_S:.0f} s"
         cure = "resume=auto continues it" + " if all nodes are given it" * (trainer.num_nodes > 1)
         is_resumable = distributed.can_resume(trainer.strategy.cluster_environment)
         cure = cure if is_resumable else "start all of them again"
-        return f"another of the {trainer.world_size} processes of this run {silence}; {cure}"
+        return distributed.explain_silence(f"another of the {trainer.world_size} processes", cure)
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     text = " ".join(str(error).split())
     is_restoring = any(each.endswith("checkpoint_connector.py") for each in files)

@@ -275,7 +275,8 @@ def test_winner(
     loop: "SweepLoop", parent: "ParentRun", winner: LeaderboardRow, children: Sequence[Any]
 ) -> str:
     """Test those runs of the best trial that are not tested yet; return a line with the results."""
-    runs = [child for child in children if child.info.run_id in winner.run_ids]
+    by_id = {child.info.run_id: child for child in children}
+    runs = [by_id[run_id] for run_id in winner.run_ids]
     untested = {run.data.tags[POINT_TAG]: run for run in runs if TESTED_TAG not in run.data.tags}
     try:
         if untested:

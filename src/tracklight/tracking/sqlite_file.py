@@ -31,7 +31,9 @@ _RUN = (
     "run_uuid name source_type source_name entry_point_name user_id status start_time end_time deleted_time"
 )
 _DATASET = "dataset_uuid experiment_id name digest dataset_source_type dataset_source dataset_schema"
+_EXPERIMENT = "experiment_id name artifact_location lifecycle_stage creation_time last_update_time workspace"
 _ALL_COLUMNS = _COLUMNS | {
+    "experiments": {*_EXPERIMENT.split()},
     "runs": {*_RUN.split(), "source_version", "lifecycle_stage", "artifact_uri", "experiment_id"},
     "datasets": {*_DATASET.split(), "dataset_profile"},
     "inputs": {"input_uuid", "source_type", "source_id", "destination_type", "destination_id", "step"},
@@ -173,7 +175,7 @@ class RunTables:
             if [each[1:] for each in found] != [(location, "active")]:
                 return None
             ids = {"run_uuid": run_id, "experiment_id": found[0][0], "name": name, "source_type": "UNKNOWN"}
-            self._add("runs", **ids, **state, **unknown)
+            self._add("runs", **ids, **state, **unknown, conflict="ABORT")
             self._call(run_id, "tags", {"values": tags})
         info = of.RunInfo(run_id, str(found[0][0]), end_time=None, run_name=name, **state)
         return of.Run(info, of.RunData(tags=[of.RunTag(*each) for each in tags.items()]))
@@ -237,10 +239,10 @@ class RunTables:
         input_id = self._find("inputs", "input_uuid", **use)
         self._add("input_tags", input_uuid=input_id, name="mlflow.data.context", value=context)
 
-    def _add(self, table: str, **row: Any) -> None:
-        """Add a row, unless there is one of its key."""
+    def _add(self, table: str, conflict: str = "IGNORE", **row: Any) -> None:
+        """Add a row, by default unless there is one of its key."""
         into = f"{table} ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})"
-        self._connection.execute(f"INSERT OR IGNORE INTO {into}", (*row.values(),))
+        self._connection.execute(f"INSERT OR {conflict} INTO {into}", (*row.values(),))
 
     def _find(self, table: str, column: str, **row: Any) -> Any:
         is_it = " AND ".join(f"{key} = ?" for key in row)

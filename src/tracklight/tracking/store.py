@@ -127,10 +127,17 @@ class Store:
         self.why_read_only = ""  # what of the store cannot be written; empty if all of it can
 
     def send_directly(self) -> None:
-        """Send runs in the caller's thread, when asked to: for hundreds of them in one process."""
+        """Send runs in the caller's thread, when asked to: for hundreds of them, until `close`."""
+        self.close()
         self._sends_directly = True
         if self.database is not None and sqlite_file.has_known_columns(self.database, fills_all=True):
             self._tables = sqlite_file.RunTables(self.database)
+
+    def close(self) -> None:
+        """Close the connection through which runs are sent directly, if there is one."""
+        if self._tables is not None:
+            self._tables.close()
+            self._tables = None
 
     def ui_hint(self, info: Any) -> str:
         """Return the address of a run (a RunInfo) in MLflow's UI, or the command for the UI."""
@@ -183,7 +190,7 @@ class Store:
             lock.close()
             if self.database is not None:  # a server may yet create the run
                 shutil.rmtree(folder, ignore_errors=True)
-            if not isinstance(error, mlflow.exceptions.MlflowException):
+            if not isinstance(error, mlflow.exceptions.MlflowException | sqlite3.Error):
                 raise
             reason = short_reason(error)
             raise RunFailed(f"cannot make a run at {self.display_uri}: {reason}") from None
