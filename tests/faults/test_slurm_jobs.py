@@ -53,10 +53,12 @@ class Submitted:
     def _is_over(self) -> bool:
         return self.cluster.state(self.id) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 
-    def kill(self) -> None:
-        """Kill the processes of the job, and wait until it has failed."""
+    def kill_and_requeue(self) -> None:
+        """Kill the job's processes, and start it again once it has failed."""
         self.cluster.run("scancel", "--signal=KILL", f"{self.id}.0")
         self.cluster.wait_until(lambda: self.cluster.state(self.id) == "FAILED")
+        self.cluster.run("scontrol", "requeue", self.id)
+        self.cluster.start_now(self.id)
 
     def finish(self) -> None:
         self.cluster.wait_until(lambda: self._is_over)
@@ -84,9 +86,7 @@ def test_a_job_that_is_preempted_three_times_ends_in_the_bits_of_one_that_is_not
 def test_a_job_whose_process_is_killed_continues_once_it_is_requeued(cluster, whole, tmp_path):
     job = Submitted(cluster, tmp_path / "runs")
     job.wait_for(3)
-    job.kill()
-    cluster.run("scontrol", "requeue", job.id)
-    cluster.start_now(job.id)
+    job.kill_and_requeue()
     job.finish()
     result = TrialResult(tmp_path / "runs")
     assert result.differences(whole) == []
@@ -105,9 +105,7 @@ def test_a_job_of_two_tasks_is_one_run_that_continues_after_it_is_preempted(clus
     cluster.run("scancel", "--signal=USR1", job.id)
     cluster.start_now(job.id)
     job.wait_for(3)
-    job.kill()
-    cluster.run("scontrol", "requeue", job.id)
-    cluster.start_now(job.id)
+    job.kill_and_requeue()
     job.finish()
     result = TrialResult(tmp_path / "runs")
     assert result.differences(TrialResult(tmp_path / "whole")) == []

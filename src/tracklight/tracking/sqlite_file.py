@@ -27,14 +27,19 @@ _MAX = sys.float_info.max  # what MLflow stores for infinity
 _METRIC = {"key", "value", "timestamp", "run_uuid", "step", "is_nan"}
 _TEXT = {"key", "value", "run_uuid"}
 _COLUMNS = {"metrics": _METRIC, "latest_metrics": _METRIC, "params": _TEXT, "tags": _TEXT}
-_RUN = (
-    "run_uuid name source_type source_name entry_point_name user_id status start_time end_time deleted_time"
-)
+_RUN = "run_uuid name source_type source_name entry_point_name user_id status start_time end_time"
 _DATASET = "dataset_uuid experiment_id name digest dataset_source_type dataset_source dataset_schema"
 _EXPERIMENT = "experiment_id name artifact_location lifecycle_stage creation_time last_update_time workspace"
 _ALL_COLUMNS = _COLUMNS | {
     "experiments": {*_EXPERIMENT.split()},
-    "runs": {*_RUN.split(), "source_version", "lifecycle_stage", "artifact_uri", "experiment_id"},
+    "runs": {
+        *_RUN.split(),
+        "deleted_time",
+        "source_version",
+        "lifecycle_stage",
+        "artifact_uri",
+        "experiment_id",
+    },
     "datasets": {*_DATASET.split(), "dataset_profile"},
     "inputs": {"input_uuid", "source_type", "source_id", "destination_type", "destination_id", "step"},
     "input_tags": {"input_uuid", "name", "value"},
@@ -221,20 +226,13 @@ class RunTables:
         self._connection.executemany(insert, [(*item, run_id) for item in arguments["values"].items()])
 
     def _log_input(self, run_id: str, name: str, digest: str, source: str, context: str) -> None:
-        of_data = {
-            "experiment_id": self._find("runs", "experiment_id", run_uuid=run_id),
-            "name": name,
-            "digest": digest,
-        }
+        experiment_id = self._find("runs", "experiment_id", run_uuid=run_id)
+        of_data = {"experiment_id": experiment_id, "name": name, "digest": digest}
         made = {"dataset_uuid": uuid.uuid4().hex, "dataset_source_type": "local", "dataset_source": source}
         self._add("datasets", **of_data, **made)
         data_id = self._find("datasets", "dataset_uuid", **of_data)
-        use = {
-            "source_type": "DATASET",
-            "source_id": data_id,
-            "destination_type": "RUN",
-            "destination_id": run_id,
-        }
+        use = {"source_type": "DATASET", "source_id": data_id}
+        use |= {"destination_type": "RUN", "destination_id": run_id}
         self._add("inputs", input_uuid=uuid.uuid4().hex, **use)
         input_id = self._find("inputs", "input_uuid", **use)
         self._add("input_tags", input_uuid=input_id, name="mlflow.data.context", value=context)
