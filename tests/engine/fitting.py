@@ -54,6 +54,7 @@ class Fit:
         *callbacks: Further callbacks.
         module: What to train; None for an MLP with dropout under Adam.
         data: What on; None for 13 minibatches an epoch, the last one smaller; False for the module's own.
+        optimizer: Makes the optimizer of the parameters; None for Adam.
         scheduler: Makes the optimizer's scheduler and its Lightning settings.
         **arguments: The Trainer's.
     """
@@ -63,6 +64,7 @@ class Fit:
         *callbacks: Callback,
         module: Any = None,
         data: Any = None,
+        optimizer: Any = None,
         scheduler: Any = None,
         **arguments: Any,
     ):
@@ -70,7 +72,7 @@ class Fit:
         seed_run(3)
         self.module = module or MLP(8, 4, hidden=[6], dropout=0.4)
         if hasattr(self.module, "optimizer_factory"):
-            self.module.optimizer_factory = partial(torch.optim.Adam, lr=0.01)
+            self.module.optimizer_factory = optimizer or partial(torch.optim.Adam, lr=0.01)
             self.module.scheduler_factory = scheduler
         self.data = Blobs(batch_size=16, seed=3, num_train=200) if data is None else data
         self.logger, said = Recorder(), io.StringIO()

@@ -1,6 +1,8 @@
 """Steps in blocks are the steps of plain Lightning: bits, schedules, counts, metrics, stops."""
 
 import math
+import signal
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from foreign import Blobs, Diverging
 from tracklight.engine.blocks import NonFinite, steps_per_block
+from tracklight.engine.signals import SafeStop, Stopped
+from tracklight.engine.steps import TracedStep
 from tracklight.models.mlp import MLP
 
 STEPS = 13
@@ -49,6 +53,42 @@ def test_several_blocks_an_epoch_give_the_bits_of_single_steps():
     blocks, single = Fit(data=Blobs(**data)), Fit(OneByOne(), data=Blobs(**data))
     assert blocks.same_bits(single)
     assert blocks.trainer.global_step == 2 * (2 * steps + 5)
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 10.0])
+def test_steps_taken_at_once_are_the_single_steps(monkeypatch, pause_s):
+    monkeypatch.setattr("tracklight.engine.blocks.PAUSE_S", pause_s)
+    taken, take = [], TracedStep.take_block
+    monkeypatch.setattr(TracedStep, "take_block", lambda *args: taken.append(take(*args)) or taken[-1])
+    sgd = partial(torch.optim.SGD, lr=0.1, weight_decay=0.01)
+    data = {"batch_size": 2, "seed": 3, "num_train": 4 * steps_per_block(2) + 9}
+    blocks, single = (Fit(*other, data=Blobs(**data), optimizer=sgd) for other in ([], [OneByOne()]))
+    assert blocks.same_bits(single)
+    assert blocks.trainer.global_step == single.trainer.global_step
+    assert blocks.logger.points["train/loss"] == single.logger.points["train/loss"]
+    lengths = {len(losses) for losses in taken}
+    assert max(lengths) == (1 if pause_s == 0 else steps_per_block(2))
+
+
+class Interrupted(MLP):
+    """Is sent a signal during its fourth step."""
+
+    def __init__(self, stop: SafeStop):
+        super().__init__(8, 4, hidden=[6])
+        self.stop, self.calls = stop, 0
+
+    def loss(self, outputs, targets):
+        self.calls += 1
+        self.stop.received = signal.SIGTERM if self.calls == 4 else None
+        return super().loss(outputs, targets)
+
+
+def test_a_signal_waits_for_a_step_and_not_for_the_block():
+    stop = SafeStop()
+    module = Interrupted(stop)
+    with pytest.raises(Stopped):
+        Fit(stop, module=module)
+    assert module.calls == 4
 
 
 def test_a_block_holds_what_fits_the_caches_but_enough_steps_for_a_turn_of_lightning():

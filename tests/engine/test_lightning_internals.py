@@ -11,7 +11,7 @@ from torchmetrics import MeanMetric
 from foreign import Blobs
 from tracklight.engine.lightning_internals import (
     batch_value,
-    count_optimizer_step,
+    count_optimizer_steps,
     detects_anomaly,
     reload_train_dataloader,
 )
@@ -52,7 +52,7 @@ def test_a_trainer_has_the_private_state_that_the_engine_uses(path):
 def test_a_step_that_is_counted_is_counted_everywhere():
     trainer = build_trainer()
     before = [find(trainer, path) for path in COUNTERS]
-    count_optimizer_step(trainer)
+    count_optimizer_steps(trainer, 1)
     assert [find(trainer, path) for path in COUNTERS] == [count + 1 for count in before]
     assert trainer.global_step == 1
 

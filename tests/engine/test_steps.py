@@ -1,3 +1,4 @@
+import math
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 from tracklight.engine import steps
 from tracklight.engine.cuda_graphs import CapturedStep, DeviceRates, can_capture
-from tracklight.engine.seeding import seed_step
+from tracklight.engine.replay import Replay
+from tracklight.engine.seeding import seed_step, step_seed
 from tracklight.engine.steps import TracedStep, can_trace, eager_step, make_step, signature
 from tracklight.models.linear_regression import LinearRegression
 from tracklight.models.mlp import ACTIVATIONS, MLP
@@ -94,7 +96,19 @@ class Scattering(MLP):
         return (weights * (outputs.softmax(1) - wanted) ** 2).sum(1).mean()
 
 
+class Spectral(MLP):
+    """Has constants: a tensor, a complex number, no dimensions, an infinite bound."""
+
+    pure = True
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
+        penalty = (outputs * (1 + 2j)).abs().clamp(max=math.inf).mean().view([])
+        return super().loss(outputs * weights, targets) + penalty
+
+
 MODELS = {
+    "spectral": lambda: Spectral(in_features=20, out_features=4, hidden=[8]),
     "regression": lambda: LinearRegression(20, 4),
     "convolutional": Convolutional,
     "scattering": lambda: Scattering(in_features=20, out_features=4, hidden=[8]),
@@ -123,8 +137,59 @@ def test_operations_replayed_on_memory_allocated_once_have_the_bits_of_the_step_
         assert all(torch.equal(a, b) for a, b in gradients)
     assert len({loss.item() for loss in losses}) == len(losses)  # no loss is another's memory
     (replayed,) = step.traces.values()
-    assert replayed.__name__ == "step"  # of straight Python, not the trace's own
+    assert isinstance(replayed, Replay)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.01}, {"maximize": True}])
+def test_steps_taken_at_once_have_the_bits_of_the_steps_by_hand(dropout, settings):
+    ours, by_hand = build(dropout), build(dropout)
+    step = make_step(ours, torch.optim.SGD(ours.parameters(), **{"lr": 0.1} | settings))
+    take = eager_step(by_hand, torch.optim.SGD(by_hand.parameters(), **{"lr": 0.1} | settings))
+    generator = torch.Generator().manual_seed(1)
+    inputs, targets = torch.randn(85, 20, generator=generator), torch.randint(4, (85,), generator=generator)
+    assert len(step.take_block(inputs, targets, 16, lambda index: index)) == 0  # not traced yet
+    for batch in minibatches()[:3]:
+        assert torch.equal(step(*batch), take(*batch)) or dropout
+    by_hand.load_state_dict(ours.state_dict())
+    seeds = [step_seed(3, index) for index in range(5)]
+    assert max(seeds) >= 1 << 63  # beyond a signed number
+    losses = step.take_block(inputs, targets, 16, seeds.__getitem__)
+    for index, loss in enumerate(losses):
+        seed_step(3, index)
+        rows = slice(16 * index, 16 * index + 16)
+        assert torch.equal(loss, take(inputs[rows], targets[rows]))
+    assert len(losses) == 5  # the last five rows are no full minibatch
+    for a, b in zip(ours.parameters(), by_hand.parameters(), strict=True):
+        assert torch.equal(a, b) and torch.equal(a.grad, b.grad)
+
+
+def test_an_optimizer_with_a_state_takes_its_steps_one_by_one():
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = make_step(model, optimizer)
+    for batch in minibatches()[:3]:
+        step(*batch)
+    optimizer.param_groups[0]["momentum"] = 0.9
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    assert len(step.take_block(torch.randn(32, 20), torch.zeros(32, dtype=torch.long), 16, int)) == 0
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_where_torchscript_fails_the_trace_itself_is_replayed(monkeypatch):
+    def fail(_):
+        raise RuntimeError("object has no attribute relu")
+
+    monkeypatch.setattr(torch.jit, "CompilationUnit", fail)
+    ours, by_hand = build(), build()
+    step = make_step(ours, torch.optim.SGD(ours.parameters(), lr=0.1))
+    take = eager_step(by_hand, torch.optim.SGD(by_hand.parameters(), lr=0.1))
+    for batch in minibatches():
+        assert torch.equal(step(*batch), take(*batch))
+    (replayed,) = step.traces.values()
+    assert replayed is not None and not isinstance(replayed, Replay)
+    assert all(map(torch.equal, ours.parameters(), by_hand.parameters()))
 
 
 class KeepsGradients(torch.optim.Optimizer):

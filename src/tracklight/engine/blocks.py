@@ -8,6 +8,7 @@ Shapes: `S` steps in a block, `B` minibatch size, `...` an example's own shape.
 """
 
 import math
+import time
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -21,14 +22,16 @@ from typing_extensions import override
 from tracklight.data.tensor_data import TensorData
 from tracklight.engine import lightning_internals
 from tracklight.engine.eligibility import why_no_blocks
-from tracklight.engine.seeding import seed_step
-from tracklight.engine.steps import make_step, signature
+from tracklight.engine.seeding import seed_step, step_seed
+from tracklight.engine.signals import SafeStop
+from tracklight.engine.steps import TracedStep, make_step, signature
 from tracklight.errors import RunFailed
 from tracklight.models.supervised import Supervised
 
 # A turn of Lightning costs as much as some steps, rows that leave the caches cost time at each step.
 ROWS_PER_BLOCK = 4096
 STEPS_PER_BLOCK = range(8, 129)
+PAUSE_S = 0.1  # that a signal may wait for steps that are taken at once
 
 
 def steps_per_block(batch_size: int | None) -> int:
@@ -66,6 +69,7 @@ class Blocks(Callback):
         self.seed = seed
         self.logger: Any = None  # its `log_series` logs the values of each step
         self.uses_blocks = False
+        self.steps_at_once = 1
         self.accumulated = 0  # batches whose optimizer step is still to come
         self.has_loss: bool | None = None  # whether any batch had one; None before the first batch
         self.step_values: dict[str, list[Tensor]] = {}  # what those batches logged
@@ -81,6 +85,7 @@ class Blocks(Callback):
     def on_fit_start(self, trainer: Any, module: LightningModule) -> None:
         self.trainer, data = trainer, trainer.datamodule
         self.module: Any = module
+        self.stops = [each for each in trainer.callbacks if isinstance(each, SafeStop)]
         reason = why_no_blocks(trainer, module, data)
         self.uses_blocks = reason is None
         if isinstance(module, Supervised):
@@ -152,11 +157,19 @@ class Blocks(Callback):
         self.logged: dict[str, tuple[list[int], list[Tensor], dict[str, Any]]] = {}
         self.module.log_recorder = self._record
         try:
-            for x, y in zip(inputs.split(size), targets.split(size), strict=True):
+            while (start := len(losses) * size) < len(targets):
+                for callback in self.stops:
+                    callback.check()
+                if not schedulers and (taken := self._take_known(inputs[start:], targets[start:], first)):
+                    lightning_internals.count_optimizer_steps(self.trainer, len(taken) - (not losses))
+                    losses += taken
+                    seed_step(self.seed, first + len(losses) - 1)  # as if they were taken one by one
+                    continue
+                x, y = inputs[start : start + size], targets[start : start + size]
                 if losses:  # Lightning itself counts and schedules once a block, after its end
                     for scheduler in schedulers:
                         scheduler.step()
-                    lightning_internals.count_optimizer_step(self.trainer)
+                    lightning_internals.count_optimizer_steps(self.trainer, 1)
                 seed_step(self.seed, first + len(losses))
                 losses.append(self.step(x, y))
         finally:
@@ -165,6 +178,21 @@ class Blocks(Callback):
         self.sizes = self.losses.new_full((len(losses),), size)
         self.sizes[-1] = len(targets) - size * (len(losses) - 1)
         return losses[-1], (self.losses * self.sizes).sum() / len(targets)
+
+    def _take_known(self, inputs: Tensor, targets: Tensor, first: int) -> list[Tensor]:
+        """Take the next steps at once where that is possible, as many as a signal can wait for."""
+        if not isinstance(self.step, TracedStep):
+            return []
+        start_s, done = time.perf_counter(), len(self.step_losses)
+        size = min(self.data.batch_size or len(targets), len(targets))
+        rows = self.steps_at_once * size
+        losses = self.step.take_block(
+            inputs[:rows], targets[:rows], size, lambda index: step_seed(self.seed, first + done + index)
+        )
+        if taken := [*losses]:
+            step_s = (time.perf_counter() - start_s) / len(taken)
+            self.steps_at_once = max(1, int(PAUSE_S / step_s))
+        return taken
 
     def _record(self, name: str, value: Any, prog_bar: bool = False, **options: Any) -> None:
         """Record a call of the model's `log`: Lightning would take the block for a single step."""

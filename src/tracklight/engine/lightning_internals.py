@@ -12,19 +12,19 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
-def count_optimizer_step(trainer: Any) -> None:
-    """Count one more optimizer step and batch; Lightning itself counts a block as one of each.
+def count_optimizer_steps(trainer: Any, number: int) -> None:
+    """Count further optimizer steps and batches; Lightning itself counts a block as one of each.
 
     `global_step` and checkpoints come from these counters, which no public method changes.
     """
     loop = trainer.fit_loop.epoch_loop
     steps, batches = loop.automatic_optimization.optim_progress.optimizer.step, loop.batch_progress
     for counter in (steps.total, steps.current):
-        counter.ready += 1
-        counter.completed += 1
-    loop._batches_that_stepped += 1
+        counter.ready += number
+        counter.completed += number
+    loop._batches_that_stepped += number
     for name in ("ready", "started", "processed", "completed"):
-        setattr(batches.total, name, getattr(batches.total, name) + 1)
+        setattr(batches.total, name, getattr(batches.total, name) + number)
 
 
 def set_progress(trainer: Any, epochs: int, batches: int) -> dict[str, Any]:

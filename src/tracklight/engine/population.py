@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from tracklight.engine.cuda_graphs import CapturedStep
+from tracklight.engine.cuda_graphs import CapturedStep, Step
+from tracklight.engine.replay import trace
 from tracklight.engine.seeding import seed_step
-from tracklight.engine.steps import Step, trace
 from tracklight.models.supervised import Supervised
 
 MOMENTS = {SGD: ("momentum_buffer",), Adam: ("exp_avg", "exp_avg_sq"), AdamW: ("exp_avg", "exp_avg_sq")}
@@ -63,7 +63,7 @@ class Population:
                 rates = [each.get_submodule(name).p for each in models]
                 self.template.set_submodule(name, _Dropout())
                 self.rates[f"{name}.rate"] = torch.tensor(rates).to(self.parameters[0])
-        self.traces: dict[Any, Callable[..., tuple[Tensor, ...]] | None] = {}
+        self.traces: dict[Any, Callable[..., Sequence[Tensor]] | None] = {}
         self.step: Step = self._step
         if device.type == "cuda" and self.parameters[0].dtype == torch.float32:
             self.step = CapturedStep(self._step, self.optimizer, self.parameters)  # pyright: ignore

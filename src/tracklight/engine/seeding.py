@@ -47,9 +47,14 @@ def derive_seed(seed: int, stream: int, index: int) -> int:
     return z ^ (z >> 31)
 
 
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """Return the 64-bit seed of PyTorch's generators for one optimizer step, from 0."""
+    return derive_seed(seed, STEPS + 2 * rank, step)
+
+
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
     """Reseed PyTorch's global generators for one optimizer step, in about a microsecond."""
-    derived = derive_seed(seed, STEPS + 2 * rank, step)
+    derived = step_seed(seed, step, rank)
     torch.default_generator.manual_seed(derived)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(derived)

@@ -47,7 +47,7 @@ class Stopped(BaseException):
 
 
 class SafeStop(Callback):
-    """Raises `Stopped` before the next batch, where no file is half written and no hook half done.
+    """Raises `Stopped` before the next batch, or step of a block: no file is half written, no hook half done.
 
     Outside the training loop there is nothing to wait for: there the signal raises at once.
     """

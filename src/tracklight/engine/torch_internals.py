@@ -1,7 +1,7 @@
 """PyTorch's private state and kernels that the engine uses, as of torch 2.14."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,11 @@ def fused_sgd(parameters: list[Tensor], gradients: list[Tensor], group: dict[str
     )
 
 
+def unoptimized() -> contextlib.AbstractContextManager[None]:
+    """Run TorchScript as it is written: what it makes faster may round otherwise."""
+    return torch.jit.optimized_execution(False)  # pyright: ignore[reportPrivateImportUsage]
+
+
 def base_name(operation: Any) -> str:
     """Return the name of an operation of a trace, whatever its overload."""
     return operation.overloadpacket.__name__ if isinstance(operation, OpOverload) else ""
@@ -74,6 +79,11 @@ def returns_alias(operation: Any) -> bool:
     """Check whether an operation returns an argument's memory: a view of it, or the argument."""
     returns = operation._schema.returns if isinstance(operation, OpOverload) else []
     return any(each.alias_info is not None for each in returns)
+
+
+def draws(operation: Any) -> bool:
+    """Check whether an operation draws random numbers."""
+    return isinstance(operation, OpOverload) and torch.Tag.nondeterministic_seeded in operation.tags
 
 
 def out_variant(
@@ -99,24 +109,3 @@ def out_variant(
                 variant(*args, **kwargs, **out)
                 return variant, out
     return None
-
-
-def fastest_call(
-    operation: Any, args: Sequence[Any], kwargs: dict[str, Any], out: dict[str, Tensor], result: Any
-) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Return how to call an operation with the least Python, and the keywords for its outputs.
-
-    That is the binding of its name if it returns `result`, too; else the bare operation.
-    """
-    if not isinstance(operation, OpOverload):
-        return operation, out
-    binding = getattr(torch, base_name(operation), None) or getattr(Tensor, base_name(operation), None)
-    draws = torch.Tag.nondeterministic_seeded in operation.tags
-    if binding is not None and not draws and (out or not written_arguments(operation)):
-        into = {"out": next(iter(out.values())) if len(out) == 1 else (*out.values(),)} if out else {}
-        with contextlib.suppress(TypeError, RuntimeError):
-            found = binding(*args, **kwargs, **into)
-            pairs = zip(found, result, strict=True) if isinstance(result, tuple) else [(found, result)]
-            if all(torch.equal(a, b) for a, b in pairs):
-                return binding, into
-    return operation._op, out
