@@ -55,12 +55,13 @@ def test_several_blocks_an_epoch_give_the_bits_of_single_steps():
     assert blocks.trainer.global_step == 2 * (2 * steps + 5)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("pause_s", [0.0, 10.0])
-def test_steps_taken_at_once_are_the_single_steps(monkeypatch, pause_s):
+def test_steps_taken_at_once_are_the_single_steps(monkeypatch, pause_s, momentum):
     monkeypatch.setattr("tracklight.engine.blocks.PAUSE_S", pause_s)
     taken, take = [], TracedStep.take_block
     monkeypatch.setattr(TracedStep, "take_block", lambda *args: taken.append(take(*args)) or taken[-1])
-    sgd = partial(torch.optim.SGD, lr=0.1, weight_decay=0.01)
+    sgd = partial(torch.optim.SGD, lr=0.1, weight_decay=0.01, momentum=momentum)
     data = {"batch_size": 2, "seed": 3, "num_train": 4 * steps_per_block(2) + 9}
     blocks, single = (Fit(*other, data=Blobs(**data), optimizer=sgd) for other in ([], [OneByOne()]))
     assert blocks.same_bits(single)

@@ -26,6 +26,16 @@ OPTIMIZERS = {
 }
 
 
+SGD = [
+    {},
+    {"weight_decay": 0.01},
+    {"maximize": True},
+    {"momentum": 0.9},
+    {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01},
+    {"momentum": 0.8, "nesterov": True, "maximize": True},
+]
+
+
 def build(dropout: float = 0.0) -> MLP:
     torch.manual_seed(0)
     return MLP(in_features=20, out_features=4, hidden=[16, 8], dropout=dropout).train()
@@ -142,17 +152,18 @@ def test_operations_replayed_on_memory_allocated_once_have_the_bits_of_the_step_
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.01}, {"maximize": True}])
+@pytest.mark.parametrize("settings", SGD)
 def test_steps_taken_at_once_have_the_bits_of_the_steps_by_hand(dropout, settings):
     ours, by_hand = build(dropout), build(dropout)
-    step = make_step(ours, torch.optim.SGD(ours.parameters(), **{"lr": 0.1} | settings))
-    take = eager_step(by_hand, torch.optim.SGD(by_hand.parameters(), **{"lr": 0.1} | settings))
+    optimizers = [torch.optim.SGD(each.parameters(), **{"lr": 0.1} | settings) for each in (ours, by_hand)]
+    step, take = make_step(ours, optimizers[0]), eager_step(by_hand, optimizers[1])
     generator = torch.Generator().manual_seed(1)
     inputs, targets = torch.randn(85, 20, generator=generator), torch.randint(4, (85,), generator=generator)
     assert len(step.take_block(inputs, targets, 16, lambda index: index)) == 0  # not traced yet
     for batch in minibatches()[:3]:
-        assert torch.equal(step(*batch), take(*batch)) or dropout
-    by_hand.load_state_dict(ours.state_dict())
+        for each in (step, take):
+            seed_step(3, 0)
+            each(*batch)
     seeds = [step_seed(3, index) for index in range(5)]
     assert max(seeds) >= 1 << 63  # beyond a signed number
     losses = step.take_block(inputs, targets, 16, seeds.__getitem__)
@@ -163,15 +174,20 @@ def test_steps_taken_at_once_have_the_bits_of_the_steps_by_hand(dropout, setting
     assert len(losses) == 5  # the last five rows are no full minibatch
     for a, b in zip(ours.parameters(), by_hand.parameters(), strict=True):
         assert torch.equal(a, b) and torch.equal(a.grad, b.grad)
+        states = [optimizer.state[each] for optimizer, each in zip(optimizers, (a, b), strict=True)]
+        assert "momentum" not in settings or torch.equal(*(state["momentum_buffer"] for state in states))
 
 
-def test_an_optimizer_with_a_state_takes_its_steps_one_by_one():
+@pytest.mark.parametrize(
+    "change", [{"lr": torch.tensor(0.1)}, {"foreach": True}, {"momentum": 0.9}, {"fused": False}]
+)
+def test_other_optimizers_take_their_steps_one_by_one(change):
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step = make_step(model, optimizer)
     for batch in minibatches()[:3]:
         step(*batch)
-    optimizer.param_groups[0]["momentum"] = 0.9
+    optimizer.param_groups[0].update(change)  # a momentum without the buffers of a first step
     before = [parameter.detach().clone() for parameter in model.parameters()]
     assert len(step.take_block(torch.randn(32, 20), torch.zeros(32, dtype=torch.long), 16, int)) == 0
     assert all(map(torch.equal, before, model.parameters()))

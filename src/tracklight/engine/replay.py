@@ -19,7 +19,8 @@ from tracklight.engine import torch_internals
 # Operations whose result depends on shapes alone.
 EMPTY = ("empty", "empty_like", "new_empty")
 FILLED = ("zeros_like", "ones_like", "full_like", "zeros", "ones", "full", "scalar_tensor", "arange")
-# The parameters are an argument of their own: TorchScript leaves out what only changes a list that it made.
+# `descend` is PyTorch's SGD, operation by operation. The parameters are an argument of their own: TorchScript
+# leaves out what only changes a list that it made.
 SOURCE = """
 def step(fixed: List[Tensor], {inputs}: Tensor, {targets}: Tensor) -> List[Tensor]:
     {fixed}, = fixed
@@ -27,20 +28,29 @@ def step(fixed: List[Tensor], {inputs}: Tensor, {targets}: Tensor) -> List[Tenso
     return [{outputs}]
 
 def descend(
-    fixed: List[Tensor], parameters: List[Tensor], inputs: Tensor, targets: Tensor, size: int,
-    seeds: List[int], lr: float, weight_decay: float, maximize: bool
+    fixed: List[Tensor], parameters: List[Tensor], buffers: List[Tensor], inputs: Tensor, targets: Tensor,
+    size: int, seeds: List[int], lr: float, weight_decay: float, momentum: float, dampening: float,
+    nesterov: bool, maximize: bool
 ) -> List[Tensor]:
     losses: List[Tensor] = []
     outputs: List[Tensor] = []
-    none: List[Tensor] = []
     for i in range(inputs.size(0) // size):
         if len(seeds) > 0:
             torch.manual_seed(seeds[i])
         outputs = step(fixed, inputs.narrow(0, i * size, size), targets.narrow(0, i * size, size))
-        torch.ops.aten._fused_sgd_(
-            parameters, outputs[1:], none, lr=lr, weight_decay=weight_decay, maximize=maximize,
-            momentum=0.0, dampening=0.0, nesterov=False, is_first_step=False
-        )
+        if momentum == 0.0:
+            torch.ops.aten._fused_sgd_(
+                parameters, outputs[1:], buffers, lr=lr, weight_decay=weight_decay, momentum=0.0,
+                dampening=0.0, nesterov=False, maximize=maximize, is_first_step=False
+            )
+        else:
+            for parameter, buffer, gradient in zip(parameters, buffers, outputs[1:]):
+                if maximize:
+                    gradient = gradient.neg()
+                if weight_decay != 0.0:
+                    gradient = gradient.add(parameter, alpha=weight_decay)
+                buffer.mul_(momentum).add_(gradient, alpha=1.0 - dampening)
+                parameter.add_(gradient.add(buffer, alpha=momentum) if nesterov else buffer, alpha=-lr)
         losses.append(outputs[0].clone())
     return [torch.stack(losses)] + outputs[1:]
 """
@@ -149,17 +159,33 @@ class Replay:
             return self.functions.step(self.tensors, inputs, targets)
 
     def descend(
-        self, inputs: Tensor, targets: Tensor, size: int, seeds: list[int], group: dict[str, Any]
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        size: int,
+        seeds: list[int],
+        group: dict[str, Any],
+        buffers: list[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
-        """Take steps of SGD without momentum over minibatches of `size`, by a trace of loss and gradients.
+        """Take steps of SGD over minibatches of `size`, by a trace of loss and gradients.
 
-        Return the losses, (S,), and the last gradients. A trace that draws gets the seed of each step.
+        Args:
+            inputs: (S * B, ...).
+            targets: (S * B, ...).
+            size: B, that of the traced minibatch.
+            seeds: PyTorch's seed for each step; none for a trace that does not draw.
+            group: The optimizer's settings and parameters.
+            buffers: Of momentum, one a parameter; none without momentum.
+
+        Returns:
+            The losses, (S,), and the last gradients.
         """
-        settings = float(group["lr"]), float(group["weight_decay"]), group["maximize"]
+        settings = [float(group[key]) for key in ("lr", "weight_decay", "momentum", "dampening")]
         seeds = [each - (each >> 63 << 64) for each in seeds]  # TorchScript's integers have a sign
         with torch_internals.unoptimized():
             losses, *gradients = self.functions.descend(
-                self.tensors, group["params"], inputs, targets, size, seeds, *settings
+                *(self.tensors, group["params"], buffers, inputs, targets, size, seeds),
+                *(*settings, group["nesterov"], group["maximize"]),
             )
         return losses, gradients
 

@@ -102,7 +102,7 @@ class TracedStep:
         with torch.no_grad():
             loss, *gradients = trace(inputs, targets)
             self._set_gradients(gradients)
-            if _is_plain_sgd(self.optimizer, self.parameters):
+            if _sgd_buffers(self.optimizer, self.parameters) == []:
                 group = self.optimizer.param_groups[0]
                 torch_internals.fused_sgd(self.parameters, gradients, group)
             else:
@@ -110,16 +110,18 @@ class TracedStep:
         return loss.clone()  # the next step writes to the same memory
 
     def take_block(self, inputs: Tensor, targets: Tensor, size: int, seed: Callable[[int], int]) -> Tensor:
-        """Take the steps of all full minibatches at once, if they are known by then and of plain SGD.
+        """Take the steps of all full minibatches at once, if they are known by then and SGD's.
 
         Return their losses, (S,); none if they have to be taken one by one. `seed` is that of the nth step.
         """
         trace = self.traces.get((inputs[:size].shape, targets[:size].shape))
-        if not (isinstance(trace, Replay) and _is_plain_sgd(self.optimizer, self.parameters)):
+        buffers = _sgd_buffers(self.optimizer, self.parameters)
+        if not isinstance(trace, Replay) or buffers is None:
             return inputs.new_empty(0)
         seeds = [seed(step) for step in range(len(targets) // size if trace.draws else 0)]
         with torch.no_grad():
-            losses, gradients = trace.descend(inputs, targets, size, seeds, self.optimizer.param_groups[0])
+            (group,) = self.optimizer.param_groups
+            losses, gradients = trace.descend(inputs, targets, size, seeds, group, buffers)
             self._set_gradients(gradients)
         return losses
 
@@ -150,20 +152,24 @@ class _LossOfBatch(nn.Module):  # one module: a trace has to see the parameters 
         return self.module.loss(self.module(inputs), targets)
 
 
-def _is_plain_sgd(optimizer: Optimizer, parameters: list[Tensor]) -> bool:
-    """Check that `fused_sgd` gives the bits of the optimizer's step, whose settings may change.
+def _sgd_buffers(optimizer: Optimizer, parameters: list[Tensor]) -> list[Tensor] | None:
+    """Return the buffers of momentum, none without, of an SGD that steps from parameter to parameter.
 
-    With momentum the fused kernel differs from the loop in the last place.
+    Return None for any other optimizer, and before the first step with momentum. Without momentum the fused
+    kernel has the same bits; with it, it differs in the last place.
     """
     if type(optimizer) is not SGD or len(optimizer.param_groups) != 1:
-        return False
+        return None
     (group,) = optimizer.param_groups
-    return (
-        group["fused"] is not False
-        and not (group["foreach"] or group["differentiable"] or group["momentum"])
+    is_plain = (
+        not (group["foreach"] or group["differentiable"])
+        and group["fused"] is not bool(group["momentum"])
         and isinstance(group["lr"], float)
         and not torch_internals.has_step_hooks(optimizer)
         and len(group["params"]) == len(parameters)
         and all(map(is_, group["params"], parameters))
         and all(parameter.device.type == "cpu" for parameter in parameters)
     )
+    states = [optimizer.state.get(each, {}) for each in parameters if group["momentum"]]
+    buffers = [state.get("momentum_buffer") for state in states]
+    return buffers if is_plain and all(each is not None for each in buffers) else None
