@@ -44,13 +44,15 @@ def main() -> None:
             from benchmark import populations
 
             _report(populations.measure(root, folder, setting, arguments.quick), arguments)
-        if {"steps", "cuda"} & {*arguments.only}:
+        if {"steps", "settings", "cuda"} & {*arguments.only}:
             import torch
 
             from benchmark import steps
 
             if "steps" in arguments.only:
                 _report(steps.on_cpu(root, folder, arguments.epochs, setting), arguments)
+            if "settings" in arguments.only:
+                _report(steps.in_other_settings(root, folder, arguments.epochs, setting), arguments)
             if "cuda" in arguments.only and torch.cuda.is_available():
                 _report(steps.on_cuda(root, folder, arguments.epochs, setting), arguments)
             elif "cuda" in arguments.only:
@@ -62,10 +64,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=20, help="of the fast rivals: 20 or more")
     parser.add_argument("--repeats", type=int, default=5, help="of each whole command")
     parser.add_argument("--crowd", type=int, default=10_000, help="runs in the full store")
-    parts = ("commands", "steps", "cuda", "sweeps", "pruning", "populations", "peers")
+    parts = ("commands", "steps", "cuda", "settings", "sweeps", "pruning", "populations", "peers")
     only = (
-        "parts to measure; only if named: sweeps, half an hour more; pruning and populations, some minutes;"
-        " peers, other frameworks, six minutes and at first a .venv-peers of 6 GB"
+        "parts to measure; only if named: sweeps, half an hour more; settings, pruning and populations, some"
+        " minutes; peers, other frameworks, six minutes and at first a .venv-peers of 6 GB"
     )
     parser.add_argument("--only", nargs="+", default=parts[:3], choices=parts, help=only)
     root = Path(os.environ.get("MNIST_ROOT", ROOT / "data"))

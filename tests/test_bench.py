@@ -165,6 +165,18 @@ def test_ours_ends_a_race_with_the_bits_of_the_loop_by_hand(tmp_path, mnist_root
     assert len(section.times) == 11
 
 
+@pytest.mark.slow
+@pytest.mark.full_mnist
+def test_ours_ends_with_the_bits_of_the_loop_by_hand_in_other_settings(tmp_path, mnist_root, monkeypatch):
+    from benchmark import steps
+    from benchmark.machine import Setting
+
+    chosen = {name: steps.SETTINGS[name] for name in ("batch 512", "momentum")}
+    monkeypatch.setattr(steps, "SETTINGS", chosen)
+    section = steps.in_other_settings(mnist_root, tmp_path, 1, Setting.here())  # asserts the bits
+    assert len(section.claims) == 2
+
+
 def training(epoch_s: float, seconds: float, accuracy: float = 0.95) -> peers.Training:
     return peers.Training(seconds, [1.0, 1.0 + epoch_s, 1.0 + 2 * epoch_s], accuracy)
 

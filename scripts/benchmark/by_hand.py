@@ -3,7 +3,8 @@
 Shapes: `N` images, `B` in a minibatch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -21,11 +22,17 @@ MEAN, STD = 0.1307, 0.3081
 Order = Callable[[int], Tensor]  # of an epoch -> rows (N,)
 
 
-def make_model(device: str = "cpu") -> nn.Module:
-    """Return the network of the notes, its weights drawn from seed 0."""
+def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return the optimizer of the notes."""
+    return torch.optim.SGD(parameters, lr=LEARNING_RATE)
+
+
+def make_model(device: str = "cpu", hidden: Sequence[int] = (128,)) -> nn.Module:
+    """Return the network of the notes, or a larger one; its weights are drawn from seed 0."""
     torch.manual_seed(0)
-    layers = nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
-    return layers.to(device)
+    sides = pairwise([784, *hidden])
+    layers = [each for side in sides for each in (nn.Linear(*side), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(hidden[-1], 10)).to(device)
 
 
 def standardised(images: Tensor) -> Tensor:
@@ -33,13 +40,22 @@ def standardised(images: Tensor) -> Tensor:
     return (images.float() / 255 - MEAN) / STD
 
 
-def resident(relay: Relay, images: Tensor, labels: Tensor, order: Order, epochs: int) -> None:
+def resident(
+    relay: Relay,
+    images: Tensor,
+    labels: Tensor,
+    order: Order,
+    epochs: int,
+    batch_size: int = BATCH_SIZE,
+    hidden: Sequence[int] = (128,),
+    optimize: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = sgd,
+) -> None:
     """Train on tensors: images (N, 28, 28) as float32, or as uint8 standardised by minibatch."""
-    model = make_model(str(images.device))
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    model = make_model(str(images.device), hidden)
+    optimizer = optimize(model.parameters())
 
     def rows_of(epoch: int) -> Callable[[], tuple[Tensor, ...]]:
-        return lambda: order(epoch).to(images.device).split(BATCH_SIZE)
+        return lambda: order(epoch).to(images.device).split(batch_size)
 
     for epoch in range(epochs):
         for rows in relay.epoch(rows_of(epoch)):
@@ -64,7 +80,7 @@ def torchvision_loop(relay: Relay, root: Path, epochs: int) -> None:
     """Train on torchvision's data set through a DataLoader."""
     loader = DataLoader(torchvision_set(root), batch_size=BATCH_SIZE, shuffle=True)
     model = make_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    optimizer = sgd(model.parameters())
     for _ in range(epochs):
         for images, labels in relay.epoch(lambda: loader):
             loss = functional.cross_entropy(model(images), labels)

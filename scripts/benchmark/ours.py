@@ -10,7 +10,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from typing_extensions import override
 
-from benchmark.race import SLICE, Relay
+from benchmark.race import Relay
 from tracklight.config.compose import compose
 from tracklight.engine.checkpoints import ResumeCheckpoint
 from tracklight.experiment.train import run
@@ -30,6 +30,7 @@ def train(
     checkpoints: Sequence[type[Callback]] = (),
     gradients: bool = False,
     accelerator: str = "cpu",
+    words: Sequence[str] = (),
 ) -> None:
     """Train `experiment=seed_mlp`.
 
@@ -41,8 +42,9 @@ def train(
         checkpoints: Those taken each epoch, of LAST and BEST.
         gradients: Whether those are tracked too.
         accelerator: Lightning's name for the device.
+        words: Further overrides.
     """
-    words = ["experiment=seed_mlp", f"data.root={root}", f"trainer.max_epochs={epochs}"]
+    words = [*words, "experiment=seed_mlp", f"data.root={root}", f"trainer.max_epochs={epochs}"]
     words += [f"trainer.accelerator={accelerator}", "trainer.enable_progress_bar=false"]
     words += ["tracking=none" if tracking is None else f"tracking.dir={tracking}"]
     words += ["tracking.gradients=true"] if gradients else []
@@ -126,7 +128,7 @@ class Baton(Callback):
     ) -> None:
         if self.gate:
             self.gate.wake()
-        if trainer.global_step - self.steps >= SLICE and not trainer.is_last_batch:
+        if trainer.global_step - self.steps >= self.relay.slice and not trainer.is_last_batch:
             self._hand_over(trainer)
 
     @override

@@ -14,14 +14,15 @@ from greenlet import getcurrent, greenlet
 
 from benchmark.interval import Interval, of_mean, of_ratio
 
-SLICE = 64  # optimizer steps at most
+SLICE = 64
 Item = TypeVar("Item")
 
 
 class Relay:
     """What a rival's training loop calls so that others have their turn."""
 
-    def __init__(self) -> None:
+    def __init__(self, slice_: int = SLICE) -> None:
+        self.slice = slice_  # optimizer steps at most
         self.steps = 0  # taken in the slice under way
         self.result: Any = None  # what the training made
 
@@ -32,7 +33,7 @@ class Relay:
         """
         self.hand_over()
         for batch in batches():
-            if self.steps == SLICE:
+            if self.steps == self.slice:
                 self.hand_over()
             self.steps += 1
             yield batch
@@ -51,13 +52,14 @@ class Rival:
     Args:
         name: As shown.
         train: Trains, handing over to the relay it is given, the last time when all is done.
+        slice_: Optimizer steps of a slice at most.
     """
 
-    def __init__(self, name: str, train: Callable[[Relay], object]):
+    def __init__(self, name: str, train: Callable[[Relay], object], slice_: int = SLICE):
         self.name = name
         self.steps: list[int] = []
         self.seconds: list[float] = []
-        self.relay = Relay()
+        self.relay = Relay(slice_)
         self._greenlet = greenlet(lambda: train(self.relay))
 
     def get_ready(self) -> None:

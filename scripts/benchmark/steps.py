@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from benchmark.race import SLICE, Relay, Rival, per_epoch, race, ratio
 from benchmark.table import Claim, Section
 from tracklight.data.mnist import MNIST
 from tracklight.data.tensor_data import epoch_order
+from tracklight.engine.blocks import steps_per_block
 from tracklight.tracking.sqlite_file import ensure_database
 
 HAND_UINT8 = "by hand, resident uint8"
@@ -29,6 +31,24 @@ TRACKED = "ours, every step's loss in MLflow"
 DURABLE = "ours, the same and a durable resume checkpoint each epoch"
 BEST = "ours, the same and the best weights kept each epoch"
 GRADIENTS = "ours, every step's loss and tracking.gradients=true"
+
+RATE = by_hand.LEARNING_RATE
+OPTIMIZERS: dict[str, Any] = {
+    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=RATE, momentum=0.9),
+    "Adam": lambda parameters: torch.optim.Adam(parameters, lr=RATE),
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=RATE),
+}
+# What ours is told, what the loop by hand is, and the ratio aimed at.
+SETTINGS: dict[str, tuple[list[str], dict[str, Any], float]] = {
+    "batch 16": (["data.batch_size=16"], {"batch_size": 16}, 0.6),
+    "batch 256": (["data.batch_size=256"], {"batch_size": 256}, 0.75),
+    "batch 512": (["data.batch_size=512"], {"batch_size": 512}, 0.85),
+    "hidden 800": (["model.hidden=[800]"], {"hidden": [800]}, 0.85),
+    "hidden 3 x 1024": (["model.hidden=[1024,1024,1024]"], {"hidden": [1024] * 3}, 0.97),
+    "momentum": (["optimizer.momentum=0.9"], {"optimize": OPTIMIZERS["momentum"]}, 0.6),
+    "Adam": (["optimizer=adam", f"optimizer.lr={RATE}"], {"optimize": OPTIMIZERS["Adam"]}, 0.5),
+    "AdamW": (["optimizer=adamw", f"optimizer.lr={RATE}"], {"optimize": OPTIMIZERS["AdamW"]}, 0.5),
+}
 
 
 def on_cpu(root: Path, folder: Path, epochs: int, setting: Setting) -> Section:
@@ -86,6 +106,32 @@ def on_cpu(root: Path, folder: Path, epochs: int, setting: Setting) -> Section:
     return Section(title, notes, claims, _times(done, len(images)))
 
 
+def in_other_settings(root: Path, folder: Path, epochs: int, setting: Setting) -> Section:
+    """Race ours, untracked, against the loop by hand in settings other than those of the notes."""
+    images, labels, order = _load(root)
+    floats = by_hand.standardised(images)
+    claims, times = list[Claim](), list[tuple[str, Interval]]()
+    for name, (words, by, target) in SETTINGS.items():
+        size = by.get("batch_size", by_hand.BATCH_SIZE)
+        rivals: dict[str, Callable[[Relay], object]] = {
+            f"by hand, {name}": partial(
+                by_hand.resident, images=floats, labels=labels, order=order, epochs=epochs, **by
+            ),
+            f"ours, {name}": partial(ours.train, root=root, epochs=epochs, words=words),
+        }
+        done = _run(rivals, len(images), epochs, batch_size=size)
+        _assert_same_bits(done, [*rivals])
+        hand, own = done.values()
+        per = _rounds(len(images), size)
+        claims.append(Claim(f"{own.name} / {hand.name}", ratio(own, hand, per), target, f"{target:.2f}"))
+        times += _times(done, len(images), size)
+    notes = [
+        *_notes(epochs, setting)[:-1],
+        "Each pair differs from that in what its name says. Final weights are bit-identical (asserted).",
+    ]
+    return Section("Steps in other settings", notes, claims, times)
+
+
 def on_cuda(root: Path, folder: Path, epochs: int, setting: Setting) -> Section:
     """Race on the GPU."""
     images, labels, order = _load(root)
@@ -126,12 +172,17 @@ def _load(root: Path) -> tuple[Tensor, Tensor, Callable[[int], Tensor]]:
     return split.features, split.targets, partial(epoch_order, len(split), 0)
 
 
-def _steps(num_images: int) -> int:
-    return math.ceil(num_images / by_hand.BATCH_SIZE)
+def _steps(num_images: int, batch_size: int = by_hand.BATCH_SIZE) -> int:
+    return math.ceil(num_images / batch_size)
 
 
-def _rounds(num_images: int) -> int:
-    return math.ceil(_steps(num_images) / SLICE)
+def _slice(batch_size: int) -> int:
+    """Return the steps of a slice: one block of ours at least."""
+    return max(SLICE, steps_per_block(batch_size))
+
+
+def _rounds(num_images: int, batch_size: int = by_hand.BATCH_SIZE) -> int:
+    return math.ceil(_steps(num_images, batch_size) / _slice(batch_size))
 
 
 def _run(
@@ -139,9 +190,10 @@ def _run(
     num_images: int,
     epochs: int,
     settle: Callable[[], None] = lambda: None,
+    batch_size: int = by_hand.BATCH_SIZE,
 ) -> dict[str, Rival]:
-    rivals = {name: Rival(name, train) for name, train in trains.items()}
-    per, steps = _rounds(num_images), _steps(num_images)
+    rivals = {name: Rival(name, train, _slice(batch_size)) for name, train in trains.items()}
+    per, steps = _rounds(num_images, batch_size), _steps(num_images, batch_size)
 
     def tell(done: int) -> None:
         if done % per == 0 or done == 1:
@@ -175,6 +227,8 @@ def _notes(epochs: int, setting: Setting) -> list[str]:
     ]
 
 
-def _times(done: dict[str, Rival], num_images: int) -> list[tuple[str, Interval]]:
-    per = _rounds(num_images)
+def _times(
+    done: dict[str, Rival], num_images: int, batch_size: int = by_hand.BATCH_SIZE
+) -> list[tuple[str, Interval]]:
+    per = _rounds(num_images, batch_size)
     return [(name, per_epoch(rival, per)) for name, rival in done.items()]
