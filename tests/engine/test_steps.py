@@ -361,6 +361,34 @@ class Idle(MLP):
         self.idle = nn.Parameter(torch.ones(3))
 
 
+class Recurrent(Supervised):
+    """Its trace holds an operation that cannot be called by itself."""
+
+    pure = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(5, 4, batch_first=True)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.lstm(inputs.view(-1, 4, 5))[0][:, -1]
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, targets)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, KeepsGradients])
+def test_a_trace_that_fails_leaves_the_steps_as_by_hand(optimizer):
+    ours, by_hand = Recurrent(), Recurrent()
+    by_hand.load_state_dict(ours.state_dict())
+    settings = {"lr": 0.1} if optimizer is torch.optim.SGD else {}
+    step = make_step(ours, optimizer(ours.parameters(), **settings))
+    take = eager_step(by_hand, optimizer(by_hand.parameters(), **settings))
+    for batch in minibatches():
+        assert torch.equal(step(*batch), take(*batch))
+    assert all(map(torch.equal, ours.parameters(), by_hand.parameters()))
+
+
 def test_a_model_that_cannot_be_traced_takes_its_steps_by_hand():
     torch.manual_seed(0)
     model = Idle()

@@ -81,22 +81,31 @@ def trace(
         traced.graph.eliminate_dead_code()
         traced.recompile()
         parameters = [leaf.detach() for leaf in leaves]
-        by_trace = partial(traced.forward, *parameters)
-        if not is_compiled:
-            return by_trace
-        rng, found = torch.get_rng_state(), list[list[Tensor]]()
-        with torch.no_grad():
+        by_trace, rng = partial(traced.forward, *parameters), torch.get_rng_state()
+
+        @torch.no_grad()
+        def outcome(call: Callable[..., Sequence[Tensor]]) -> list[Tensor]:
+            torch.set_rng_state(rng)
             try:
-                replay = Replay(traced, parameters, batch)
-                for call in (by_trace, replay):
-                    _restore(parameters, before)
-                    torch.set_rng_state(rng)
-                    found.append([each.nan_to_num() for each in (*call(*batch), *parameters)])
-            except RuntimeError:  # an operation that TorchScript does not know
-                return by_trace
+                return [each.nan_to_num() for each in (*call(*batch), *parameters)]
             finally:
                 _restore(parameters, before)
-        return replay if all(map(torch.equal, *found)) else by_trace
+
+        try:
+            expected = outcome(by_trace)
+        except RuntimeError:  # of an operation that the trace cannot call, such as an LSTM's backward one
+            return None
+        if not is_compiled:
+            return by_trace
+        try:
+            replay = Replay(traced, parameters, batch)
+            _restore(parameters, before)
+            is_same = all(map(torch.equal, expected, outcome(replay)))
+        except RuntimeError:  # an operation that TorchScript does not know
+            return by_trace
+        finally:
+            _restore(parameters, before)
+        return replay if is_same else by_trace
 
 
 @torch.no_grad()
@@ -141,8 +150,9 @@ class Replay:
         is_known = [torch_internals.base_name(node.target) or node.target is getitem for node in nodes]
         if not all(is_known) or not written <= {*owned, *nodes}:
             raise RuntimeError("a trace that changes its batch or a constant, or has operations of others")
-        for node in nodes:
-            self._add(node, node in written)
+        with torch.no_grad():
+            for node in nodes:
+                self._add(node, node in written)
         self.draws = any(torch_internals.draws(node.target) for node in nodes)  # random numbers
         outputs = ", ".join(map(self._word, output.args[0]))
         self.tensors = [self.fixed[name] for name in self.used if name in self.fixed]
