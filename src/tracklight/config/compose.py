@@ -163,9 +163,8 @@ def to_plain(cfg: Any) -> dict[str, Any]:
         if OmegaConf.is_config(cfg):
             tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except InterpolationResolutionError as error:
-        kind, _, reason = " ".join(str(error.msg or error).split("\n")[0].split()).rpartition(
-            " raised while resolving interpolation: "
-        )
+        said = " ".join(str(error.msg or error).split("\n")[0].split())
+        kind, _, reason = said.rpartition(" raised while resolving interpolation: ")
         if kind == "BadInput":
             raise BadInput(reason) from error
         reason = reason.strip("\"'")

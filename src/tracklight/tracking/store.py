@@ -203,9 +203,8 @@ class Store:
         def get_or_create() -> Any:
             if found := self.client.get_experiment_by_name(name):
                 return found
-            return self.client.get_experiment(
-                self.client.create_experiment(name, location, experiment_tags())
-            )
+            created = self.client.create_experiment(name, location, experiment_tags())
+            return self.client.get_experiment(created)
 
         def may_pass(error: Exception) -> bool:
             return is_transient(error) or "ALREADY_EXISTS" in getattr(error, "error_code", "")
