@@ -301,11 +301,9 @@ def rebuild(store: Store, run: Any, cfg: DictConfig, *, read: bool, load: bool =
 
 
 _INPUT_KEYS = ("name", "in_features", "out_features", "feature_names", "class_names")
-_INPUT_KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys((*_INPUT_KEYS, "target_names"), (str,)),
-    **dict.fromkeys(("in_features", "out_features", "shape"), (int,)),
-    **dict.fromkeys(("mean", "std"), (int, float)),
-}
+_INPUT_KINDS = {"in_features": (int,), "out_features": (int,), "shape": (int,)}
+_INPUT_KINDS |= dict.fromkeys(("name", "feature_names", "class_names", "target_names"), (str,))
+_INPUT_KINDS |= dict.fromkeys(("mean", "std"), (int, float))
 MAX_RAW = 2**27  # values of one raw example
 
 

@@ -197,8 +197,7 @@ def installed_packages() -> dict[str, str]:
     for folder in sys.path:
         with contextlib.suppress(OSError):
             for name in os.listdir(folder or "."):  # noqa: PTH208, names alone are wanted, and fast
-                found = re.fullmatch(r"([^-]+)-([^-]+).*\.(dist|egg)-info", name)
-                if found:
+                if found := re.fullmatch(r"([^-]+)-([^-]+).*\.(dist|egg)-info", name):
                     package = re.sub(r"[-_.]+", "-", found[1]).lower()
                     packages.setdefault(package, found[2])
     return packages

@@ -337,18 +337,15 @@ class Store:
                 _log.warning("%s cannot be recovered: %s", folder, error.strerror)
                 continue
             try:
-                if self._recover(folder, lock):
-                    lock.remove()
-                else:
-                    lock.close()
+                self._recover(folder, lock)
             except Exception as error:
                 lock.close()
                 _log.warning("%s cannot be recovered now: %s", folder, short_reason(error))
                 if is_transient(error):
                     return  # the next folder would wait as long
 
-    def _recover(self, folder: Path, lock: RunLock) -> bool:
-        """Return whether there is nothing left to recover."""
+    def _recover(self, folder: Path, lock: RunLock) -> None:
+        """Send what is left of a run, and remove its lock; keep it while a server may yet create the run."""
         if folder.name.startswith(NEW_PREFIX):
             found = self.search(f"tags.`{KEY_TAG}` = '{folder.name.removeprefix(NEW_PREFIX)}'")
             if not found:
@@ -356,7 +353,8 @@ class Store:
                 waited_s = time.time() - folder.stat().st_mtime
                 if self.database is not None or waited_s > _LATE_CREATION_S:
                     shutil.rmtree(folder)
-                return False
+                lock.close()
+                return
             for other in found[1:]:
                 self.client.delete_run(other.info.run_id)
             folder = self.folder(found[0].info.run_id)
@@ -367,7 +365,7 @@ class Store:
         else:
             _log.warning("run %s was deleted; what it left unsent stays in %s", folder.name, folder)
         self.recovered.add(folder.name)
-        return True
+        lock.remove()
 
     def _send_rest(self, run: Any, folder: Path) -> None:
         """Send the rest of a run's log, and the status KILLED if the log holds no final one."""
