@@ -1,6 +1,5 @@
 """The tracking store: opens it, creates and continues runs, recovers those of dead processes."""
 
-import errno
 import itertools
 import logging
 import math
@@ -101,7 +100,7 @@ def _why_read_only(store: "Store", uri: str | None) -> str:
                 if not os.access(path, os.W_OK):
                     facts = path.stat()
                     whose = f"of user {facts.st_uid}, mode {facts.st_mode & 0o7777:o}"
-                    raise PermissionError(errno.EACCES, whose)
+                    return f"{what} cannot be written ({whose})"
     except OSError as error:
         return f"{what} cannot be written ({error.strerror})"
     return ""
