@@ -94,7 +94,7 @@ def _view(store: Store, experiment: Any, *names: str) -> str:
         with suppress(BadInput):  # nothing trained yet
             board = rank_runs(reader_of(store), RunFilter(experiment.name), None, None, NUM_COMPARED)
             lines = dict.fromkeys((board.metric, "train/loss"))
-            views.save_experiment_view(store.client, experiment.experiment_id, board.columns, [*lines])
+            views.save_view(store.client, experiment.experiment_id, board.columns, [*lines])
     saved = (name for name in names if views.PREFIX + name in experiment.tags)
     return views.page(experiment.experiment_id, next(saved, None))
 

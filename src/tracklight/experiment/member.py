@@ -126,26 +126,19 @@ class Member:
         name, key = model.CHECKPOINT_HYPER_PARAMS_NAME, model.CHECKPOINT_HYPER_PARAMS_KEY
         own = {name: "kwargs", key: dict(model.hparams)} if model.hparams else {}
         cloned = {name: each.detach().clone() for name, each in weights.items()}  # not what they are views of
-        return {
-            "pytorch-lightning_version": LIGHTNING,
-            **progress,
-            **own,
-            "state_dict": cloned,
-        }
+        return {"pytorch-lightning_version": LIGHTNING, **progress, **own, "state_dict": cloned}
 
     def save(self, progress: Mapping[str, Any], is_last: bool) -> None:
         """Write a checkpoint to continue from, which holds what Lightning's does."""
         whole = self.checkpoint(progress, dict(self.model.named_parameters()))
-        whole["callbacks"] = {
-            each.state_key: state for each in self.callbacks if (state := each.state_dict())
-        }
+        states = {each.state_key: each.state_dict() for each in self.callbacks}
+        whole["callbacks"] = {key: state for key, state in states.items() if state}
         whole["optimizer_states"] = [apply_to_collection(self.optimizer.state_dict(), Tensor, Tensor.clone)]
         whole["lr_schedulers"] = [self.schedule["scheduler"].state_dict()] if self.schedule else []
         name = checkpoint_io.LAST if is_last else f"step-{progress['global_step']:09d}.ckpt"
         self.io.save_checkpoint(whole, self.folder / name)
-        for old in sorted(self.folder.glob(checkpoint_io.PATTERN))[
-            : None if is_last else -checkpoints.NUM_KEPT
-        ]:
+        earlier = sorted(self.folder.glob(checkpoint_io.PATTERN))
+        for old in earlier if is_last else earlier[: -checkpoints.NUM_KEPT]:
             self.io.remove_checkpoint(old)
 
     @property

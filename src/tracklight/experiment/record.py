@@ -11,13 +11,7 @@ import yaml
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
-from tracklight.config.compose import (
-    config_digest,
-    digest_without_seed,
-    flatten,
-    flatten_redacted,
-    short_params,
-)
+from tracklight.config import compose
 from tracklight.data.tensor_data import TensorData
 from tracklight.engine.blocks import NonFinite
 from tracklight.engine.signals import Stopped
@@ -55,10 +49,10 @@ class Recorder:
         data_name = named if isinstance(named, str) and named else type(data).__name__
         source_digest = data.source_digest if isinstance(data, TensorData) else None
         run_tags = {
-            **tags.own_tags(flatten(tracking["tags"]), redact(tracking["note"])),
+            **tags.own_tags(compose.flatten(tracking["tags"]), redact(tracking["note"])),
             **self.provenance.tags,
-            tags.IDENTITY_TAG: config_digest(cfg),
-            tags.SETTING_TAG: digest_without_seed(cfg, source_digest),
+            tags.IDENTITY_TAG: compose.config_digest(cfg),
+            tags.SETTING_TAG: compose.digest_without_seed(cfg, source_digest),
             tags.DATA_TAG: data.digest if isinstance(data, TensorData) else "unknown",
             **({} if source_digest is None else {tags.DATA_SET_TAG: source_digest}),
             tags.DATA_NAME_TAG: data_name,
@@ -93,8 +87,8 @@ class Recorder:
             # What does not describe the training is no param, or every comparison would show it.
             own = () if hasattr(self.model, "optimizer_factory") else OPTIMIZER_KEYS
             params = {k: v for k, v in tree.items() if k not in (*COMMAND_KEYS, "overrides", *own)}
-            flat = flatten_redacted(params)
-            run.log_params(short_params(flat) | flat)  # last: params say that it is described
+            flat = compose.flatten_redacted(params)
+            run.log_params(compose.short_params(flat) | flat)  # last: params say that it is described
         dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
         run.log_text(yaml.dump(tree, Dumper=dumper, sort_keys=False), tags.CONFIG)
         if isinstance(data, TensorData):

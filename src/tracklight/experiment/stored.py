@@ -139,10 +139,8 @@ def _resume_by_id(cfg: DictConfig, store: Store) -> tuple[DictConfig, ResumedRun
         why = f"run {run_id} keeps its best weights alone, as a finished trial does without tracking.keep=all"
         raise BadInput(f"{why}; a new run can start from them: init_from={run_id}")
     before, now = (math.inf if number in (None, -1) else int(number) for number in (before, now))
-    trainer = stored["trainer"]
-    may_stop = (
-        stored.get("callbacks") or trainer.get("max_time") or trainer.get("max_steps") not in (None, -1)
-    )
+    trainer, callbacks = stored["trainer"], stored.get("callbacks")
+    may_stop = callbacks or trainer.get("max_time") or trainer.get("max_steps") not in (None, -1)
     if run.info.status == "FINISHED" and now < before and not may_stop:
         why = f"run {run_id} has finished its {count(int(before), 'epoch')}"
         raise BadInput(f"trainer.max_epochs={now}: {why}; give more, or start a new run")
@@ -303,11 +301,9 @@ def rebuild(store: Store, run: Any, cfg: DictConfig, *, read: bool, load: bool =
 
 
 _INPUT_KEYS = ("name", "in_features", "out_features", "feature_names", "class_names")
-_INPUT_KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys((*_INPUT_KEYS, "target_names"), (str,)),
-    **dict.fromkeys(("in_features", "out_features", "shape"), (int,)),
-    **dict.fromkeys(("mean", "std"), (int, float)),
-}
+_INPUT_KINDS = {"in_features": (int,), "out_features": (int,), "shape": (int,)}
+_INPUT_KINDS |= dict.fromkeys(("name", "feature_names", "class_names", "target_names"), (str,))
+_INPUT_KINDS |= dict.fromkeys(("mean", "std"), (int, float))
 MAX_RAW = 2**27  # values of one raw example
 
 

@@ -301,8 +301,8 @@ class ParentRun:
         shown = [short if (short := name.rpartition(".")[2]) in params else name for name in names]
         shown = [name for name in shown if name in params]  # a list by its short text
         metrics = dict.fromkeys((plan.metric, "train/loss"))
-        where = (self.store.client, self._experiment_id, self.run_id)
-        views.save_sweep_view(*where, shown, [*metrics], plan.mode)
+        where = (self.store.client, self._experiment_id)
+        views.save_view(*where, shown, [*metrics], self.run_id, plan.mode)
         uri = self.store.display_uri if is_server(self.store.uri) else f"http://127.0.0.1:{UI_PORT}"
         return uri.rstrip("/") + views.page(self._experiment_id, views.view_name(self.run_id))
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tracklight.paths import parse_mapping, read_bounded, sync_folder
 
 FILE_NAME = "run.lock"
@@ -43,13 +45,7 @@ class LockHeld(Exception):
     @property
     def is_transient(self) -> bool:
         """Whether the owner is dead: then another process is recovering the run."""
-        if self.pid is None:
-            return True
-        try:
-            os.kill(self.pid, 0)
-        except OSError as error:  # PermissionError: alive, of another user
-            return isinstance(error, ProcessLookupError)
-        return False
+        return self.pid is None or not psutil.pid_exists(self.pid)
 
 
 class RunLock:

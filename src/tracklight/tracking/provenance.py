@@ -156,9 +156,8 @@ def git_state(root: Path) -> Git:
     try:
         lines = ask_git(root, "status", "--porcelain=v2", "--branch", "-z", "--", ".").split("\0")
         headers = dict(line[2:].split(" ", 1) for line in lines if line.startswith("# "))
-        commit, branch = (headers.get(key) for key in ("branch.oid", "branch.head"))
-        commit = None if commit == "(initial)" else commit
-        branch = None if branch == "(detached)" else branch
+        known = {key: value for key, value in headers.items() if value not in ("(initial)", "(detached)")}
+        commit, branch = known.get("branch.oid"), known.get("branch.head")
         dirty = any(line[:2] in ("1 ", "2 ", "u ") for line in lines)
         command = ("diff", "HEAD", "--no-ext-diff", "--no-color", "--", ".")
         diff = ask_git(root, *command) if dirty and commit else ""
@@ -197,8 +196,7 @@ def installed_packages() -> dict[str, str]:
     for folder in sys.path:
         with contextlib.suppress(OSError):
             for name in os.listdir(folder or "."):  # noqa: PTH208, names alone are wanted, and fast
-                found = re.fullmatch(r"([^-]+)-([^-]+).*\.(dist|egg)-info", name)
-                if found:
+                if found := re.fullmatch(r"([^-]+)-([^-]+).*\.(dist|egg)-info", name):
                     package = re.sub(r"[-_.]+", "-", found[1]).lower()
                     packages.setdefault(package, found[2])
     return packages

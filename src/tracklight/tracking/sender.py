@@ -102,17 +102,14 @@ class MlflowWriter:
             self._log(taken)
         self.wal.confirm(confirmed)
 
-    def _open_tables(self) -> RunTables | None:
+    def _log(self, records: list[Points | Call]) -> None:
         if self._database and not self._tables:
             if has_known_columns(self._database):
                 self._tables = RunTables(self._database)
             else:
                 self._database = None
-        return self._tables
-
-    def _log(self, records: list[Points | Call]) -> None:
-        if tables := self._open_tables():
-            tables.write(self.run_id, records)
+        if self._tables:
+            self._tables.write(self.run_id, records)
             return
         metrics = [
             mlflow.entities.Metric(record.key, value, record.timestamp_ms, step)

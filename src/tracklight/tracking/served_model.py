@@ -20,18 +20,15 @@ from mlflow.exceptions import MlflowException
 SERVER = "mlflow.pyfunc.scoring_server"
 
 
-class RefuseUnknown(logging.Filter):
-    """Makes a refusal of MLflow's warning that columns are unknown; elsewhere than in its server it stays.
+def refuse_unknown(record: logging.LogRecord) -> bool:
+    """Filter log records: raise for MLflow's warning in its server that columns are unknown.
 
     MLflow drops such columns before the model sees them, and has no setting for it (as of 3.17.2).
     """
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Raise for that warning; let every other record pass."""
-        text = record.getMessage()
-        if text.startswith("Found extra inputs") and SERVER in sys.modules:
-            raise MlflowException.invalid_parameter_value(text.replace("will be ignored", "are refused"))
-        return True
+    text = record.getMessage()
+    if text.startswith("Found extra inputs") and SERVER in sys.modules:
+        raise MlflowException.invalid_parameter_value(text.replace("will be ignored", "are refused"))
+    return True
 
 
 class ServedModel:
@@ -59,7 +56,8 @@ class ServedModel:
 def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> ServedModel:
     """Load the model; MLflow calls this by its name."""
     logger = logging.getLogger("mlflow.models.utils")
-    if not any(type(each).__name__ == RefuseUnknown.__name__ for each in logger.filters):
-        logger.addFilter(RefuseUnknown())
+    # Each logged model has a function of its own by this name.
+    if not any(getattr(each, "__name__", "") == refuse_unknown.__name__ for each in logger.filters):
+        logger.addFilter(refuse_unknown)
     graph = torch.export.load(Path(path) / "model.pt2").module()
     return ServedModel(graph, (model_config or {}).get("targets", []))

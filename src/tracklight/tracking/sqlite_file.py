@@ -27,23 +27,17 @@ _MAX = sys.float_info.max  # what MLflow stores for infinity
 _METRIC = {"key", "value", "timestamp", "run_uuid", "step", "is_nan"}
 _TEXT = {"key", "value", "run_uuid"}
 _COLUMNS = {"metrics": _METRIC, "latest_metrics": _METRIC, "params": _TEXT, "tags": _TEXT}
-_RUN = "run_uuid name source_type source_name entry_point_name user_id status start_time end_time"
-_DATASET = "dataset_uuid experiment_id name digest dataset_source_type dataset_source dataset_schema"
-_EXPERIMENT = "experiment_id name artifact_location lifecycle_stage creation_time last_update_time workspace"
-_ALL_COLUMNS = _COLUMNS | {
-    "experiments": {*_EXPERIMENT.split()},
-    "runs": {
-        *_RUN.split(),
-        "deleted_time",
-        "source_version",
-        "lifecycle_stage",
-        "artifact_uri",
-        "experiment_id",
-    },
-    "datasets": {*_DATASET.split(), "dataset_profile"},
-    "inputs": {"input_uuid", "source_type", "source_id", "destination_type", "destination_id", "step"},
-    "input_tags": {"input_uuid", "name", "value"},
+_OTHERS = {
+    "experiments": "experiment_id name workspace artifact_location lifecycle_stage creation_time"
+    " last_update_time",
+    "runs": "run_uuid name source_type source_name source_version entry_point_name user_id experiment_id"
+    " status start_time end_time deleted_time lifecycle_stage artifact_uri",
+    "datasets": "dataset_uuid experiment_id name digest dataset_source_type dataset_source dataset_schema"
+    " dataset_profile",
+    "inputs": "input_uuid source_type source_id destination_type destination_id step",
+    "input_tags": "input_uuid name value",
 }
+_ALL_COLUMNS = _COLUMNS | {table: {*names.split()} for table, names in _OTHERS.items()}
 _ROWS = 150  # of one statement: SQLite before 3.32 binds 999 values
 _BEFORE_ALL = "(SELECT min(rowid) - 1 FROM latest_metrics)"
 _UPSERT = """
@@ -271,9 +265,8 @@ def has_known_columns(path: Path, fills_all: bool = False) -> bool:
     """Return whether the tables at `path` have the columns that `RunTables` knows: of points, or of all."""
     known = _ALL_COLUMNS if fills_all else _COLUMNS
     with closing(_connect(path)) as connection:
-        return known == {
-            name: {row[1] for row in connection.execute(f"PRAGMA table_info({name})")} for name in known
-        }
+        rows = {name: connection.execute(f"PRAGMA table_info({name})").fetchall() for name in known}
+    return known == {name: {row[1] for row in found} for name, found in rows.items()}
 
 
 def creation_order(path: Path, run_ids: Sequence[str]) -> dict[str, int]:

@@ -1,6 +1,5 @@
 """The tracking store: opens it, creates and continues runs, recovers those of dead processes."""
 
-import errno
 import itertools
 import logging
 import math
@@ -101,7 +100,7 @@ def _why_read_only(store: "Store", uri: str | None) -> str:
                 if not os.access(path, os.W_OK):
                     facts = path.stat()
                     whose = f"of user {facts.st_uid}, mode {facts.st_mode & 0o7777:o}"
-                    raise PermissionError(errno.EACCES, whose)
+                    return f"{what} cannot be written ({whose})"
     except OSError as error:
         return f"{what} cannot be written ({error.strerror})"
     return ""
@@ -203,9 +202,8 @@ class Store:
         def get_or_create() -> Any:
             if found := self.client.get_experiment_by_name(name):
                 return found
-            return self.client.get_experiment(
-                self.client.create_experiment(name, location, experiment_tags())
-            )
+            created = self.client.create_experiment(name, location, experiment_tags())
+            return self.client.get_experiment(created)
 
         def may_pass(error: Exception) -> bool:
             return is_transient(error) or "ALREADY_EXISTS" in getattr(error, "error_code", "")
@@ -338,18 +336,15 @@ class Store:
                 _log.warning("%s cannot be recovered: %s", folder, error.strerror)
                 continue
             try:
-                if self._recover(folder, lock):
-                    lock.remove()
-                else:
-                    lock.close()
+                self._recover(folder, lock)
             except Exception as error:
                 lock.close()
                 _log.warning("%s cannot be recovered now: %s", folder, short_reason(error))
                 if is_transient(error):
                     return  # the next folder would wait as long
 
-    def _recover(self, folder: Path, lock: RunLock) -> bool:
-        """Return whether there is nothing left to recover."""
+    def _recover(self, folder: Path, lock: RunLock) -> None:
+        """Send what is left of a run, and remove its lock; keep it while a server may yet create the run."""
         if folder.name.startswith(NEW_PREFIX):
             found = self.search(f"tags.`{KEY_TAG}` = '{folder.name.removeprefix(NEW_PREFIX)}'")
             if not found:
@@ -357,7 +352,8 @@ class Store:
                 waited_s = time.time() - folder.stat().st_mtime
                 if self.database is not None or waited_s > _LATE_CREATION_S:
                     shutil.rmtree(folder)
-                return False
+                lock.close()
+                return
             for other in found[1:]:
                 self.client.delete_run(other.info.run_id)
             folder = self.folder(found[0].info.run_id)
@@ -368,7 +364,7 @@ class Store:
         else:
             _log.warning("run %s was deleted; what it left unsent stays in %s", folder.name, folder)
         self.recovered.add(folder.name)
-        return True
+        lock.remove()
 
     def _send_rest(self, run: Any, folder: Path) -> None:
         """Send the rest of a run's log, and the status KILLED if the log holds no final one."""

@@ -42,40 +42,31 @@ def _columns(params: Sequence[str]) -> list[str]:
     return [f"metrics.`{SCORE}`", *(own.get(name, f"params.`{name}`") for name in params)]
 
 
-def save_experiment_view(
-    client: Any, experiment_id: str, params: Sequence[str], metrics: Sequence[str]
+def save_view(
+    client: Any,
+    experiment_id: str,
+    params: Sequence[str],  # that vary
+    metrics: Sequence[str],  # whose curves are drawn
+    sweep_id: str = "",  # of the parent run: then the view is of this sweep, the best run first
+    mode: str = "",  # of the sweep's score
 ) -> None:
-    """Save the view of an experiment, the newest run first, with the parameters that vary and the curves."""
-    view = NEWEST_FIRST | _compared(params, metrics, "Runs")
-    client.set_experiment_tag(experiment_id, PREFIX + EXPERIMENT, json.dumps(view))
-
-
-def save_sweep_view(
-    client: Any, experiment_id: str, sweep_id: str, params: Sequence[str], metrics: Sequence[str], mode: str
-) -> None:
-    """Save the view of a sweep's runs, the best first, with their parameters, scores and curves."""
-    view = {
-        "searchFilter": f"tags.`{PARENT_TAG}` = '{sweep_id}'",
-        "orderByKey": f"metrics.`{SCORE}`",
-        "orderByAsc": mode == "min",
-    } | _compared(params, metrics, "Sweep")
-    client.set_experiment_tag(experiment_id, PREFIX + view_name(sweep_id), json.dumps(view))
-
-
-def _compared(params: Sequence[str], metrics: Sequence[str], title: str) -> dict[str, Any]:
-    """Return the columns and the charts of a view."""
+    """Save the view of an experiment, the newest run first, or that of a sweep."""
+    name, title, shown = EXPERIMENT, "Runs", NEWEST_FIRST
+    if sweep_id:
+        name, title = view_name(sweep_id), "Sweep"
+        best_first = {"orderByKey": f"metrics.`{SCORE}`", "orderByAsc": mode == "min"}
+        shown = {"searchFilter": f"tags.`{PARENT_TAG}` = '{sweep_id}'", **best_first}
     params = [*params][:MAX_PARAMS]
     axes = {"type": "PARALLEL", "selectedParams": params, "selectedMetrics": [SCORE], "showAllRuns": True}
     lines = [{"type": "LINE", "metricKey": m, "displayName": m, "lineSmoothness": 0} for m in metrics]
-    charts = [
-        {"uuid": f"{SECTION}-{at}", "metricSectionId": SECTION, "deleted": False, "isGenerated": False}
-        | chart
-        for at, chart in enumerate([axes, *lines])
-    ]
-    return {
+    of_all = {"metricSectionId": SECTION, "deleted": False, "isGenerated": False}
+    view = shown | {
         "selectedColumns": _columns(params),
-        "compareRunCharts": charts,
+        "compareRunCharts": [
+            {"uuid": f"{SECTION}-{at}", **of_all, **chart} for at, chart in enumerate([axes, *lines])
+        ],
         "compareRunSections": [{"uuid": SECTION, "name": title, "display": True, "isReordered": False}],
         "isAccordionReordered": True,
         "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
     }
+    client.set_experiment_tag(experiment_id, PREFIX + name, json.dumps(view))
