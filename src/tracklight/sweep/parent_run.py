@@ -291,8 +291,8 @@ class ParentRun:
                 plotted.result()
         self.run.upload_artifacts()
 
-    def save_view(self, children: Iterable[Any]) -> str:
-        """Save the view of the sweep in MLflow's UI; return its address, of `make ui` or the server."""
+    def save_view(self, children: Iterable[Any]) -> None:
+        """Save the view of the sweep in MLflow's UI, and add its address to `ui_hint`."""
         plan, params = self._plan, dict[str, str]()
         for child in children:
             params |= child.data.params
@@ -303,8 +303,12 @@ class ParentRun:
         metrics = dict.fromkeys((plan.metric, "train/loss"))
         where = (self.store.client, self._experiment_id, self.run_id)
         views.save_sweep_view(*where, shown, [*metrics], plan.mode)
-        uri = self.store.display_uri if is_server(self.store.uri) else f"http://127.0.0.1:{UI_PORT}"
-        return uri.rstrip("/") + views.page(self._experiment_id, views.view_name(self.run_id))
+        address = self.store.display_uri.rstrip("/")
+        if not is_server(self.store.uri):
+            address = f"http://127.0.0.1:{UI_PORT}"
+            self.ui_hint += f"; while it runs (by default on port {UI_PORT}), the sweep is at"
+        page = views.page(self._experiment_id, views.view_name(self.run_id))
+        self.ui_hint += f"\nview   {address}{page}"
 
     def _rank(self, timeout_s: float | None) -> list[LeaderboardRow]:
         names = [axis.name for axis in self._plan.space.axes]
