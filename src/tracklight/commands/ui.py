@@ -1,6 +1,5 @@
 """Serves the runs in MLflow's own UI, opened at the newest of them."""
 
-import errno
 import os
 import shutil
 import signal
@@ -33,8 +32,7 @@ STOP_TIMEOUT_S = 10.0
 
 def run(args: Namespace) -> int:
     """Serve the UI until Ctrl-C, or print its address on a server; return the exit code."""
-    if not 0 < args.port < 2**16:
-        raise BadInput(f"--port {args.port} must be 1 to 65535; try --port {UI_PORT}")
+    _check_port(args.port)
     if args.dir != HOME and not args.dir.is_dir():
         raise BadInput(f"--dir {args.dir} is no folder")
     # Created if missing: the UI may be open while it fills.
@@ -46,7 +44,6 @@ def run(args: Namespace) -> int:
         args.emit({"url": url})
         print(f"MLflow UI: {url} (served there)")
         return 0
-    _check_port(args.port, page)
     with suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as folder:  # Ctrl-C is the way to end it
         _serve(store, args, page, _uri(store, Path(folder)), Path(folder))
     return 0
@@ -65,16 +62,16 @@ def _uri(store: Store, folder: Path) -> str:
     return f"sqlite:///{copy}"
 
 
-def _check_port(port: int, page: str) -> None:
+def _check_port(port: int) -> None:
+    if not 0 < port < 2**16:
+        raise BadInput(f"--port {port} must be 1 to 65535; try --port {UI_PORT}")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            runs = f"http://{HOST}:{port}{page.partition('&')[0]}"  # the view's key would be starred out
-            is_taken = error.errno == errno.EADDRINUSE
-            cure = f"if this UI runs there, open {runs}; else " * is_taken + f"try --port {port + 1}"
-            raise BadInput(f"--port {port} cannot be had ({error.strerror}); {cure}") from None
+            how = f"open http://{HOST}:{port}{views.page(None)} if it is this UI's, or try --port {port + 1}"
+            raise BadInput(f"--port {port} cannot be had ({error.strerror}); {how}") from None
 
 
 def _page(store: Store, experiment: str | None) -> str:

@@ -111,8 +111,7 @@ def _tags(plan: Plan) -> dict[str, str]:
     keys = ("sampler", "pruner", "trials", "seeds", "folds", "workers")
     settings = {f"sweep.{key}": str(plan.settings[key]) for key in keys}
     space = {f"space.{name}": values for name, values in plan.space.expressions().items()}
-    command = redact_command(sys.argv)
-    facts = provenance.collect(ROOT, command, provenance.code_digest(), describe_machine())
+    facts = provenance.collect(ROOT, redact_command(sys.argv), (), describe_machine())
     own = {"tracklight.kind": "sweep", tags.THREADS_TAG: str(plan.num_threads)}
     tracking = plan.first_cfg.tracking
     return tags.own_tags(flatten(tracking.tags), redact(tracking.note)) | facts.tags | settings | space | own
@@ -303,12 +302,10 @@ class ParentRun:
         metrics = dict.fromkeys((plan.metric, "train/loss"))
         where = (self.store.client, self._experiment_id, self.run_id)
         views.save_sweep_view(*where, shown, [*metrics], plan.mode)
-        address = self.store.display_uri.rstrip("/")
-        if not is_server(self.store.uri):
-            address = f"http://127.0.0.1:{UI_PORT}"
-            self.ui_hint += f"; while it runs (by default on port {UI_PORT}), the sweep is at"
-        page = views.page(self._experiment_id, views.view_name(self.run_id))
-        self.ui_hint += f"\nview   {address}{page}"
+        is_local = not is_server(self.store.uri)
+        uri = f"http://127.0.0.1:{UI_PORT}" if is_local else self.store.display_uri.rstrip("/")
+        self.ui_hint += f"; while it runs (by default on port {UI_PORT}), the sweep is at" * is_local
+        self.ui_hint += f"\nview   {uri}{views.page(self._experiment_id, views.view_name(self.run_id))}"
 
     def _rank(self, timeout_s: float | None) -> list[LeaderboardRow]:
         names = [axis.name for axis in self._plan.space.axes]
