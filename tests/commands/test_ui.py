@@ -81,7 +81,10 @@ def test_a_port_that_is_taken_is_bad_input(store, served):
             main("ui", ["--dir", str(store.directory), "--port", str(port)])
     # The UI may be what has the port: then its address helps, as far as it is not starred out.
     shown = redact(str(refused.value))
-    assert f"open http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning; else" in shown
+    assert (
+        f"open http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning if it is this UI's, or"
+        in shown
+    )
     assert not served
 
 
