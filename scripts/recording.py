@@ -37,6 +37,7 @@ ROWS, COLUMNS = 24, 118
 PROMPT = "\x1b[32m$\x1b[0m "
 KEY_S, READ_S, PLAY_S, STEP_S = 0.03, 3.0, 7.0, 0.15  # a key; to read an answer; an answer at most; a frame
 WAIT_S = 1.0  # the longest wait, before an answer is sped up
+POSTER_S = 1.0  # of the finished screen, before the first key
 CELL_X, CELL_Y, SIZE, MARGIN = 7.8, 17, 13, 16  # pixels
 COLOURS = {
     **{"default": "#d6deeb", "black": "#575656", "red": "#ef5350", "green": "#22da6e", "brown": "#e0c07a"},
@@ -88,12 +89,13 @@ def frames(events: Iterator[tuple[float, bytes]]) -> Iterator[tuple[float, list[
     """Yield the rows of the screen as SVG, each time it has changed, with the second at which it does."""
     screen = pyte.Screen(COLUMNS, ROWS)
     stream = pyte.ByteStream(screen)
-    now_s, shown_s = 0.0, -STEP_S
+    now_s, due_s = 0.0, 0.0
     for waited_s, printed in events:
+        at_s = max(now_s, due_s)
         now_s += waited_s
-        if now_s - shown_s >= STEP_S or not printed:
-            yield now_s, [draw_row(screen.buffer[row]) for row in range(ROWS)]
-            shown_s = now_s
+        if at_s < now_s:  # else the next event changes the screen before it is due
+            yield at_s, [draw_row(screen.buffer[row]) for row in range(ROWS)]
+            due_s = at_s + STEP_S
         stream.feed(printed)
 
 
@@ -113,7 +115,11 @@ def draw_row(row: Any) -> str:
 
 
 def film(shots: Sequence[tuple[float, list[str]]]) -> str:
-    """Lay the frames below one another, and move them past a window by a CSS animation without scripts."""
+    """Lay the frames below one another, and move them past a window by a CSS animation without scripts.
+
+    The last frame is the first one as well: where nothing moves, the finished screen is seen.
+    """
+    shots = [(0.0, shots[-1][1]), *((at_s + POSTER_S, rows) for at_s, rows in shots)]
     total_s = shots[-1][0] + READ_S
     width, height = COLUMNS * CELL_X + 2 * MARGIN, ROWS * CELL_Y + 2 * MARGIN
     numbers: dict[str, int] = {}
@@ -124,18 +130,18 @@ def film(shots: Sequence[tuple[float, list[str]]]) -> str:
                 number = numbers.setdefault(row, len(numbers))
                 strip.append(f'<use href="#r{number}" y="{index * height + (y + 1) * CELL_Y:g}"/>')
         steps.append(f"{100 * at_s / total_s:.2f}%{{transform:translateY({-index * height:g}px)}}")
-    last = f"translateY({-(len(shots) - 1) * height:g}px)"
     defined = "".join(f'<g id="r{number}">{row}</g>' for row, number in numbers.items())
     style = (
         f"text{{font:{SIZE}px ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;white-space:pre}}"
         f"#film{{animation:film {total_s:.1f}s steps(1,end) infinite}}@keyframes film{{{''.join(steps)}}}"
-        f"@media (prefers-reduced-motion:reduce){{#film{{animation:none;transform:{last}}}}}"
+        f"@media (prefers-reduced-motion:reduce){{#film{{animation:none}}}}"
     )
     frame = f'<rect width="{width}" height="{height}" rx="8" fill="#0d1b2a"/>'
     window = f'<svg x="{MARGIN}" y="{MARGIN}" width="{width - 2 * MARGIN}" height="{height - 2 * MARGIN}">'
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"><style>{style}</style>'
-        f'<defs>{defined}</defs>{frame}{window}<g id="film">{"".join(strip)}</g></svg></svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" xml:space="preserve" viewBox="0 0 {width} {height}">'
+        f"<style>{style}</style><defs>{defined}</defs>{frame}"
+        f'{window}<g id="film">{"".join(strip)}</g></svg></svg>\n'
     )
 
 

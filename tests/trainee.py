@@ -245,7 +245,10 @@ def ignore(name: str) -> None:
 
 def change_code() -> None:
     """Pretend that the code is another."""
-    put("tracklight.tracking.provenance:code_digest", lambda targets: "f" * 64)
+    from tracklight.tracking import provenance
+
+    found, new = provenance.code_files, {"tracklight/models/new.py": "f" * 64}
+    put("tracklight.tracking.provenance:code_files", lambda targets: found(targets) | new)
 
 
 def enter_network(name: str) -> None:

@@ -14,6 +14,7 @@ from process import free_port
 from tracklight.commands import ui
 from tracklight.commands.parser import main
 from tracklight.errors import BadInput, RunFailed
+from tracklight.redact import redact
 from tracklight.tracking import store as store_module
 from tracklight.tracking.tags import EPOCHS_TAG
 
@@ -76,8 +77,14 @@ def test_a_port_that_is_taken_is_bad_input(store, served):
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(BadInput, match=f"--port {port} cannot be had .*--port {port + 1}"):
+        with pytest.raises(BadInput, match=f"--port {port} cannot be had .*--port {port + 1}") as refused:
             main("ui", ["--dir", str(store.directory), "--port", str(port)])
+    # The UI may be what has the port: then its address helps, as far as it is not starred out.
+    shown = redact(str(refused.value))
+    assert (
+        f"open http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning if it is this UI's, or"
+        in shown
+    )
     assert not served
 
 

@@ -15,6 +15,10 @@ COMMIT = "tracklight.engine.checkpoints:ResumeCheckpoint._commit"
 BATCH_END = "tracklight.engine.blocks:Blocks.on_train_batch_end"
 DIE = [["spare_model"], EACH_EPOCH, ["strike", COMMIT, 3, ["SIGKILL"], True]]
 SPARE = [["spare_model"]]
+CHANGED_CODE = (
+    r"error: run \w+ was started otherwise \(code: digest \w{12} -> \w{12} in tracklight/models/new\.py\)"
+    r"; add allow_changes=true to continue all the same, which is recorded\n"
+)
 
 
 @pytest.fixture
@@ -35,11 +39,11 @@ def test_a_changed_setting_or_code_is_refused_with_the_difference_unless_allowed
     ):
         process = trainees.train(killed, run, change, ALLOWED)
         assert process.exit_code == 2
-        assert re.fullmatch(rf"error: run .* \(.*{said}.*\); allow_changes=.*\n", process.stderr)
+        assert re.fullmatch(rf"error: run .* \(.*{said}.*\); add allow_changes=true .*\n", process.stderr)
     for command in ((run, ALLOWED), (*CONFIGS["plateau"], EPOCHS, "resume=auto")):
         process = trainees.train(killed, *command, faults=[["change_code"]])
         assert process.exit_code == 2
-        assert re.fullmatch(r"error: run .*code: digest \w+ -> f+\); .*\n", process.stderr)
+        assert re.fullmatch(CHANGED_CODE, process.stderr)
     assert len(TrialResult(killed).runs) == 1
     assert max(TrialResult(killed).steps("train/loss")) == 3 * 150
 

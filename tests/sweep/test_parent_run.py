@@ -1,4 +1,4 @@
-"""The parent run of a sweep whose store does not answer."""
+"""The parent run of a sweep: a store that does not answer, and what it shows."""
 
 import json
 from dataclasses import replace
@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import mlflow
+import pytest
 from mlflow.store.entities import PagedList
 
 from tracklight.runs.leaderboard import TrialRun, rank_trials
@@ -122,3 +123,31 @@ def test_the_leaderboard_is_a_table_that_mlflow_shows_in_full_and_the_descriptio
     assert head.startswith("| rank | trial | lr | note | score |")
     assert first.startswith("| 1 | 0 | 0.1 | a\\|b | 0 |")
     assert rest[-1] == "5 more in leaderboard.json"
+
+
+@pytest.mark.parametrize(
+    ("uri", "hint", "said", "address"),
+    [
+        (
+            "sqlite:///runs/mlflow.db",
+            "make ui",
+            "; while it runs (by default on port 5001), the sweep is at",
+            "",
+        ),
+        (
+            "https://team.example/mlflow",
+            "https://team.example/mlflow/#/run",
+            "",
+            "https://team.example/mlflow",
+        ),
+    ],
+)
+def test_the_address_of_a_sweep_is_shown_with_what_serves_it(monkeypatch, uri, hint, said, address):
+    monkeypatch.setattr(FakeStore, "ui_hint", lambda *_: hint)
+    store, parent = make_parent()
+    store.uri = store.display_uri = uri
+    store.client.set_experiment_tag = lambda *_: None
+    parent._plan = SimpleNamespace(**vars(PLAN), num_folds=1)  # pyright: ignore
+    parent.save_view([])
+    page = "/#/experiments/0/runs?workflowType=machine_learning&viewStateShareKey=sweep-parent"
+    assert parent.ui_hint == f"{hint}{said}\nview   {address or 'http://127.0.0.1:5001'}{page}"

@@ -1,6 +1,7 @@
 """What a run says of its origin is true, and is said with and without git."""
 
 import os
+import re
 import shutil
 import subprocess
 from importlib.metadata import version
@@ -123,7 +124,7 @@ def test_provenance_is_told_without_a_commit(tmp_path, monkeypatch, request, sta
         monkeypatch.setenv("PATH", "")
     elif state == "no folder":
         folder = tmp_path / "missing"
-    found = collect(folder, "train.py", "0", {"python": "3"})
+    found = collect(folder, "train.py", (), {"python": "3"})
     assert not any(key.startswith("mlflow.source.git.commit") for key in found.tags)
     assert found.texts["provenance/packages.txt"]
 
@@ -132,7 +133,7 @@ def test_tags_use_the_names_that_mlflow_shows(monkeypatch):
     git_facts = Git("c0ffee", "trunk", dirty=True, diff="-a\n+b\n", untracked=("n",))
     monkeypatch.setattr(provenance, "git_state", lambda root: git_facts)
     monkeypatch.setattr(provenance, "installed_packages", lambda: {"b": "2", "a": "1"})
-    found = collect(Path(), "train.py x=1", "d1", {"python": "3.12.1"})
+    found = collect(Path(), "train.py x=1", (), {"python": "3.12.1"})
     tags = dict(found.tags)
     tags.pop("mlflow.user", None)
     assert tags == {
@@ -142,17 +143,18 @@ def test_tags_use_the_names_that_mlflow_shows(monkeypatch):
         "mlflow.source.git.branch": "trunk",
         "mlflow.source.git.dirty": "true",
         "tracklight.command": "train.py x=1",
-        "tracklight.code": "d1",
+        "tracklight.code": code_digest(),
         "tracklight.python": "3.12.1",
     }
     texts = found.texts
     assert texts["provenance/packages.txt"] == "a==1\nb==2\n"
+    assert re.search(r"^[0-9a-f]{12}  tracklight/models/mlp\.py$", texts["provenance/code.txt"], re.M)
     assert texts["provenance/diff.patch"] == "-a\n+b\n"
     assert texts["provenance/untracked.txt"] == "n\n"
 
 
 def test_no_tag_exceeds_what_mlflow_takes(tmp_path):
-    found = collect(tmp_path, "train.py " + "x" * 20_000, "d", {"python": "3"})
+    found = collect(tmp_path, "train.py " + "x" * 20_000, (), {"python": "3"})
     assert max(map(len, found.tags.values())) <= 8000
 
 
@@ -264,7 +266,7 @@ def test_provenance_asks_git_twice_and_opens_no_metadata_of_packages(repository,
     asked, run = [], subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: asked.append(a) or run(*a, **k))
     monkeypatch.setattr("importlib.metadata.distributions", lambda **_: pytest.fail("reads all"))
-    collect(repository, "train.py", code_digest(), {"python": "3"})
+    collect(repository, "train.py", (), {"python": "3"})
     assert len(asked) == 2
 
 

@@ -182,7 +182,7 @@ def _known_differences(store: Store, run: Any, cfg: DictConfig) -> list[str]:
         commit = run_tags.get(tags.COMMIT_TAG, "an unknown commit")[:12]
         lines.append(f"code: other than the run's, of {commit}{patch}")
     before = diff.read_environment(store.uri, store.directory, run.info.run_id)
-    now = provenance.collect(ROOT, "", "", hardware.describe_machine()).texts
+    now = provenance.collect(ROOT, "", (), hardware.describe_machine()).texts
     for name, changed in diff.diff_environments(before, now).items():
         if changed:
             more = f" and {len(changed) - MAX_LISTED} more" if len(changed) > MAX_LISTED else ""

@@ -70,7 +70,8 @@ def _check_port(port: int) -> None:
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            raise BadInput(f"--port {port} cannot be had ({error.strerror}); try --port {port + 1}") from None
+            how = f"open http://{HOST}:{port}{views.page(None)} if it is this UI's, or try --port {port + 1}"
+            raise BadInput(f"--port {port} cannot be had ({error.strerror}); {how}") from None
 
 
 def _page(store: Store, experiment: str | None) -> str:

@@ -31,8 +31,7 @@ LIGHTNING = version("pytorch-lightning")  # read once: that takes as long as to 
 
 @cache
 def _provenance(*targets: str) -> provenance.Provenance:
-    code = provenance.code_digest(list(targets))
-    return provenance.collect(ROOT, redact_command(sys.argv), code, describe_machine())
+    return provenance.collect(ROOT, redact_command(sys.argv), targets, describe_machine())
 
 
 @dataclass(eq=False)

@@ -22,9 +22,10 @@ from tracklight.figures.choose import FOLDER, draw_figures
 from tracklight.models.linear_regression import LinearRegression
 from tracklight.redact import redact
 from tracklight.runs.reader import finite
+from tracklight.runs.select import read_text
 from tracklight.tracking import tags
 from tracklight.tracking.logged_model import log_model
-from tracklight.tracking.provenance import Provenance
+from tracklight.tracking.provenance import CODE_FILES, Provenance
 from tracklight.tracking.run import Run
 from tracklight.tracking.store import Store
 
@@ -68,15 +69,24 @@ class Recorder:
         for tag in (tags.CODE_TAG, tags.DATA_TAG):
             before, now = resumed.run.data.tags.get(tag, run_tags[tag]), run_tags[tag]
             if before != now:
-                changes.append(f"{tag.partition('.')[2]}: digest {before[:12]} -> {now[:12]}")
+                where = self._differing_files(store, resumed.run) if tag == tags.CODE_TAG else ""
+                changes.append(f"{tag.partition('.')[2]}: digest {before[:12]} -> {now[:12]}{where}")
         if changes and not cfg["allow_changes"]:
-            how = "allow_changes=true continues all the same and records it"
+            how = "add allow_changes=true to continue all the same, which is recorded"
             raise BadInput(f"run {run_id} was started otherwise ({'; '.join(changes)}); {how}")
         if changes:
             run_tags[tags.CHANGES_TAG] = "; ".join(changes)
         run = store.reopen(run_id)
         run.set_tags(run_tags)
         return run
+
+    def _differing_files(self, store: Store, run: Any) -> str:
+        """Name the files of code that are not as the run had them; none if it did not record its files."""
+        with suppress(BadInput):
+            found = {*read_text(store, run, CODE_FILES).splitlines()}
+            found ^= {*self.provenance.texts[CODE_FILES].splitlines()}
+            return f" in {tags.shorten(', '.join(sorted({x.partition('  ')[2] for x in found})), 300)}"
+        return ""
 
     def describe(self, run: Run) -> None:
         """Log the run's params, data set, config and provenance."""

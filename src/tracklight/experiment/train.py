@@ -73,10 +73,9 @@ def run(
         _set_num_threads(cfg)  # a stored config has its own number
         found = {} if resumed or not test else find_values(cfg)  # a sweep's trials are given theirs
         stop.check()
-        code = provenance.code_digest(list_targets(cfg))
         source = provenance.Provenance({}, {})
         if store is not None:
-            source = provenance.collect(ROOT, redact_command(sys.argv), code, describe_machine())
+            source = provenance.collect(ROOT, redact_command(sys.argv), list_targets(cfg), describe_machine())
         data = build.build_data(cfg)
         model = build.build_model(cfg, data)
         build.check_module_callbacks(model)

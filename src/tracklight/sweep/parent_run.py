@@ -111,8 +111,7 @@ def _tags(plan: Plan) -> dict[str, str]:
     keys = ("sampler", "pruner", "trials", "seeds", "folds", "workers")
     settings = {f"sweep.{key}": str(plan.settings[key]) for key in keys}
     space = {f"space.{name}": values for name, values in plan.space.expressions().items()}
-    command = redact_command(sys.argv)
-    facts = provenance.collect(ROOT, command, provenance.code_digest(), describe_machine())
+    facts = provenance.collect(ROOT, redact_command(sys.argv), (), describe_machine())
     own = {"tracklight.kind": "sweep", tags.THREADS_TAG: str(plan.num_threads)}
     tracking = plan.first_cfg.tracking
     return tags.own_tags(flatten(tracking.tags), redact(tracking.note)) | facts.tags | settings | space | own
@@ -291,8 +290,8 @@ class ParentRun:
                 plotted.result()
         self.run.upload_artifacts()
 
-    def save_view(self, children: Iterable[Any]) -> str:
-        """Save the view of the sweep in MLflow's UI; return its address, of `make ui` or the server."""
+    def save_view(self, children: Iterable[Any]) -> None:
+        """Save the view of the sweep in MLflow's UI, and add its address to `ui_hint`."""
         plan, params = self._plan, dict[str, str]()
         for child in children:
             params |= child.data.params
@@ -303,8 +302,10 @@ class ParentRun:
         metrics = dict.fromkeys((plan.metric, "train/loss"))
         where = (self.store.client, self._experiment_id)
         views.save_view(*where, shown, [*metrics], self.run_id, plan.mode)
-        uri = self.store.display_uri if is_server(self.store.uri) else f"http://127.0.0.1:{UI_PORT}"
-        return uri.rstrip("/") + views.page(self._experiment_id, views.view_name(self.run_id))
+        is_local = not is_server(self.store.uri)
+        uri = f"http://127.0.0.1:{UI_PORT}" if is_local else self.store.display_uri.rstrip("/")
+        self.ui_hint += f"; while it runs (by default on port {UI_PORT}), the sweep is at" * is_local
+        self.ui_hint += f"\nview   {uri}{views.page(self._experiment_id, views.view_name(self.run_id))}"
 
     def _rank(self, timeout_s: float | None) -> list[LeaderboardRow]:
         names = [axis.name for axis in self._plan.space.axes]

@@ -247,7 +247,7 @@ def _conclude(loop: "SweepLoop") -> float | None:
         if plan.first_cfg.tracking.keep == "best":
             parent.drop_last_checkpoints(children, winner.run_ids)
     if parent and rows:
-        progress.note(f"view  {parent.save_view(children)}")
+        parent.save_view(children)
     if parent and winner:
         ended = {"id": parent.run_id, "metric": plan.metric, "mode": plan.mode, "score": winner.score}
         summary.update(ended, trials=num, params=winner.params, runs=winner.run_ids)

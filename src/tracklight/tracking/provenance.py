@@ -13,7 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ OWN_CODE = (PACKAGE, PACKAGE.parent / "hydra_plugins" / "tracklight")
 if PROJECT.sources:
     OWN_CODE += (PROJECT.sources / PROJECT.package,)
 
+CODE_FILES = "provenance/code.txt"
 _MAX_DIFF_BYTES = 1_000_000
 _MAX_UNTRACKED = 200
 _GIT_TIMEOUT_S = 5.0
@@ -49,20 +50,20 @@ class Provenance(NamedTuple):
     texts: dict[str, str]
 
 
-def collect(root: Path, command: str, code: str, machine: Mapping[str, Any]) -> Provenance:
-    """Gather the provenance of a run in project `root`; `command` holds no secrets."""
-    git = git_state(root)
+def collect(root: Path, command: str, modules: Sequence[str], machine: Mapping[str, Any]) -> Provenance:
+    """Gather the provenance of a run of `modules` in project `root`; `command` holds no secrets."""
+    git, files = git_state(root), code_files(modules)
     tags = source_tags(command.split(" ")[0]) | {
         COMMAND_TAG: command,
-        CODE_TAG: code,
+        CODE_TAG: _digest(files),
         "tracklight.python": str(machine["python"]),
         COMMIT_TAG: git.commit,
         "mlflow.source.git.branch": git.branch,
         DIRTY_TAG: None if git.dirty is None else str(git.dirty).lower(),
     }
-    packages = (f"{name}=={version}\n" for name, version in sorted(installed_packages().items()))
     texts = {
-        "provenance/packages.txt": "".join(packages),
+        CODE_FILES: "".join(f"{digest[:12]}  {name}\n" for name, digest in sorted(files.items())),
+        "provenance/packages.txt": "".join(f"{k}=={v}\n" for k, v in sorted(installed_packages().items())),
         "provenance/machine.json": json.dumps(machine, indent=2) + "\n",
         "provenance/diff.patch": git.diff,
         "provenance/untracked.txt": "".join(f"{path}\n" for path in git.untracked),
@@ -81,7 +82,17 @@ def source_tags(name: str) -> dict[str, str]:
 
 
 def code_digest(modules: Iterable[str] = ()) -> str:
-    """Digest our code, that of `modules` (dotted names, such as `_target_` values), and all that they import.
+    """Digest our code and that of `modules`, as `code_files` finds it."""
+    return _digest(code_files(modules))
+
+
+def _digest(files: Mapping[str, str]) -> str:
+    lines = [f"{name}\0{content}\n" for name, content in sorted(files.items())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def code_files(modules: Iterable[str] = ()) -> dict[str, str]:
+    """Digest our files, those of `modules` (dotted names, as of `_target_`), and all that they import.
 
     Installed modules do not count: versions of packages are recorded instead.
     """
@@ -91,8 +102,7 @@ def code_digest(modules: Iterable[str] = ()) -> str:
             if module not in contents:
                 contents[module] = _sha256(path)
                 pending += _imports(module, path)
-    lines = [f"{name}\0{contents[name]}\n" for name in sorted(contents)]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return contents
 
 
 @functools.cache
@@ -132,8 +142,7 @@ def _source_files(name: str) -> Iterator[tuple[str, Path]]:
 def _is_installed_or_ours(path: Path) -> bool:
     keys = ("stdlib", "platstdlib", "purelib", "platlib")
     folders = [*(Path(sysconfig.get_path(key)).resolve() for key in keys), *OWN_CODE]
-    is_installed = {"site-packages", "dist-packages"} & {*path.parts}
-    return bool(is_installed) or any(map(path.is_relative_to, folders))
+    return any(map(path.is_relative_to, folders)) or bool({"site-packages", "dist-packages"} & {*path.parts})
 
 
 def _imports(module: str, path: Path) -> Iterator[str]:
