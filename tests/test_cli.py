@@ -4,17 +4,12 @@ import errno
 import os
 import resource
 import signal
-import sqlite3
 import subprocess
 import sys
 import textwrap
 import warnings
-from contextlib import closing
-from types import SimpleNamespace
 
 import pytest
-import torch
-from omegaconf import OmegaConf
 
 from tracklight import cli
 from tracklight.errors import BadInput, RunFailed
@@ -298,42 +293,6 @@ def test_a_container_need_not_tell_its_load(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     cli.quiet()
     assert "OMP_WAIT_POLICY" not in os.environ
-
-
-IDLE = {"modules": {}, "load": 0.0, "uri": None, "enabled": True}
-
-
-def begin_store(monkeypatch, folder, modules, load, **tracking):
-    monkeypatch.setattr(cli, "sys", SimpleNamespace(modules=modules, executable=sys.executable))
-    monkeypatch.setattr(cli, "count_cores", lambda: 2)
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
-    return cli.begin_store(OmegaConf.create({"tracking": {"dir": str(folder), **tracking}}))
-
-
-def test_a_new_store_is_made_while_pytorch_is_imported(monkeypatch, tmp_path):
-    making = begin_store(monkeypatch, tmp_path / "runs", **IDLE)
-    assert making is not None
-    assert making.wait(60) == 0
-    with closing(sqlite3.connect(tmp_path / "runs" / "mlflow.db")) as database:
-        assert database.execute("SELECT count(*) FROM alembic_version").fetchone() == (1,)
-    assert begin_store(monkeypatch, tmp_path / "runs", **IDLE) is None  # there is one now
-
-
-@pytest.mark.parametrize(
-    "other", [{"modules": {"torch": torch}}, {"load": 1.5}, {"uri": "sqlite:////a.db"}, {"enabled": False}]
-)
-def test_no_process_is_started_where_it_would_not_help(monkeypatch, tmp_path, other):
-    assert begin_store(monkeypatch, tmp_path, **IDLE | other) is None
-
-
-def test_what_goes_wrong_in_the_process_that_makes_the_store_is_told_once(monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
-    making = begin_store(monkeypatch, tmp_path / "file" / "runs", **IDLE)
-    assert making is not None
-    assert making.wait(60) == 1
-    found = train("tracking.dir=file/runs", cwd=tmp_path)
-    assert (found.returncode, found.stdout) == (2, "")
-    assert found.stderr.startswith("error: tracking.dir=") and found.stderr.count("\n") == 1
 
 
 def test_the_library_still_prints_its_tips_where_they_are_filtered():

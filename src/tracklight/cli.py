@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import signal
-import subprocess
 import sys
 import traceback
 import warnings
@@ -26,15 +25,15 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from tracklight.config.compose import allowed_targets, compose, resolve_composed, resolve_config
-from tracklight.config.hardware import choose_temporary_folder, count_cores
+from tracklight.config.hardware import choose_temporary_folder
 from tracklight.config.hydra_internals import run_hydra
 from tracklight.config.instantiate import check_hydra_nodes
 from tracklight.config.overrides import check_overrides, explain, flags_parser, parse_flags, split_for_resume
-from tracklight.engine.distributed import check_ranks, is_nonzero_rank, read_rank_zero_run
+from tracklight.engine.distributed import check_ranks, read_rank_zero_run
 from tracklight.errors import BadInput, RunFailed
 from tracklight.paths import PROJECT, TRAIN
 from tracklight.redact import CONTROL, redact, redact_messages
-from tracklight.tracking.address import DATABASE, resolve_uri
+from tracklight.tracking.address import resolve_uri
 
 Task = Callable[[Any], Any]
 _warned = set[str]()  # of the project
@@ -109,30 +108,9 @@ def _help(command: str) -> None:
 
 
 def _train(summary: dict[str, Any], cfg: Any) -> Any:
-    making = begin_store(cfg)
     from tracklight.experiment.train import run
 
-    if making:
-        making.wait()
     return run(cfg, summary=summary)
-
-
-def begin_store(cfg: Any) -> subprocess.Popen | None:
-    """Have another process make a new store while this one imports PyTorch, which takes longer.
-
-    What goes wrong there goes wrong here, too, where it is reported.
-    """
-    folder = Path(cfg.tracking.dir).absolute()
-    is_new = cfg.tracking.enabled and cfg.tracking.uri is None and not (folder / DATABASE).exists()
-    if not is_new or "torch" in sys.modules or is_nonzero_rank():
-        return None
-    code = "import sys, pathlib, tracklight.tracking.store as s; s.connect(None, pathlib.Path(sys.argv[1]))"
-    silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-    with suppress(OSError):  # of a container that does not tell its load, or allows no further process
-        if os.getloadavg()[0] > count_cores() - 1:
-            return None
-        return subprocess.Popen([sys.executable, "-P", "-c", code, str(folder)], **silent)
-    return None
 
 
 def check_project(warn: bool = False) -> None:
