@@ -93,7 +93,7 @@ def test_a_signal_waits_for_a_step_and_not_for_the_block():
 
 
 def test_a_block_holds_what_fits_the_caches_but_enough_steps_for_a_turn_of_lightning():
-    assert [steps_per_block(size) for size in (1, 16, 64, 256, 512, 4096)] == [128, 128, 64, 16, 8, 8]
+    assert [steps_per_block(size) for size in (1, 16, 64, 256, 512, 4096)] == [128, 128, 128, 32, 16, 8]
 
 
 def test_blocks_of_doubles_give_the_bits_of_single_steps():

@@ -29,7 +29,7 @@ from tracklight.errors import RunFailed
 from tracklight.models.supervised import Supervised
 
 # A turn of Lightning costs as much as some steps, rows that leave the caches cost time at each step.
-ROWS_PER_BLOCK = 4096
+ROWS_PER_BLOCK = 8192
 STEPS_PER_BLOCK = range(8, 129)
 PAUSE_S = 0.1  # that a signal may wait for steps that are taken at once
 
