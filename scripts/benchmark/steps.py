@@ -221,7 +221,7 @@ def _notes(epochs: int, setting: Setting) -> list[str]:
         *setting.lines(),
         f"{epochs} epochs of MNIST's 60,000 training images, 784-128-10, batch"
         f" {by_hand.BATCH_SIZE}, SGD, {torch.get_num_threads()} threads; slices of {SLICE} steps,"
-        " in one process, in a new random order each round.",
+        " or of one block of ours where that is more, in one process, in a new random order each round.",
         "No progress bars are shown.",
         "A tracked epoch of ours ends when MLflow has all its values.",
     ]

@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from foreign import Blobs, Diverging
 from tracklight.engine.blocks import NonFinite, steps_per_block
+from tracklight.engine.seeding import seed_run
 from tracklight.engine.signals import SafeStop, Stopped
 from tracklight.engine.steps import TracedStep
 from tracklight.models.mlp import MLP
@@ -82,6 +83,56 @@ class Interrupted(MLP):
         self.calls += 1
         self.stop.received = signal.SIGTERM if self.calls == 4 else None
         return super().loss(outputs, targets)
+
+
+class Watching(Callback):
+    """Keeps the trainer, and what state each epoch leaves PyTorch's generator in."""
+
+    supports_blocks = True
+
+    def __init__(self):
+        self.states = []
+
+    def on_fit_start(self, trainer, module):
+        self.trainer = trainer
+
+    def on_train_epoch_end(self, trainer, module):
+        self.states.append(torch.get_rng_state())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_steps_taken_at_once_leave_the_generator_as_single_steps_do(dropout):
+    at_once, single = Watching(), Watching()
+    for callbacks in ((at_once,), (single, OneByOne())):
+        data = Blobs(batch_size=2, seed=3, num_train=4 * steps_per_block(2))
+        seed_run(3)
+        module = MLP(8, 4, hidden=[6], dropout=dropout)
+        Fit(*callbacks, module=module, data=data, optimizer=partial(torch.optim.SGD, lr=0.1))
+    assert len(at_once.states) == 2
+    assert all(map(torch.equal, at_once.states, single.states))
+
+
+class Impatient(SafeStop):
+    """Is sent a signal before its thirtieth check."""
+
+    checks = 0
+
+    def check(self, *_, **__):
+        self.checks += 1
+        self.received = signal.SIGTERM if self.checks == 30 else None
+        super().check()
+
+    on_train_batch_start = on_train_epoch_start = check
+
+
+def test_what_a_stopped_block_has_done_is_counted_and_logged(monkeypatch):
+    monkeypatch.setattr("tracklight.engine.blocks.PAUSE_S", 0.0)
+    watching, data = Watching(), Blobs(batch_size=2, seed=3, num_train=2 * steps_per_block(2))
+    with pytest.raises(Stopped):
+        Fit(Impatient(), watching, data=data, optimizer=partial(torch.optim.SGD, lr=0.1))
+    logged = [step for step, _ in watching.trainer.logger.points["train/loss"]]
+    assert len(logged) > 20  # some of them taken at once
+    assert logged == [*range(1, watching.trainer.global_step + 1)]
 
 
 def test_a_signal_waits_for_a_step_and_not_for_the_block():

@@ -52,9 +52,9 @@ def test_a_trainer_has_the_private_state_that_the_engine_uses(path):
 def test_a_step_that_is_counted_is_counted_everywhere():
     trainer = build_trainer()
     before = [find(trainer, path) for path in COUNTERS]
-    count_optimizer_steps(trainer, 1)
-    assert [find(trainer, path) for path in COUNTERS] == [count + 1 for count in before]
-    assert trainer.global_step == 1
+    count_optimizer_steps(trainer, 3)
+    assert [find(trainer, path) for path in COUNTERS] == [count + 3 for count in before]
+    assert trainer.global_step == 3
 
 
 def test_the_counters_are_those_that_lightning_counts_a_step_with():

@@ -117,7 +117,46 @@ class Spectral(MLP):
         return super().loss(outputs * weights, targets) + penalty
 
 
+class Transposed(MLP):
+    """Has gradients that are laid out otherwise than their parameters."""
+
+    pure = True
+
+    def __init__(self) -> None:
+        super().__init__(20, 4, hidden=[8])
+        self.square = nn.Parameter(torch.randn(4, 6))
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        further = nn.functional.linear(outputs, self.square.t().contiguous())
+        return super().loss(outputs, targets) + further.square().mean()
+
+
+class Masking(MLP):
+    """Writes into a part of a tensor that it makes, by the targets."""
+
+    pure = True
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        weights = torch.ones(outputs.shape)
+        left, _ = weights.chunk(2, 1)
+        left.masked_fill_((targets > 1)[:, None], 0.0)
+        return (outputs * weights).square().mean()
+
+
+class Median(MLP):
+    """Has an operation of two results, and then another of its name."""
+
+    pure = True
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        (only,) = outputs.chunk(1)
+        return super().loss(outputs, targets) + only.median(1).values.median() + outputs.median()
+
+
 MODELS = {
+    "transposed": Transposed,
+    "masking": lambda: Masking(in_features=20, out_features=4, hidden=[8]),
+    "median": lambda: Median(in_features=20, out_features=4, hidden=[8]),
     "spectral": lambda: Spectral(in_features=20, out_features=4, hidden=[8]),
     "regression": lambda: LinearRegression(20, 4),
     "convolutional": Convolutional,
@@ -359,6 +398,41 @@ class Idle(MLP):
     def __init__(self) -> None:
         super().__init__(20, 4, hidden=[8])
         self.idle = nn.Parameter(torch.ones(3))
+
+
+class Overwriting(MLP):
+    """Changes its batch."""
+
+    pure = True
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs.sub_(0.5))
+
+
+class Placing(MLP):
+    """Has an operation write into a tensor that it is given by name, and one into a list."""
+
+    pure = True
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.no_grad():
+            weights = torch.sigmoid(outputs.detach(), out=torch.empty(outputs.shape))
+            torch._foreach_mul_([weights], 2.0)
+        return super().loss(outputs * weights, targets)
+
+
+@pytest.mark.parametrize("kind", [Overwriting, Placing])
+def test_what_a_replay_cannot_hold_has_the_bits_of_the_steps_by_hand(kind):
+    pair = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        pair.append(kind(in_features=20, out_features=4, hidden=[8]))
+    makes = zip((make_step, eager_step), pair, strict=True)
+    step, take = (make(each, torch.optim.SGD(each.parameters(), lr=0.1)) for make, each in makes)
+    for (inputs, targets), (same, _) in zip(minibatches(), minibatches(), strict=True):
+        assert torch.equal(step(inputs, targets), take(same, targets))
+        assert torch.equal(inputs, same)
+    assert all(map(torch.equal, *(each.parameters() for each in pair)))
 
 
 class Recurrent(Supervised):

@@ -1,5 +1,6 @@
 """Serves the runs in MLflow's own UI, opened at the newest of them."""
 
+import errno
 import os
 import shutil
 import signal
@@ -70,7 +71,9 @@ def _check_port(port: int) -> None:
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            how = f"open http://{HOST}:{port}{views.page(None)} if it is this UI's, or try --port {port + 1}"
+            how = f"try --port {max(port + 1, UI_PORT)}"
+            if error.errno == errno.EADDRINUSE:
+                how = f"open http://{HOST}:{port}{views.page(None)} if it is this UI's, or {how}"
             raise BadInput(f"--port {port} cannot be had ({error.strerror}); {how}") from None
 
 

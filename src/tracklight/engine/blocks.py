@@ -23,7 +23,7 @@ from tracklight.data.tensor_data import TensorData
 from tracklight.engine import lightning_internals
 from tracklight.engine.eligibility import why_no_blocks
 from tracklight.engine.seeding import seed_step, step_seed
-from tracklight.engine.signals import SafeStop
+from tracklight.engine.signals import SafeStop, Stopped
 from tracklight.engine.steps import TracedStep, make_step, signature
 from tracklight.errors import RunFailed
 from tracklight.models.supervised import Supervised
@@ -163,7 +163,6 @@ class Blocks(Callback):
                 if not schedulers and (taken := self._take_known(inputs[start:], targets[start:], first)):
                     lightning_internals.count_optimizer_steps(self.trainer, len(taken) - (not losses))
                     losses += taken
-                    seed_step(self.seed, first + len(losses) - 1)  # as if they were taken one by one
                     continue
                 x, y = inputs[start : start + size], targets[start : start + size]
                 if losses:  # Lightning itself counts and schedules once a block, after its end
@@ -172,6 +171,12 @@ class Blocks(Callback):
                     lightning_internals.count_optimizer_steps(self.trainer, 1)
                 seed_step(self.seed, first + len(losses))
                 losses.append(self.step(x, y))
+        except Stopped:  # before the block's end: its steps so far are counted and logged
+            if losses:
+                lightning_internals.count_optimizer_steps(self.trainer, 1)
+                steps = range(first + 1, first + len(losses) + 1)
+                self._log_series("train/loss", steps, torch.stack(losses).tolist())
+            raise
         finally:
             self.module.log_recorder = None
         self.losses = torch.stack(losses)  # (S,)
@@ -185,7 +190,10 @@ class Blocks(Callback):
             return []
         start_s, done = time.perf_counter(), len(self.step_losses)
         size = min(self.data.batch_size or len(targets), len(targets))
-        rows = self.steps_at_once * size
+        number = min(self.steps_at_once, len(targets) // size)
+        # As the last of them leaves it; those that draw are given their seeds.
+        seed_step(self.seed, first + done + number - 1)
+        rows = number * size
         losses = self.step.take_block(
             inputs[:rows], targets[:rows], size, lambda index: step_seed(self.seed, first + done + index)
         )

@@ -86,10 +86,14 @@ def trace(
         @torch.no_grad()
         def outcome(call: Callable[..., Sequence[Tensor]]) -> list[Tensor]:
             torch.set_rng_state(rng)
+            found = list[Tensor]()
             try:
-                return [each.nan_to_num() for each in (*call(*batch), *parameters)]
+                for turned in (lambda each: each.clone(), lambda each: each.flip(0)):  # two batches
+                    results = call(*map(turned, batch))
+                    found += [each.nan_to_num() for each in (*results, *parameters)]
             finally:
                 _restore(parameters, before)
+            return found
 
         try:
             expected = outcome(by_trace)
@@ -142,11 +146,7 @@ class Replay:
         self.used = dict[str, None]()  # names, in order
         self.lines: list[str] = []
         nodes = [node for node in nodes if node not in self.values]
-        written = {
-            _owner(node.args[index])
-            for node in nodes
-            for index in torch_internals.written_arguments(node.target)
-        }
+        written = {_owner(each) for node in nodes for each in _written(node)}
         is_known = [torch_internals.base_name(node.target) or node.target is getitem for node in nodes]
         if not all(is_known) or not written <= {*owned, *nodes}:
             raise RuntimeError("a trace that changes its batch or a constant, or has operations of others")
@@ -210,7 +210,7 @@ class Replay:
         base, out = torch_internals.base_name(operation), dict[str, str]()
         is_one = isinstance(value, Tensor)
         results = [value] if is_one else [*(value or ())]
-        names = [node.name] if is_one else [f"{node.name}_{index}" for index in range(len(results))]
+        names = [node.name] if is_one else [_element(node, index) for index in range(len(results))]
         if torch_internals.returns_alias(operation):
             if is_fixed:
                 self.fixed |= zip(names, results, strict=True)
@@ -228,7 +228,7 @@ class Replay:
         words = [self._word(each, kind) for each, kind in zip(node.args, kinds, strict=False)]
         words += [f"{key}={self._word(each)}" for key, each in node.kwargs.items()]
         words += [f"{key}={self._use(name)}" for key, name in out.items()]
-        result = "" if self.fixed.keys() >= {*names} else f"{', '.join(names)} = "
+        result = "" if self.fixed.keys() >= {*names} else f"{', '.join(names)}{'' if is_one else ','} = "
         self.lines.append(
             f"{result}torch.ops.{operation._schema.name.replace('::', '.')}({', '.join(words)})"
         )
@@ -252,11 +252,24 @@ class Replay:
 def _name(node: Node) -> str:
     """Return the name of a node's result: of an element, where it takes one of several."""
     source = node.args[0] if node.target is getitem else None
-    return f"{source.name}_{node.args[1]}" if isinstance(source, Node) else node.name
+    return _element(source, node.args[1]) if isinstance(source, Node) else node.name
+
+
+def _element(node: Node, index: Any) -> str:
+    return f"{node.name}__of{index}"  # the trace itself gives no such names
+
+
+def _written(node: Node) -> list[Node]:
+    """Return the arguments that an operation writes in place."""
+    indices = torch_internals.written_arguments(node.target)
+    found = [node.args[index] if index < len(node.args) else None for index in indices]
+    if not all(isinstance(each, Node) for each in found):
+        raise RuntimeError("an operation that writes into what it is given by name or in a list")
+    return [each for each in found if isinstance(each, Node)]
 
 
 def _owner(node: Any) -> Any:
     """Return the node whose memory a node's result shares: itself, where it is no view."""
-    while node.op == "call_function" and torch_internals.returns_alias(node.target):
+    while node.target is getitem or torch_internals.returns_alias(node.target):
         node = node.args[0]
     return node

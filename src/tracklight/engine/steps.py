@@ -110,7 +110,7 @@ class TracedStep:
         return loss.clone()  # the next step writes to the same memory
 
     def take_block(self, inputs: Tensor, targets: Tensor, size: int, seed: Callable[[int], int]) -> Tensor:
-        """Take the steps of all full minibatches at once, if they are known by then and SGD's.
+        """Take the steps of all full minibatches at once, if their shape has a trace and SGD takes them.
 
         Return their losses, (S,); none if they have to be taken one by one. `seed` is that of the nth step.
         """
@@ -137,10 +137,14 @@ class TracedStep:
             *parameters, x, y = tensors
             named = dict(zip(names, parameters, strict=True))
             loss = torch.func.functional_call(self.loss_of_batch, named, (x, y))
-            return loss.detach(), *torch.autograd.grad(loss, parameters)
+            pairs = zip(torch.autograd.grad(loss, parameters), parameters, strict=True)
+            # Laid out as the parameter, which is what `backward` makes of it and fused kernels rely on.
+            gradients = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for g, p in pairs]
+            return loss.detach(), *gradients
 
         keeps_gradients = not type(self.optimizer).__module__.startswith("torch.")  # or it may
-        return trace(loss_and_gradients, self.parameters, (inputs, targets), is_compiled=not keeps_gradients)
+        batch = (inputs.clone(), targets.clone())  # which the model may change
+        return trace(loss_and_gradients, self.parameters, batch, is_compiled=not keeps_gradients)
 
 
 class _LossOfBatch(nn.Module):  # one module: a trace has to see the parameters of both
@@ -163,7 +167,7 @@ def _sgd_buffers(optimizer: Optimizer, parameters: list[Tensor]) -> list[Tensor]
     (group,) = optimizer.param_groups
     is_plain = (
         not (group["foreach"] or group["differentiable"])
-        and group["fused"] is not bool(group["momentum"])
+        and group["fused"] is not (group["momentum"] != 0)
         and isinstance(group["lr"], float)
         and not torch_internals.has_step_hooks(optimizer)
         and len(group["params"]) == len(parameters)

@@ -85,7 +85,8 @@ class Recorder:
         with suppress(BadInput):
             found = {*read_text(store, run, CODE_FILES).splitlines()}
             found ^= {*self.provenance.texts[CODE_FILES].splitlines()}
-            return f" in {tags.shorten(', '.join(sorted({x.partition('  ')[2] for x in found})), 300)}"
+            first, rest = (names := sorted({line.partition("  ")[2] for line in found}))[:5], names[5:]
+            return f" in {', '.join(first)}{f' and {len(rest)} more' if rest else ''}" if names else ""
         return ""
 
     def describe(self, run: Run) -> None:

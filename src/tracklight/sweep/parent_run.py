@@ -304,7 +304,8 @@ class ParentRun:
         views.save_view(*where, shown, [*metrics], self.run_id, plan.mode)
         is_local = not is_server(self.store.uri)
         uri = f"http://127.0.0.1:{UI_PORT}" if is_local else self.store.display_uri.rstrip("/")
-        self.ui_hint += f"; while it runs (by default on port {UI_PORT}), the sweep is at" * is_local
+        if is_local:
+            self.ui_hint += f"; while it runs (by default on port {UI_PORT}), the sweep is at"
         self.ui_hint += f"\nview   {uri}{views.page(self._experiment_id, views.view_name(self.run_id))}"
 
     def _rank(self, timeout_s: float | None) -> list[LeaderboardRow]:
