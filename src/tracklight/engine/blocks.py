@@ -186,7 +186,7 @@ class Blocks(Callback):
 
     def _take_known(self, inputs: Tensor, targets: Tensor, first: int) -> list[Tensor]:
         """Take the next steps at once where that is possible, as many as a signal can wait for."""
-        if not isinstance(self.step, TracedStep):
+        if not (isinstance(self.step, TracedStep) and self.step.is_sgd):
             return []
         start_s, done = time.perf_counter(), len(self.step_losses)
         size = min(self.data.batch_size or len(targets), len(targets))

@@ -84,6 +84,7 @@ class TracedStep:
 
     def __init__(self, module: Supervised, optimizer: Optimizer, eager: Step):
         self.optimizer = optimizer
+        self.is_sgd = type(optimizer) is SGD
         self.eager = eager  # takes the first steps of each shape: a trace takes as long as a hundred
         self.parameters: list[Tensor] = list(module.parameters())
         self.loss_of_batch = _LossOfBatch(module)
@@ -99,14 +100,12 @@ class TracedStep:
             if self.num_steps[shapes] == EAGER_STEPS:
                 self.traces[shapes] = self._trace(inputs, targets)
             return self.eager(inputs, targets)
+        if isinstance(trace, Replay) and (buffers := self._sgd_buffers()) is not None:
+            return self._descend(trace, inputs, targets, len(targets), [], buffers)[0]
         with torch.no_grad():
             loss, *gradients = trace(inputs, targets)
             self._set_gradients(gradients)
-            if _sgd_buffers(self.optimizer, self.parameters) == []:
-                group = self.optimizer.param_groups[0]
-                torch_internals.fused_sgd(self.parameters, gradients, group)
-            else:
-                self.optimizer.step()
+            self.optimizer.step()
         return loss.clone()  # the next step writes to the same memory
 
     def take_block(self, inputs: Tensor, targets: Tensor, size: int, seed: Callable[[int], int]) -> Tensor:
@@ -115,19 +114,51 @@ class TracedStep:
         Return their losses, (S,); none if they have to be taken one by one. `seed` is that of the nth step.
         """
         trace = self.traces.get((inputs[:size].shape, targets[:size].shape))
-        buffers = _sgd_buffers(self.optimizer, self.parameters)
-        if not isinstance(trace, Replay) or buffers is None:
+        if not isinstance(trace, Replay) or (buffers := self._sgd_buffers()) is None:
             return inputs.new_empty(0)
         seeds = [seed(step) for step in range(len(targets) // size if trace.draws else 0)]
-        with torch.no_grad():
-            (group,) = self.optimizer.param_groups
-            losses, gradients = trace.descend(inputs, targets, size, seeds, group, buffers)
-            self._set_gradients(gradients)
+        return self._descend(trace, inputs, targets, size, seeds, buffers)
+
+    @torch.no_grad()
+    def _descend(
+        self,
+        trace: Replay,
+        inputs: Tensor,
+        targets: Tensor,
+        size: int,
+        seeds: list[int],
+        buffers: list[Tensor],
+    ) -> Tensor:
+        (group,) = self.optimizer.param_groups
+        losses, gradients = trace.descend(inputs, targets, size, seeds, group, buffers)
+        self._set_gradients(gradients)
         return losses
 
     def _set_gradients(self, gradients: Sequence[Tensor]) -> None:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
+
+    def _sgd_buffers(self) -> list[Tensor] | None:
+        """Return the buffers of momentum, none without, of an SGD that steps from parameter to parameter.
+
+        Return None for any other optimizer, and before the first step with momentum. Without momentum the
+        fused kernel has the same bits; with it, it differs in the last place.
+        """
+        if not self.is_sgd or len(self.optimizer.param_groups) != 1:
+            return None
+        (group,) = self.optimizer.param_groups
+        is_plain = (
+            not (group["foreach"] or group["differentiable"])
+            and group["fused"] is not (group["momentum"] != 0)
+            and isinstance(group["lr"], float)
+            and not torch_internals.has_step_hooks(self.optimizer)
+            and len(group["params"]) == len(self.parameters)
+            and all(map(is_, group["params"], self.parameters))
+            and all(parameter.device.type == "cpu" for parameter in self.parameters)
+        )
+        states = [self.optimizer.state.get(each, {}) for each in self.parameters if group["momentum"]]
+        buffers = [state.get("momentum_buffer") for state in states]
+        return buffers if is_plain and all(each is not None for each in buffers) else None
 
     def _trace(self, inputs: Tensor, targets: Tensor) -> Callable[..., Sequence[Tensor]] | None:
         """Return what computes loss and gradients of a batch; None if a trace cannot hold it."""
@@ -154,26 +185,3 @@ class _LossOfBatch(nn.Module):  # one module: a trace has to see the parameters 
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         return self.module.loss(self.module(inputs), targets)
-
-
-def _sgd_buffers(optimizer: Optimizer, parameters: list[Tensor]) -> list[Tensor] | None:
-    """Return the buffers of momentum, none without, of an SGD that steps from parameter to parameter.
-
-    Return None for any other optimizer, and before the first step with momentum. Without momentum the fused
-    kernel has the same bits; with it, it differs in the last place.
-    """
-    if type(optimizer) is not SGD or len(optimizer.param_groups) != 1:
-        return None
-    (group,) = optimizer.param_groups
-    is_plain = (
-        not (group["foreach"] or group["differentiable"])
-        and group["fused"] is not (group["momentum"] != 0)
-        and isinstance(group["lr"], float)
-        and not torch_internals.has_step_hooks(optimizer)
-        and len(group["params"]) == len(parameters)
-        and all(map(is_, group["params"], parameters))
-        and all(parameter.device.type == "cpu" for parameter in parameters)
-    )
-    states = [optimizer.state.get(each, {}) for each in parameters if group["momentum"]]
-    buffers = [state.get("momentum_buffer") for state in states]
-    return buffers if is_plain and all(each is not None for each in buffers) else None

@@ -15,7 +15,6 @@ __all__ = ["make_fx"]
 
 MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
-NO_MOMENTUM = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "is_first_step": False}
 
 
 def count_hooks(module: nn.Module) -> list[int]:
@@ -46,17 +45,6 @@ def skip_capture_check(optimizer: Optimizer) -> None:
     To find a driver takes longer than Adam's step of a small model; no argument turns it off.
     """
     optimizer.__dict__["_accelerator_graph_capture_health_check"] = lambda: None
-
-
-def fused_sgd(parameters: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> None:
-    """Update parameters by SGD without momentum, by the kernel alone.
-
-    What `SGD.step` adds (profiling, hooks, grouping) takes a fifth of a small model's step.
-    """
-    lr, decay, maximize = group["lr"], group["weight_decay"], group["maximize"]
-    torch._fused_sgd_(  # pyright: ignore[reportPrivateImportUsage]
-        parameters, gradients, [], lr=lr, weight_decay=decay, maximize=maximize, **NO_MOMENTUM
-    )
 
 
 def unoptimized() -> contextlib.AbstractContextManager[None]:

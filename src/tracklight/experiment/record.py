@@ -29,6 +29,8 @@ from tracklight.tracking.provenance import CODE_FILES, Provenance
 from tracklight.tracking.run import Run
 from tracklight.tracking.store import Store
 
+MAX_NAMED = 5  # files of code that a refusal names
+
 
 @dataclass(frozen=True)
 class Recorder:
@@ -85,8 +87,9 @@ class Recorder:
         with suppress(BadInput):
             found = {*read_text(store, run, CODE_FILES).splitlines()}
             found ^= {*self.provenance.texts[CODE_FILES].splitlines()}
-            first, rest = (names := sorted({line.partition("  ")[2] for line in found}))[:5], names[5:]
-            return f" in {', '.join(first)}{f' and {len(rest)} more' if rest else ''}" if names else ""
+            names = sorted({line.partition("  ")[2] for line in found})
+            more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+            return f" in {', '.join(names[:MAX_NAMED])}{more}" if names else ""
         return ""
 
     def describe(self, run: Run) -> None:
