@@ -122,13 +122,11 @@ class Baton(Callback):
             self.gate.flush()
         self._hand_over(trainer)
 
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_block_end(self, trainer: Trainer, pl_module: LightningModule, share: float) -> None:
+        """Hand over, unless the epoch ends with this block."""
         if self.gate:
             self.gate.wake()
-        if trainer.global_step - self.steps >= self.relay.slice and not trainer.is_last_batch:
+        if trainer.global_step - self.steps >= self.relay.slice and share < 1.0:
             self._hand_over(trainer)
 
     @override

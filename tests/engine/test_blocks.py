@@ -19,11 +19,12 @@ from tracklight.engine.signals import SafeStop, Stopped
 from tracklight.engine.steps import TracedStep
 from tracklight.models.mlp import MLP
 
+SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
 STEPS = 13
 
 
-def one_cycle(optimizer):
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=2 * STEPS)
+def one_cycle(optimizer, total_steps=2 * STEPS):
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=total_steps)
     return {"scheduler": scheduler, "interval": "step"}
 
 
@@ -56,20 +57,43 @@ def test_several_blocks_an_epoch_give_the_bits_of_single_steps():
     assert blocks.trainer.global_step == 2 * (2 * steps + 5)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("optimizer", [SGD, partial(SGD, momentum=0.9), AdamW])
+@pytest.mark.parametrize("scheduler", [None, partial(one_cycle, total_steps=4000)])
 @pytest.mark.parametrize("pause_s", [0.0, 10.0])
-def test_steps_taken_at_once_are_the_single_steps(monkeypatch, pause_s, momentum):
+def test_steps_taken_at_once_are_the_single_steps(monkeypatch, pause_s, scheduler, optimizer):
     monkeypatch.setattr("tracklight.engine.blocks.PAUSE_S", pause_s)
     taken, take = [], TracedStep.take_block
     monkeypatch.setattr(TracedStep, "take_block", lambda *args: taken.append(take(*args)) or taken[-1])
-    sgd = partial(torch.optim.SGD, lr=0.1, weight_decay=0.01, momentum=momentum)
     data = {"batch_size": 2, "seed": 3, "num_train": 4 * steps_per_block(2) + 9}
-    blocks, single = (Fit(*other, data=Blobs(**data), optimizer=sgd) for other in ([], [OneByOne()]))
+    settings = {"optimizer": partial(optimizer, lr=0.1, weight_decay=0.01), "scheduler": scheduler}
+    blocks, single = (Fit(*other, data=Blobs(**data), **settings) for other in ([], [OneByOne()]))
+    assert (blocks.error, single.error) == (None, None)
     assert blocks.same_bits(single)
     assert blocks.trainer.global_step == single.trainer.global_step
     assert blocks.logger.points["train/loss"] == single.logger.points["train/loss"]
+    rates = [fit.trainer.optimizers[0].param_groups[0]["lr"] for fit in (blocks, single)]
+    assert rates[0] == rates[1]
     lengths = {len(losses) for losses in taken}
     assert max(lengths) == (1 if pause_s == 0 else steps_per_block(2))
+
+
+class ByWeights(torch.optim.lr_scheduler.LRScheduler):
+    """Of a user's own: depends on the weights."""
+
+    def get_lr(self):
+        (group,) = self.optimizer.param_groups
+        return [0.1 / (1.0 + group["params"][0].detach().abs().max().item())]
+
+
+def test_a_schedule_that_reads_the_weights_sees_those_of_each_step():
+    def scheduler(optimizer):
+        return {"scheduler": ByWeights(optimizer), "interval": "step"}
+
+    settings = {"optimizer": partial(SGD, lr=0.1), "scheduler": scheduler}
+    data = {"batch_size": 2, "seed": 3, "num_train": 200}
+    blocks, single = (Fit(*other, data=Blobs(**data), **settings) for other in ([], [OneByOne()]))
+    assert (blocks.error, blocks.reason) == (None, None)
+    assert blocks.same_bits(single)
 
 
 class Interrupted(MLP):
@@ -107,7 +131,7 @@ def test_steps_taken_at_once_leave_the_generator_as_single_steps_do(dropout):
         data = Blobs(batch_size=2, seed=3, num_train=4 * steps_per_block(2))
         seed_run(3)
         module = MLP(8, 4, hidden=[6], dropout=dropout)
-        Fit(*callbacks, module=module, data=data, optimizer=partial(torch.optim.SGD, lr=0.1))
+        Fit(*callbacks, module=module, data=data, optimizer=partial(SGD, lr=0.1))
     assert len(at_once.states) == 2
     assert all(map(torch.equal, at_once.states, single.states))
 
@@ -129,7 +153,7 @@ def test_what_a_stopped_block_has_done_is_counted_and_logged(monkeypatch):
     monkeypatch.setattr("tracklight.engine.blocks.PAUSE_S", 0.0)
     watching, data = Watching(), Blobs(batch_size=2, seed=3, num_train=2 * steps_per_block(2))
     with pytest.raises(Stopped):
-        Fit(Impatient(), watching, data=data, optimizer=partial(torch.optim.SGD, lr=0.1))
+        Fit(Impatient(), watching, data=data, optimizer=partial(SGD, lr=0.1))
     logged = [step for step, _ in watching.trainer.logger.points["train/loss"]]
     assert len(logged) > 20  # some of them taken at once
     assert logged == [*range(1, watching.trainer.global_step + 1)]
@@ -143,8 +167,8 @@ def test_a_signal_waits_for_a_step_and_not_for_the_block():
     assert module.calls == 4
 
 
-def test_a_block_holds_what_fits_the_caches_but_enough_steps_for_a_turn_of_lightning():
-    assert [steps_per_block(size) for size in (1, 16, 64, 256, 512, 4096)] == [128, 128, 128, 32, 16, 8]
+def test_a_block_holds_what_fits_the_caches_and_a_whole_minibatch():
+    assert [steps_per_block(size) for size in (1, 16, 64, 256, 512, 4096)] == [128, 128, 32, 8, 4, 1]
 
 
 def test_blocks_of_doubles_give_the_bits_of_single_steps():
@@ -269,7 +293,7 @@ def test_blocks_are_used_for_a_model_that_reads_the_total_number_of_steps():
     fit = Fit(module=UsingStepCount(8, 4, hidden=[6]))
     assert (fit.error, fit.reason, fit.module.total) == (None, None, 2 * STEPS)
     assert fit.trainer.num_training_batches == 1  # a block, not 13 of one step
-    assert fit.module.block_runner is None  # it ended with the fit
+    assert fit.module.epoch_runner is None  # it ended with the fit
 
 
 def test_a_loss_is_logged_every_so_many_steps_wherever_blocks_begin():
@@ -331,3 +355,34 @@ def test_a_loss_of_nan_stops_at_its_step_and_leaves_the_best(tmp_path, callbacks
     for path in saved:
         weights = torch.load(path, weights_only=True)["state_dict"].values()
         assert all(weight.isfinite().all() for weight in weights)
+
+
+class Asking(Callback):
+    """Hears of each block, and asks for the loader of the data set within an epoch."""
+
+    supports_blocks = True
+
+    def __init__(self):
+        self.heard, self.sizes = [], []
+
+    def on_block_end(self, trainer, module, share):
+        self.heard.append((trainer.global_step, share))
+        inputs, targets = next(iter(trainer.datamodule.train_dataloader()))
+        self.sizes.append((len(inputs), len(targets)))
+
+
+def test_callbacks_hear_of_each_block_and_the_data_set_still_yields_examples():
+    steps = steps_per_block(2)
+    rows, per_epoch = 4 * steps + 10, 2 * steps + 5
+    asking = Asking()
+    fit = Fit(asking, data=Blobs(batch_size=2, seed=3, num_train=rows))
+    assert (fit.error, fit.reason, fit.trainer.num_training_batches) == (None, None, 1)
+    ends, shares = [steps, 2 * steps, per_epoch], [2 * steps / rows, 4 * steps / rows, 1.0]
+    assert asking.heard == [*zip([*ends, *(per_epoch + end for end in ends)], 2 * shares, strict=True)]
+    assert asking.sizes == 6 * [(2 * steps, 2 * steps)]
+
+
+def test_a_loader_that_is_made_anew_each_epoch_gives_the_bits_of_single_steps():
+    blocks = Fit(max_epochs=3, reload_dataloaders_every_n_epochs=1)
+    assert (blocks.error, blocks.reason) == (None, None)
+    assert blocks.same_bits(Fit(OneByOne(), max_epochs=3))

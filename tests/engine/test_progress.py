@@ -10,6 +10,7 @@ from rich.progress import Progress
 
 from foreign import Blobs
 from tracklight.engine import progress
+from tracklight.engine.blocks import steps_per_block
 from tracklight.engine.progress import EpochLines, RunLine, align_lines, format_time
 from tracklight.models.mlp import MLP
 
@@ -59,6 +60,15 @@ def test_a_long_run_prints_about_a_hundred_of_its_epochs_the_first_and_the_last_
 
 
 # Of 13 minibatches an epoch.
+def test_the_line_moves_within_an_epoch_taken_as_one_batch(monkeypatch):
+    steps, done = steps_per_block(2), []
+    draw = lambda _, trainer, share: done.append((trainer.global_step, share))  # noqa: E731
+    monkeypatch.setattr(RunLine, "_draw", draw)
+    fit = Fit(RunLine(None), data=Blobs(batch_size=2, seed=3, num_train=4 * steps), max_epochs=1)
+    assert (fit.error, fit.reason) == (None, None)
+    assert done[:2] == [(steps, 0.5), (2 * steps, 1.0)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "first", "total"),
     [({}, 13, 26), ({"accumulate_grad_batches": 2}, 7, 14), ({"max_steps": 20}, 13, 20)],

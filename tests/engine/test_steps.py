@@ -26,13 +26,18 @@ OPTIMIZERS = {
 }
 
 
-SGD = [
-    {},
-    {"weight_decay": 0.01},
-    {"maximize": True},
-    {"momentum": 0.9},
-    {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01},
-    {"momentum": 0.8, "nesterov": True, "maximize": True},
+SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
+UPDATES = [
+    (SGD, {}),
+    (SGD, {"weight_decay": 0.01, "foreach": True}),
+    (SGD, {"maximize": True, "fused": True}),
+    (SGD, {"momentum": 0.9}),
+    (SGD, {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01}),
+    (SGD, {"momentum": 0.8, "nesterov": True, "maximize": True, "foreach": True}),
+    (Adam, {}),
+    (Adam, {"weight_decay": 0.01, "betas": (0.8, 0.99), "foreach": False}),
+    (AdamW, {"maximize": True}),
+    (AdamW, {"weight_decay": 0.1, "eps": 1e-3, "foreach": True}),
 ]
 
 
@@ -191,10 +196,10 @@ def test_operations_replayed_on_memory_allocated_once_have_the_bits_of_the_step_
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("settings", SGD)
-def test_steps_taken_at_once_have_the_bits_of_the_steps_by_hand(dropout, settings):
+@pytest.mark.parametrize(("kind", "settings"), UPDATES)
+def test_steps_taken_at_once_have_the_bits_of_the_steps_by_hand(dropout, kind, settings):
     ours, by_hand = build(dropout), build(dropout)
-    optimizers = [torch.optim.SGD(each.parameters(), **{"lr": 0.1} | settings) for each in (ours, by_hand)]
+    optimizers = [kind(each.parameters(), **{"lr": 0.1} | settings) for each in (ours, by_hand)]
     step, take = make_step(ours, optimizers[0]), eager_step(by_hand, optimizers[1])
     generator = torch.Generator().manual_seed(1)
     inputs, targets = torch.randn(85, 20, generator=generator), torch.randint(4, (85,), generator=generator)
@@ -211,25 +216,70 @@ def test_steps_taken_at_once_have_the_bits_of_the_steps_by_hand(dropout, setting
         rows = slice(16 * index, 16 * index + 16)
         assert torch.equal(loss, take(inputs[rows], targets[rows]))
     assert len(losses) == 5  # the last five rows are no full minibatch
+    assert_same_state(ours, by_hand, *optimizers)
+
+
+def assert_same_state(ours, by_hand, own, other):
     for a, b in zip(ours.parameters(), by_hand.parameters(), strict=True):
         assert torch.equal(a, b) and torch.equal(a.grad, b.grad)
-        states = [optimizer.state[each] for optimizer, each in zip(optimizers, (a, b), strict=True)]
-        assert "momentum" not in settings or torch.equal(*(state["momentum_buffer"] for state in states))
+        assert own.state[a].keys() == other.state[b].keys()
+        for name, value in other.state[b].items():
+            assert value is None or torch.equal(own.state[a][name], value)
+
+
+@pytest.mark.parametrize("kind", [partial(SGD, momentum=0.9), AdamW])
+def test_steps_taken_at_once_follow_a_schedule_until_they_need_other_state(kind):
+    ours, by_hand = build(), build()
+    optimizers = own, other = [kind(each.parameters(), lr=0.1) for each in (ours, by_hand)]
+    step, take = make_step(ours, own), eager_step(by_hand, other)
+    for batch in minibatches()[:3]:
+        step(*batch)
+        take(*batch)
+    inputs, targets = torch.randn(64, 20), torch.randint(4, (64,))
+
+    def schedule(optimizer, index):
+        (group,) = optimizer.param_groups
+        group["lr"] = 0.1 / (1 + index)
+        name, value = ("momentum", 3 - index) if "momentum" in group else ("amsgrad", index == 3)
+        group[name] = value
+
+    schedule(own, 0)
+    losses = step.take_block(inputs, targets, 16, int, partial(schedule, own))
+    assert len(losses) == 3  # the fourth is one without momentum, or one with AMSGrad
+    for index, loss in enumerate(losses):
+        schedule(other, index)
+        rows = slice(16 * index, 16 * index + 16)
+        assert torch.equal(loss, take(inputs[rows], targets[rows]))
+    assert_same_state(ours, by_hand, *optimizers)
 
 
 @pytest.mark.parametrize(
-    "change", [{"lr": torch.tensor(0.1)}, {"foreach": True}, {"momentum": 0.9}, {"fused": False}]
+    ("kind", "change"),
+    [
+        (SGD, {"lr": torch.tensor(0.1)}),
+        (SGD, {"momentum": 0.9}),  # without the buffers of a first step
+        (partial(SGD, momentum=0.9), {"fused": True}),
+        (SGD, {"differentiable": True}),
+        (Adam, {"fused": True}),
+        (Adam, {"amsgrad": True}),
+        (AdamW, {"capturable": True}),
+        (AdamW, {"betas": (torch.tensor(0.9), 0.999)}),
+    ],
 )
-def test_other_optimizers_take_their_steps_one_by_one(change):
+def test_other_steps_are_taken_one_by_one(kind, change):
     model = build()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = kind(model.parameters(), lr=0.1)
     step = make_step(model, optimizer)
-    for batch in minibatches()[:3]:
-        step(*batch)
-    optimizer.param_groups[0].update(change)  # a momentum without the buffers of a first step
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    assert len(step.take_block(torch.randn(32, 20), torch.zeros(32, dtype=torch.long), 16, int)) == 0
+    batch = torch.randn(32, 20), torch.zeros(32, dtype=torch.long), 16, int
+    for each in minibatches()[:3]:
+        step(*each)
+    (group,), before = optimizer.param_groups, [each.detach().clone() for each in model.parameters()]
+    known = {**group}
+    group |= change
+    assert len(step.take_block(*batch)) == 0
     assert all(map(torch.equal, before, model.parameters()))
+    group |= known
+    assert len(step.take_block(*batch)) == 2
 
 
 def test_where_torchscript_fails_the_trace_itself_is_replayed(monkeypatch):
@@ -451,11 +501,11 @@ class Recurrent(Supervised):
         return nn.functional.cross_entropy(outputs, targets)
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, KeepsGradients])
+@pytest.mark.parametrize("optimizer", [SGD, KeepsGradients])
 def test_a_trace_that_fails_leaves_the_steps_as_by_hand(optimizer):
     ours, by_hand = Recurrent(), Recurrent()
     by_hand.load_state_dict(ours.state_dict())
-    settings = {"lr": 0.1} if optimizer is torch.optim.SGD else {}
+    settings = {"lr": 0.1} if optimizer is SGD else {}
     step = make_step(ours, optimizer(ours.parameters(), **settings))
     take = eager_step(by_hand, optimizer(by_hand.parameters(), **settings))
     for batch in minibatches():

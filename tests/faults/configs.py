@@ -29,6 +29,8 @@ NET = (
 LISTENER = "+callbacks.listener={_target_: foreign.Listener}"
 DROPOUT_ADAM_COSINE = (*MLP, "model.dropout=0.3", "optimizer=adam", "scheduler=cosine")
 
+BATCH_END = "tracklight.engine.blocks:Blocks.on_train_batch_end"
+BLOCK_END = "tracklight.engine.blocks:Blocks._log_losses"  # the same, where steps are taken in blocks
 CONFIGS = {
     "blocks": DROPOUT_ADAM_COSINE,
     "plain": (*DROPOUT_ADAM_COSINE, LISTENER),

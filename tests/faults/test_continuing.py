@@ -7,12 +7,11 @@ from contextlib import closing
 
 import pytest
 import torch
-from configs import ALLOWED, CONFIGS, EACH_EPOCH, EMA, EPOCHS, MLP, QUICK, TOP_3, restless
+from configs import ALLOWED, BLOCK_END, CONFIGS, EACH_EPOCH, EMA, EPOCHS, MLP, QUICK, TOP_3, restless
 
 from process import TrialResult
 
 COMMIT = "tracklight.engine.checkpoints:ResumeCheckpoint._commit"
-BATCH_END = "tracklight.engine.blocks:Blocks.on_train_batch_end"
 DIE = [["spare_model"], EACH_EPOCH, ["strike", COMMIT, 3, ["SIGKILL"], True]]
 SPARE = [["spare_model"]]
 CHANGED_CODE = (
@@ -115,7 +114,7 @@ def test_a_second_process_on_the_same_run_is_told_so_and_writes_nothing(
     trainees, undisturbed, killed, tmp_path
 ):
     mark, command = tmp_path / "mark", (*CONFIGS["plateau"], EPOCHS, "resume=auto")
-    first = trainees.start(killed, command, [*SPARE, ["meet", BATCH_END, 3, str(mark)]])
+    first = trainees.start(killed, command, [*SPARE, ["meet", BLOCK_END, 3, str(mark)]])
     first.wait_for(mark)
     before = content_of(killed)
     second = trainees.train(killed, *command)

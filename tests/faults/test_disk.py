@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from configs import CONFIGS, EACH_EPOCH, EPOCHS, MLP
+from configs import BLOCK_END, CONFIGS, EACH_EPOCH, EPOCHS, MLP
 
 from process import TrialResult
 from tracklight.engine.checkpoint_io import newest_resume_checkpoint
@@ -21,7 +21,7 @@ WIDE = [word.replace("hidden=[16]", "hidden=[20000]") for word in MLP]
 INSTANTS = {
     "before the run is made": ("tracklight.tracking.store:Store.create", 1),
     "before it is described": ("tracklight.experiment.record:Recorder.describe", 1),
-    "in training": ("tracklight.engine.blocks:Blocks.on_train_batch_end", 20),
+    "in training": (BLOCK_END, 20),
     "before its results are logged": ("tracklight.experiment.record:Recorder.log_final", 1),
     "at its end": ("tracklight.tracking.run:Run.finish", 1),
 }

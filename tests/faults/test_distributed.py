@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from configs import ALLOWED, CONFIGS, EPOCHS
+from configs import ALLOWED, BATCH_END, CONFIGS, EPOCHS
 
 from process import TESTS, Process, TrialResult, free_port
 
@@ -38,7 +38,7 @@ def test_when_one_process_goes_all_end_and_the_run_continues_to_the_same_bits(
     trainees, whole, tmp_path, rank, signum
 ):
     directory, mark = tmp_path / "runs", tmp_path / "mark"
-    meet = ["meet", "tracklight.engine.blocks:Blocks.on_train_batch_end", 50, str(mark)]
+    meet = ["meet", BATCH_END, 50, str(mark)]
     process = trainees.start(directory, COMMAND, [["spare_model"], meet], env=HERE)
     process.wait_for(mark)
     leader = psutil.Process(process.pid)
@@ -72,7 +72,7 @@ def _trains(process: psutil.Process) -> bool:
 
 def test_a_process_that_is_stopped_is_not_waited_for_for_ever(trainees, whole, tmp_path):
     directory, mark = tmp_path / "runs", tmp_path / "mark"
-    meet = ["meet", "tracklight.engine.blocks:Blocks.on_train_batch_end", 50, str(mark)]
+    meet = ["meet", BATCH_END, 50, str(mark)]
     impatient = ["put", "tracklight.engine.distributed:WAIT_S", 30.0]  # the other one's imports take ten
     process = trainees.start(directory, COMMAND, [["spare_model"], meet, impatient], env=HERE)
     process.wait_for(mark)
@@ -131,7 +131,7 @@ def test_processes_that_torchrun_launched_are_one_run_which_they_continue_to_the
     trainees, whole, tmp_path, by_id
 ):
     directory, mark = tmp_path / "runs", tmp_path / "mark"
-    meet = ["meet", "tracklight.engine.blocks:Blocks.on_train_batch_end", 200, str(mark)]
+    meet = ["meet", BATCH_END, 200, str(mark)]
 
     def start(*command: str, at_rank_one: Sequence[Any] = ()) -> list[Process]:
         port = free_port()

@@ -1,7 +1,7 @@
 """Kill -9 at named points of a real run: the same command ends in an undisturbed one's bits."""
 
 import pytest
-from configs import CONFIGS, EACH_EPOCH, EPOCHS, FURTHER_CONFIGS
+from configs import BATCH_END, BLOCK_END, CONFIGS, EACH_EPOCH, EPOCHS, FURTHER_CONFIGS
 
 from process import TrialResult
 
@@ -12,8 +12,8 @@ DURING = {
     "after the run is created": ("tracklight.tracking.store:Store.create_once", 1, True),
     "before its config is logged": ("tracklight.tracking.run:Run.log_params", 1, False),
     "before the first epoch": ("tracklight.engine.blocks:Blocks.on_fit_start", 1, True),
-    "within the first epoch": ("tracklight.engine.blocks:Blocks.on_train_batch_end", 2, False),
-    "within the second epoch": ("tracklight.engine.blocks:Blocks.on_train_batch_end", 3, True),
+    "within the first epoch": (BLOCK_END, 2, False),
+    "within the second epoch": (BLOCK_END, 3, True),
     "before a checkpoint": (f"{IO}.save_checkpoint", 3, False),
     "in a checkpoint's write": (f"{CHECKPOINT}:_write_synced", 3, "half"),
     "before the metrics are durable": ("tracklight.tracking.run:Run.sync", 3, False),
@@ -60,7 +60,9 @@ def kill_at(trainees, directory, name, points, faults=()) -> None:
         target, call, after = POINTS[point]
         strike = ["strike", target, call, ["SIGKILL"], after]
         fault = ["halve", target, call] if after == "half" else strike
-        process = trainees.train(directory, *command, faults=[["spare_model"], EACH_EPOCH, *faults, fault])
+        other = ["strike", BATCH_END, call, ["SIGKILL"], after]  # of a run that has no blocks; else later
+        struck = [fault, other] if target == BLOCK_END else [fault]
+        process = trainees.train(directory, *command, faults=[["spare_model"], EACH_EPOCH, *faults, *struck])
         assert process.exit_code == -9, f"{point}: {process.stdout}{process.stderr}"
     process = trainees.train(directory, *command, faults=[["spare_model"], EACH_EPOCH, *faults])
     assert process.exit_code == 0, process.stderr

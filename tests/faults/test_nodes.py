@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from configs import MLP
+from configs import BATCH_END, MLP
 
 from process import TESTS, Process, TrialResult, free_port
 from trainee import SCRIPT
@@ -168,7 +168,7 @@ def test_two_nodes_give_the_bits_of_two_devices_of_one(trainees, network, two, t
 
 def start_nodes(trainees, network: Network, directory: Path, mark: Path, *faults: list) -> list[Process]:
     """Start both and return once the second is amid its second epoch, at `mark`, until that is gone."""
-    meet = ["meet", "tracklight.engine.blocks:Blocks.on_train_batch_end", 200, str(mark)]
+    meet = ["meet", BATCH_END, 200, str(mark)]
     port, both = free_port(), []
     for rank, name in enumerate(network.names):
         more = [*FASTER, ["enter_network", name], *faults, *([meet] if rank else [])]

@@ -3,11 +3,10 @@
 import signal
 
 import pytest
-from configs import CONFIGS, EACH_EPOCH, EPOCHS
+from configs import BLOCK_END, CONFIGS, EACH_EPOCH, EPOCHS
 
 from process import TrialResult, free_port
 
-BATCH_END = "tracklight.engine.blocks:Blocks.on_train_batch_end"
 FAULTS = [
     ["spare_model"],
     EACH_EPOCH,
@@ -29,7 +28,7 @@ def test_points_outlive_a_server_that_dies_for_a_while_or_for_good(trainees, und
     command = (*CONFIGS["blocks"], EPOCHS, f"tracking.uri=http://127.0.0.1:{port}")
     gone, back = tmp_path / "gone", tmp_path / "back"
 
-    meetings = [["meet", BATCH_END, 5, str(gone)], ["meet", BATCH_END, 15, str(back)]]
+    meetings = [["meet", BLOCK_END, 5, str(gone)], ["meet", BLOCK_END, 15, str(back)]]
     process = trainees.start(tmp_path / "runs", command, [*FAULTS, *meetings], SHORT)
     process.wait_for(gone)
     server.send(signal.SIGKILL, group=True)

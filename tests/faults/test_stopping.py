@@ -4,15 +4,14 @@ import os
 import signal
 
 import pytest
-from configs import CONFIGS, EACH_EPOCH, EPOCHS
+from configs import BATCH_END, BLOCK_END, CONFIGS, EACH_EPOCH, EPOCHS
 
 from process import TrialResult
 
-BATCH_END = "tracklight.engine.blocks:Blocks.on_train_batch_end"
 PLACES = {
     "before the run exists": ("tracklight.experiment.build:build_model", 1),
     "before training": ("tracklight.tracking.run:Run.log_params", 1),
-    "in an epoch": (BATCH_END, 5),
+    "in an epoch": (BLOCK_END, 5),
     "in validation": ("tracklight.models.supervised:Supervised.validation_step", 3),
     "in the test": ("tracklight.models.supervised:Supervised.test_step", 2),
 }
@@ -62,7 +61,7 @@ def test_ctrl_c_on_a_terminal_stops_a_run_and_its_workers(trainees, undisturbed,
 
 def test_a_second_ctrl_c_leaves_at_once_and_the_next_start_marks_the_run(trainees, tmp_path):
     directory, command = tmp_path / "runs", (*CONFIGS["blocks"], EPOCHS)
-    strike = ["strike", BATCH_END, 2, ["SIGINT", "SIGINT"]]
+    strike = ["strike", BLOCK_END, 2, ["SIGINT", "SIGINT"]]
     assert trainees.train(directory, *command, faults=[strike]).exit_code == 130
     assert TrialResult(directory).status == "RUNNING"
     trainees.train(directory, *command, "seed=1", faults=[["spare_model"]])
@@ -78,7 +77,7 @@ def test_sigusr1_in_a_slurm_job_stops_safely_and_leaves_nothing_for_other_runs(
     (directory / "hpc_ckpt_1.ckpt").write_bytes(b"another run's")
     before = {path.name for path in directory.iterdir()}
     command = (*CONFIGS["blocks"], EPOCHS, "resume=auto")
-    strike = ["strike", BATCH_END, 5, ["SIGUSR1"]]
+    strike = ["strike", BLOCK_END, 5, ["SIGUSR1"]]
     process = trainees.train(directory, *command, faults=[["spare_model"], EACH_EPOCH, strike], env=JOB)
     assert (process.exit_code, process.stderr) == (128 + signal.SIGUSR1, "")
     assert [status for _, status in TrialResult(directory).runs] == ["KILLED"]

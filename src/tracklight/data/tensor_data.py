@@ -104,6 +104,7 @@ class TensorData(LightningDataModule):
         self.batch_size = batch_size
         self.seed = seed
         self.steps_per_block = 1
+        self.yields_epochs = False  # for the engine, which takes all steps of an epoch as one batch
         self.use_distributed_sampler = True  # the Trainer's argument: each process takes a part
 
     @staticmethod
@@ -139,9 +140,10 @@ class TensorData(LightningDataModule):
         """Read the splits once."""
         _ = self.splits
 
-    def train_dataloader(self) -> "Loader":
+    def train_dataloader(self) -> "Loader | Epoch":
         """Return minibatches, or blocks of them, in the epoch's order."""
-        return Loader(self, "train", self.batch_size, training=True)
+        loader = Loader(self, "train", self.batch_size, training=True)
+        return Epoch(loader) if self.yields_epochs else loader
 
     def val_dataloader(self) -> "Loader | list":
         """Return the validation part in its natural order; nothing where there is none."""
@@ -150,6 +152,19 @@ class TensorData(LightningDataModule):
     def test_dataloader(self) -> "Loader | list":
         """Return the test part in its natural order; nothing where there is none."""
         return Loader(self, "test", EVALUATION_ROWS) if "test" in self.splits else []
+
+
+class Epoch:
+    """Yields one batch, a loader of all: whoever gets it gathers a block of an epoch at a time."""
+
+    def __init__(self, loader: "Loader"):
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator["Loader"]:
+        yield self.loader
 
 
 class Loader:

@@ -1,8 +1,8 @@
-"""Several optimizer steps for one batch of Lightning's loop.
+"""All optimizer steps of an epoch for one batch of Lightning's loop.
 
 Lightning's bookkeeping for a batch costs several times the step of a small model. Where nothing
-depends on it, Lightning gets a block of minibatches as one batch, and the engine takes the steps:
-the same arithmetic in the same order as the loop by hand.
+depends on it, Lightning gets an epoch as one batch, and the engine takes its steps: the same
+arithmetic in the same order as the loop by hand. It gathers and logs a block of them at a time.
 
 Shapes: `S` steps in a block, `B` minibatch size, `...` an example's own shape.
 """
@@ -19,25 +19,24 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
-from tracklight.data.tensor_data import TensorData
+from tracklight.data.tensor_data import Loader, TensorData
 from tracklight.engine import lightning_internals
 from tracklight.engine.eligibility import why_no_blocks
 from tracklight.engine.seeding import seed_step, step_seed
-from tracklight.engine.signals import SafeStop, Stopped
+from tracklight.engine.signals import SafeStop
 from tracklight.engine.steps import TracedStep, make_step, signature
 from tracklight.errors import RunFailed
 from tracklight.models.supervised import Supervised
 
-# A turn of Lightning costs as much as some steps, rows that leave the caches cost time at each step.
-ROWS_PER_BLOCK = 8192
-STEPS_PER_BLOCK = range(8, 129)
+# Each block costs about a step; its rows should stay in a CPU's caches, and a GPU is waited for once a block.
+ROWS_PER_BLOCK = {"cpu": 2048, "cuda": 8192}
+STEPS_PER_BLOCK = 128
 PAUSE_S = 0.1  # that a signal may wait for steps that are taken at once
 
 
-def steps_per_block(batch_size: int | None) -> int:
-    """Return the number of optimizer steps for one batch of Lightning's loop."""
-    fitting = ROWS_PER_BLOCK // (batch_size or ROWS_PER_BLOCK)
-    return min(max(fitting, STEPS_PER_BLOCK[0]), STEPS_PER_BLOCK[-1])
+def steps_per_block(batch_size: int, rows: int = ROWS_PER_BLOCK["cpu"]) -> int:
+    """Return the number of optimizer steps in a block of at most so many rows, or of one minibatch."""
+    return min(max(rows // batch_size, 1), STEPS_PER_BLOCK)
 
 
 class NonFinite(RunFailed):
@@ -56,7 +55,10 @@ def check_loss(step: int, value: float) -> None:
 
 
 class Blocks(Callback):
-    """Takes the optimizer steps of a block in place of Lightning's automatic optimization.
+    """Takes the optimizer steps of an epoch in place of Lightning's automatic optimization.
+
+    After each block of them it calls `on_block_end(trainer, module, share)` of callbacks that have it, with
+    the share of the epoch that is done: no turn of Lightning's loop tells them so.
 
     Where blocks cannot be used, it prints a line that says why, and only reseeds before each batch,
     checks each loss and completes what Lightning leaves of accumulated batches: it divides an epoch's last,
@@ -86,21 +88,24 @@ class Blocks(Callback):
         self.trainer, data = trainer, trainer.datamodule
         self.module: Any = module
         self.stops = [each for each in trainer.callbacks if isinstance(each, SafeStop)]
+        self.watchers = [each for each in trainer.callbacks if hasattr(each, "on_block_end")]
         reason = why_no_blocks(trainer, module, data)
         self.uses_blocks = reason is None
         if isinstance(module, Supervised):
-            module.block_runner = self._run_block if self.uses_blocks else None
+            module.epoch_runner = self._run_epoch if self.uses_blocks else None
             if type(module).optimizer_step is Supervised.optimizer_step:  # overridden for blocks only
                 warnings.filterwarnings("ignore", "When using `Trainer.accumulate_grad", UserWarning)
         if isinstance(data, TensorData):
             self.data = data
-            most = steps_per_block(data.batch_size)
+            rows = ROWS_PER_BLOCK.get(trainer.strategy.root_device.type, ROWS_PER_BLOCK["cuda"])
+            most = steps_per_block(data.batch_size or rows, rows)
             limits = [getattr(each, "max_steps_per_block", most) for each in trainer.callbacks]
             data.steps_per_block = min([most, *limits]) if self.uses_blocks else 1
+            data.yields_epochs = self.uses_blocks
         if self.uses_blocks:
             lightning_internals.reload_train_dataloader(trainer)
             self.signature: Any = None
-            # Lightning takes blocks for batches, and finds too few of them for its logging.
+            # Lightning takes an epoch for a batch, and finds too few of them for its logging.
             warnings.filterwarnings("ignore", "The number of training batches", UserWarning)
         elif trainer.is_global_zero:
             print(f"Steps are taken one by one (plain Lightning): {reason}")
@@ -108,12 +113,17 @@ class Blocks(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, module: Any) -> None:
         if self.uses_blocks:
-            module.block_runner = None
-            self.data.steps_per_block = 1
+            module.epoch_runner = None
+            self.data.steps_per_block, self.data.yields_epochs = 1, False
+
+    @override
+    def on_train_start(self, trainer: Any, *_: Any) -> None:
+        if self.uses_blocks:  # Lightning has its loader, if it asks once; who else asks gets one of blocks
+            self.data.yields_epochs = trainer.reload_dataloaders_every_n_epochs > 0
 
     @override
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        if isinstance(trainer.datamodule, TensorData) and isinstance(batch, tuple | list):
+        if isinstance(trainer.datamodule, TensorData) and not self.uses_blocks:
             self.num_examples += len(batch[1]) * trainer.world_size
         if self.has_loss is None:
             self.has_loss = self.uses_blocks or not module.automatic_optimization
@@ -147,12 +157,24 @@ class Blocks(Callback):
         self.accumulated = 0  # what stops an epoch early leaves batches without their step
         self.step_values.clear()
 
-    def _run_block(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Take a block's steps; return the last loss and the mean over all S * B examples."""
+    def _run_epoch(self, blocks: Loader) -> tuple[Tensor, Tensor, int]:
+        """Take an epoch's steps; return the last loss, the mean over all examples, and their number."""
         configs = self.trainer.lr_scheduler_configs
-        schedulers = [config.scheduler for config in configs if config.interval == "step"]
-        first = self.trainer.global_step
-        size = self.data.batch_size or len(targets)
+        self.schedulers = [config.scheduler for config in configs if config.interval == "step"]
+        self.scheduled = self.trainer.global_step
+        total, num_rows = torch.zeros(()), 0
+        for block in blocks:
+            inputs, targets = self.trainer.precision_plugin.convert_input(block)
+            total = total + self._run_block(inputs, targets)
+            num_rows += len(targets)
+            for watcher in self.watchers:
+                watcher.on_block_end(self.trainer, self.module, num_rows / blocks.num_rows)
+        lightning_internals.count_optimizer_steps(self.trainer, -1)  # which Lightning counts
+        return self.losses[-1], total / num_rows, num_rows
+
+    def _run_block(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Take and log a block's steps; return the sum of the losses of its S * B examples."""
+        size, first, bad = self.data.batch_size or len(targets), self.trainer.global_step, None
         self.step_losses = losses = list[Tensor]()
         self.logged: dict[str, tuple[list[int], list[Tensor], dict[str, Any]]] = {}
         self.module.log_recorder = self._record
@@ -160,42 +182,47 @@ class Blocks(Callback):
             while (start := len(losses) * size) < len(targets):
                 for callback in self.stops:
                     callback.check()
-                if not schedulers and (taken := self._take_known(inputs[start:], targets[start:], first)):
-                    lightning_internals.count_optimizer_steps(self.trainer, len(taken) - (not losses))
-                    losses += taken
-                    continue
-                x, y = inputs[start : start + size], targets[start : start + size]
-                if losses:  # Lightning itself counts and schedules once a block, after its end
-                    for scheduler in schedulers:
-                        scheduler.step()
-                    lightning_internals.count_optimizer_steps(self.trainer, 1)
-                seed_step(self.seed, first + len(losses))
-                losses.append(self.step(x, y))
-        except Stopped:  # before the block's end: its steps so far are counted and logged
-            if losses:
-                lightning_internals.count_optimizer_steps(self.trainer, 1)
-                steps = range(first + 1, first + len(losses) + 1)
-                self._log_series("train/loss", steps, torch.stack(losses).tolist())
-            raise
-        finally:
+                self._schedule(step := first + len(losses))
+                if not (taken := self._take_known(inputs[start:], targets[start:], step)):
+                    seed_step(self.seed, step)
+                    taken = [self.step(inputs[start : start + size], targets[start : start + size])]
+                losses += taken
+                lightning_internals.count_optimizer_steps(self.trainer, len(taken))
+        finally:  # a stop too leaves steps that are taken
             self.module.log_recorder = None
-        self.losses = torch.stack(losses)  # (S,)
-        self.sizes = self.losses.new_full((len(losses),), size)
-        self.sizes[-1] = len(targets) - size * (len(losses) - 1)
-        return losses[-1], (self.losses * self.sizes).sum() / len(targets)
+            self.num_examples += min(len(losses) * size, len(targets))
+            if losses:
+                self.losses = torch.stack(losses)  # (S,)
+                bad = self._log_losses(range(first + 1, first + len(losses) + 1))
+        if bad is not None:
+            check_loss(first + 1 + bad, self.losses[bad].item())
+        sizes = self.losses.new_full((len(losses),), size)
+        sizes[-1] = len(targets) - size * (len(losses) - 1)
+        self._log_recorded(range(first + 1, first + len(losses) + 1), sizes)
+        return (self.losses * sizes).sum()
+
+    def _schedule(self, step: int) -> None:
+        """Step the schedulers up to a step, from 0; Lightning itself does so once, after an epoch's end."""
+        for _ in range(self.scheduled, step):
+            for scheduler in self.schedulers:
+                scheduler.step()
+        self.scheduled = step
 
     def _take_known(self, inputs: Tensor, targets: Tensor, first: int) -> list[Tensor]:
         """Take the next steps at once where that is possible, as many as a signal can wait for."""
-        if not (isinstance(self.step, TracedStep) and self.step.is_sgd):
+        are_known = all(type(each).__module__.startswith("torch.") for each in self.schedulers)
+        if not (isinstance(self.step, TracedStep) and self.step.knows_update and are_known):
             return []
-        start_s, done = time.perf_counter(), len(self.step_losses)
+        start_s = time.perf_counter()
         size = min(self.data.batch_size or len(targets), len(targets))
         number = min(self.steps_at_once, len(targets) // size)
         # As the last of them leaves it; those that draw are given their seeds.
-        seed_step(self.seed, first + done + number - 1)
+        seed_step(self.seed, first + number - 1)
         rows = number * size
         losses = self.step.take_block(
-            inputs[:rows], targets[:rows], size, lambda index: step_seed(self.seed, first + done + index)
+            *(inputs[:rows], targets[:rows], size),
+            lambda index: step_seed(self.seed, first + index),
+            (lambda index: self._schedule(first + index)) if self.schedulers else None,
         )
         if taken := [*losses]:
             step_s = (time.perf_counter() - start_s) / len(taken)
@@ -222,21 +249,20 @@ class Blocks(Callback):
                 check_loss(trainer.global_step + self.mid_step, loss.item())
             if trainer.accumulate_grad_batches > 1:
                 lightning_internals.collect_step_values(trainer, self.step_values, not self.mid_step)
-            return
+
+    def _log_losses(self, steps: Sequence[int]) -> int | None:
+        """Log the losses up to the first that is not finite; return the index of that one."""
         values = self.losses.tolist()  # the block's one synchronisation
-        steps = range(trainer.global_step - len(values) + 1, trainer.global_step + 1)
         bad = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
         self._log_series("train/loss", steps[: None if bad is None else bad + 1], values)
-        if bad is not None:
-            check_loss(steps[bad], values[bad])
-        self._log_recorded(steps)
+        return bad
 
-    def _log_recorded(self, steps: Sequence[int]) -> None:
+    def _log_recorded(self, steps: Sequence[int], sizes: Tensor) -> None:
         """Log what the model logged in its forward pass or loss, as Lightning would by step."""
         for name, (indices, values, options) in self.logged.items():
             on_step, on_epoch = options.pop("on_step", None), options.pop("on_epoch", None)
             metric = options.pop("metric", None)
-            recorded = torch.stack(values) if values else self.sizes.new_empty(0)
+            recorded = torch.stack(values) if values else sizes.new_empty(0)
             if values and on_step is not False:
                 key = f"{name}_step" if on_epoch else name
                 if options.get("logger") is not False:
@@ -244,7 +270,7 @@ class Blocks(Callback):
                 self.module.log(key, recorded[-1], **{**options, "logger": False})
             if on_epoch:
                 key = name if on_step is False else f"{name}_epoch"
-                weights = self.sizes[indices]
+                weights = sizes[indices]
                 mean = (recorded * weights).sum() / weights.sum()
                 options |= {"batch_size": int(weights.sum()), "on_step": False, "on_epoch": True}
                 self.module.log(key, mean if metric is None else metric, **options)

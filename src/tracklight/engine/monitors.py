@@ -36,17 +36,19 @@ class GradientMonitor(Callback):
     max_steps_per_block = GRADIENT_STEPS
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        self.before = trainer.global_step
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        self.step = trainer.global_step
 
     @override
     def on_train_batch_end(self, trainer: Any, module: LightningModule, *_: Any) -> None:
-        step = trainer.global_step
-        if step == self.before or (step // GRADIENT_STEPS == self.before // GRADIENT_STEPS and self.before):
+        before, self.step = self.step, (step := trainer.global_step)
+        if step == before or (step // GRADIENT_STEPS == before // GRADIENT_STEPS and before):
             return  # a batch without a step leaves a part of a gradient
         if hasattr(trainer.logger, "log_series"):
             for key, value in gradient_statistics(module).items():
                 trainer.logger.log_series(f"gradient/{key}", (step,), (value,))
+
+    on_block_end = on_train_batch_end
 
 
 def gradient_statistics(module: torch.nn.Module) -> dict[str, float]:

@@ -112,6 +112,10 @@ class RunLine(AfterEpoch):
     ) -> None:
         self._draw(trainer, (batch_idx + 1) / trainer.num_training_batches)  # 0 of infinitely many
 
+    def on_block_end(self, trainer: Trainer, module: Any, share: float) -> None:
+        """Redraw the line, for a share of the epoch."""
+        self._draw(trainer, share)
+
     @override
     def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
         if self.line and (value := self.measured(trainer).get(self.metric or "")) is not None:

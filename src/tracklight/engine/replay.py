@@ -14,23 +14,20 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from tracklight.engine import torch_internals
+from tracklight.engine import torch_internals, updates
 
 # Operations whose result depends on shapes alone.
 EMPTY = ("empty", "empty_like", "new_empty")
 FILLED = ("zeros_like", "ones_like", "full_like", "zeros", "ones", "full", "scalar_tensor", "arange")
-# `descend` is PyTorch's SGD, operation by operation. The parameters are an argument of their own: TorchScript
-# leaves out what only changes a list that it made.
 SOURCE = """
 def step(fixed: List[Tensor], {inputs}: Tensor, {targets}: Tensor) -> List[Tensor]:
     {fixed}, = fixed
     {lines}
     return [{outputs}]
 
-def descend(
-    fixed: List[Tensor], parameters: List[Tensor], buffers: List[Tensor], inputs: Tensor, targets: Tensor,
-    size: int, seeds: List[int], lr: float, weight_decay: float, momentum: float, dampening: float,
-    nesterov: bool, maximize: bool
+def take_steps(
+    fixed: List[Tensor], inputs: Tensor, targets: Tensor, size: int, seeds: List[int],
+    parameters: List[Tensor], state: List[List[Tensor]], settings: List[Dict[str, float]]
 ) -> List[Tensor]:
     losses: List[Tensor] = []
     outputs: List[Tensor] = []
@@ -38,19 +35,7 @@ def descend(
         if len(seeds) > 0:
             torch.manual_seed(seeds[i])
         outputs = step(fixed, inputs.narrow(0, i * size, size), targets.narrow(0, i * size, size))
-        if momentum == 0.0:
-            torch.ops.aten._fused_sgd_(
-                parameters, outputs[1:], buffers, lr=lr, weight_decay=weight_decay, momentum=0.0,
-                dampening=0.0, nesterov=False, maximize=maximize, is_first_step=False
-            )
-        else:
-            for parameter, buffer, gradient in zip(parameters, buffers, outputs[1:]):
-                if maximize:
-                    gradient = gradient.neg()
-                if weight_decay != 0.0:
-                    gradient = gradient.add(parameter, alpha=weight_decay)
-                buffer.mul_(momentum).add_(gradient, alpha=1.0 - dampening)
-                parameter.add_(gradient.add(buffer, alpha=momentum) if nesterov else buffer, alpha=-lr)
+        step_optimizer(parameters, outputs[1:], state, settings[min(i, len(settings) - 1)])
         losses.append(outputs[0].clone())
     return [torch.stack(losses)] + outputs[1:]
 """
@@ -160,7 +145,7 @@ class Replay:
         fixed = ", ".join(name for name in self.used if name in self.fixed)
         lines = "\n    ".join(self.lines)
         source = SOURCE.format(inputs=inputs, targets=targets, fixed=fixed, lines=lines, outputs=outputs)
-        self.functions: Any = torch.jit.CompilationUnit(source)
+        self.functions: Any = torch.jit.CompilationUnit(updates.SOURCE + source)
         self.values.clear()
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> list[Tensor]:
@@ -168,34 +153,34 @@ class Replay:
         with torch_internals.unoptimized():
             return self.functions.step(self.tensors, inputs, targets)
 
-    def descend(
+    def take_steps(
         self,
         inputs: Tensor,
         targets: Tensor,
         size: int,
         seeds: list[int],
-        group: dict[str, Any],
-        buffers: list[Tensor],
+        parameters: list[Tensor],
+        state: list[list[Tensor]],
+        settings: list[dict[str, float]],
     ) -> tuple[Tensor, list[Tensor]]:
-        """Take steps of SGD over minibatches of `size`, by a trace of loss and gradients.
+        """Take optimizer steps over minibatches of `size`, by a trace of loss and gradients.
 
         Args:
             inputs: (S * B, ...).
             targets: (S * B, ...).
             size: B, that of the traced minibatch.
             seeds: PyTorch's seed for each step; none for a trace that does not draw.
-            group: The optimizer's settings and parameters.
-            buffers: Of momentum, one a parameter; none without momentum.
+            parameters: Of the optimizer, in the order of the gradients.
+            state: Of the optimizer (`updates.state_of`).
+            settings: Of the optimizer (`updates.settings_of`), for each step, or one for all.
 
         Returns:
             The losses, (S,), and the last gradients.
         """
-        settings = [float(group[key]) for key in ("lr", "weight_decay", "momentum", "dampening")]
         seeds = [each - (each >> 63 << 64) for each in seeds]  # TorchScript's integers have a sign
         with torch_internals.unoptimized():
-            losses, *gradients = self.functions.descend(
-                *(self.tensors, group["params"], buffers, inputs, targets, size, seeds),
-                *(*settings, group["nesterov"], group["maximize"]),
+            losses, *gradients = self.functions.take_steps(
+                self.tensors, inputs, targets, size, seeds, parameters, state, settings
             )
         return losses, gradients
 

@@ -8,14 +8,13 @@ on memory that is allocated once.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 
-from tracklight.engine import torch_internals
+from tracklight.engine import torch_internals, updates
 from tracklight.engine.cuda_graphs import CapturedStep, Shapes, Step, can_capture
 from tracklight.engine.replay import Replay, trace
 from tracklight.models.supervised import Supervised
@@ -84,7 +83,7 @@ class TracedStep:
 
     def __init__(self, module: Supervised, optimizer: Optimizer, eager: Step):
         self.optimizer = optimizer
-        self.is_sgd = type(optimizer) is SGD
+        self.knows_update = updates.is_known(optimizer)
         self.eager = eager  # takes the first steps of each shape: a trace takes as long as a hundred
         self.parameters: list[Tensor] = list(module.parameters())
         self.loss_of_batch = _LossOfBatch(module)
@@ -100,65 +99,67 @@ class TracedStep:
             if self.num_steps[shapes] == EAGER_STEPS:
                 self.traces[shapes] = self._trace(inputs, targets)
             return self.eager(inputs, targets)
-        if isinstance(trace, Replay) and (buffers := self._sgd_buffers()) is not None:
-            return self._descend(trace, inputs, targets, len(targets), [], buffers)[0]
+        if len(losses := self._take_known(trace, inputs, targets, len(targets))):
+            return losses[0]
         with torch.no_grad():
             loss, *gradients = trace(inputs, targets)
             self._set_gradients(gradients)
             self.optimizer.step()
         return loss.clone()  # the next step writes to the same memory
 
-    def take_block(self, inputs: Tensor, targets: Tensor, size: int, seed: Callable[[int], int]) -> Tensor:
-        """Take the steps of all full minibatches at once, if their shape has a trace and SGD takes them.
-
-        Return their losses, (S,); none if they have to be taken one by one. `seed` is that of the nth step.
-        """
-        trace = self.traces.get((inputs[:size].shape, targets[:size].shape))
-        if not isinstance(trace, Replay) or (buffers := self._sgd_buffers()) is None:
-            return inputs.new_empty(0)
-        seeds = [seed(step) for step in range(len(targets) // size if trace.draws else 0)]
-        return self._descend(trace, inputs, targets, size, seeds, buffers)
-
-    @torch.no_grad()
-    def _descend(
+    def take_block(
         self,
-        trace: Replay,
         inputs: Tensor,
         targets: Tensor,
         size: int,
-        seeds: list[int],
-        buffers: list[Tensor],
+        seed: Callable[[int], int],
+        schedule: Callable[[int], None] | None = None,
     ) -> Tensor:
-        (group,) = self.optimizer.param_groups
-        losses, gradients = trace.descend(inputs, targets, size, seeds, group, buffers)
+        """Take the steps of full minibatches at once, if their shape has a trace that can.
+
+        Return their losses, (S,); none if they have to be taken one by one. `seed` returns the seed of the
+        nth step, `schedule` gives the optimizer the settings of the nth.
+        """
+        trace = self.traces.get((inputs[:size].shape, targets[:size].shape))
+        return self._take_known(trace, inputs, targets, size, seed, schedule)
+
+    @torch.no_grad()
+    def _take_known(
+        self,
+        trace: Callable[..., Sequence[Tensor]] | None,
+        inputs: Tensor,
+        targets: Tensor,
+        size: int,
+        seed: Callable[[int], int] | None = None,
+        schedule: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        if not (
+            self.knows_update
+            and isinstance(trace, Replay)
+            and (state := updates.state_of(self.optimizer, self.parameters)) is not None
+            and (settings := updates.settings_of(self.optimizer)) is not None
+        ):
+            return inputs.new_empty(0)
+        number, by_step = len(targets) // size, [settings]
+        if schedule:
+            for step in range(1, number):
+                schedule(step)
+                found = updates.settings_of(self.optimizer)
+                if found is None or bool(found.get("momentum")) != bool(settings.get("momentum")):
+                    break  # needs other state
+                by_step.append(found)
+            number = len(by_step)
+        seeds = [seed(step) for step in range(number)] if seed and trace.draws else []
+        rows = slice(number * size)
+        losses, gradients = trace.take_steps(
+            inputs[rows], targets[rows], size, seeds, self.parameters, state, by_step
+        )
         self._set_gradients(gradients)
         return losses
 
     def _set_gradients(self, gradients: Sequence[Tensor]) -> None:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
-
-    def _sgd_buffers(self) -> list[Tensor] | None:
-        """Return the buffers of momentum, none without, of an SGD that steps from parameter to parameter.
-
-        Return None for any other optimizer, and before the first step with momentum. Without momentum the
-        fused kernel has the same bits; with it, it differs in the last place.
-        """
-        if not self.is_sgd or len(self.optimizer.param_groups) != 1:
-            return None
-        (group,) = self.optimizer.param_groups
-        is_plain = (
-            not (group["foreach"] or group["differentiable"])
-            and group["fused"] is not (group["momentum"] != 0)
-            and isinstance(group["lr"], float)
-            and not torch_internals.has_step_hooks(self.optimizer)
-            and len(group["params"]) == len(self.parameters)
-            and all(map(is_, group["params"], self.parameters))
-            and all(parameter.device.type == "cpu" for parameter in self.parameters)
-        )
-        states = [self.optimizer.state.get(each, {}) for each in self.parameters if group["momentum"]]
-        buffers = [state.get("momentum_buffer") for state in states]
-        return buffers if is_plain and all(each is not None for each in buffers) else None
 
     def _trace(self, inputs: Tensor, targets: Tensor) -> Callable[..., Sequence[Tensor]] | None:
         """Return what computes loss and gradients of a batch; None if a trace cannot hold it."""

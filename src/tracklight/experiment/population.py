@@ -135,9 +135,8 @@ class Training:
         # Best score and its epoch; a score that is not finite, and since which epoch none is. Epochs from 1.
         self.scores = torch.zeros(4, len(members), dtype=torch.float64)
         self.saved_s, self.saving_s = time.monotonic(), SAVING_S * len(members)
-        per_block = max(1, ROWS_PER_BLOCK // (group.batch_size * len(members)))
         for member in members:
-            member.data.steps_per_block = min(steps_per_block(group.batch_size), per_block)
+            member.data.steps_per_block = steps_per_block(group.batch_size, ROWS_PER_BLOCK // len(members))
         self._stack()
         self.best = [parameter.detach().clone() for parameter in self.population.parameters]
         for position, member in enumerate(members):

@@ -19,13 +19,12 @@ class Supervised(LightningModule):
     can be loaded by itself. Optimizer and scheduler are given as factories, which are not
     hyperparameters; the default is plain SGD.
 
-    With a `block_runner`, each batch is a block of minibatches. The runner takes all optimizer steps
-    of the block and returns the last step's loss and the mean loss of the block's examples;
-    Lightning's automatic optimization only calls `training_step`.
+    With an `epoch_runner`, each batch is an epoch of blocks of minibatches. The runner takes all its
+    optimizer steps; Lightning's automatic optimization only calls `training_step`.
     """
 
     pure = False
-    block_runner: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    epoch_runner: Callable[[Any], tuple[Tensor, Tensor, int]] | None = None
     log_recorder: Callable[..., None] | None = None  # replaces `log` during a block
     last_metric: Any = None  # that a scheduler has stepped on
 
@@ -43,14 +42,15 @@ class Supervised(LightningModule):
         return {}
 
     @override
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        inputs, targets = batch
-        if self.block_runner is None:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.epoch_runner is None:
+            inputs, targets = batch
             loss = mean = self.loss(self(inputs), targets)
-        else:
-            loss, mean = self.block_runner(inputs, targets)
-        logger = None if self.block_runner is None else False  # the runner logs each of its steps
-        size, sync = len(targets), self.trainer.world_size > 1
+            size = len(targets)
+        else:  # the last loss, and the mean over all examples
+            loss, mean, size = self.epoch_runner(batch)
+        logger = None if self.epoch_runner is None else False  # the runner logs each of its steps
+        sync = self.trainer.world_size > 1
         self.log("train/loss", loss, prog_bar=True, logger=logger, on_step=True, sync_dist=sync)
         self.log("train/loss_epoch", mean, on_step=False, on_epoch=True, batch_size=size, sync_dist=sync)
         return loss
@@ -61,19 +61,19 @@ class Supervised(LightningModule):
 
     @override
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        if self.block_runner is None:
+        if self.epoch_runner is None:
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     @override
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        if self.block_runner is None:
+        if self.epoch_runner is None:
             super().backward(loss, *args, **kwargs)
 
     @override
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
-        if self.block_runner is None:
+        if self.epoch_runner is None:
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         else:
             optimizer_closure()
