@@ -10,6 +10,7 @@ import torch
 from fitting import Fit, OneByOne
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint, ModelPruning
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torchmetrics.classification import MulticlassAccuracy
 
 from foreign import Blobs, Diverging
@@ -85,9 +86,21 @@ class ByWeights(torch.optim.lr_scheduler.LRScheduler):
         return [0.1 / (1.0 + group["params"][0].detach().abs().max().item())]
 
 
-def test_a_schedule_that_reads_the_weights_sees_those_of_each_step():
+def by_weights_later(optimizer):
+    schedulers = [torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), ByWeights(optimizer)]
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, schedulers, [20])
+
+
+def by_lambda(optimizer):
+    weight = optimizer.param_groups[0]["params"][0]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0 / (1.0 + weight.abs().max().item()))
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter in")
+@pytest.mark.parametrize("kind", [ByWeights, by_weights_later, by_lambda])
+def test_a_schedule_that_reads_the_weights_sees_those_of_each_step(kind):
     def scheduler(optimizer):
-        return {"scheduler": ByWeights(optimizer), "interval": "step"}
+        return {"scheduler": kind(optimizer), "interval": "step"}
 
     settings = {"optimizer": partial(SGD, lr=0.1), "scheduler": scheduler}
     data = {"batch_size": 2, "seed": 3, "num_train": 200}
@@ -292,7 +305,7 @@ def test_blocks_are_used_for_a_model_that_reads_the_total_number_of_steps():
 
     fit = Fit(module=UsingStepCount(8, 4, hidden=[6]))
     assert (fit.error, fit.reason, fit.module.total) == (None, None, 2 * STEPS)
-    assert fit.trainer.num_training_batches == 1  # a block, not 13 of one step
+    assert fit.trainer.num_training_batches == 1  # an epoch, not 13 of one step
     assert fit.module.epoch_runner is None  # it ended with the fit
 
 
@@ -380,6 +393,37 @@ def test_callbacks_hear_of_each_block_and_the_data_set_still_yields_examples():
     ends, shares = [steps, 2 * steps, per_epoch], [2 * steps / rows, 4 * steps / rows, 1.0]
     assert asking.heard == [*zip([*ends, *(per_epoch + end for end in ends)], 2 * shares, strict=True)]
     assert asking.sizes == 6 * [(2 * steps, 2 * steps)]
+
+
+def test_a_schedule_that_ends_too_early_fails_at_its_step():
+    scheduler = partial(one_cycle, total_steps=40)
+    data = {"batch_size": 2, "seed": 3, "num_train": 200}
+    blocks, single = (Fit(*other, data=Blobs(**data), scheduler=scheduler) for other in ([], [OneByOne()]))
+    assert isinstance(blocks.error, ValueError) and isinstance(single.error, ValueError)
+    assert blocks.logger.points["train/loss"] == single.logger.points["train/loss"]
+    assert blocks.same_bits(single)
+
+
+def test_a_loss_of_nan_is_told_though_an_error_follows_from_it():
+    class Checking(Diverging):
+        def loss(self, outputs, targets):
+            if not outputs.isfinite().all():
+                raise ValueError("expected finite outputs")
+            return super().loss(outputs, targets)
+
+    fit = Fit(module=Checking(8, 4, nan_at=7))
+    assert isinstance(fit.error, NonFinite) and fit.error.step == 7
+
+
+@pytest.mark.parametrize("optimizer", [SGD, AdamW])
+def test_hooks_on_the_steps_of_all_optimizers_are_called_at_each(optimizer):
+    calls = []
+    handle = register_optimizer_step_post_hook(lambda *_: calls.append(1))
+    try:
+        Fit(optimizer=partial(optimizer, lr=0.1), data=Blobs(batch_size=2, seed=3, num_train=200))
+    finally:
+        handle.remove()
+    assert len(calls) == 200
 
 
 def test_a_loader_that_is_made_anew_each_epoch_gives_the_bits_of_single_steps():

@@ -13,7 +13,7 @@ from tracklight.engine.lightning_internals import (
     batch_value,
     count_optimizer_steps,
     detects_anomaly,
-    reload_train_dataloader,
+    replace_train_dataloader,
 )
 from tracklight.models.mlp import MLP
 
@@ -63,14 +63,16 @@ def test_the_counters_are_those_that_lightning_counts_a_step_with():
     assert {path: find(trainer, path) for path in COUNTERS} == dict.fromkeys(COUNTERS, 13)
 
 
-def test_a_discarded_data_loader_is_built_again():
+def test_a_replaced_data_loader_is_the_one_of_this_fit():
     trainer, data = build_trainer(max_epochs=1, limit_val_batches=0), Blobs(16, 0, num_val=0)
     trainer.fit(MLP(8, 4, hidden=[4]), datamodule=data)
     assert find(trainer, "fit_loop._combined_loader") is not None
-    reload_train_dataloader(trainer)
-    data.batch_size = 100
+    replace_train_dataloader(trainer, [*Blobs(100, 0, num_val=0).train_dataloader()])
     trainer.fit_loop.setup_data()
     assert trainer.num_training_batches == 2
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(MLP(8, 4, hidden=[4]), datamodule=data)
+    assert trainer.num_training_batches == 13
 
 
 @pytest.mark.parametrize("detects", [False, True])

@@ -59,7 +59,6 @@ def test_a_long_run_prints_about_a_hundred_of_its_epochs_the_first_and_the_last_
     assert printed == [f"{number}/{total}" for number in numbers]
 
 
-# Of 13 minibatches an epoch.
 def test_the_line_moves_within_an_epoch_taken_as_one_batch(monkeypatch):
     steps, done = steps_per_block(2), []
     draw = lambda _, trainer, share: done.append((trainer.global_step, share))  # noqa: E731
@@ -69,6 +68,7 @@ def test_the_line_moves_within_an_epoch_taken_as_one_batch(monkeypatch):
     assert done[:2] == [(steps, 0.5), (2 * steps, 1.0)]
 
 
+# Of 13 minibatches an epoch.
 @pytest.mark.parametrize(
     ("arguments", "first", "total"),
     [({}, 13, 26), ({"accumulate_grad_batches": 2}, 7, 14), ({"max_steps": 20}, 13, 20)],

@@ -33,7 +33,7 @@ UPDATES = [
     (SGD, {"maximize": True, "fused": True}),
     (SGD, {"momentum": 0.9}),
     (SGD, {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01}),
-    (SGD, {"momentum": 0.8, "nesterov": True, "maximize": True, "foreach": True}),
+    (SGD, {"momentum": 0.8, "nesterov": True, "maximize": True}),
     (Adam, {}),
     (Adam, {"weight_decay": 0.01, "betas": (0.8, 0.99), "foreach": False}),
     (AdamW, {"maximize": True}),
@@ -259,6 +259,7 @@ def test_steps_taken_at_once_follow_a_schedule_until_they_need_other_state(kind)
         (SGD, {"lr": torch.tensor(0.1)}),
         (SGD, {"momentum": 0.9}),  # without the buffers of a first step
         (partial(SGD, momentum=0.9), {"fused": True}),
+        (partial(SGD, momentum=0.9, nesterov=True), {"foreach": True}),  # changes the gradient itself
         (SGD, {"differentiable": True}),
         (Adam, {"fused": True}),
         (Adam, {"amsgrad": True}),
@@ -280,6 +281,20 @@ def test_other_steps_are_taken_one_by_one(kind, change):
     assert all(map(torch.equal, before, model.parameters()))
     group |= known
     assert len(step.take_block(*batch)) == 2
+
+
+def test_a_group_added_later_is_stepped_by_the_optimizer():
+    ours, by_hand = build(), build()
+    optimizers = [AdamW(each.parameters(), lr=0.1) for each in (ours, by_hand)]
+    extra = [torch.nn.Parameter(torch.ones(3)) for _ in optimizers]
+    step, take = make_step(ours, optimizers[0]), eager_step(by_hand, optimizers[1])
+    for index, batch in enumerate(minibatches()):
+        if index == 4:
+            for optimizer, parameter in zip(optimizers, extra, strict=True):
+                optimizer.add_param_group({"params": [parameter], "lr": 0.2})
+        assert torch.equal(step(*batch), take(*batch))
+    assert index > 5 and torch.equal(*extra)
+    assert all(map(torch.equal, ours.parameters(), by_hand.parameters()))
 
 
 def test_where_torchscript_fails_the_trace_itself_is_replayed(monkeypatch):

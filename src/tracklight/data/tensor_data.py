@@ -104,7 +104,6 @@ class TensorData(LightningDataModule):
         self.batch_size = batch_size
         self.seed = seed
         self.steps_per_block = 1
-        self.yields_epochs = False  # for the engine, which takes all steps of an epoch as one batch
         self.use_distributed_sampler = True  # the Trainer's argument: each process takes a part
 
     @staticmethod
@@ -140,10 +139,9 @@ class TensorData(LightningDataModule):
         """Read the splits once."""
         _ = self.splits
 
-    def train_dataloader(self) -> "Loader | Epoch":
+    def train_dataloader(self) -> "Loader":
         """Return minibatches, or blocks of them, in the epoch's order."""
-        loader = Loader(self, "train", self.batch_size, training=True)
-        return Epoch(loader) if self.yields_epochs else loader
+        return Loader(self, "train", self.batch_size, training=True)
 
     def val_dataloader(self) -> "Loader | list":
         """Return the validation part in its natural order; nothing where there is none."""

@@ -19,8 +19,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
-from tracklight.data.tensor_data import Loader, TensorData
-from tracklight.engine import lightning_internals
+from tracklight.data.tensor_data import Epoch, Loader, TensorData
+from tracklight.engine import lightning_internals, torch_internals
 from tracklight.engine.eligibility import why_no_blocks
 from tracklight.engine.seeding import seed_step, step_seed
 from tracklight.engine.signals import SafeStop
@@ -101,9 +101,8 @@ class Blocks(Callback):
             most = steps_per_block(data.batch_size or rows, rows)
             limits = [getattr(each, "max_steps_per_block", most) for each in trainer.callbacks]
             data.steps_per_block = min([most, *limits]) if self.uses_blocks else 1
-            data.yields_epochs = self.uses_blocks
         if self.uses_blocks:
-            lightning_internals.reload_train_dataloader(trainer)
+            lightning_internals.replace_train_dataloader(trainer, Epoch(self.data.train_dataloader()))
             self.signature: Any = None
             # Lightning takes an epoch for a batch, and finds too few of them for its logging.
             warnings.filterwarnings("ignore", "The number of training batches", UserWarning)
@@ -114,16 +113,12 @@ class Blocks(Callback):
     def on_fit_end(self, trainer: Trainer, module: Any) -> None:
         if self.uses_blocks:
             module.epoch_runner = None
-            self.data.steps_per_block, self.data.yields_epochs = 1, False
-
-    @override
-    def on_train_start(self, trainer: Any, *_: Any) -> None:
-        if self.uses_blocks:  # Lightning has its loader, if it asks once; who else asks gets one of blocks
-            self.data.yields_epochs = trainer.reload_dataloaders_every_n_epochs > 0
+            self.data.steps_per_block = 1
 
     @override
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        if isinstance(trainer.datamodule, TensorData) and not self.uses_blocks:
+        is_pair = isinstance(batch, tuple | list)
+        if isinstance(trainer.datamodule, TensorData) and is_pair:
             self.num_examples += len(batch[1]) * trainer.world_size
         if self.has_loss is None:
             self.has_loss = self.uses_blocks or not module.automatic_optimization
@@ -174,15 +169,15 @@ class Blocks(Callback):
 
     def _run_block(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Take and log a block's steps; return the sum of the losses of its S * B examples."""
-        size, first, bad = self.data.batch_size or len(targets), self.trainer.global_step, None
+        size, first = self.data.batch_size or len(targets), self.trainer.global_step
         self.step_losses = losses = list[Tensor]()
         self.logged: dict[str, tuple[list[int], list[Tensor], dict[str, Any]]] = {}
         self.module.log_recorder = self._record
         try:
             while (start := len(losses) * size) < len(targets):
+                self._schedule(step := first + len(losses))
                 for callback in self.stops:
                     callback.check()
-                self._schedule(step := first + len(losses))
                 if not (taken := self._take_known(inputs[start:], targets[start:], step)):
                     seed_step(self.seed, step)
                     taken = [self.step(inputs[start : start + size], targets[start : start + size])]
@@ -193,9 +188,7 @@ class Blocks(Callback):
             self.num_examples += min(len(losses) * size, len(targets))
             if losses:
                 self.losses = torch.stack(losses)  # (S,)
-                bad = self._log_losses(range(first + 1, first + len(losses) + 1))
-        if bad is not None:
-            check_loss(first + 1 + bad, self.losses[bad].item())
+                self._log_losses(range(first + 1, first + len(losses) + 1))
         sizes = self.losses.new_full((len(losses),), size)
         sizes[-1] = len(targets) - size * (len(losses) - 1)
         self._log_recorded(range(first + 1, first + len(losses) + 1), sizes)
@@ -210,7 +203,7 @@ class Blocks(Callback):
 
     def _take_known(self, inputs: Tensor, targets: Tensor, first: int) -> list[Tensor]:
         """Take the next steps at once where that is possible, as many as a signal can wait for."""
-        are_known = all(type(each).__module__.startswith("torch.") for each in self.schedulers)
+        are_known = all(map(torch_internals.counts_steps_only, self.schedulers))
         if not (isinstance(self.step, TracedStep) and self.step.knows_update and are_known):
             return []
         start_s = time.perf_counter()
@@ -230,7 +223,7 @@ class Blocks(Callback):
         return taken
 
     def _record(self, name: str, value: Any, prog_bar: bool = False, **options: Any) -> None:
-        """Record a call of the model's `log`: Lightning would take the block for a single step."""
+        """Record a call of the model's `log`: Lightning would take the epoch for a single step."""
         options["prog_bar"] = prog_bar
         if isinstance(value, Metric):  # computes its mean over the epoch itself
             options["metric"], value = value, lightning_internals.batch_value(value)
@@ -250,12 +243,13 @@ class Blocks(Callback):
             if trainer.accumulate_grad_batches > 1:
                 lightning_internals.collect_step_values(trainer, self.step_values, not self.mid_step)
 
-    def _log_losses(self, steps: Sequence[int]) -> int | None:
-        """Log the losses up to the first that is not finite; return the index of that one."""
+    def _log_losses(self, steps: Sequence[int]) -> None:
+        """Log the losses; raise NonFinite at the first that is not finite, whatever followed from it."""
         values = self.losses.tolist()  # the block's one synchronisation
         bad = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
         self._log_series("train/loss", steps[: None if bad is None else bad + 1], values)
-        return bad
+        if bad is not None:
+            check_loss(steps[bad], values[bad])
 
     def _log_recorded(self, steps: Sequence[int], sizes: Tensor) -> None:
         """Log what the model logged in its forward pass or loss, as Lightning would by step."""

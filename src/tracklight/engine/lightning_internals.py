@@ -13,7 +13,7 @@ from torchmetrics import Metric
 
 
 def count_optimizer_steps(trainer: Any, number: int) -> None:
-    """Count further optimizer steps and batches; Lightning itself counts a block as one of each.
+    """Count further optimizer steps and batches; Lightning itself counts an epoch as one of each.
 
     `global_step` and checkpoints come from these counters, which no public method changes.
     """
@@ -41,12 +41,13 @@ def set_progress(trainer: Any, epochs: int, batches: int) -> dict[str, Any]:
     return trainer._checkpoint_connector._get_loops_state_dict()
 
 
-def reload_train_dataloader(trainer: Any) -> None:
-    """Discard the data loader that `estimated_stepping_batches` may have built before the fit.
+def replace_train_dataloader(trainer: Any, loader: Any) -> None:
+    """Have this fit train on a loader in place of the data module's own.
 
-    The public `reload_dataloaders_every_n_epochs` reloads between epochs only.
+    `estimated_stepping_batches` may have built that one, and the public
+    `reload_dataloaders_every_n_epochs` reloads between epochs only.
     """
-    trainer.fit_loop._combined_loader = None
+    trainer.fit_loop._combined_loader, trainer.fit_loop._data_source.instance = None, loader
 
 
 def limit_waiting(trainer: Any, seconds: float) -> None:

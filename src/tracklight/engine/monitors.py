@@ -26,7 +26,8 @@ class GradientMonitor(Callback):
     """Logs the gradient that the last optimizer step used: of the whole model and of each layer.
 
     It reads what a step left, clipped if gradients are clipped. Of every `GRADIENT_STEPS` steps it
-    logs the last one that Lightning sees: a function of the steps alone, whatever was interrupted.
+    logs the last one of a block, or one that Lightning sees: a function of the steps alone, whatever was
+    interrupted.
 
     Metrics: `gradient/norm`; of each parameter `gradient/NAME_norm`, `gradient/NAME_max`, the
     largest absolute value, and `gradient/NAME_ratio`, the norm over that of the weights.

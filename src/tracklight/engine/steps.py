@@ -143,7 +143,10 @@ class TracedStep:
         number, by_step = len(targets) // size, [settings]
         if schedule:
             for step in range(1, number):
-                schedule(step)
+                try:
+                    schedule(step)
+                except ValueError:  # such as of a schedule that has ended; raised again when that step comes
+                    break
                 found = updates.settings_of(self.optimizer)
                 if found is None or bool(found.get("momentum")) != bool(settings.get("momentum")):
                     break  # needs other state

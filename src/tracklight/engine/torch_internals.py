@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CyclicLR, LambdaLR, MultiplicativeLR
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.data import DataLoader
 
 __all__ = ["make_fx"]
@@ -25,8 +27,21 @@ def count_hooks(module: nn.Module) -> list[int]:
 
 
 def has_step_hooks(optimizer: Optimizer) -> bool:
-    """Check for hooks before or after the optimizer's step."""
-    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+    """Check for hooks before or after the optimizer's step or all of them, or a step that replaces it."""
+    step = vars(optimizer).get("step")  # schedulers put a counting one there
+    is_replaced = step is not None and not hasattr(step, "_wrapped_by_lr_sched")
+    hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    return is_replaced or any((*hooks, _global_optimizer_pre_hooks, _global_optimizer_post_hooks))
+
+
+def counts_steps_only(scheduler: Any) -> bool:
+    """Check that a schedule depends on the number of steps alone, and so can be asked for ahead of them."""
+    inner = getattr(scheduler, "_schedulers", None)
+    if inner is not None:
+        return all(map(counts_steps_only, inner))
+    is_torchs = type(scheduler).__module__ == LambdaLR.__module__
+    calls_users = isinstance(scheduler, LambdaLR | MultiplicativeLR | CyclicLR)
+    return is_torchs and not calls_users
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -81,17 +81,20 @@ KEYS[AdamW] = KEYS[Adam]
 
 def is_known(optimizer: Optimizer) -> bool:
     """Check whether there are steps of this kind of optimizer here."""
-    return type(optimizer) in NAMES and len(optimizer.param_groups) == 1
+    return type(optimizer) in NAMES
 
 
 def settings_of(optimizer: Optimizer) -> dict[str, float] | None:
     """Return what the next step depends on besides the state; None for a step that is not written here."""
-    (group,) = optimizer.param_groups
+    group = optimizer.param_groups[0]
     values = dict(group)
     if "betas" in group:
         values["beta1"], values["beta2"] = group["betas"]
     numbers = [values[key] for key in KEYS[type(optimizer)]]
-    is_other = group["differentiable"] or group.get("amsgrad") or group.get("capturable")
+    leaves_other_gradient = group["foreach"] and group.get("nesterov")
+    is_other = (
+        group["differentiable"] or group.get("amsgrad") or group.get("capturable") or leaves_other_gradient
+    )
     is_fused = group["fused"] and (type(optimizer) is not SGD or group["momentum"])  # other bits
     if is_other or is_fused or not all(isinstance(each, float | int) for each in numbers):
         return None
@@ -101,11 +104,13 @@ def settings_of(optimizer: Optimizer) -> dict[str, float] | None:
 def state_of(optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[list[Tensor]] | None:
     """Return the optimizer's state as `step_optimizer` takes it, a list of each kind, one a parameter.
 
-    Return None before the first step, for other parameters than these, and where others watch the steps.
+    Return None before the first step, for other parameters than these or several groups, and where others
+    watch the steps.
     """
-    (group,) = optimizer.param_groups
+    group = optimizer.param_groups[0]
     is_plain = (
-        not torch_internals.has_step_hooks(optimizer)
+        len(optimizer.param_groups) == 1
+        and not torch_internals.has_step_hooks(optimizer)
         and len(group["params"]) == len(parameters)
         and all(map(is_, group["params"], parameters))
         and all(each.device.type == "cpu" and each.is_floating_point() for each in parameters)
