@@ -400,7 +400,8 @@ def test_a_schedule_that_ends_too_early_fails_at_its_step():
     data = {"batch_size": 2, "seed": 3, "num_train": 200}
     blocks, single = (Fit(*other, data=Blobs(**data), scheduler=scheduler) for other in ([], [OneByOne()]))
     assert isinstance(blocks.error, ValueError) and isinstance(single.error, ValueError)
-    assert blocks.logger.points["train/loss"] == single.logger.points["train/loss"]
+    *points, _ = blocks.logger.points["train/loss"]  # Lightning does not log the step that it fails after
+    assert points == single.logger.points["train/loss"]
     assert blocks.same_bits(single)
 
 

@@ -9,6 +9,7 @@ from pytorch_lightning import Trainer, __version__
 from torchmetrics import MeanMetric
 
 from foreign import Blobs
+from tracklight.data.tensor_data import Epoch
 from tracklight.engine.lightning_internals import (
     batch_value,
     count_optimizer_steps,
@@ -67,9 +68,9 @@ def test_a_replaced_data_loader_is_the_one_of_this_fit():
     trainer, data = build_trainer(max_epochs=1, limit_val_batches=0), Blobs(16, 0, num_val=0)
     trainer.fit(MLP(8, 4, hidden=[4]), datamodule=data)
     assert find(trainer, "fit_loop._combined_loader") is not None
-    replace_train_dataloader(trainer, [*Blobs(100, 0, num_val=0).train_dataloader()])
+    replace_train_dataloader(trainer, Epoch(data.train_dataloader()))
     trainer.fit_loop.setup_data()
-    assert trainer.num_training_batches == 2
+    assert trainer.num_training_batches == 1
     trainer.fit_loop.max_epochs = 2
     trainer.fit(MLP(8, 4, hidden=[4]), datamodule=data)
     assert trainer.num_training_batches == 13
