@@ -44,6 +44,7 @@ CLOSING = {
 
 
 POINTS = DURING | CLOSING
+IN_BLOCKS = ("blocks", "plateau", "early_stopping")
 QUICK = (
     *("after the run is created", "before its config is logged", "within the second epoch"),
     *("in a checkpoint's write", "before the metrics are durable", "before a checkpoint's rename"),
@@ -60,8 +61,9 @@ def kill_at(trainees, directory, name, points, faults=()) -> None:
         target, call, after = POINTS[point]
         strike = ["strike", target, call, ["SIGKILL"], after]
         fault = ["halve", target, call] if after == "half" else strike
-        other = ["strike", BATCH_END, call, ["SIGKILL"], after]  # of a run that has no blocks; else later
-        struck = [fault, other] if target == BLOCK_END else [fault]
+        struck = [fault]
+        if target == BLOCK_END and name not in IN_BLOCKS:  # where there are blocks, they end first
+            struck.append(["strike", BATCH_END, call, ["SIGKILL"], after])
         process = trainees.train(directory, *command, faults=[["spare_model"], EACH_EPOCH, *faults, *struck])
         assert process.exit_code == -9, f"{point}: {process.stdout}{process.stderr}"
     process = trainees.train(directory, *command, faults=[["spare_model"], EACH_EPOCH, *faults])

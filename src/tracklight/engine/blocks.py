@@ -117,8 +117,7 @@ class Blocks(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        is_pair = isinstance(batch, tuple | list)
-        if isinstance(trainer.datamodule, TensorData) and is_pair:
+        if isinstance(trainer.datamodule, TensorData) and isinstance(batch, tuple | list):
             self.num_examples += len(batch[1]) * trainer.world_size
         if self.has_loss is None:
             self.has_loss = self.uses_blocks or not module.automatic_optimization
@@ -157,6 +156,7 @@ class Blocks(Callback):
         configs = self.trainer.lr_scheduler_configs
         self.schedulers = [config.scheduler for config in configs if config.interval == "step"]
         self.scheduled = self.trainer.global_step
+        self.looks_ahead = all(map(torch_internals.counts_steps_only, self.schedulers))
         total, num_rows = torch.zeros(()), 0
         for block in blocks:
             inputs, targets = self.trainer.precision_plugin.convert_input(block)
@@ -203,8 +203,7 @@ class Blocks(Callback):
 
     def _take_known(self, inputs: Tensor, targets: Tensor, first: int) -> list[Tensor]:
         """Take the next steps at once where that is possible, as many as a signal can wait for."""
-        are_known = all(map(torch_internals.counts_steps_only, self.schedulers))
-        if not (isinstance(self.step, TracedStep) and self.step.knows_update and are_known):
+        if not (isinstance(self.step, TracedStep) and self.step.knows_update and self.looks_ahead):
             return []
         start_s = time.perf_counter()
         size = min(self.data.batch_size or len(targets), len(targets))

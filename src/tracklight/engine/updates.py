@@ -70,13 +70,12 @@ def step_optimizer(
 NAMES = {  # of what an optimizer keeps for each parameter
     SGD: ("momentum_buffer",),
     Adam: ("exp_avg", "exp_avg_sq", "step"),
-    AdamW: ("exp_avg", "exp_avg_sq", "step"),
 }
-KEYS = {
+KEYS = {  # of an optimizer's settings
     SGD: ("lr", "weight_decay", "momentum", "dampening", "nesterov", "maximize"),
     Adam: ("lr", "weight_decay", "eps", "beta1", "beta2", "maximize", "decoupled_weight_decay"),
 }
-KEYS[AdamW] = KEYS[Adam]
+NAMES[AdamW], KEYS[AdamW] = NAMES[Adam], KEYS[Adam]
 
 
 def is_known(optimizer: Optimizer) -> bool:
@@ -91,12 +90,11 @@ def settings_of(optimizer: Optimizer) -> dict[str, float] | None:
     if "betas" in group:
         values["beta1"], values["beta2"] = group["betas"]
     numbers = [values[key] for key in KEYS[type(optimizer)]]
+    is_other = any(map(group.get, ("differentiable", "amsgrad", "capturable")))
     leaves_other_gradient = group["foreach"] and group.get("nesterov")
-    is_other = (
-        group["differentiable"] or group.get("amsgrad") or group.get("capturable") or leaves_other_gradient
-    )
-    is_fused = group["fused"] and (type(optimizer) is not SGD or group["momentum"])  # other bits
-    if is_other or is_fused or not all(isinstance(each, float | int) for each in numbers):
+    has_other_bits = group["fused"] and (type(optimizer) is not SGD or group["momentum"])
+    has_tensors = not all(isinstance(each, float | int) for each in numbers)
+    if is_other or leaves_other_gradient or has_other_bits or has_tensors:
         return None
     return dict(zip(KEYS[type(optimizer)], map(float, numbers), strict=True))
 
