@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,16 @@ FIRST = ("train", "experiment=first", "num_threads=1")
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
+def pip(tmp_path_factory) -> list[str | Path]:
+    """pip in an environment of its own, to work on others with `--python`: uv makes them without."""
+    pytest.importorskip("ensurepip", reason="needs the pip that comes with Python")
+    folder = tmp_path_factory.mktemp("pip")
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True, timeout=300)
+    return [folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "--python"]
+
+
+@pytest.fixture(scope="module")
+def wheel(pip, tmp_path_factory) -> Path:
     pytest.importorskip("setuptools", reason="needs setuptools: nothing is downloaded to build with")
     source = tmp_path_factory.mktemp("source")
     for name in ("src", "conf"):
@@ -34,7 +44,7 @@ def wheel(tmp_path_factory) -> Path:
         )
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "."]
+    command = [*pip, sys.executable, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "."]
     subprocess.run(command, cwd=source, check=True, timeout=300)
     (built,) = source.glob("*.whl")
     return built
@@ -43,11 +53,11 @@ def wheel(tmp_path_factory) -> Path:
 class Installed:
     """A virtual environment with the wheel and, by a path file, the packages of this one."""
 
-    def __init__(self, folder: Path, wheel: Path, hidden: Path | None = None):
+    def __init__(self, folder: Path, pip: list[str | Path], wheel: Path, hidden: Path | None = None):
         self.folder, self.bin = folder, folder / "venv" / "bin"
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
-        pip = [sys.executable, "-m", "pip", "--python", self.bin / "python", "install", "--quiet"]
-        subprocess.run([*pip, "--no-deps", "--no-index", wheel], check=True, timeout=300)
+        install = [*pip, self.bin / "python", "install", "--quiet", "--no-deps", "--no-index"]
+        subprocess.run([*install, wheel], check=True, timeout=300)
         site = next((folder / "venv" / "lib").glob("python*/site-packages"))
         (site / "shared.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "PYTHON"))}
@@ -67,8 +77,8 @@ class Installed:
 
 
 @pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory) -> Installed:
-    return Installed(tmp_path_factory.mktemp("installed"), wheel)
+def installed(pip, wheel, tmp_path_factory) -> Installed:
+    return Installed(tmp_path_factory.mktemp("installed"), pip, wheel)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +161,7 @@ def test_the_ui_answers(installed, project):
         process.stdout.close()
 
 
-def test_without_extras_it_says_what_to_install(wheel, tmp_path):
+def test_without_extras_it_says_what_to_install(pip, wheel, tmp_path):
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     (hidden / "sitecustomize.py").write_text(
@@ -160,7 +170,7 @@ def test_without_extras_it_says_what_to_install(wheel, tmp_path):
         "hidden = ('optuna', 'pytest')\n"
         "PathFinder.find_spec = lambda name, *rest: None if name in hidden else find(name, *rest)\n"
     )
-    bare = Installed(tmp_path, wheel, hidden)
+    bare = Installed(tmp_path, pip, wheel, hidden)
     ended = bare(tmp_path, "tracklight", "train", "-m", "seed=1,2", code=2)
     assert re.search(r"pip install 'tracklight\[sweep\]'", ended.stderr), ended.stderr
     assert len(ended.stderr.splitlines()) == 1
@@ -169,8 +179,8 @@ def test_without_extras_it_says_what_to_install(wheel, tmp_path):
     assert tested.stderr.startswith("pytest is not installed; type: pip install -e '.[dev]'\n")
 
 
-def test_the_projects_ci_is_green_after_the_one_edit_that_its_readme_names(wheel, tmp_path):
-    runner = Installed(tmp_path, wheel)
+def test_the_projects_ci_is_green_after_the_one_edit_that_its_readme_names(pip, wheel, tmp_path):
+    runner = Installed(tmp_path, pip, wheel)
     runner(tmp_path, "tracklight", "init", "my-rings")
     project = tmp_path / "my-rings"
     (edit,) = re.findall(r"^dependencies = .*$", (project / "README.md").read_text(), re.M)
@@ -179,7 +189,7 @@ def test_the_projects_ci_is_green_after_the_one_edit_that_its_readme_names(wheel
     (project / "pyproject.toml").write_text(re.sub("^dependencies = .*$", edit, toml, flags=re.M))
     steps = re.findall("- run: (.*)", (project / ".github/workflows/ci.yml").read_text())
     assert steps == ["pip install '.[dev]'", "make test"]
-    offline = f"{sys.executable} -m pip --python {runner.bin / 'python'} --no-input install --no-index"
+    offline = f"{shlex.join(map(str, pip))} {runner.bin / 'python'} --no-input install --no-index"
     runner(project, "sh", "-c", steps[0].replace("pip install", f"{offline} --no-build-isolation"))
     assert "my_rings" in runner(tmp_path, "python", "-c", "import my_rings; print(my_rings)").stdout
     assert "2 passed" in runner(project, "make", "test").stdout
