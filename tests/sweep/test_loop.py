@@ -324,6 +324,29 @@ def test_trials_that_are_left_after_the_leader_has_ended_its_smaller_sweep_make_
     script = {f"{lr}/0": [complete(0.1)] for lr in "123"}
     loop = make_loop(grid(), trials_at(tmp_path / "a"), FakeExecutor(script))
     methods = {"is_waiting": False, "read_failure": lambda: None}
-    loop.machines = Joined(is_over=True, is_lost=False, failure=None, **methods)
+    loop.machines = Joined(is_over=True, num_ranked=0, is_lost=False, failure=None, **methods)
     loop.run()
     assert loop.machines.leads and len(loop.executor.began) == 3
+
+
+@pytest.mark.parametrize(("num_ranked", "leads"), [(3, False), (1, True)])
+def test_trials_that_end_while_the_leader_ends_its_smaller_sweep_make_this_machine_lead(
+    tmp_path, num_ranked, leads
+):
+    script = {f"{lr}/0": [complete(0.1)] for lr in "123"}
+    executor = FakeExecutor(script)
+    loop = make_loop(grid(), trials_at(tmp_path / "a"), executor)
+
+    class Joined(SimpleNamespace):
+        @property
+        def leads(self) -> bool:
+            self.is_over |= len(executor.began) == 3 and not self.heard  # the leader leaves once all have ended
+            self.heard |= self.is_over
+            return self.heard and not self.is_over
+
+    methods = {"is_waiting": False, "read_failure": lambda: None}
+    loop.machines = Joined(
+        is_over=False, heard=False, num_ranked=num_ranked, is_lost=False, failure=None, **methods
+    )
+    loop.run()
+    assert loop.machines.leads == leads

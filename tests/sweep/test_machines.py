@@ -211,12 +211,12 @@ def test_a_machine_takes_over_unless_the_one_that_led_has_ended_the_sweep(tmp_pa
     a.leave()  # stopped by a signal
     b._refresh(), c._refresh()
     assert b.leads and not b.is_over and not c.leads
-    b.has_ended = True
+    b.has_ended, b.num_ranked = True, 5
     b._refresh()
     assert b.leads
     b.leave()
     c._refresh()
-    assert c.is_over and not c.leads and not c.is_lost
+    assert c.is_over and c.num_ranked == 5 and not c.leads and not c.is_lost
     c.is_over = False  # it has more trials than the one that led
     c._refresh()
     assert c.leads and not c.is_over

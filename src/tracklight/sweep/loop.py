@@ -129,8 +129,10 @@ class SweepLoop:
             self._reviewed_as_leader = leads
             self._read_children()
             self._review_finished_trials()
-        if is_left := bool(self._grid) or self.study.runs_elsewhere:
-            self.machines.is_over = False  # it was for a machine whose sweep is smaller
+        is_left = bool(self._grid) or self.study.runs_elsewhere
+        if self.machines.is_over:  # perhaps only for a machine whose sweep is smaller
+            has_more = is_left or len(self.study.finished_trials()) > self.machines.num_ranked
+            self.machines.is_over = not has_more
         is_waiting = is_left or not (leads or self.machines.is_over)  # a leader that is killed ends nothing
         if is_waiting:
             time.sleep(MACHINES_S)

@@ -36,6 +36,7 @@ class Machines:
         self.id = self._hold(directory / f".sweep-{name}.lock")
         self.leads = self.is_lost = False  # is_lost: the others have given this machine up
         self.has_ended = self.is_over = False  # as the leader; or for one that led, before this machine
+        self.num_ranked = 0  # finished trials that the leader has ended the sweep with
         self.failure: tuple[int, str] | None = None  # that has ended the sweep, on any machine
         self.trials: OptunaStudy | None = None  # of the sweep, once it is open
         self._database, self._storage, self._told = storage, PatientStorage(storage), PatientStorage(storage)
@@ -116,7 +117,7 @@ class Machines:
     def leave(self) -> None:
         """Leave the sweep: unless it has ended, another machine leads from now on."""
         self._left.set()
-        outcome = (TrialState.COMPLETE, [0.0]) if self.has_ended else (TrialState.FAIL,)
+        outcome = (TrialState.COMPLETE, [float(self.num_ranked)]) if self.has_ended else (TrialState.FAIL,)
         with suppress(Exception):  # the storage is away, or the others have noticed by themselves
             self._database.set_trial_state_values(self._own_id, *outcome)
         self._lock.close()
@@ -144,7 +145,8 @@ class Machines:
         self.is_lost = self._number not in numbers
         if self._leader not in (self._number, *numbers):
             leader = self._storage.get_trial(trial_id(self._storage, self._name, self._leader))
-            self.is_over |= leader.state == TrialState.COMPLETE
+            if leader.state == TrialState.COMPLETE:
+                self.num_ranked, self.is_over = int(leader.value or 0), True
         self._leader = numbers[0] if numbers else self._number
         self.leads = self._leader == self._number and not (self.is_lost or self.is_over)
 

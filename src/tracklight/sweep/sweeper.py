@@ -226,11 +226,14 @@ def _conclude(loop: "SweepLoop") -> float | None:
     if loop.machines and loop.machines.is_lost:
         raise RunFailed(GIVEN_UP)
     leads = loop.machines is None or loop.machines.leads
+    num = len(loop.study.finished_trials())
+    if loop.machines and leads:
+        loop.machines.num_ranked = num  # a trial that ends on another machine from now on is not among them
     if parent is None:
         rows = rank_trials(loop.trial_runs, plan.mode, plan.num_runs)
     else:
         rows = parent.refresh(final=True, logs=leads) or []
-    num = max(len(rows), len(loop.study.finished_trials()))
+    num = max(len(rows), num)
     different = f", {len(rows)} of them different" if num > len(rows) else ""
     progress.table(rows, f"{plan.metric} ({plan.mode}), {count(num, 'trial')}{different}")
     if loop.halted and loop.num_remaining:
