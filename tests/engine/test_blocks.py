@@ -212,6 +212,7 @@ class Logging(MLP):
         super().__init__(*args, **kwargs)
         self.accuracy = MulticlassAccuracy(4)  # of torchmetrics: it is macro-averaged
         self.updated = MulticlassAccuracy(4)  # never called, so without a value of a step
+        self.num_calls = 0
 
     def loss(self, outputs, targets):
         loss = super().loss(outputs, targets)
@@ -226,6 +227,10 @@ class Logging(MLP):
             self.log("train/updated", self.updated, on_step=True, on_epoch=True)
             self.log_dict({"train/mean": loss}, on_step=False, on_epoch=True)
             self.log("train/both", loss, on_step=True, on_epoch=True)
+            for reduction in ("min", "max", "sum"):
+                self.log(f"train/{reduction}", loss, on_epoch=True, on_step=False, reduce_fx=reduction)
+            self.num_calls += 1
+            self.log("train/weighted", loss, on_epoch=True, on_step=False, batch_size=self.num_calls)
         return loss
 
 
@@ -248,9 +253,12 @@ def test_what_a_loss_logs_is_logged_at_each_step_and_averaged_over_examples():
         "train/both_step",
         "train/accuracy_step",
         "train/accuracy_epoch",
+        "train/min",
+        "train/max",
+        "train/sum",
     ):
         assert blocks[key] == single[key], key
-    for key in ("train/mean", "train/both_epoch"):
+    for key in ("train/mean", "train/both_epoch", "train/weighted"):
         for (step, ours), (same, theirs) in zip(blocks[key], single[key], strict=True):
             assert step == same and ours == pytest.approx(theirs, rel=1e-6)  # sums in float32
 

@@ -340,7 +340,7 @@ def test_trials_that_end_while_the_leader_ends_its_smaller_sweep_make_this_machi
     class Joined(SimpleNamespace):
         @property
         def leads(self) -> bool:
-            self.is_over |= len(executor.began) == 3 and not self.heard  # the leader leaves once all have ended
+            self.is_over |= len(executor.began) == 3 and not self.heard  # leaves at the end
             self.heard |= self.is_over
             return self.heard and not self.is_over
 

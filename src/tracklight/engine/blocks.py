@@ -171,7 +171,7 @@ class Blocks(Callback):
         """Take and log a block's steps; return the sum of the losses of its S * B examples."""
         size, first = self.data.batch_size or len(targets), self.trainer.global_step
         self.step_losses = losses = list[Tensor]()
-        self.logged: dict[str, tuple[list[int], list[Tensor], dict[str, Any]]] = {}
+        self.logged: dict[str, tuple[list[int], list[Tensor], list[int | None], dict[str, Any]]] = {}
         self.module.log_recorder = self._record
         try:
             while (start := len(losses) * size) < len(targets):
@@ -226,9 +226,11 @@ class Blocks(Callback):
         options["prog_bar"] = prog_bar
         if isinstance(value, Metric):  # computes its mean over the epoch itself
             options["metric"], value = value, lightning_internals.batch_value(value)
-        indices, values, _ = self.logged.setdefault(name, ([], [], options))
+        weight = options.pop("batch_size", None)
+        indices, values, weights, _ = self.logged.setdefault(name, ([], [], [], options))
         if value is not None:  # None: the metric was updated only
             indices.append(len(self.step_losses))
+            weights.append(weight)
             is_tensor = isinstance(value, Tensor)  # copied: the step may change it
             value = value.detach().clone() if is_tensor else torch.tensor(float(value))
             values.append(value.squeeze())
@@ -252,7 +254,7 @@ class Blocks(Callback):
 
     def _log_recorded(self, steps: Sequence[int], sizes: Tensor) -> None:
         """Log what the model logged in its forward pass or loss, as Lightning would by step."""
-        for name, (indices, values, options) in self.logged.items():
+        for name, (indices, values, given, options) in self.logged.items():
             on_step, on_epoch = options.pop("on_step", None), options.pop("on_epoch", None)
             metric = options.pop("metric", None)
             recorded = torch.stack(values) if values else sizes.new_empty(0)
@@ -263,10 +265,16 @@ class Blocks(Callback):
                 self.module.log(key, recorded[-1], **{**options, "logger": False})
             if on_epoch:
                 key = name if on_step is False else f"{name}_epoch"
-                weights = sizes[indices]
-                mean = (recorded * weights).sum() / weights.sum()
-                options |= {"batch_size": int(weights.sum()), "on_step": False, "on_epoch": True}
-                self.module.log(key, mean if metric is None else metric, **options)
+                options |= {"on_step": False, "on_epoch": True}
+                if metric is not None:
+                    self.module.log(key, metric, **options)
+                elif options.get("reduce_fx", "mean") in ("mean", "avg", torch.mean):  # in one call
+                    weights = sizes[indices] if None in given else sizes.new_tensor(given)
+                    mean = (recorded * weights).sum() / weights.sum()
+                    self.module.log(key, mean, batch_size=int(weights.sum()), **options)
+                else:
+                    for value in recorded:
+                        self.module.log(key, value, **options)
 
     def _log_series(self, key: str, steps: Sequence[int], values: Sequence[float]) -> None:
         interval = self.trainer.log_every_n_steps
