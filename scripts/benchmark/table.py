@@ -9,8 +9,9 @@ from benchmark.interval import Interval
 
 HEAD = """# Benchmarks
 
-These are the last measurements of `make bench`. Brackets hold 95 % intervals. A target is reached if the estimate
-keeps it; "unclear" if only a part of the interval does. "Ours" is tracklight, "by hand" a hand-written loop, and A / B the ratio of their times.
+These are the last measurements of `make bench`. Brackets hold 95 % intervals. A target is reached if the
+estimate keeps it, and "unclear" if only a part of the interval does. "Ours" is tracklight, "by hand" a
+hand-written loop, and A / B the ratio of their times.
 """
 
 
