@@ -23,19 +23,21 @@ def main() -> None:
     setting = Setting.here()
     with tempfile.TemporaryDirectory(prefix="tracklight-bench-") as name:
         folder, root = Path(name), arguments.root.absolute()
+        for part in arguments.only:  # they name their stores alike
+            (folder / part).mkdir(exist_ok=True)
         # First, since a child's peak memory begins at its parent's, here still small.
         if "commands" in arguments.only:
             from benchmark import commands
 
-            _report(commands.measure(root, folder, arguments, setting), arguments)
+            _report(commands.measure(root, folder / "commands", arguments, setting), arguments)
         if "peers" in arguments.only:
             from benchmark import peers
 
-            _report(peers.measure(root, folder, arguments, setting), arguments)
+            _report(peers.measure(root, folder / "peers", arguments, setting), arguments)
         if "sweeps" in arguments.only:
             from benchmark import sweeps
 
-            _report(sweeps.measure(root, folder, setting), arguments)
+            _report(sweeps.measure(root, folder / "sweeps", setting), arguments)
         if "pruning" in arguments.only:
             from benchmark import pruning
 
@@ -43,7 +45,7 @@ def main() -> None:
         if "populations" in arguments.only:
             from benchmark import populations
 
-            _report(populations.measure(root, folder, setting, arguments.quick), arguments)
+            _report(populations.measure(root, folder / "populations", setting, arguments.quick), arguments)
         if {"steps", "settings", "cuda"} & {*arguments.only}:
             import torch
 
