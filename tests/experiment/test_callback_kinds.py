@@ -9,7 +9,7 @@ import torch
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
-from test_foreign_modules import by_command, project, same, weights, words
+from test_foreign_modules import project, same, sweep, weights, words
 
 import module_kinds
 from tracklight import paths
@@ -155,8 +155,8 @@ def test_stopped_in_an_epoch_and_continued_it_ends_in_the_same_bits(train, name,
 
 
 @slow
-def test_all_of_them_sweep(tmp_path):
+def test_all_of_them_sweep(trainees, tmp_path):
     write_callbacks(tmp_path / "conf", tmp_path / "elsewhere")
     names = ",".join(name for name in CALLBACKS if name not in ("backbone", "finetuning"))
-    swept = (*words("module_kinds.Plain"), "trainer.max_epochs=2", f"callbacks={names}")
-    assert by_command(tmp_path, "-m", *swept) == ["FINISHED"] * (len(CALLBACKS) - 2 + 1)
+    swept = (*words("module_kinds.Plain"), f"callbacks={names}")
+    assert sweep(trainees, tmp_path, *swept) == ["FINISHED"] * (len(CALLBACKS) - 2 + 1)

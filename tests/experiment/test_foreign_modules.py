@@ -16,6 +16,7 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 import module_kinds
+from process import Trainees, TrialResult
 from tracklight import paths
 from tracklight.commands.parser import main
 from tracklight.config import compose as composing
@@ -171,11 +172,20 @@ def by_command(folder: Path, *words: str) -> list[str]:
         return [status for (status,) in connection.execute("SELECT status FROM runs")]
 
 
+def sweep(trainees: Trainees, folder: Path, *words: str) -> list[str]:
+    """Sweep with the config files in `folder`, tracked there; return the statuses of its runs."""
+    write_own(folder / "conf")
+    process = trainees.sweep(
+        folder / "runs", "--config-dir", str(folder / "conf"), *words, "trainer.max_epochs=2"
+    )
+    assert process.exit_code == 0, process.stderr
+    return [status for _, status in TrialResult(folder / "runs").runs]
+
+
 @slow
 @pytest.mark.parametrize("name", COMMANDS)
-def test_it_sweeps(name, tmp_path):
-    statuses = by_command(tmp_path, "-m", *COMMANDS[name], "trainer.max_epochs=2", "seed=1,2")
-    assert statuses == ["FINISHED"] * 3
+def test_it_sweeps(name, trainees, tmp_path):
+    assert sweep(trainees, tmp_path, *COMMANDS[name], "seed=1,2") == ["FINISHED"] * 3
 
 
 @slow
