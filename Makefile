@@ -13,8 +13,11 @@ IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))
 # Workers share the cores out: with threads of their own they would wait for one another. Each takes
 # its half in order, as fixtures that start processes like it, and at the end some of the other's.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
-PIP_INSTALL = $(if $(UV),"$(UV)" pip install --python $(BIN)/python,$(BIN)/python -m pip install \
-	--disable-pip-version-check) --quiet
+# Compiled, as pip does by itself: where PYTHONDONTWRITEBYTECODE is set, as in many containers, each
+# start would compile all that it imports again, and take twice as long.
+UV_INSTALL = "$(UV)" pip install --compile-bytecode --quiet
+PIP_INSTALL = $(if $(UV),$(UV_INSTALL) --python $(BIN)/python,$(BIN)/python -m pip install \
+	--disable-pip-version-check --quiet)
 PORT ?= 5001
 ARGS ?=
 
@@ -77,7 +80,7 @@ newest: RESOLVE := --upgrade 'hydra-core>=1.4.0.dev0' 'omegaconf>=2.4.0.dev0'
 floors newest:
 	@[ -n "$(UV)" ] || { echo 'make $@ resolves with uv: https://docs.astral.sh/uv' >&2; exit 1; }
 	@"$(UV)" venv --quiet --clear --python '$(or $(PYTHON),>=3.11$(comma)<3.15)' $(VENV)-$@
-	@"$(UV)" pip install --quiet --python $(BIN)/python $(RESOLVE) --editable '.[sweep,dev]'
+	@$(UV_INSTALL) --python $(BIN)/python $(RESOLVE) --editable '.[sweep,dev]'
 	@$(PYTEST) $(ARGS)
 
 ui: $(INSTALLED)

@@ -99,7 +99,7 @@ def set_up() -> None:
     install = [python, "-m", "pip", "install", "--disable-pip-version-check"]
     if uv:
         make = [uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(ENVIRONMENT)]
-        install = [uv, "pip", "install", "--python", python]
+        install = [uv, "pip", "install", "--compile-bytecode", "--python", python]
     install += ["--quiet", "--requirement", str(requirements), "--constraint", str(constraints)]
     subprocess.run(make, check=True)
     subprocess.run(install, check=True)
