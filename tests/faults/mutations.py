@@ -50,7 +50,7 @@ CHOICES = {
 def items(choices: tuple[str, ...]) -> list[tuple[str, object]]:
     """Return the keys that these choices make, with their values; of none, where they do not go together."""
     try:
-        cfg = compose(choices)
+        cfg = compose((*choices, "tracking.dir=mlruns"))  # not beside train.py
     except BadInput:
         return items(())
     return [(key, value) for key, value in nested_items(cfg) if key not in LEFT_OUT]
