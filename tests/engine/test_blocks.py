@@ -263,6 +263,23 @@ def test_what_a_loss_logs_is_logged_at_each_step_and_averaged_over_examples():
             assert step == same and ours == pytest.approx(theirs, rel=1e-6)  # sums in float32
 
 
+class Stopping(MLP):
+    """Asks to stop in the loss of its second step."""
+
+    def loss(self, outputs, targets):
+        self.trainer.should_stop |= self.trainer.global_step == 1
+        return super().loss(outputs, targets)
+
+
+def test_a_stop_that_a_loss_asks_for_comes_after_the_epoch_or_one_by_one_after_the_step():
+    def steps(*callbacks):
+        fit = Fit(*callbacks, module=Stopping(8, 4, hidden=[6]))
+        assert fit.error is None and (fit.reason is None) == (not callbacks)
+        return fit.trainer.global_step
+
+    assert (steps(), steps(OneByOne())) == (STEPS, 2)
+
+
 class Freezing(Callback):
     """Freezes the first layer after an epoch."""
 

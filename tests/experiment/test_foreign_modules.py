@@ -3,10 +3,8 @@
 import logging
 import os
 import re
-import sqlite3
 import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -154,24 +152,6 @@ def test_stopped_in_an_epoch_and_continued_it_ends_in_the_same_bits_with_each_po
         assert continued.history(key) == whole.history(key), key
 
 
-def by_command(folder: Path, *words: str) -> list[str]:
-    """Run train.py with the config files in `folder`, tracked there; return the statuses of its runs."""
-    write_own(folder / "conf")
-    process = subprocess.run(
-        [
-            *(sys.executable, str(TESTS.parent / "train.py"), "--config-dir", str(folder / "conf"), *words),
-            f"tracking.dir={folder / 'runs'}",
-        ],
-        env={**os.environ, "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr
-    with closing(sqlite3.connect(folder / "runs" / "mlflow.db")) as connection:
-        return [status for (status,) in connection.execute("SELECT status FROM runs")]
-
-
 def sweep(trainees: Trainees, folder: Path, *words: str) -> list[str]:
     """Sweep with the config files in `folder`, tracked there; return the statuses of its runs."""
     write_own(folder / "conf")
@@ -190,10 +170,20 @@ def test_it_sweeps(name, trainees, tmp_path):
 
 @slow
 def test_in_two_processes_the_first_alone_logs_whatever_way_a_module_takes(tmp_path):
+    write_own(tmp_path / "conf")
     two = ("trainer.devices=2", "trainer.strategy=ddp", "trainer.max_epochs=2")
-    assert by_command(tmp_path, *words("module_kinds.Talkative"), *two) == ["FINISHED"]
+    where = ("--config-dir", str(tmp_path / "conf"), f"tracking.dir={tmp_path / 'runs'}")
+    process = subprocess.run(
+        [sys.executable, TESTS.parent / "train.py", *words("module_kinds.Talkative"), *two, *where],
+        env={**os.environ, "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
     (run,) = client.search_runs(["1"])
+    assert run.info.status == "FINISHED"
     for key, steps in (("fluent", [2, 4]), ("val_acc1", [2, 4]), ("train_loss", [1, 2, 3, 4])):
         points = client.get_metric_history(run.info.run_id, key)
         assert [point.step for point in points] == steps, key  # 64 rows in two halves, in batches of 16

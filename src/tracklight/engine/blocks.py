@@ -226,11 +226,11 @@ class Blocks(Callback):
         options["prog_bar"] = prog_bar
         if isinstance(value, Metric):  # computes its mean over the epoch itself
             options["metric"], value = value, lightning_internals.batch_value(value)
-        weight = options.pop("batch_size", None)
-        indices, values, weights, _ = self.logged.setdefault(name, ([], [], [], options))
+        batch_size = options.pop("batch_size", None)
+        indices, values, batch_sizes, _ = self.logged.setdefault(name, ([], [], [], options))
         if value is not None:  # None: the metric was updated only
             indices.append(len(self.step_losses))
-            weights.append(weight)
+            batch_sizes.append(batch_size)
             is_tensor = isinstance(value, Tensor)  # copied: the step may change it
             value = value.detach().clone() if is_tensor else torch.tensor(float(value))
             values.append(value.squeeze())
@@ -254,7 +254,7 @@ class Blocks(Callback):
 
     def _log_recorded(self, steps: Sequence[int], sizes: Tensor) -> None:
         """Log what the model logged in its forward pass or loss, as Lightning would by step."""
-        for name, (indices, values, given, options) in self.logged.items():
+        for name, (indices, values, batch_sizes, options) in self.logged.items():
             on_step, on_epoch = options.pop("on_step", None), options.pop("on_epoch", None)
             metric = options.pop("metric", None)
             recorded = torch.stack(values) if values else sizes.new_empty(0)
@@ -269,7 +269,7 @@ class Blocks(Callback):
                 if metric is not None:
                     self.module.log(key, metric, **options)
                 elif options.get("reduce_fx", "mean") in ("mean", "avg", torch.mean):  # in one call
-                    weights = sizes[indices] if None in given else sizes.new_tensor(given)
+                    weights = sizes[indices] if None in batch_sizes else sizes.new_tensor(batch_sizes)
                     mean = (recorded * weights).sum() / weights.sum()
                     self.module.log(key, mean, batch_size=int(weights.sum()), **options)
                 else:
